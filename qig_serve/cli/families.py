@@ -1,0 +1,16 @@
+"""families."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "families"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    raise NotImplementedError

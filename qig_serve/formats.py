@@ -1,0 +1,118 @@
+"""The quantization schemes and the tensors that each one stores: the one definition.
+
+Offline code writes these tensors, the kernels and the vLLM plugin read them. Imports nothing
+heavy, so that the plugin can be registered in every vLLM process at no cost.
+
+On disk a quantized linear `P.weight` of shape [N, K] (out, in) is replaced by
+
+    w3a16   P.weight_packed      int32 [N, K * 3 / 32]
+            P.weight_scale       model dtype [N, K / 128]
+            P.weight_zero_point  uint8 [N, K / 128]
+    w4a8    P.weight_packed      int32 [N, K / 8]
+            P.weight_scale       float32 [N, 1]
+
+`bits`-wide codes lie densely along K, least significant bit first: code k of a row occupies bits
+`bits * k` to `bits * k + bits - 1` of the row read as one little-endian bit string. So 32 3-bit
+codes fill exactly three words, and 8 4-bit codes one. Symmetric codes are two's complement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "qig"
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How weights and activations are quantized. All sizes count elements along K (input)."""
+
+    name: str
+    bits: int
+    """Bits of a weight code."""
+    symmetric: bool
+    """True: signed codes, no zero point. False: unsigned codes with an integer zero point."""
+    group_size: int | None
+    """Inputs that share a scale; None means one scale an output channel."""
+    activation_bits: int | None = None
+    """8: activations are int8, symmetric, one scale a token. None: left in 16 bits."""
+    servable: bool = True
+    """False for stress schemes, which exist only to compare methods."""
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def packed_factor(self) -> Fraction:
+        """Codes an int32 word: 32/3 for 3 bits, 8 for 4 bits."""
+        return Fraction(32, self.bits)
+
+    @property
+    def k_multiple(self) -> int:
+        """K (and each tensor-parallel shard of it) must be a multiple of this."""
+        return self.group_size or 128
+
+    def num_groups(self, k: int) -> int:
+        """Scales a row of K inputs has."""
+        return 1 if self.group_size is None else k // self.group_size
+
+
+SCHEMES: dict[str, QuantScheme] = {
+    s.name: s
+    for s in (
+        QuantScheme("w3a16", bits=3, symmetric=False, group_size=128),
+        QuantScheme("w4a8", bits=4, symmetric=True, group_size=None, activation_bits=8),
+        # For comparing methods where the served schemes are too mild to tell them apart.
+        QuantScheme("w2a16", bits=2, symmetric=False, group_size=128, servable=False),
+        QuantScheme("w2a16-channel", bits=2, symmetric=False, group_size=None, servable=False),
+    )
+}
+
+
+def get_scheme(name: str) -> QuantScheme:
+    """The scheme of that name; ValueError with the known names otherwise."""
+    try:
+        return SCHEMES[name]
+    except KeyError:
+        known = ", ".join(s.name for s in SCHEMES.values() if s.servable)
+        raise ValueError(f"unknown scheme {name!r}: choose one of {known}") from None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor. `dtype` is a torch dtype's name or "model"."""
+
+    shape: tuple[int, ...]
+    dtype: Literal["int32", "uint8", "float32", "model"]
+
+
+def tensor_specs(scheme: QuantScheme, n: int, k: int) -> dict[str, TensorSpec]:
+    """What replaces a linear weight [N, K]: suffix -> spec. ValueError when K does not divide."""
+    if reason := unsupported_shape(scheme, n, k):
+        raise ValueError(reason)
+    groups = scheme.num_groups(k)
+    specs = {"weight_packed": TensorSpec((n, k * scheme.bits // 32), "int32")}
+    per_group = scheme.group_size is not None
+    specs["weight_scale"] = TensorSpec((n, groups), "model" if per_group else "float32")
+    if not scheme.symmetric:
+        specs["weight_zero_point"] = TensorSpec((n, groups), "uint8")
+    return specs
+
+
+def unsupported_shape(scheme: QuantScheme, n: int, k: int) -> str | None:
+    """Why a linear of N outputs and K inputs cannot be stored in the scheme, or None."""
+    if n <= 0 or k <= 0:
+        return f"{scheme.name} needs positive sizes, got N={n}, K={k}"
+    if k % scheme.k_multiple:
+        return f"{scheme.name} needs an input size that {scheme.k_multiple} divides, got K={k}"
+    return None

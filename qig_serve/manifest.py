@@ -1,0 +1,89 @@
+"""What a qig checkpoint says about itself: `quantization_config` in config.json.
+
+Read from outside, so validated strictly: a field nobody knows, or a version from the future, is
+an error and not a guess.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qig_serve.errors import UserError
+from qig_serve.formats import FORMAT_VERSION, SCHEMES, QuantScheme
+
+HASHES_FILE = "qig_manifest.json"
+"""File beside config.json: {"format_version": 1, "files": {relative path: sha256 hex}}."""
+
+
+class CalibrationInfo(BaseModel):
+    """What the checkpoint was calibrated on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    samples: int = Field(ge=0)
+    sha256: str
+    seed: int
+
+
+class QuantizationConfig(BaseModel):
+    """`quantization_config` of config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["qig"]
+    format_version: int
+    scheme: str
+    bits: int
+    group_size: int | None
+    ignore: list[str]
+    """Modules left in 16 bits: names in the checkpoint, matched as dotted prefixes."""
+    method: str = "rtn"
+    producer: str = ""
+    calibration: CalibrationInfo | None = None
+    tensor_parallel_sizes: list[int] = Field(default_factory=lambda: [1])
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    summary: dict[str, Any] = Field(default_factory=dict)
+    """Figures for people: loss, recovery. Nothing is computed from them."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizationConfig:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {self.format_version} is not supported by this qig-serve, which "
+                f"reads version {FORMAT_VERSION}: upgrade qig-serve, or quantize again"
+            )
+        if self.scheme not in SCHEMES or not SCHEMES[self.scheme].servable:
+            known = ", ".join(s.name for s in SCHEMES.values() if s.servable)
+            raise ValueError(f"unknown scheme {self.scheme!r}: choose one of {known}")
+        expected = SCHEMES[self.scheme]
+        if (self.bits, self.group_size) != (expected.bits, expected.group_size):
+            raise ValueError(
+                f"scheme {self.scheme} has bits={expected.bits}, group_size={expected.group_size}, "
+                f"but the checkpoint says bits={self.bits}, group_size={self.group_size}"
+            )
+        return self
+
+    @property
+    def quant_scheme(self) -> QuantScheme:
+        """The scheme of the weights."""
+        return SCHEMES[self.scheme]
+
+    def is_ignored(self, module: str) -> bool:
+        """Whether a module (checkpoint name) is left in 16 bits."""
+        return any(module == name or module.startswith(name + ".") for name in self.ignore)
+
+
+def read_quantization_config(config: dict[str, Any], where: str) -> QuantizationConfig:
+    """Validate `quantization_config`; UserError with one sentence that names `where`."""
+    try:
+        return QuantizationConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{where}: quantization_config{'.' + place if place else ''}: {message}"
+        ) from None

@@ -1,0 +1,166 @@
+"""Quantize, dequantize, pack and unpack weights; quantize activations. Pure torch functions.
+
+Codes are what a scheme stores (formats.py). Asymmetric codes are uint8, symmetric codes int8.
+Shapes: weight [N, K]; scale and zero point [N, G] with G groups along K. Arithmetic is in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qig_serve.formats import QuantScheme
+
+_EPS = 1e-8  # scale floor in fp32; the smallest normal number of the stored dtype wins if larger
+
+
+def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` as fp32, rounded to what `dtype` can store and kept above zero."""
+    floor = max(_EPS, torch.finfo(dtype).tiny)
+    return scale.float().clamp(min=floor).to(dtype).float()
+
+
+def scale_dtype(scheme: QuantScheme, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the scheme stores scales."""
+    return torch.float32 if scheme.group_size is None else model_dtype
+
+
+def _grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    return weight.reshape(weight.shape[0], groups, -1)
+
+
+def minmax_params(
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    dtype: torch.dtype = torch.float32,
+    shrink: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale [N, G] (fp32, rounded to `dtype`) and zero point [N, G] (uint8) or None.
+
+    The range of each group is its own minimum to maximum, widened to contain zero and shrunk by
+    `shrink` (broadcast against [N, G]). Source: round-to-nearest, as in AWQ (arXiv 2306.00978).
+    """
+    w = _grouped(weight.float(), scheme.num_groups(weight.shape[1]))  # [N, G, K/G]
+    if scheme.symmetric:
+        scale = round_scale(w.abs().amax(-1) * shrink / scheme.qmax, dtype)
+        return scale, None
+    lo = w.amin(-1).clamp(max=0) * shrink
+    hi = w.amax(-1).clamp(min=0) * shrink
+    scale = round_scale((hi - lo) / scheme.qmax, dtype)
+    zero = (-lo / scale).round().clamp(0, scheme.qmax).to(torch.uint8)
+    return scale, zero
+
+
+def quantize(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: QuantScheme
+) -> torch.Tensor:
+    """Codes [N, K]: round(weight / scale) + zero, clamped (uint8, or int8 if symmetric)."""
+    w = _grouped(weight.float(), scale.shape[1])
+    q = (w / scale.float()[..., None]).round()
+    if zero is not None:
+        q = q + zero.float()[..., None]
+    q = q.clamp(scheme.qmin, scheme.qmax)
+    return q.to(torch.int8 if scheme.symmetric else torch.uint8).reshape(weight.shape)
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+) -> torch.Tensor:
+    """(codes - zero) * scale in fp32, [N, K]."""
+    q = _grouped(codes.float(), scale.shape[1])
+    if zero is not None:
+        q = q - zero.float()[..., None]
+    return (q * scale.float()[..., None]).reshape(codes.shape)
+
+
+def fake_quantize(
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    dtype: torch.dtype = torch.float32,
+    shrink: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """Round-to-nearest weight in fp32 with min-max ranges; scales rounded to `dtype`."""
+    scale, zero = minmax_params(weight, scheme, dtype, shrink)
+    return dequantize(quantize(weight, scale, zero, scheme), scale, zero)
+
+
+def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [..., K] and fp32 scale [..., 1]: symmetric, one scale a token.
+
+    scale = max |x| / 127; codes = round half to even (x / scale), within -127..127. A token of
+    zeros gets scale 1 and zero codes.
+    """
+    x = x.float()
+    amax = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(amax > 0, amax / 127, torch.ones_like(amax))
+    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
+    """Quantize and dequantize activations a token; same dtype as `x`."""
+    codes, scale = quantize_activation(x)
+    return (codes.float() * scale).to(x.dtype)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [N, K] -> int32 [N, K * bits / 32], dense and little-endian along K (formats.py).
+
+    ValueError when K is not a multiple of 32 or a code does not fit.
+    """
+    n, k = codes.shape
+    if k % 32:
+        raise ValueError(f"packing needs a multiple of 32 codes a row, got {k}")
+    low, high = (0, (1 << bits) - 1)
+    if codes.dtype == torch.int8:
+        low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
+        raise ValueError(f"codes must lie in {low}..{high} for {bits} bits")
+    words = 32 * bits // 32
+    fields = (codes.to(torch.int64) & ((1 << bits) - 1)).reshape(n, k // 32, 32)
+    packed = torch.zeros(n, k // 32, words, dtype=torch.int64, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        packed[..., word] |= (fields[..., i] << shift) & 0xFFFFFFFF
+        if shift + bits > 32:  # the code straddles two words
+            packed[..., word + 1] |= fields[..., i] >> (32 - shift)
+    packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed)
+    return packed.to(torch.int32).reshape(n, k * bits // 32)
+
+
+def unpack(packed: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+    """Inverse of `pack`: int32 [N, K * bits / 32] -> codes [N, K], int8 if signed else uint8."""
+    n = packed.shape[0]
+    words = packed.to(torch.int64).reshape(n, -1, bits) & 0xFFFFFFFF  # `bits` words hold 32 codes
+    out = torch.empty(n, words.shape[1], 32, dtype=torch.int64, device=packed.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        field = words[..., word] >> shift
+        if shift + bits > 32:
+            field = field | (words[..., word + 1] << (32 - shift))
+        out[..., i] = field & ((1 << bits) - 1)
+    if signed:
+        half = 1 << (bits - 1)
+        out = (out ^ half) - half
+    return out.to(torch.int8 if signed else torch.uint8).reshape(n, -1)
+
+
+def pack_linear(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: QuantScheme,
+    model_dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """The tensors of formats.tensor_specs for one linear: suffix -> tensor."""
+    tensors = {
+        "weight_packed": pack(codes, scheme.bits),
+        "weight_scale": scale.to(scale_dtype(scheme, model_dtype)).contiguous(),
+    }
+    if zero is not None:
+        tensors["weight_zero_point"] = zero.to(torch.uint8).contiguous()
+    return tensors
+
+
+def unpack_linear(tensors: dict[str, torch.Tensor], scheme: QuantScheme) -> torch.Tensor:
+    """The dequantized weight [N, K] in fp32 of the tensors of `pack_linear`."""
+    codes = unpack(tensors["weight_packed"], scheme.bits, scheme.symmetric)
+    return dequantize(codes, tensors["weight_scale"], tensors.get("weight_zero_point"))
