@@ -58,7 +58,8 @@ compile-report: $(STAMP)  ## cross-compile every kernel; registers, spills, inst
 # the machine's own.
 GPU_PYTHON ?= python3
 gpu:  ## on a machine with a GPU: check, tune and time the kernels
-	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/benchmarks/gpu_kernels.py
+	@mkdir -p .gpu/path && ln -sfn ../../qig_serve .gpu/path/qig_serve
+	PYTHONPATH=$(CURDIR)/.gpu/path$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/benchmarks/gpu_kernels.py
 
 clean:  ## remove what the targets made, but for .venv
 	rm -rf .demo build .pytest_cache .mypy_cache .ruff_cache

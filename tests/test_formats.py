@@ -1,0 +1,68 @@
+"""The scheme table and what it refuses."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from qig_serve.errors import UserError
+from qig_serve.formats import SCHEMES, get_scheme, tensor_specs, unsupported_shape
+from qig_serve.manifest import read_quantization_config
+
+GOOD = {
+    "quant_method": "qig",
+    "format_version": 1,
+    "scheme": "w3a16",
+    "bits": 3,
+    "group_size": 128,
+    "ignore": ["vision_tower", "language_model.lm_head"],
+}
+
+
+def test_code_ranges() -> None:
+    assert (SCHEMES["w3a16"].qmin, SCHEMES["w3a16"].qmax) == (0, 7)
+    assert (SCHEMES["w4a8"].qmin, SCHEMES["w4a8"].qmax) == (-8, 7)
+    assert SCHEMES["w3a16"].packed_factor == Fraction(32, 3)
+
+
+def test_unknown_scheme_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="w3a16, w4a8"):
+        get_scheme("w5a5")
+
+
+def test_three_bits_a_weight_exactly() -> None:
+    assert tensor_specs(SCHEMES["w3a16"], 4, 256)["weight_packed"].shape == (4, 24)
+
+
+@pytest.mark.parametrize("k", [64, 200, 129])
+def test_sizes_that_do_not_divide_are_refused(k: int) -> None:
+    assert "128" in str(unsupported_shape(SCHEMES["w3a16"], 4, k))
+    with pytest.raises(ValueError, match="128"):
+        tensor_specs(SCHEMES["w4a8"], 4, k)
+
+
+def test_manifest_reads_and_matches_prefixes() -> None:
+    config = read_quantization_config(GOOD, "config.json")
+    assert config.is_ignored("vision_tower.vision_model.encoder.layers.0.mlp.fc1")
+    assert config.is_ignored("language_model.lm_head")
+    assert not config.is_ignored("vision_tower_two.layer")
+    assert not config.is_ignored("language_model.model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format_version 99"),
+        ({"scheme": "w9a9"}, "unknown scheme 'w9a9'"),
+        ({"scheme": "w2a16", "bits": 2}, "unknown scheme"),
+        ({"bits": 4}, "bits=3"),
+        ({"group_size": 64}, "group_size=128"),
+        ({"surprise": 1}, "surprise"),
+        ({"quant_method": "awq"}, "quant_method"),
+        ({"ignore": "all"}, "ignore"),
+    ],
+)
+def test_manifest_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_quantization_config(GOOD | change, "config.json")
