@@ -62,9 +62,7 @@ def quantize(
     return q.to(torch.int8 if scheme.symmetric else torch.uint8).reshape(weight.shape)
 
 
-def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
-) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     """(codes - zero) * scale in fp32, [N, K]."""
     q = _grouped(codes.float(), scale.shape[1])
     if zero is not None:
