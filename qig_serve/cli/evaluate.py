@@ -1,16 +1,129 @@
-"""evaluate."""
+"""Compare a model's answers with full precision on held-out questions.
+
+Exact match overall and by question type, with right -> wrong and wrong -> right counts and exact
+McNemar p; KL, top-1 agreement and perplexity ratio on the wanted answers; empty and repeating
+answers. Answers are greedy. An answer counts when the whole of it is the wanted one after Unicode
+NFC, case folding and collapsing white space; punctuation counts.
+
+examples:
+  qig-serve evaluate my-w3a16 --reference my-model --data questions.jsonl --json result.json
+  qig-serve evaluate my-w3a16 --reference my-model --data demo --n 500
+  qig-serve evaluate --server http://gpu-box:8000 --data questions.jsonl --json full.json
+  qig-serve evaluate my-w3a16 --reference full.json --data questions.jsonl
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-HELP = "evaluate"
+from qig_serve.errors import UserError
+
+HELP = "compare a model's answers with full precision on held-out questions"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.add_argument("model", nargs="?", metavar="DIR", help="model to evaluate")
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the full-precision model, or a file an earlier --json wrote on the same questions",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help="JSONL of samples with answers, or 'demo' for the demonstration set's test split "
+        "('demo:dev' for another)",
+    )
+    parser.add_argument("--n", type=int, help="use the first N questions (demo: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="draw of the demonstration set")
+    parser.add_argument(
+        "--kl-samples", type=int, default=500, help="questions for KL; 0: none (default: 500)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=160, help="longest answer generated (default: 160)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="what generates the answers; auto: vLLM where it is installed",
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="ask an OpenAI-compatible server instead of loading DIR"
+    )
+    parser.add_argument("--server-model", metavar="NAME", help="model name at the server")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and answers here")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    raise NotImplementedError
+    """Evaluate; exit status 1 when requests to a server failed."""
+    if (args.model is None) == (args.server is None):
+        raise UserError("give a model directory, or --server URL without one")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"the folder of {args.json} does not exist")
+    if args.kl_samples < 0 or args.max_tokens < 1:
+        raise UserError("--kl-samples must be at least 0 and --max-tokens at least 1")
+
+    from rich.console import Console
+
+    from qig_serve.evaluate import (
+        REFERENCE,
+        evaluate_many,
+        evaluate_server,
+        load_samples,
+        write_json,
+    )
+    from qig_serve.evaluation.table import progress_bars, results_table
+
+    samples = load_samples(args.data, args.n, args.seed)
+    out, messages = Console(), Console(stderr=True)
+    with progress_bars(messages, args.quiet) as progress:
+        if args.server:
+            result = evaluate_server(
+                args.server,
+                args.reference,
+                samples,
+                max_tokens=args.max_tokens,
+                progress=progress,
+                model=args.server_model,
+            )
+            results = {result.name: result}
+        else:
+            name = Path(args.model).resolve().name
+            name = "model" if name == REFERENCE else name
+            results = evaluate_many(
+                [(name, args.model)],
+                args.reference,
+                samples,
+                engine=args.engine,
+                kl_samples=args.kl_samples,
+                max_tokens=args.max_tokens,
+                progress=progress,
+            )
+            result = results[name]
+    if args.json:
+        record = result.to_json(answers=True)
+        if REFERENCE in results:
+            record["reference"] = results[REFERENCE].to_json(answers=True)
+        write_json(args.json, record)
+    if not args.quiet:
+        out.print(results_table(results))
+    if result.calibration_overlap:
+        messages.print(
+            f"warning: {len(result.calibration_overlap)} of these questions were in the "
+            "calibration set: the figures are flattered",
+            highlight=False,
+        )
+    for failure in result.failures[:5]:
+        messages.print(f"failed request: {failure}", highlight=False, markup=False)
+    if result.failures:
+        messages.print(
+            f"{len(result.failures)} of {len(samples)} requests failed and are not scored",
+            highlight=False,
+        )
+        return 1
+    return 0

@@ -1,0 +1,250 @@
+"""Greedy answers to samples: vLLM in this process, transformers, or a server over HTTP."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from qig_serve.errors import UserError
+from qig_serve.samples import Sample, data_url, load_image
+
+Engine = Literal["auto", "vllm", "transformers"]
+
+_CONTEXT = 8192  # tokens of context that vLLM is asked for, where the model has more
+_CPU_SEQUENCES = 32
+_HTTP_AT_ONCE = 8
+
+
+def choose_engine(engine: Engine) -> Literal["vllm", "transformers"]:
+    """vLLM where it is installed; UserError when it is asked for and missing."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if engine == "auto":
+        return "vllm" if installed else "transformers"
+    if engine == "vllm" and not installed:
+        raise UserError(
+            "vLLM is not installed: install qig-serve[cpu] or qig-serve[cuda], or use "
+            "--engine transformers"
+        )
+    return engine
+
+
+def generate(
+    directory: Path,
+    samples: Sequence[Sample],
+    engine: Engine,
+    max_tokens: int,
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    """The greedy answer to each sample, in the model's own dtype."""
+    if choose_engine(engine) == "vllm":
+        return _through_vllm(directory, samples, max_tokens, progress)
+    return _through_transformers(directory, samples, max_tokens, progress)
+
+
+def _chat(sample: Sample, picture: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation in OpenAI form, with `picture` making the image parts."""
+    return [
+        {
+            "role": m["role"],
+            "content": [picture(p["image"]) if p["type"] == "image" else p for p in m["content"]],
+        }
+        for m in sample.messages
+    ]
+
+
+@contextmanager
+def _restored_threads() -> Iterator[None]:
+    """vLLM's CPU worker binds this process to its cores and sets torch's threads: undo that."""
+    import torch
+
+    threads = torch.get_num_threads()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        yield
+    finally:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+
+
+def _through_vllm(
+    directory: Path,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    # One process for engine and worker: models then load one after another in seconds.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from tqdm import tqdm
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+
+    class Bar(tqdm):
+        """What vLLM takes for its progress bar; draws nothing and tells `progress`."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 3600})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            super().update(n)
+            progress(min(int(self.n), len(samples)), len(samples))
+            return None
+
+    most_images = max((len(s.images) for s in samples), default=0)
+    settings: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        settings = {"enforce_eager": True, "max_num_seqs": _CPU_SEQUENCES}
+    length = _context_length(directory)
+    if length is not None:
+        settings["max_model_len"] = min(length, _CONTEXT)
+    with _restored_threads():
+        llm = LLM(
+            model=str(directory),
+            limit_mm_per_prompt={"image": max(1, most_images), "video": 0},
+            mm_processor_cache_gb=0,  # no picture is asked about twice
+            seed=0,
+            **settings,
+        )
+        try:
+            outputs = llm.chat(
+                [
+                    _chat(s, lambda i: {"type": "image_pil", "image_pil": load_image(i)})
+                    for s in samples
+                ],
+                SamplingParams(temperature=0, max_tokens=max_tokens),
+                use_tqdm=Bar,
+            )
+            return [output.outputs[0].text for output in outputs]
+        finally:
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+def _context_length(directory: Path) -> int | None:
+    """max_position_embeddings of the language model, None where config.json does not say."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    length = text.get("max_position_embeddings")
+    return int(length) if length else None
+
+
+def _through_transformers(
+    directory: Path,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    from qig_serve.evaluation.models import load_model, load_processor, model_dtype
+
+    return generate_with(
+        load_model(directory, model_dtype(directory)),
+        load_processor(directory),
+        samples,
+        max_tokens,
+        progress,
+    )
+
+
+def generate_with(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    progress: Callable[[int, int], None],
+    batch_size: int = 32,
+) -> list[str]:
+    """Greedy answers of a transformers model, in batches padded on the left."""
+    import torch
+
+    from qig_serve.evaluation.models import batches, model_inputs, prompt_text
+
+    texts = [prompt_text(processor, s) for s in samples]
+    answers = [""] * len(samples)
+    order = sorted(range(len(samples)), key=lambda i: len(texts[i]) + len(samples[i].answer or ""))
+    done = 0
+    progress(0, len(samples))
+    for group in batches(order, samples, batch_size):
+        inputs = model_inputs(
+            processor, [texts[i] for i in group], [samples[i] for i in group], model
+        )
+        with torch.inference_mode():
+            out = model.generate(
+                **inputs,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=max_tokens,
+            )
+        new = out[:, inputs["input_ids"].shape[1] :]
+        for i, text in zip(
+            group, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+        ):
+            answers[i] = text
+        done += len(group)
+        progress(done, len(samples))
+    return answers
+
+
+def ask_server(
+    url: str,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    progress: Callable[[int, int], None],
+    model: str | None = None,
+    api_key: str | None = None,
+) -> tuple[list[str | None], list[str]]:
+    """Answers from an OpenAI-compatible server, None where the request failed, and the reasons.
+
+    A failed request is not an answer: it is counted by itself and never scored.
+    """
+    try:
+        from openai import OpenAI, OpenAIError
+    except ImportError:
+        raise UserError("--server needs the openai package: pip install openai") from None
+
+    base = url.rstrip("/")
+    client = OpenAI(
+        base_url=base if base.endswith("/v1") else base + "/v1",
+        api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+        timeout=600,
+    )
+    try:
+        model = model or next(iter(client.models.list())).id
+    except (OpenAIError, StopIteration) as error:
+        raise UserError(f"the server at {url} does not answer ({error}): is it running?") from None
+
+    def ask(sample: Sample) -> tuple[str | None, str]:
+        messages = _chat(sample, lambda i: {"type": "image_url", "image_url": {"url": data_url(i)}})
+        try:
+            reply = client.chat.completions.create(
+                model=str(model),
+                messages=cast(Any, messages),
+                temperature=0,
+                max_tokens=max_tokens,
+            )
+        except OpenAIError as error:
+            return None, f"sample {sample.id}: {error}"
+        return reply.choices[0].message.content or "", ""
+
+    answers: list[str | None] = []
+    failures = []
+    with ThreadPoolExecutor(_HTTP_AT_ONCE) as pool:
+        for answer, failure in pool.map(ask, samples):
+            answers.append(answer)
+            if failure:
+                failures.append(failure)
+            progress(len(answers), len(samples))
+    return answers, failures

@@ -1,0 +1,156 @@
+"""Models and inputs through transformers, for generation and for teacher forcing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qig_serve.errors import UserError
+from qig_serve.formats import QUANT_METHOD
+from qig_serve.samples import Sample, load_image
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory; UserError when there is none."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return config
+
+
+def quantization(directory: Path) -> dict[str, Any] | None:
+    """`quantization_config` of a qig checkpoint, None for a model in full precision."""
+    config = read_config(directory).get("quantization_config")
+    return config if config and config.get("quant_method") == QUANT_METHOD else None
+
+
+def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The model in eval mode; a qig checkpoint with its dequantized weights.
+
+    With w4a8 the activations are quantized as well, so its answers and logits are those of the
+    served model up to rounding of the sums.
+    """
+    if quantization(directory):
+        from qig_serve.transformers_plugin import load_dequantized
+
+        model = load_dequantized(directory, dtype=dtype)
+    else:
+        from transformers import AutoModelForImageTextToText
+
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=dtype, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory} cannot be loaded: {error}") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def model_dtype(directory: Path) -> torch.dtype:
+    """The dtype that config.json names; float32 where it names none."""
+    config = read_config(directory)
+    text = config.get("text_config") or {}
+    names = [c.get(k) for c in (config, text) for k in ("dtype", "torch_dtype")]
+    name = next((n for n in names if n), "float32")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{directory / 'config.json'}: unknown dtype {name!r}")
+    return dtype
+
+
+def load_processor(directory: Path) -> Any:
+    """The processor; UserError when the directory has none or no chat template."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} has no usable processor: {error}") from None
+    if getattr(processor, "tokenizer", None) is None:
+        raise UserError(f"{directory} has no image processor beside its tokenizer")
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise UserError(f"{directory} has no chat template, so there is no way to ask it")
+    return processor
+
+
+def _messages(sample: Sample) -> list[dict[str, Any]]:
+    """The conversation as chat templates want it: pictures named, not held."""
+    return [
+        {
+            "role": m["role"],
+            "content": [
+                {"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["text"]}
+                for p in m["content"]
+            ],
+        }
+        for m in sample.messages
+    ]
+
+
+def prompt_text(processor: Any, sample: Sample) -> str:
+    """The prompt up to where the assistant begins to speak."""
+    return str(
+        processor.apply_chat_template(_messages(sample), add_generation_prompt=True, tokenize=False)
+    )
+
+
+def answer_text(processor: Any, sample: Sample, prompt: str) -> str:
+    """The wanted answer with the token that ends the turn: ending in time is part of it.
+
+    The ending is what the chat template writes after the answer, up to its first special token;
+    the tokenizer's eos token where the template writes none.
+    """
+    answer = sample.answer or ""
+    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    whole = str(processor.apply_chat_template([*_messages(sample), turn], tokenize=False))
+    tokenizer = processor.tokenizer
+    if whole.startswith(prompt) and answer in whole[len(prompt) :]:
+        before, _, after = whole[len(prompt) :].partition(answer)
+        special = [t for t in tokenizer.all_special_tokens if t and t in after]
+        if special:
+            first = min(special, key=after.index)
+            return before + answer + after[: after.index(first) + len(first)]
+    return answer + (tokenizer.eos_token or "")
+
+
+def model_inputs(
+    processor: Any, texts: Sequence[str], samples: Sequence[Sample], model: Any
+) -> dict[str, Any]:
+    """Tensors for a batch on the model's device and in its dtype, padded on the left.
+
+    `texts` are rendered conversations.
+
+    Special tokens are the chat template's own, as in vLLM: the tokenizer adds none.
+    """
+    images = [[load_image(image) for image in s.images] for s in samples]
+    inputs = processor(
+        text=list(texts),
+        images=images if any(images) else None,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    return dict(inputs.to(model.device, dtype=model.dtype))
+
+
+def batches(order: Sequence[int], samples: Sequence[Sample], size: int) -> list[list[int]]:
+    """`order` cut into batches of at most `size`; text-only samples apart from the others."""
+    with_images = [i for i in order if samples[i].images]
+    without = [i for i in order if not samples[i].images]
+    return [
+        part[start : start + size]
+        for part in (with_images, without)
+        for start in range(0, len(part), size)
+    ]

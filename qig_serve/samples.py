@@ -1,0 +1,207 @@
+"""Samples: the one JSON line that calibration and evaluation both read.
+
+    {"id": "7", "type": "count", "answer": "3", "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "images/7.png"}},
+        {"type": "text", "text": "How many stars are there?"}]}]}
+
+Image paths are relative to the file; data URLs are allowed; nothing is fetched from a network.
+`type` groups results. A line without `answer` calibrates, but is not scored.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from qig_serve.errors import UserError
+
+ImageSource = Path | bytes | Image.Image
+"""A file, the bytes of an encoded picture, or a picture in memory."""
+
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, with the answer that is wanted."""
+
+    id: str
+    type: str
+    messages: tuple[dict[str, Any], ...]
+    """role, and content: a list of {"type": "text", "text"} and {"type": "image", "image"}."""
+    answer: str | None = None
+
+    @property
+    def images(self) -> list[ImageSource]:
+        """The pictures in the order in which the conversation names them."""
+        return [p["image"] for m in self.messages for p in m["content"] if p["type"] == "image"]
+
+    @property
+    def question(self) -> str:
+        """The text of the last user turn."""
+        last = next(m for m in reversed(self.messages) if m["role"] == "user")
+        return "\n".join(p["text"] for p in last["content"] if p["type"] == "text")
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """The picture as RGB; UserError when it cannot be read."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    name = f"the image {source}" if isinstance(source, Path) else "the data URL"
+    try:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{name} cannot be read as an image: {error}") from None
+
+
+def data_url(source: ImageSource) -> str:
+    """The picture as a lossless data URL."""
+    buffer = io.BytesIO()
+    load_image(source).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def sample_sha256(sample: Sample) -> str:
+    """What makes two samples the same: the pixels and the text of the prompt, without the answer.
+
+    So a picture stored twice in different files or formats is found, and so is a question that
+    was calibrated on without its answer.
+    """
+    digest = hashlib.sha256()
+    for message in sample.messages:
+        digest.update(f"\0{message['role']}\0".encode())
+        for part in message["content"]:
+            if part["type"] == "text":
+                digest.update(part["text"].strip().encode())
+            else:
+                image = load_image(part["image"])
+                digest.update(f"\0image {image.size}\0".encode())
+                digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def set_sha256(hashes: Iterable[str]) -> str:
+    """Hash of a set of samples: of their `sample_sha256`, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
+
+
+def sample_from_parts(
+    identifier: str, kind: str, image: ImageSource, question: str, answer: str | None
+) -> Sample:
+    """The usual sample: one picture, then one question."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return Sample(identifier, kind, ({"role": "user", "content": content},), answer)
+
+
+def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list[Sample]:
+    """The first `n` samples of a JSONL file; with `scored`, of those that have an answer.
+
+    UserError, with the number of the line, for anything that is not a sample, for a missing
+    picture, and when nothing is left.
+    """
+    if not path.is_file():
+        raise UserError(f"the sample file {path} does not exist")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file in UTF-8: one JSON object a line") from None
+    samples: list[Sample] = []
+    unscored = 0
+    for number, line in enumerate(lines, start=1):
+        if n is not None and len(samples) >= n:
+            break
+        if not line.strip():
+            continue
+        sample = _parse_line(line, f"{path}, line {number}", path.parent, number)
+        if scored and not sample.answer:
+            unscored += 1
+            continue
+        samples.append(sample)
+    if not samples:
+        if unscored:
+            raise UserError(f"{path}: no line has an answer, so there is nothing to score")
+        raise UserError(f"{path} holds no samples: one JSON object a line is wanted")
+    return samples
+
+
+def _parse_line(line: str, where: str, folder: Path, number: int) -> Sample:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+        raise UserError(f'{where}: a sample needs a "messages" list in OpenAI chat form')
+    answer = record.get("answer")
+    if answer is not None and not isinstance(answer, str):
+        raise UserError(f'{where}: "answer" must be text, not {type(answer).__name__}')
+    messages = tuple(_parse_message(m, where, folder) for m in record["messages"])
+    if not messages or messages[-1]["role"] == "system":
+        raise UserError(f"{where}: the conversation has no user turn")
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        # The conversation ends with its answer: take it as such, so that it is never a prompt.
+        said = "".join(p.get("text", "") for p in messages[-1]["content"])
+        answer, messages = (said if answer is None else answer), messages[:-1]
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where}: the conversation has no user turn")
+    return Sample(str(record.get("id", number)), str(record.get("type", "all")), messages, answer)
+
+
+def _parse_message(message: Any, where: str, folder: Path) -> dict[str, Any]:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise UserError(f"{where}: every message needs a role, one of {', '.join(_ROLES)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise UserError(f"{where}: the content of a message must be text or a list of parts")
+    return {"role": message["role"], "content": [_parse_part(p, where, folder) for p in content]}
+
+
+def _parse_part(part: Any, where: str, folder: Path) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if isinstance(url, str):
+            return {"type": "image", "image": _resolve(url, where, folder)}
+    raise UserError(
+        f"{where}: a part must be {{'type': 'text', 'text': ...}} or "
+        "{'type': 'image_url', 'image_url': {'url': ...}}"
+    )
+
+
+def _resolve(url: str, where: str, folder: Path) -> ImageSource:
+    if url.startswith("data:"):
+        try:
+            data = base64.b64decode(url.partition(",")[2], validate=True)
+        except binascii.Error:
+            raise UserError(f"{where}: the data URL is not valid base64") from None
+        if not data:
+            raise UserError(f"{where}: the data URL holds no image")
+        return data
+    if "://" in url and not url.startswith("file://"):
+        raise UserError(f"{where}: {url} is on a network; give a file path or a data URL")
+    path = folder / url.removeprefix("file://")
+    if not path.is_file():
+        raise UserError(f"{where}: the image {path} does not exist")
+    return path
+
+
+def overlap(samples: Sequence[Sample], calibration: Iterable[str]) -> list[str]:
+    """Ids of the samples whose hash is among those of the calibration samples."""
+    known = set(calibration)
+    return [s.id for s in samples if sample_sha256(s) in known]
