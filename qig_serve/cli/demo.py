@@ -1,16 +1,77 @@
-"""demo."""
+"""The demonstration: quantize the bundled model, evaluate it, serve it, ask it about a picture.
+
+qig-serve demo --json demo.json            what `make demo` runs
+qig-serve demo questions --split dev --n 200 --output questions
+qig-serve demo train --output model --minutes 65
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-HELP = "demo"
+HELP = "quantize, evaluate, serve and ask the bundled model; or make its questions; or train it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.add_argument(
+        "action", nargs="?", choices=("run", "questions", "train"), default="run", help="what to do"
+    )
+    run_options = parser.add_argument_group("run")
+    run_options.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    run_options.add_argument(
+        "--workdir", type=Path, default=Path(".demo"), help="checkpoints and logs (default: .demo)"
+    )
+    run_options.add_argument(
+        "--questions", type=int, default=2000, metavar="N", help="held-out questions (2000)"
+    )
+    run_options.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="calibration samples (128)"
+    )
+    questions = parser.add_argument_group("questions")
+    questions.add_argument(
+        "--split", default="test", help="train, calibration, dev or test (default: test)"
+    )
+    questions.add_argument("--n", type=int, default=200, help="how many (default: 200)")
+    training = parser.add_argument_group("train")
+    training.add_argument("--model", default="llava", help="row of demo/model.py's table")
+    training.add_argument("--minutes", type=float, default=65.0, help="time budget (default: 65)")
+    training.add_argument("--processes", type=int, default=2, help="data-parallel processes (2)")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    both = parser.add_argument_group("questions and train")
+    both.add_argument("--output", type=Path, metavar="DIR", help="where the result goes")
+    both.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    raise NotImplementedError
+    """Run the demonstration or one of its programs."""
+    from qig_serve.errors import UserError
+
+    if args.action == "run":
+        from qig_serve.demo.run import run_demo
+
+        run_demo(args.workdir, args.json, args.questions, args.samples)
+        return 0
+    if args.output is None:
+        raise UserError(f"demo {args.action} needs --output DIR")
+    if args.action == "questions":
+        from qig_serve.demo.questions import write_jsonl
+
+        try:
+            path = write_jsonl(args.split, args.n, args.output, args.seed)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        print(path)
+        return 0
+
+    from qig_serve.demo.train import train
+
+    train(
+        args.output,
+        minutes=args.minutes,
+        processes=args.processes,
+        resume=args.resume,
+        model=args.model,
+    )
+    return 0
