@@ -1,8 +1,9 @@
 """The demonstration: quantize the bundled model, evaluate it, serve it, ask it about a picture.
 
-qig-serve demo --json demo.json            what `make demo` runs
-qig-serve demo questions --split dev --n 200 --output questions
-qig-serve demo train --output model --minutes 65
+examples:
+  qig-serve demo --json demo.json            what `make demo` runs
+  qig-serve demo questions --split dev --n 200 --output questions
+  qig-serve demo train --output model --minutes 65
 """
 
 from __future__ import annotations
