@@ -113,6 +113,7 @@ def _through_vllm(
             model=str(directory),
             limit_mm_per_prompt={"image": max(1, most_images), "video": 0},
             mm_processor_cache_gb=0,  # no picture is asked about twice
+            use_tqdm_on_load=False,
             seed=0,
             **settings,
         )

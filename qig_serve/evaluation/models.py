@@ -40,6 +40,9 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     With w4a8 the activations are quantized as well, so its answers and logits are those of the
     served model up to rounding of the sums.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours tells how far things are
     if quantization(directory):
         from qig_serve.transformers_plugin import load_dequantized
 

@@ -1,0 +1,200 @@
+"""`evaluate_many` and the command: what is counted, compared, written and refused."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from qig_serve import evaluate as evaluation
+from qig_serve.cli import main
+from qig_serve.errors import UserError
+from qig_serve.evaluation.generation import generate_with
+from qig_serve.evaluation.models import load_model, load_processor, model_dtype
+from qig_serve.samples import Sample, sample_from_parts, sample_sha256
+
+
+def _questions(n: int = 8) -> list[Sample]:
+    image = Image.new("RGB", (8, 8))
+    kinds = ["odd" if i % 2 else "even" for i in range(n)]
+    return [sample_from_parts(str(i), k, image, f"{i}?", str(i)) for i, k in enumerate(kinds)]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[str]]:
+    """Models whose answers are written here: directory name -> answers."""
+    script: dict[str, list[str]] = {}
+    monkeypatch.setattr(evaluation, "generate", lambda directory, *_: script[Path(directory).name])
+    for name in ("full", "low"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    return script
+
+
+def test_counts_and_pairs(scripted: dict[str, list[str]], tmp_path: Path) -> None:
+    scripted["full"] = ["0", "1", "2", "3", "4", "x", "x", "x"]
+    scripted["low"] = ["0", " 1", "no no no no", "", "4", "5", "x", "y"]
+    found = evaluation.evaluate_many(
+        [("low", tmp_path / "low")], tmp_path / "full", _questions(), kl_samples=0
+    )
+    record = found["low"].to_json()
+    assert list(found) == ["fp", "low"]
+    assert (record["n"], record["exact_match"]) == (8, 0.5)
+    assert record["by_type"] == {"even": 0.5, "odd": 0.5}
+    assert record["n_by_type"] == {"even": 4, "odd": 4}
+    assert (record["empty"], record["repeating"]) == (1, 1)
+    pairs = record["paired"]
+    assert (pairs["right_to_wrong"], pairs["wrong_to_right"]) == (2, 1)
+    assert record["agreement"] == 4 / 8  # 0, 1, 4 and the wrong x
+    assert record["kl_mean"] is None and record["top1"] is None
+    full = found["fp"].to_json()
+    assert (full["exact_match"], full["kl_mean"], full["top1"]) == (5 / 8, 0.0, 1.0)
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_result_file_serves_as_reference(scripted: dict[str, list[str]], tmp_path: Path) -> None:
+    scripted["full"] = [str(i) for i in range(8)]
+    scripted["low"] = ["0", *["x"] * 7]
+    first = evaluation.evaluate(tmp_path / "full", None, _questions())
+    path = tmp_path / "full.json"
+    evaluation.write_json(path, first.to_json(answers=True))
+    second = evaluation.evaluate(tmp_path / "low", path, _questions())
+    assert second.paired is not None and second.paired.right_to_wrong == 7
+    with pytest.raises(UserError, match="other questions"):
+        evaluation.evaluate(tmp_path / "low", path, _questions()[::-1])
+    path.write_text("[]")
+    with pytest.raises(UserError, match="not a result"):
+        evaluation.evaluate(tmp_path / "low", path, _questions())
+
+
+def test_overlap_with_calibration_is_found(scripted: dict[str, list[str]], tmp_path: Path) -> None:
+    scripted["low"] = ["0"] * 8
+    questions = _questions()
+    assert evaluation.evaluate(tmp_path / "low", None, questions).calibration_overlap is None
+    hashes = [sample_sha256(questions[3]), "0" * 64]
+    report = {"calibration": {"sample_sha256": hashes}}
+    (tmp_path / "low" / "report.json").write_text(json.dumps(report))
+    assert evaluation.evaluate(tmp_path / "low", None, questions).calibration_overlap == ("3",)
+
+
+def test_what_is_refused(tmp_path: Path, twins: tuple[Path, Path]) -> None:
+    questions = _questions()
+    with pytest.raises(UserError, match="no config.json"):
+        evaluation.evaluate(tmp_path, None, questions)
+    quantized = tmp_path / "q"
+    quantized.mkdir()
+    config = {"quantization_config": {"quant_method": "qig", "scheme": "w3a16"}}
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantized"):
+        evaluation.evaluate(twins[0], quantized, questions)
+    with pytest.raises(UserError, match="samples with answers"):
+        evaluation.evaluate(twins[0], None, [])
+    with pytest.raises(UserError, match="unknown split"):
+        evaluation.load_samples("demo:exam", 1)
+    with pytest.raises(UserError, match="at least 1"):
+        evaluation.load_samples("demo", 0)
+
+
+def test_batched_answers_equal_single_ones(twins: tuple[Path, Path]) -> None:
+    """Padding on the left must change nothing: short and long prompts in one batch."""
+    full, _ = twins
+    questions = evaluation.load_samples("demo:dev", 8)
+    model, processor = load_model(full, model_dtype(full)).float(), load_processor(full)
+    together = generate_with(model, processor, questions, 8, lambda *_: None)
+    apart = [generate_with(model, processor, [q], 8, lambda *_: None)[0] for q in questions]
+    assert together == apart and len(set(together)) > 1
+
+
+def test_command_writes_json(
+    twins: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, noisy = twins
+    out = tmp_path / "r.json"
+    status = main(
+        ["evaluate", str(noisy), "--reference", str(full), "--data", "demo", "--n", "16"]
+        + ["--engine", "transformers", "--max-tokens", "4", "--json", str(out)]
+    )
+    shown = capsys.readouterr()
+    assert status == 0 and "exact match" in shown.out and "KL on answer tokens" in shown.err
+    record = json.loads(out.read_text())
+    assert record["n"] == 16 and record["kl_mean"] > 0 and record["kl"]["samples"] == 16
+    assert set(record["by_type"]) == {"color", "shape", "count", "exist", "relation"} | {
+        "digit",
+        "word",
+        "caption",
+    }
+    assert len(record["answers"]) == 16 and record["reference"]["kl_mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--data", "demo"], "give a model directory, or --server"),
+        (["x", "--data", "none.jsonl"], "none.jsonl does not exist"),
+        (["x", "--data", "demo", "--json", "no/such/r.json"], "does not exist"),
+        (["no-model", "--data", "demo", "--n", "1"], "no config.json"),
+    ],
+)
+def test_command_says_what_is_wrong(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", *words]) == 2
+    err = capsys.readouterr().err
+    assert says in err and "Traceback" not in err
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Answers with the last word of the question; refuses questions with a 3 in them."""
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on the terminal."""
+
+    def _send(self, status: int, record: dict[str, Any]) -> None:
+        body = json.dumps(record).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self._send(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        picture, text = request["messages"][0]["content"]
+        assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+        assert request["temperature"] == 0 and request["model"] == "m"
+        if "3" in text["text"]:
+            self._send(400, {"error": {"message": "no threes"}})
+            return
+        message = {"role": "assistant", "content": text["text"].rstrip("?")}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self._send(200, {"id": "1", "object": "chat.completion", "choices": [choice]})
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def test_failed_requests_are_counted_and_not_scored(server: str) -> None:
+    result = evaluation.evaluate_server(server, None, _questions())
+    record = result.to_json(answers=True)
+    assert (record["n"], record["failed"], record["exact_match"]) == (7, 1, 1.0)
+    assert record["n_by_type"] == {"even": 4, "odd": 3}
+    assert "no threes" in record["failures"][0] and record["answers"][3]["output"] is None
+
+
+def test_a_server_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="is it running"):
+        evaluation.evaluate_server("http://127.0.0.1:9", None, _questions(1))

@@ -1,0 +1,130 @@
+"""Reading samples: the one JSON line, and what is said about lines that are not."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from qig_serve.errors import UserError
+from qig_serve.samples import (
+    Sample,
+    load_image,
+    overlap,
+    read_samples,
+    sample_from_parts,
+    sample_sha256,
+    set_sha256,
+)
+
+
+def _line(url: str, question: str = "What?", **rest: Any) -> str:
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": question},
+    ]
+    return json.dumps({"messages": [{"role": "user", "content": content}], **rest})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "images" / "red.png")
+    return tmp_path
+
+
+def test_paths_data_urls_and_text(folder: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(buffer, "BMP")
+    url = "data:image/bmp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    (folder / "q.jsonl").write_text(
+        "\n".join(
+            [
+                _line("images/red.png", "What?", id="7", type="color", answer="red"),
+                "",
+                _line(url, "What?", answer="red"),
+                json.dumps({"messages": [{"role": "user", "content": "Hi"}], "answer": "hello"}),
+            ]
+        )
+    )
+    first, second, third = read_samples(folder / "q.jsonl", scored=True)
+    assert (first.id, first.type, first.question, first.answer) == ("7", "color", "What?", "red")
+    assert (second.id, second.type) == ("3", "all")
+    assert third.images == [] and third.question == "Hi"
+    # The same pixels in another file format are the same sample.
+    assert sample_sha256(first) == sample_sha256(second) != sample_sha256(third)
+    assert overlap([first, third], [sample_sha256(second)]) == ["7"]
+
+
+def test_lines_without_answer_calibrate_but_are_not_scored(folder: Path) -> None:
+    lines = [_line("images/red.png"), _line("images/red.png", answer="red")]
+    (folder / "q.jsonl").write_text("\n".join(lines))
+    assert len(read_samples(folder / "q.jsonl")) == 2
+    assert [s.answer for s in read_samples(folder / "q.jsonl", scored=True)] == ["red"]
+    (folder / "q.jsonl").write_text(lines[0])
+    with pytest.raises(UserError, match="no line has an answer"):
+        read_samples(folder / "q.jsonl", scored=True)
+
+
+def test_a_conversation_that_ends_with_the_answer(folder: Path) -> None:
+    record = json.loads(_line("images/red.png"))
+    record["messages"].append({"role": "assistant", "content": "red"})
+    (folder / "q.jsonl").write_text(json.dumps(record))
+    (sample,) = read_samples(folder / "q.jsonl", scored=True)
+    assert sample.answer == "red" and [m["role"] for m in sample.messages] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: a sample needs a"),
+        ('{"messages": []}', "line 2: the conversation has no user turn"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "line 2: every message needs a role"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "line 2: the content"),
+        ('{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}', "line 2: a part must"),
+        (_line("images/none.png"), "line 2: the image .*none.png does not exist"),
+        (_line("https://example.org/x.png"), "line 2: .* is on a network"),
+        (_line("data:image/png;base64,***"), "line 2: the data URL is not valid base64"),
+        (_line("images/red.png", answer=3), 'line 2: "answer" must be text, not int'),
+    ],
+)
+def test_a_bad_line_is_named(folder: Path, line: str, says: str) -> None:
+    (folder / "q.jsonl").write_text(_line("images/red.png", answer="red") + "\n" + line)
+    with pytest.raises(UserError, match=says):
+        read_samples(folder / "q.jsonl")
+
+
+def test_missing_empty_and_binary_files(folder: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_samples(folder / "none.jsonl")
+    (folder / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no samples"):
+        read_samples(folder / "empty.jsonl")
+    with pytest.raises(UserError, match="not a text file"):
+        read_samples(folder / "images" / "red.png")
+
+
+def test_an_unreadable_picture_is_named(folder: Path) -> None:
+    (folder / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"broken.png cannot be read"):
+        load_image(folder / "broken.png")
+
+
+def test_set_hash_ignores_order() -> None:
+    assert set_sha256(["a", "b"]) == set_sha256(["b", "a"]) != set_sha256(["a"])
+
+
+def test_hash_tells_pixels_and_questions_apart() -> None:
+    def sample(color: str, question: str, answer: str) -> Sample:
+        return sample_from_parts("1", "t", Image.new("RGB", (2, 2), color), question, answer)
+
+    base = sample_sha256(sample("red", "What?", "red"))
+    assert base == sample_sha256(sample("red", "What?", "another answer"))
+    assert base != sample_sha256(sample("blue", "What?", "red"))
+    assert base != sample_sha256(sample("red", "Which?", "red"))
