@@ -1,0 +1,166 @@
+"""Where token weights come from: one function a source, all giving importance [B, T] or weights.
+
+`uniform` and `qig` need one block; `modality` (MBQ, arXiv 2412.19509) and `gradient` need one
+backward pass of the whole model from the answer loss, which is the only place where that happens;
+`attention` and `perturbation` are the other sensitivities of the QIG paper's table 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qig_serve.errors import UserError
+from qig_serve.offline.capture import ModuleCall, first_output
+
+TEXT, IMAGE = 1, 2
+MODALITIES = {"text": TEXT, "image": IMAGE}
+
+
+@dataclass
+class AnswerGradients:
+    """|dL/dy| of the answer loss L at the outputs y of modules: mean over channels."""
+
+    magnitude: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    """Module name in the model -> batch index -> [B, T] on the host."""
+
+
+def answer_loss(logits: torch.Tensor, ids: torch.Tensor, answer_mask: torch.Tensor) -> torch.Tensor:
+    """Sum over answer tokens of their negative log-likelihood.
+
+    logits [B, T, V]; ids [B, T]; answer_mask [B, T] is True at the answers' own positions, each
+    predicted from the position before.
+    """
+    wanted = answer_mask[:, 1:]
+    return nn.functional.cross_entropy(
+        logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum"
+    )
+
+
+def answer_gradients(
+    model: nn.Module,
+    forward: Callable[[int], torch.Tensor],
+    batches: Sequence[Any],
+    layers: Sequence[nn.Module],
+    modules: Sequence[str],
+) -> AnswerGradients:
+    """One backward pass of the whole model a batch.
+
+    `forward(b)` gives the logits [B, T, V] of batch b; `layers` are the decoder blocks and
+    `modules` names inside a block at whose outputs gradients are taken, kept as "{block}.{name}".
+    UserError when no batch has an answer.
+    """
+    if not any(bool(batch.answer_mask.any()) for batch in batches):
+        raise UserError(
+            "these token weights come from the gradient of the answer loss, but no calibration "
+            "sample has an answer: use another method, or data with answers"
+        )
+    result = AnswerGradients()
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            outputs[name] = first_output(output)
+
+        return hook
+
+    def require_grad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Parameters need no gradient: the graph starts at the first block's input.
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        hidden = kwargs["hidden_states"].detach().requires_grad_()
+        return args, {**kwargs, "hidden_states": hidden}
+
+    handles = [layers[0].register_forward_pre_hook(require_grad, with_kwargs=True)]
+    for index, layer in enumerate(layers):
+        for name in modules:
+            hook = keep(f"{index}.{name}")
+            handles.append(layer.get_submodule(name).register_forward_hook(hook))
+    model.requires_grad_(False)
+    try:
+        for b, batch in enumerate(batches):
+            if not bool(batch.answer_mask.any()):
+                continue
+            outputs.clear()
+            with torch.enable_grad():
+                logits = forward(b)
+                loss = answer_loss(
+                    logits, batch.ids.to(logits.device), batch.answer_mask.to(logits.device)
+                )
+                names = list(outputs)
+                gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
+            for name, gradient in zip(names, gradients, strict=True):
+                mean = gradient.float().abs().mean(-1).cpu()
+                result.magnitude.setdefault(name, {})[b] = mean
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def modality_means(magnitude: dict[int, torch.Tensor], batches: Sequence[Any]) -> dict[int, float]:
+    """Mean gradient magnitude of each modality's real tokens over all samples.
+
+    Modality code -> mean; a modality without tokens is absent.
+    """
+    means = {}
+    for code in MODALITIES.values():
+        total, count = 0.0, 0
+        for b, values in magnitude.items():
+            batch = batches[b]
+            mask = (batch.token_mask & (batch.modality == code)).cpu()
+            total += float(values[mask].double().sum())
+            count += int(mask.sum())
+        if count:
+            means[code] = total / count
+    return means
+
+
+def modality_importance(
+    means: dict[int, float], modality: torch.Tensor, token_mask: torch.Tensor
+) -> torch.Tensor:
+    """MBQ's weights: every real token gets the mean of its modality; [B, T]."""
+    importance = torch.zeros(token_mask.shape, device=token_mask.device)
+    for code, mean in means.items():
+        importance = torch.where((modality == code) & token_mask, mean, importance)
+    return importance
+
+
+@torch.no_grad()
+def attention_importance(
+    attention: nn.Module, call: ModuleCall, token_mask: torch.Tensor
+) -> torch.Tensor:
+    """Attention that each token receives, mean over heads and over real queries; [B, T].
+
+    `call` is the block's call of its attention module. Runs it with the eager implementation,
+    the one that returns its weights.
+    """
+    config = attention.config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        output = attention(*call.args, **{**call.kwargs, **_additive_mask(call)})
+    finally:
+        config._attn_implementation = before
+    weights = output[1]  # [B, H, queries, keys]
+    queries = token_mask[:, None, :, None]
+    received = (weights * queries).sum(2).mean(1) / token_mask.sum(-1, keepdim=True)
+    return received * token_mask
+
+
+def _additive_mask(call: ModuleCall) -> dict[str, torch.Tensor]:
+    """The attention mask as eager attention wants it: added to the scores, causal if absent."""
+    hidden, mask = call.hidden, call.kwargs.get("attention_mask")
+    if mask is None:
+        t = hidden.shape[1]
+        mask = torch.ones(t, t, dtype=torch.bool, device=hidden.device).tril()[None, None]
+    if mask.dtype == torch.bool:
+        low = torch.finfo(hidden.dtype).min
+        mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+            ~mask, low
+        )
+    return {"attention_mask": mask}

@@ -1,0 +1,161 @@
+"""Activations: where they wait, how they are caught, and how one module runs quantized.
+
+One decoder block is resident at a time and one batch passes it at a time. What a stream of hidden
+states holds between blocks waits in host memory or on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qig_serve.errors import UserError
+from qig_serve.offline.attribution import quantize_activation_ste
+
+
+class Store:
+    """One tensor a batch, in host memory, or in files of `folder` if that is given."""
+
+    def __init__(self, folder: Path | None = None, name: str = "") -> None:
+        self._folder = folder
+        self._name = name
+        self._tensors: dict[int, torch.Tensor] = {}
+
+    def put(self, index: int, tensor: torch.Tensor) -> None:
+        """Keep the tensor of batch `index`; an earlier one is replaced."""
+        tensor = tensor.detach()
+        if self._folder is None:
+            self._tensors[index] = tensor.to("cpu")
+        else:
+            torch.save(tensor.to("cpu"), self._folder / f"{self._name}-{index}.pt")
+
+    def get(self, index: int, device: torch.device | str) -> torch.Tensor:
+        """The tensor of batch `index` on a device."""
+        if self._folder is None:
+            return self._tensors[index].to(device)
+        path = self._folder / f"{self._name}-{index}.pt"
+        return torch.load(path, map_location=device, weights_only=True)
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._tensors.clear()
+        if self._folder is not None:
+            for path in self._folder.glob(f"{self._name}-*.pt"):
+                path.unlink()
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """How a block calls one of its modules, so that the call can be repeated with other inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The module's input, [B, T, C]."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def without_input(self) -> ModuleCall:
+        """The call less its input, which is large; masks and position embeddings stay."""
+        if self.args:
+            return ModuleCall((None, *self.args[1:]), self.kwargs)
+        return ModuleCall((), {**self.kwargs, "hidden_states": None})
+
+    def with_input(self, hidden: torch.Tensor) -> ModuleCall:
+        """The same call with another input."""
+        if self.args:
+            return ModuleCall((hidden, *self.args[1:]), self.kwargs)
+        return ModuleCall((), {**self.kwargs, "hidden_states": hidden})
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """The hidden states among what a module returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Caught(Exception):
+    """Ends a forward pass once everything wanted from it is there."""
+
+
+def catch_call(
+    block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any]
+) -> ModuleCall:
+    """The call that `block(hidden, **kwargs)` makes to `module`; the pass ends there."""
+    caught: list[ModuleCall] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        caught.append(ModuleCall(args, dict(named)))
+        raise _Caught
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        block(hidden, **kwargs)
+    except _Caught:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise RuntimeError("the block did not call the module")
+
+
+def run_module(
+    module: nn.Module, call: ModuleCall, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The module's output [B, T, N], with some parameters replaced (name in the module -> value)."""
+    if not weights:
+        return first_output(module(*call.args, **call.kwargs))
+    output = torch.func.functional_call(module, dict(weights), call.args, call.kwargs)
+    return first_output(output)
+
+
+@contextmanager
+def quantized_activations(linears: Sequence[nn.Module], enabled: bool = True) -> Iterator[None]:
+    """Inside, the inputs of these linears are int8-quantized a token (straight-through)."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (quantize_activation_ste(args[0]), *args[1:])
+
+    handles = [m.register_forward_pre_hook(hook) for m in linears] if enabled else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def observed_inputs(
+    linears: Mapping[str, nn.Module], observe: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Inside, `observe(name, input [B, T, K])` is called for every input of these linears.
+
+    Enter it inside `quantized_activations` to see the inputs as the integer product does.
+    """
+
+    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            observe(name, args[0])
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(make_hook(n)) for n, m in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """UserError when the tensor holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(
+            f"{what}: NaN or infinity. Check that the model's weights are intact and that it works "
+            "in full precision."
+        )

@@ -1,0 +1,198 @@
+"""QuantRecipe: every choice of a quantization run. One model for YAML, command line and Python.
+
+A method is a set of defaults; whatever is set explicitly wins, so each ingredient has its switch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qig_serve.errors import UserError
+from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
+
+Method = Literal["qig", "qig+", "mbq", "awq", "awq-clip", "smoothquant", "gptq", "rtn"]
+RangeSearch = Literal["minmax", "mse", "energy", "conditional", "hessian"]
+Compensation = Literal["none", "gptq", "gptaq", "qronos"]
+TokenWeights = Literal["uniform", "modality", "gradient", "attention", "perturbation", "qig"]
+
+# What a method means, as values of the fields below.
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"equalize": "none", "token_weights": "uniform"},
+    "awq": {"equalize": "search", "token_weights": "uniform"},
+    # AWQ's clip search: the range of a group that costs its outputs least.
+    "awq-clip": {"equalize": "search", "token_weights": "uniform", "range_search": "hessian"},
+    "mbq": {"equalize": "search", "token_weights": "modality"},
+    "qig": {"equalize": "search", "token_weights": "qig"},
+    "smoothquant": {"equalize": "smoothquant", "token_weights": "uniform"},
+    "gptq": {"equalize": "none", "token_weights": "uniform", "compensation": "gptq"},
+    "qig+": {
+        "equalize": "search",
+        "token_weights": "qig",
+        "search_input": "quantized",
+        "range_search": "energy",
+        "compensation": "gptaq",
+        "scale_refit": True,
+    },
+}
+
+EXECUTION_FIELDS = frozenset({"device", "offload"})
+"""Fields that say where a run happens, and not what it computes."""
+
+
+class QuantRecipe(BaseModel):
+    """The settings of one run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheme: str = Field("w3a16", description="w3a16 or w4a8")
+    method: Method = Field("qig", description="a set of defaults for the fields below")
+
+    calib: str = Field(
+        "", description="calibration data: a JSONL file, a LLaVA JSON, a folder, or 'demo'"
+    )
+    image_folder: str | None = Field(None, description="where the images of a LLaVA JSON lie")
+    samples: int = Field(128, ge=1, description="calibration samples")
+    seed: int = Field(0, ge=0, description="seed of the choice of samples and of everything else")
+    max_length: int = Field(2048, ge=1, description="longest sample in tokens; longer is an error")
+    text_only: bool = Field(False, description="allow calibration without images")
+
+    token_weights: TokenWeights = Field("qig", description="how tokens are weighted in the losses")
+    iqr: bool = Field(True, description="clip token importance to the quartile fences")
+    baseline: Literal["zero", "quantized"] = Field(
+        "zero", description="start of the integration path (default: zero, for w4a8 quantized)"
+    )
+    quadrature: Literal["gauss", "uniform"] = Field("gauss", description="rule along the path")
+    steps: int = Field(4, ge=1, le=256, description="nodes of the quadrature")
+
+    equalize: Literal["search", "smoothquant", "none"] = Field(
+        "search", description="how equalization scales are chosen"
+    )
+    grid: int = Field(20, ge=1, description="equalization exponents 0, 1/grid, ...")
+    smooth_alpha: float = Field(0.5, ge=0, le=1, description="exponent of smoothquant")
+    loss: Literal["mae", "mse"] = Field("mae", description="loss of the search")
+    search_input: Literal["fp", "quantized"] = Field(
+        "fp",
+        description="input of the quantized branch in the search: of the full-precision prefix "
+        "(as the paper), or of the quantized prefix",
+    )
+
+    range_search: RangeSearch = Field(
+        "minmax", description="what an error costs while ranges are searched; minmax: no search"
+    )
+    compensation: Compensation = Field("none", description="error compensation while rounding")
+    act_order: bool = Field(True, description="compensate in descending order of input energy")
+    damp: float = Field(0.01, gt=0, description="damping, as a fraction of the mean energy")
+    scale_refit: bool = Field(False, description="closed-form refit of scales after rounding")
+    polish_sweeps: int = Field(0, ge=0, description="coordinate-descent sweeps over the codes")
+    effort: Literal["normal", "high"] = Field("normal", description="high: learned rounding too")
+
+    batch_tokens: int = Field(2048, ge=1, description="tokens that pass a block at a time")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    offload: Literal["ram", "disk"] = Field("ram", description="where activations wait")
+    allow_fallbacks: bool = Field(
+        False, description="finish even if a step had to fall back to a simpler one"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_method(cls, values: Any) -> Any:
+        """Fills what is not set from the method and the scheme."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(METHODS.get(values.get("method", "qig"), {}))
+        scheme = SCHEMES.get(str(values.get("scheme", "w3a16")))
+        if scheme is not None and scheme.activation_bits is not None:
+            filled["baseline"] = "quantized"
+        return {**filled, **values}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantRecipe:
+        scheme = get_scheme(self.scheme)
+        if self.baseline == "quantized" and scheme.activation_bits is None:
+            raise ValueError(
+                f"baseline quantized needs quantized activations, which {self.scheme} has not"
+            )
+        return self
+
+    @property
+    def quant_scheme(self) -> QuantScheme:
+        """The scheme of the weights."""
+        return get_scheme(self.scheme)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether rounding looks at the inputs of a linear, or only at its weight."""
+        return (
+            self.range_search != "minmax"
+            or self.compensation != "none"
+            or self.scale_refit
+            or self.polish_sweeps > 0
+            or self.effort == "high"
+        )
+
+    def recorded(self) -> dict[str, Any]:
+        """What the checkpoint says: all but EXECUTION_FIELDS."""
+        return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS))
+
+    def to_yaml(self) -> str:
+        """All fields as YAML, readable by `load_recipe`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's settings: 128 image-caption pairs, 32 equal steps, 20 exponents, MAE, IQR clip,
+    # the full-precision path with a zero baseline (w3a16) or the quantized input (w4a8).
+    "paper-w3a16": {
+        "scheme": "w3a16",
+        "method": "qig",
+        "quadrature": "uniform",
+        "steps": 32,
+        "baseline": "zero",
+    },
+    "paper-w4a8": {
+        "scheme": "w4a8",
+        "method": "qig",
+        "quadrature": "uniform",
+        "steps": 32,
+        "baseline": "quantized",
+    },
+    "ours-w3a16": {"scheme": "w3a16", "method": "qig+"},
+    "ours-w4a8": {"scheme": "w4a8", "method": "qig+"},
+}
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe") -> QuantRecipe:
+    """A validated recipe; UserError with one sentence that names the field."""
+    try:
+        return QuantRecipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(QuantRecipe.model_fields)
+            raise UserError(f"{where}: unknown field {place!r}; the fields are {known}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {place + ': ' if place else ''}{message}") from None
+
+
+def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """The explicit fields of a preset or of a YAML file; validated by `make_recipe` later."""
+    if name_or_path in PRESETS:
+        return dict(PRESETS[name_or_path])
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UserError(
+            f"no recipe file {name_or_path}, and no preset of that name: "
+            f"the presets are {', '.join(PRESETS)}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold fields and values, one a line")
+    return values

@@ -1,0 +1,101 @@
+"""What a quantization run found out: the content of report.json, block by block.
+
+Plain data. report.html and the model card are rendered from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REPORT_FILE = "report.json"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TokenShare(_Data):
+    """How much of the token weight one modality gets, over all samples."""
+
+    tokens: int
+    """Real tokens of this modality."""
+    before_clip: float
+    """Share of the importance before outliers are clipped, 0..1."""
+    after_clip: float
+    """Share of the token weights that the search used, 0..1."""
+
+
+class ModuleReport(_Data):
+    """One equalization search: a previous op, the linears behind it, the module of the loss."""
+
+    name: str
+    linears: list[str]
+    loss_module: str
+    exponent: float
+    """The chosen r (smoothquant: alpha; 0 without equalization)."""
+    loss: float
+    """Weighted loss with the chosen scales."""
+    loss_rtn: float
+    """The same loss at the same bits without equalization: round to nearest."""
+    losses: list[float] = Field(default_factory=list)
+    """Loss of every exponent of the grid."""
+    completeness: float | None = None
+    """|sum of I - (F(X) - F(X0))| / |F(X) - F(X0)|; None unless weights come from QIG."""
+    token_shares: dict[str, TokenShare] = Field(default_factory=dict)
+    """By modality: image, text."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall time of capture, token_weights and search."""
+
+
+class BlockReport(_Data):
+    """One decoder block."""
+
+    index: int
+    modules: list[ModuleReport] = Field(default_factory=list)
+    linears: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Rounding, a linear: output error after each step as fractions of the output's energy."""
+    output_error: float = 0.0
+    """Mean squared error of the block's output in the quantized model over the mean square of
+    the full-precision output, real tokens only."""
+    seconds: float = 0.0
+    host_bytes: int = 0
+    """Peak resident memory of the process so far."""
+    device_bytes: int = 0
+    """Peak memory allocated on the GPU so far; 0 on a CPU."""
+
+
+class QuantizationReport(_Data):
+    """One run."""
+
+    format_version: int = 1
+    model: str
+    family: str
+    scheme: str
+    method: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    """source, samples, sha256, seed, and tokens by modality."""
+    blocks: list[BlockReport] = Field(default_factory=list)
+    left_alone: list[str] = Field(default_factory=list)
+    """Modules that stay in 16 bits on purpose."""
+    warnings: list[str] = Field(default_factory=list)
+    fallbacks: list[str] = Field(default_factory=list)
+    """Steps that had to take a simpler way; a run with any fails unless allow_fallbacks."""
+    seconds: float = 0.0
+    producer: str = ""
+
+    def summary(self) -> dict[str, float]:
+        """A few figures for config.json."""
+        modules = [m for b in self.blocks for m in b.modules]
+        complete = [m.completeness for m in modules if m.completeness is not None]
+        before, after = sum(m.loss_rtn for m in modules), sum(m.loss for m in modules)
+        figures = {"seconds": round(self.seconds, 3), "blocks": len(self.blocks)}
+        if before > 0:
+            figures["search_loss_over_rtn"] = after / before
+        if complete:
+            figures["completeness_worst"] = max(complete)
+        if self.blocks:
+            figures["output_error_last_block"] = self.blocks[-1].output_error
+        return figures

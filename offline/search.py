@@ -1,0 +1,123 @@
+"""The equalization search: one loss, one grid; methods differ only in the token weights.
+
+    min over s of sum_t lambda_t loss( f(X / s, Q_W(W diag(s))), f(X, W) )_t
+
+f is the module at whose output the loss is measured (attention, MLP, or one linear); for w4a8 the
+inputs of all its linears are int8-quantized in the first term. Token weights sum to 1 a sample.
+Uniform weights make it AWQ's search (arXiv 2306.00978), one weight a modality MBQ's (2412.19509),
+integrated gradients QIG's (2603.17809).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from qig_serve.errors import UserError
+from qig_serve.formats import QuantScheme
+from qig_serve.offline.capture import ModuleCall, quantized_activations, run_module
+from qig_serve.packing import fake_quantize, scale_dtype
+
+Loss = Literal["mae", "mse"]
+
+
+@dataclass(frozen=True)
+class SearchBatch:
+    """One batch for the search."""
+
+    call: ModuleCall
+    """The quantized branch's call of the module, input [B, T, C]."""
+    target: torch.Tensor
+    """The module's full-precision output [B, T, N]."""
+    token_weights: torch.Tensor
+    """lambda [B, T]."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice of scales."""
+
+    exponent: float
+    scales: torch.Tensor
+    """One an output of the previous op: what is folded."""
+    columns: torch.Tensor
+    """One an input of the linears, as stored: what the search multiplies by."""
+
+
+def token_loss(output: torch.Tensor, target: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """Loss of each token, [B, T], fp32: mean over output channels of |error| or error^2."""
+    error = output.float() - target.float()
+    return error.abs().mean(-1) if loss == "mae" else error.square().mean(-1)
+
+
+def weighted_loss(
+    output: torch.Tensor, target: torch.Tensor, token_weights: torch.Tensor, loss: Loss
+) -> torch.Tensor:
+    """Sum over samples of sum_t lambda_t loss_t; a scalar in fp32."""
+    return (token_loss(output, target, loss) * token_weights).sum()
+
+
+def quantized_weights(
+    module: nn.Module,
+    linears: Sequence[str],
+    columns: torch.Tensor | None,
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Q(W diag(s)) of a module's linears, round-to-nearest: parameter name -> fp32 [N, K].
+
+    `linears` are names inside the module ("" is the module itself); `dtype` is the model's.
+    """
+    weights = {}
+    for name in linears:
+        weight = module.get_submodule(name).weight.detach().float()
+        if columns is not None:
+            weight = weight * columns
+        key = f"{name}.weight" if name else "weight"
+        weights[key] = fake_quantize(weight, scheme, scale_dtype(scheme, dtype))
+    return weights
+
+
+def all_linears(module: nn.Module) -> list[nn.Module]:
+    """The linears of a module, itself included: those whose inputs w4a8 quantizes."""
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+@torch.no_grad()
+def evaluate_candidates(
+    module: nn.Module,
+    linears: Sequence[str],
+    candidates: Sequence[Candidate],
+    batches: Callable[[], Iterable[SearchBatch]],
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+    loss: Loss,
+    where: str,
+) -> list[float]:
+    """The loss of each candidate, a mean over samples. `where` names the module in errors."""
+    losses = []
+    for candidate in candidates:
+        weights = quantized_weights(module, linears, candidate.columns, scheme, dtype)
+        total, samples = 0.0, 0
+        with quantized_activations(all_linears(module), scheme.activation_bits is not None):
+            for batch in batches():
+                call = batch.call.with_input(batch.call.hidden / candidate.columns)
+                output = run_module(module, call, weights)
+                total += float(weighted_loss(output, batch.target, batch.token_weights, loss))
+                samples += len(batch.token_weights)
+        losses.append(total / max(samples, 1))
+    if not all(torch.isfinite(torch.tensor(losses))):
+        raise UserError(
+            f"{where}: the search met NaN or infinity. Check that the model works in full "
+            "precision on the calibration samples."
+        )
+    return losses
+
+
+def best(losses: Sequence[float]) -> int:
+    """Index of the smallest loss; of equal ones, the first (the smallest exponent)."""
+    return min(range(len(losses)), key=losses.__getitem__)
