@@ -9,7 +9,7 @@ tokens of LLaVA-OneVision) have None.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,7 @@ def token_boxes(
 
 def heat_map(
     weights: torch.Tensor,
-    boxes: dict[int, tuple[int, Box | None]],
+    boxes: Mapping[int, tuple[int, Box | None]],
     image: int,
     size: tuple[int, int],
 ) -> np.ndarray:

@@ -1,0 +1,227 @@
+"""The picture that explains the method: where in an image, and on which words, the weight lies."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from qig_serve.offline.token_map import Box, heat_map, token_boxes
+
+_LONGEST = 448  # pixels of the longer side of a picture in a report
+
+
+@dataclass(frozen=True)
+class TokenPicture:
+    """One sample with the token weights of some layers."""
+
+    name: str
+    images: tuple[Image.Image, ...]
+    boxes: Mapping[int, tuple[int, Box | None]]
+    """Position of an image token -> (which picture, its box): token_map.token_boxes."""
+    tokens: tuple[str, ...]
+    """Text of every token, "" for image tokens."""
+    counted: torch.Tensor
+    """[T] bool: tokens that take part in the method; template tokens do not."""
+    answer_start: int
+    """Position of the first token of the answer; len(tokens) if there is none."""
+    weights: Mapping[str, torch.Tensor]
+    """Layer -> token weights [T], which sum to 1."""
+
+    def image_share(self, layer: str) -> float:
+        """Share of the weight that lies on image tokens, 0..1."""
+        weights = self.weights[layer]
+        return float(weights[sorted(self.boxes)].sum() / weights.sum())
+
+    def words(self, layer: str) -> list[tuple[str, float, bool, bool]]:
+        """(word, its weight, whether it counts, whether it is of the answer) in order.
+
+        A word ends before a space or where the answer begins; its weight is its tokens' sum.
+        """
+        words: list[tuple[str, float, bool, bool]] = []
+        for position, text in enumerate(self.tokens):
+            if position in self.boxes or not text:
+                continue
+            counts, answer = bool(self.counted[position]), position >= self.answer_start
+            weight = float(self.weights[layer][position])
+            glued = words and not text[0].isspace() and not words[-1][0][-1:].isspace()
+            if glued and words[-1][2:] == (counts, answer):
+                words[-1] = (words[-1][0] + text, words[-1][1] + weight, counts, answer)
+            else:
+                words.append((text, weight, counts, answer))
+        return words
+
+
+def token_picture(
+    name: str,
+    config: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    images: Sequence[Image.Image],
+    counted: torch.Tensor,
+    answer_start: int,
+    weights: Mapping[str, torch.Tensor],
+) -> TokenPicture:
+    """From what the processor made of one sample (a batch of one, without padding).
+
+    UserError when the family's image tokens cannot be mapped to pixels.
+    """
+    ids = torch.as_tensor(inputs["input_ids"]).reshape(-1).tolist()
+    boxes = token_boxes(config, processor, dict(inputs), images)
+    texts = [
+        "" if i in boxes else processor.tokenizer.decode([token]) for i, token in enumerate(ids)
+    ]
+    return TokenPicture(
+        name,
+        tuple(images),
+        boxes,
+        tuple(texts),
+        counted.reshape(-1).bool().cpu(),
+        answer_start,
+        {layer: w.reshape(-1).float().cpu() for layer, w in weights.items()},
+    )
+
+
+def overlay(picture: TokenPicture, layer: str, image: int = 0) -> Image.Image:
+    """The image in grey with the weight laid over it: dark blue is little, yellow is much.
+
+    The scale is cividis, made for colour-blind readers, from 0 to the 99th percentile of the
+    pixels; brightness alone tells the order.
+    """
+    import matplotlib
+
+    original = picture.images[image].convert("RGB")
+    scale = min(1.0, _LONGEST / max(original.size))
+    if max(original.size) < _LONGEST // 2:  # small pictures are blown up, pixels kept sharp
+        scale = float(_LONGEST // 2 // max(original.size))
+    size = (max(1, round(original.width * scale)), max(1, round(original.height * scale)))
+    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    grey = np.asarray(original.resize(size, resample).convert("L"), np.float32) / 255
+    heat = heat_map(picture.weights[layer], picture.boxes, image, size)
+    top = float(np.percentile(heat, 99)) or float(heat.max()) or 1.0
+    colours = matplotlib.colormaps["cividis"](np.clip(heat / top, 0, 1))[..., :3]
+    mixed = 0.6 * colours + 0.4 * grey[..., None]
+    return Image.fromarray((mixed * 255).round().astype(np.uint8))
+
+
+def png_url(image: Image.Image) -> str:
+    """The picture as a data URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _place(picture: TokenPicture, layer: str, image: int) -> str:
+    """Where the weight lies, in words: the ninth of the picture with the most."""
+    heat = heat_map(picture.weights[layer], picture.boxes, image, (48, 48))
+    ninths = heat.reshape(3, 16, 3, 16).mean((1, 3))
+    if not ninths.any():
+        return "no weight on it"
+    row, column = np.unravel_index(ninths.argmax(), ninths.shape)
+    rows, columns = ("upper", "middle", "lower"), ("left", "centre", "right")
+    share = ninths.max() / ninths.sum()
+    return f"most in the {rows[row]} {columns[column]} ninth ({share:.0%} of the picture's weight)"
+
+
+def picture_html(picture: TokenPicture) -> str:
+    """The sample as HTML: the image plain and with each layer's weights, the words shaded."""
+    parts = [f"<h3>{html.escape(picture.name)}</h3>"]
+    for layer in picture.weights:
+        parts.append('<figure class="tokens"><div class="images">')
+        for number, image in enumerate(picture.images):
+            plain = image.convert("RGB")
+            plain.thumbnail((_LONGEST, _LONGEST))
+            shown = overlay(picture, layer, number)
+            alternative = html.escape(
+                f"{picture.name}, {layer}: token weights over image {number + 1}, "
+                + _place(picture, layer, number)
+            )
+            parts.append(
+                f'<img src="{png_url(plain)}" alt="{html.escape(picture.name)}: image '
+                f'{number + 1} as it was given" width="{shown.width}" height="{shown.height}">'
+                f'<img src="{png_url(shown)}" alt="{alternative}" '
+                f'width="{shown.width}" height="{shown.height}">'
+            )
+        parts.append(f'</div><p class="words">{_words_html(picture, layer)}</p>')
+        parts.append(
+            f"<figcaption>{html.escape(layer)}: {picture.image_share(layer):.0%} of the weight on "
+            "the image, the rest on the words; the darker a word, the more. Template tokens, in "
+            "small print, take no part; the answer is underlined.</figcaption></figure>"
+        )
+    return "\n".join(parts)
+
+
+def _words_html(picture: TokenPicture, layer: str) -> str:
+    words = picture.words(layer)
+    most = max((weight for _, weight, _, _ in words), default=0.0) or 1.0
+    out = []
+    for text, weight, counts, answer in words:
+        shown = html.escape(text).replace("\n", "&crarr;<wbr>")
+        if not counts:
+            out.append(f"<small>{shown}</small>")
+            continue
+        inner = f"<u>{shown}</u>" if answer else shown
+        style = f"background: rgba(var(--mark), {0.75 * weight / most:.2f})"
+        out.append(f'<span style="{style}" title="weight {weight:.2%}">{inner}</span>')
+    return "".join(out)
+
+
+PICTURE_STYLE = """
+.tokens .images { display: flex; flex-wrap: wrap; gap: 8px; }
+.tokens img { max-width: 100%; height: auto; }
+.words { line-height: 1.9; } .words span { padding: 2px 0; } .words small { opacity: 0.65; }
+"""
+
+
+def picture_png(picture: TokenPicture, path: Path) -> None:
+    """The same as one PNG: a row a layer, the image, its weights, and the words."""
+    from matplotlib.figure import Figure
+
+    layers, columns = list(picture.weights), 2 * len(picture.images) + 1
+    fig = Figure(figsize=(4 * columns, 4 * len(layers)), layout="constrained")
+    grid = fig.subplots(len(layers), columns, squeeze=False)
+    for row, layer in zip(grid, layers, strict=True):
+        for number, image in enumerate(picture.images):
+            row[2 * number].imshow(np.asarray(image.convert("RGB")))
+            row[2 * number + 1].imshow(np.asarray(overlay(picture, layer, number)))
+            row[2 * number + 1].set_title(
+                f"{layer}: {picture.image_share(layer):.0%} on the image", fontsize=9
+            )
+        for axes in row:
+            axes.set_axis_off()
+        _draw_words(row[-1], picture.words(layer))
+    fig.savefig(path, dpi=110)
+
+
+def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]], width: int = 36) -> None:
+    """Words in a monospaced face, shaded, `width` characters a line."""
+    axes.set_xlim(0, width)
+    axes.set_ylim(-24, 1)
+    most = max((weight for _, weight, counts, _ in words if counts), default=0.0) or 1.0
+    column, line = 0, 0
+    for text, weight, counts, answer in words:
+        shown = text.replace("\n", " ").strip()
+        if not shown:
+            continue
+        if column and column + len(shown) > width:
+            column, line = 0, line - 1
+        back = (0, 0.447, 0.698, 0.75 * weight / most if counts else 0.0)
+        axes.text(
+            column,
+            line,
+            shown,
+            family="monospace",
+            fontsize=8,
+            style="italic" if answer else "normal",
+            alpha=1.0 if counts else 0.5,
+            bbox={"facecolor": back, "edgecolor": "none", "pad": 1.5},
+        )
+        column += len(shown) + 1

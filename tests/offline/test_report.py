@@ -1,0 +1,258 @@
+"""report.json, report.html and the model card, from a report with every kind of figure."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from qig_serve.offline.pictures import TokenPicture, overlay, picture_png
+from qig_serve.offline.report import write_reports
+from qig_serve.offline.report_data import BlockReport, ModuleReport, QuantizationReport, TokenShare
+from qig_serve.offline.token_map import grid_boxes
+
+
+def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
+    def module(index: int, name: str) -> ModuleReport:
+        return ModuleReport(
+            name=name,
+            linears=[f"self_attn.{name}_proj"],
+            loss_module="self_attn",
+            exponent=0.1 * index + 0.2,
+            loss=0.5 / (index + 1),
+            loss_rtn=1.0 / (index + 1),
+            losses=[1.0, 0.5],
+            completeness=0.004 * (index + 1),
+            token_shares={
+                "image": TokenShare(tokens=36, before_clip=0.3, after_clip=0.6),
+                "text": TokenShare(tokens=20, before_clip=0.7, after_clip=0.4),
+            },
+            seconds={"capture": 0.1, "token_weights": 0.5, "search": 1.0},
+        )
+
+    values: dict[str, Any] = {
+        "model": "acme/tiny-vlm",
+        "family": "llava",
+        "scheme": "w3a16",
+        "method": "qig",
+        "recipe": {"scheme": "w3a16", "method": "qig", "seed": 3},
+        "calibration": {
+            "source": "demo",
+            "samples": 128,
+            "sha256": "ab" * 32,
+            "seed": 3,
+            "tokens": {"image": 4608, "text": 2000},
+        },
+        "blocks": [
+            BlockReport(
+                index=i,
+                modules=[module(i, "qkv"), module(i, "gate_up")],
+                linears={
+                    "self_attn.q_proj": {
+                        "output_energy": 2.0,
+                        "rtn": 0.1,
+                        "range": 0.05,
+                        "compensation": 0.02,
+                        "clip_ratio": 0.83,
+                    }
+                },
+                output_error=0.01 * (i + 1),
+                seconds=4.0,
+                host_bytes=1 << 30,
+            )
+            for i in range(blocks)
+        ],
+        "left_alone": ["vision_tower", "lm_head"],
+        "seconds": 20.0,
+        "producer": "qig-serve 0.1.0",
+    }
+    return QuantizationReport(**{**values, **rest})
+
+
+def make_result(exact: float, **rest: Any) -> dict[str, Any]:
+    return {
+        "n": 200,
+        "exact_match": exact,
+        "by_type": {"color": exact, "caption": exact},
+        "kl_mean": 0.01,
+        "evaluation_sha256": "cd" * 32,
+        **rest,
+    }
+
+
+EVALUATION = {
+    "data": "questions.jsonl",
+    "results": {
+        "fp": make_result(0.9),
+        "tiny": make_result(
+            0.81,
+            paired={
+                "difference": -0.09,
+                "interval": [-0.12, -0.05],
+                "right_to_wrong": 20,
+                "wrong_to_right": 2,
+                "p_value": 0.0001,
+            },
+            kl={"kl_mean": 0.01, "kl_p99": 0.2, "top1": 0.97, "perplexity_ratio": 1.02},
+            agreement=0.88,
+        ),
+    },
+}
+
+
+def make_picture(hot: int = 5) -> TokenPicture:
+    """A 4 x 4 grid of image tokens, all weight on one of them and on one word."""
+    words = ["<user>", *[""] * 16, "What", " is", " <b>?", "\n", "A", " square"]
+    weights = torch.zeros(len(words))
+    weights[1 + hot], weights[19] = 0.75, 0.25
+    counted = torch.ones(len(words), dtype=torch.bool)
+    counted[0] = False
+    boxes = {1 + i: (0, box) for i, box in enumerate(grid_boxes(4, 4))}
+    image = Image.new("RGB", (64, 64), (200, 200, 200))
+    return TokenPicture(
+        "sample 7", (image,), boxes, tuple(words), counted, 21, {"layer 0": weights}
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    config = {"quantization_config": {"tensor_parallel_sizes": [1, 2]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+class _Page(HTMLParser):
+    """Collects what a page loads and which pictures have no text alternative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.silent: list[str] = []
+        self.pictures = 0
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        assert tag != "script"
+        if "id" in named:
+            self.ids.append(str(named["id"]))
+        for name in ("src", "href", "xlink:href"):
+            if (value := named.get(name)) and not value.startswith(("data:", "#")):
+                self.loads.append(value)
+        if tag in ("img", "svg"):
+            self.pictures += 1
+            if not (named.get("alt") or named.get("aria-label")):
+                self.silent.append(tag)
+
+
+def test_the_page_is_whole_and_loads_nothing(directory: Path) -> None:
+    write_reports(make_report(), directory, [make_picture()], EVALUATION)
+    text = (directory / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.loads == [] and page.silent == []
+    assert page.pictures == 6 + 2  # six plots, the image and its overlay
+    assert len(page.ids) == len(set(page.ids))
+    assert "#010203" not in text and "url(http" not in text and "@import" not in text
+    for said in ("acme/tiny-vlm", "vision_tower", "ab" * 32, "after clipping", "0.83", "90.0%"):
+        assert said in text
+
+
+def test_references_inside_plots_resolve(directory: Path) -> None:
+    write_reports(make_report(), directory)
+    text = (directory / "report.html").read_text()
+    ids = set(re.findall(r'\bid="([^"]+)"', text))
+    used = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text)
+    assert used and set(used) <= ids
+
+
+def test_warnings_come_first(directory: Path) -> None:
+    report = make_report(warnings=["layer 2 <odd>"], fallbacks=["layer 3: damped"])
+    write_reports(report, directory)
+    text = (directory / "report.html").read_text()
+    body = text[text.index("<h1>") :]
+    assert body.index("layer 2 &lt;odd&gt;") < body.index("<svg")
+    assert body.index("Fallback: layer 3: damped") < body.index("<dl>")
+    card = (directory / "README.md").read_text()
+    assert "layer 2 <odd>" in card and "layer 3: damped" in card
+
+
+def test_card_metadata_and_recovery(directory: Path) -> None:
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nold text\n")
+    write_reports(make_report(), directory, (), EVALUATION)
+    card = (directory / "README.md").read_text()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["base_model"] == "acme/tiny-vlm" and data["license"] == "apache-2.0"
+    quantization = data["quantization"]
+    assert (quantization["scheme"], quantization["method"]) == ("w3a16", "qig")
+    assert quantization["calibration_sha256"] == "ab" * 32 and quantization["seed"] == 3
+    assert quantization["tensor_parallel_sizes"] == [1, 2] and "torch" in quantization["versions"]
+    assert quantization["evaluation"]["exact_match"] == 0.81
+    assert "| exact match (200 questions) | 90.0% | 81.0% | 90.0% |" in card
+    assert "-9.0 (-12.0 to -5.0)" in card and "20, 2, 0.0001" in card
+    assert "qig-serve serve" in card and "old text" not in card
+
+
+def test_without_evaluation_it_says_so(directory: Path) -> None:
+    write_reports(make_report(), directory)
+    card, page = (directory / "README.md").read_text(), (directory / "report.html").read_text()
+    assert "No evaluation was run" in card and "No evaluation was run" in page
+    assert "0.500" in card  # the calibration's own loss ratio
+    data = json.loads((directory / "report.json").read_text())
+    assert QuantizationReport.model_validate(data) == make_report()
+
+
+def test_a_local_path_stays_out_of_the_card(directory: Path) -> None:
+    write_reports(make_report(model="/home/me/models/secret-place"), directory)
+    card = (directory / "README.md").read_text()
+    assert "/home/me" not in card and "base_model: secret-place" in card
+
+
+def test_a_run_without_search_has_no_empty_plots(directory: Path) -> None:
+    """RTN: no modules, no rounding steps."""
+    blocks = [BlockReport(index=0, output_error=0.1, seconds=1.0)]
+    write_reports(
+        make_report(blocks=0, method="rtn", recipe={}).model_copy(update={"blocks": blocks}),
+        directory,
+    )
+    text = (directory / "report.html").read_text()
+    assert text.count("<svg") == 1 and "Token weights" not in text
+
+
+@pytest.mark.parametrize("hot", [0, 5, 15])
+def test_overlay_is_brightest_where_the_weight_lies(hot: int) -> None:
+    shown = torch.tensor(list(overlay(make_picture(hot), "layer 0").convert("L").tobytes()))
+    side = int(len(shown) ** 0.5)
+    cells = shown.view(4, side // 4, 4, side // 4).float().mean((1, 3)).reshape(-1)
+    assert int(cells.argmax()) == hot
+    assert cells[hot] > cells.sort().values[-2] + 40
+
+
+def test_words_are_joined_and_weighed() -> None:
+    picture = make_picture()
+    words = picture.words("layer 0")
+    assert [w[0] for w in words] == ["<user>", "What", " is", " <b>?", "\n", "A", " square"]
+    assert dict((w[0], w[1]) for w in words)[" <b>?"] == 0.25
+    assert [w[3] for w in words] == [False] * 5 + [True] * 2 and words[0][2] is False
+    assert picture.image_share("layer 0") == pytest.approx(0.75)
+
+
+def test_words_in_the_page_are_escaped_and_shaded(directory: Path) -> None:
+    write_reports(make_report(), directory, [make_picture()])
+    text = (directory / "report.html").read_text()
+    assert "<small>&lt;user&gt;</small>" in text and "<u> square</u>" in text
+    assert 'rgba(var(--mark), 0.75)" title="weight 25.00%"> &lt;b&gt;?' in text
+    assert "most in the middle centre ninth" in text or "most in the upper left ninth" in text
+
+
+def test_picture_as_png(tmp_path: Path) -> None:
+    picture_png(make_picture(), tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.width > 1000
