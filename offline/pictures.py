@@ -153,7 +153,7 @@ def picture_html(picture: TokenPicture) -> str:
         parts.append(f'</div><p class="words">{_words_html(picture, layer)}</p>')
         parts.append(
             f"<figcaption>{html.escape(layer)}: {picture.image_share(layer):.0%} of the weight on "
-            "the image, the rest on the words; the darker a word, the more. Template tokens, in "
+            "the image, the rest on the words; the stronger a word is shaded, the more. Template tokens, in "
             "small print, take no part; the answer is underlined.</figcaption></figure>"
         )
     return "\n".join(parts)

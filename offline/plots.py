@@ -33,14 +33,15 @@ STYLE = """
 """
 
 
-def figure(width: float = 8.0, height: float = 3.0) -> tuple[Figure, Any]:
+def figure(width: float = 9.0, height: float = 3.0) -> tuple[Figure, Any]:
     """A figure and its axes, drawn in ink on nothing."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained")
     axes = fig.add_subplot()
     axes.set_facecolor("none")
-    axes.tick_params(colors=_INK)
+    axes.tick_params(which="both", colors=_INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for side, spine in axes.spines.items():
         spine.set_color(_INK)
         spine.set_visible(side in ("left", "bottom"))
@@ -60,7 +61,13 @@ def finish(axes: Any, x: str, y: str) -> None:
     axes.set_ylabel(y, color=_INK)
     handles, _ = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(labelcolor=_INK, frameon=False, fontsize="small", loc="best")
+        axes.legend(
+            labelcolor=_INK,
+            frameon=False,
+            fontsize="small",
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+        )
 
 
 def svg(fig: Figure, alternative: str) -> str:
