@@ -1,16 +1,75 @@
-"""quantize."""
+"""Quantize a vision-language model and write a checkpoint that vLLM serves.
+
+examples:
+  qig-serve quantize MODEL --scheme w3a16 --calib calibration.jsonl --output DIR
+  qig-serve quantize MODEL --recipe paper-w4a8 --calib demo --output DIR
+  qig-serve quantize MODEL --scheme w4a8 --method awq --calib data.jsonl --print-recipe
+
+Every option below --recipe is a field of the recipe: a recipe file holds the same names. Values
+on the command line win over the file, and both over the defaults of the method.
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
-HELP = "quantize"
+HELP = "quantize a model with QIG, or with one of the methods it is compared with"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    from qig_serve.offline.recipe import PRESETS, QuantRecipe
+
+    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face model")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="checkpoint to write")
+    parser.add_argument("--resume", action="store_true", help="go on after an interrupted run")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument(
+        "--print-recipe", action="store_true", help="print the recipe as YAML, and do nothing"
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help=f"a YAML file, or one of {', '.join(PRESETS)}",
+    )
+    fields = parser.add_argument_group("recipe")
+    for name, field in QuantRecipe.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        default = "" if field.default in ("", None) else f" (default: {field.default})"
+        options: dict[str, Any] = {"dest": f"recipe_{name}", "default": argparse.SUPPRESS}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = name.upper()
+            if get_origin(field.annotation) is Literal:
+                options["metavar"] = "{" + ",".join(get_args(field.annotation)) + "}"
+        fields.add_argument(flag, help=f"{field.description}{default}", **options)
+
+
+def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's explicit fields: of the file or preset, then of the command line."""
+    from qig_serve.offline.recipe import load_recipe
+
+    values = load_recipe(args.recipe) if args.recipe else {}
+    given = {k.removeprefix("recipe_"): v for k, v in vars(args).items() if k[:7] == "recipe_"}
+    return {**values, **given}
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    raise NotImplementedError
+    from qig_serve.errors import UserError
+    from qig_serve.offline.recipe import make_recipe
+
+    recipe = make_recipe(recipe_values(args), args.recipe or "recipe")
+    if args.print_recipe:
+        print(recipe.to_yaml(), end="")
+        return 0
+    if args.output is None:
+        raise UserError("say where the checkpoint goes: --output DIR")
+
+    from qig_serve.offline.pipeline import quantize
+
+    quantize(args.model, args.output, recipe, resume=args.resume, quiet=args.quiet)
+    return 0
