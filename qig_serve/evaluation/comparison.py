@@ -1,0 +1,255 @@
+"""Methods side by side: figures over seeds, paired tests against full precision and each other.
+
+A run is one scheme, method and seed. Seeds draw other calibration samples and, of the
+demonstration set, other questions; pooled tests take all pairs of question and seed. With a fixed
+question file the questions are the same for every seed, so pooled p values are then too small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qig_serve.evaluate import EvaluationResult
+from qig_serve.evaluation.statistics import Paired, paired
+from qig_serve.evaluation.table import percent, small
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantization and its evaluation."""
+
+    scheme: str
+    method: str
+    seed: int
+    result: EvaluationResult
+    seconds: float
+    """Wall time of the quantization."""
+    peak_bytes: int
+    """Peak resident memory of the process that quantized."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One scheme and method over its seeds: means, and tests on all pairs."""
+
+    scheme: str
+    method: str
+    seeds: int
+    exact_match: float
+    by_type: dict[str, float]
+    against_full: Paired
+    kl_mean: float | None
+    kl_se: float | None
+    """Standard error of the mean over seeds where there are several, else over answers."""
+    kl_p99: float | None
+    top1: float | None
+    agreement: float | None
+    perplexity_ratio: float | None
+    seconds: float
+    peak_bytes: int
+
+
+def _correct(results: Sequence[EvaluationResult]) -> list[bool]:
+    return [answer.correct for result in results for answer in result.answers]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _error(results: Sequence[EvaluationResult]) -> float | None:
+    means = [r.divergence.kl_mean for r in results if r.divergence]
+    if len(means) > 1:
+        centre = sum(means) / len(means)
+        spread = sum((m - centre) ** 2 for m in means) / (len(means) - 1)
+        return math.sqrt(spread / len(means))
+    return results[0].divergence.kl_se if results[0].divergence else None
+
+
+def summarize(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> list[Summary]:
+    """A summary a scheme and method, in the order of the runs. `full`: seed -> full precision."""
+    out = []
+    for scheme, method in dict.fromkeys((r.scheme, r.method) for r in runs):
+        own = [r for r in runs if (r.scheme, r.method) == (scheme, method)]
+        results = [r.result for r in own]
+        kinds = results[0].by_type()
+        divergence = [r.divergence for r in results]
+        out.append(
+            Summary(
+                scheme,
+                method,
+                len(own),
+                sum(r.exact_match for r in results) / len(results),
+                {k: _mean([r.by_type()[k][1] for r in results]) or 0.0 for k in kinds},
+                paired(_correct([full[r.seed] for r in own]), _correct(results)),
+                _mean([d.kl_mean if d else None for d in divergence]),
+                _error(results),
+                _mean([d.kl_p99 if d else None for d in divergence]),
+                _mean([d.top1 if d else None for d in divergence]),
+                _mean([r.agreement for r in results]),
+                _mean([d.perplexity_ratio if d else None for d in divergence]),
+                sum(r.seconds for r in own) / len(own),
+                max(r.peak_bytes for r in own),
+            )
+        )
+    return out
+
+
+def pairwise(runs: Sequence[Run], scheme: str) -> dict[tuple[str, str], Paired]:
+    """(first, second) -> test of the second method against the first, pooled over seeds."""
+    methods = list(dict.fromkeys(r.method for r in runs if r.scheme == scheme))
+
+    def correct(method: str) -> list[bool]:
+        own = [r for r in runs if (r.scheme, r.method) == (scheme, method)]
+        return _correct([r.result for r in sorted(own, key=lambda r: r.seed)])
+
+    answers = {m: correct(m) for m in methods}
+    return {(a, b): paired(answers[a], answers[b]) for a in methods for b in methods if a != b}
+
+
+def to_json(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> dict[str, Any]:
+    """Everything, JSON-ready."""
+    return {
+        "full_precision": {str(seed): result.to_json() for seed, result in full.items()},
+        "summary": [dataclasses.asdict(s) for s in summarize(runs, full)],
+        "pairwise": [
+            {"scheme": scheme, "first": a, "second": b, **dataclasses.asdict(test)}
+            for scheme in dict.fromkeys(r.scheme for r in runs)
+            for (a, b), test in pairwise(runs, scheme).items()
+        ],
+        "runs": [
+            {
+                "scheme": r.scheme,
+                "method": r.method,
+                "seed": r.seed,
+                "seconds": r.seconds,
+                "peak_bytes": r.peak_bytes,
+                **r.result.to_json(),
+            }
+            for r in runs
+        ],
+    }
+
+
+def summary_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> Table:
+    """One table of all schemes and methods."""
+    from rich.table import Table
+
+    summaries = summarize(runs, full)
+    table = Table(title="means over seeds; EM in %", title_justify="left")
+    kinds = sorted({k for s in summaries for k in s.by_type})
+    shown = ["scheme", "method", "EM", "vs full", "95%", "p", "KL mean", "se", "KL p99", "top-1"]
+    shown += ["same answer", "ppl ratio", "s", "GiB", *kinds]
+    for i, name in enumerate(shown):
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    share = sum(r.exact_match for r in full.values()) / len(full)
+    types = [_mean([r.by_type()[k][1] for r in full.values() if k in r.by_type()]) for k in kinds]
+    rest = [percent(t) for t in types]
+    table.add_row("full", "-", percent(share), *["-"] * 11, *rest)
+    before = ""
+    for s in summaries:
+        if s.scheme != before:
+            table.add_section()
+            before = s.scheme
+        test = s.against_full
+        table.add_row(
+            s.scheme,
+            s.method,
+            percent(s.exact_match),
+            percent(test.difference, signed=True),
+            f"{100 * test.interval[0]:+.1f}..{100 * test.interval[1]:+.1f}",
+            small(test.p_value),
+            small(s.kl_mean),
+            small(s.kl_se),
+            small(s.kl_p99),
+            percent(s.top1),
+            percent(s.agreement),
+            "-" if s.perplexity_ratio is None else f"{s.perplexity_ratio:.4f}",
+            f"{s.seconds:.0f}",
+            f"{s.peak_bytes / 2**30:.1f}",
+            *(percent(s.by_type.get(k)) for k in kinds),
+        )
+    return table
+
+
+def pairwise_table(runs: Sequence[Run], scheme: str) -> Table:
+    """Points that the method of the row wins over that of the column, with McNemar p."""
+    from rich.table import Table
+
+    tests = pairwise(runs, scheme)
+    methods = list(dict.fromkeys(r.method for r in runs if r.scheme == scheme))
+    table = Table(title=f"{scheme}: row less column, points (p)", title_justify="left")
+    table.add_column("")
+    for method in methods:
+        table.add_column(method, justify="right", no_wrap=True)
+    for row in methods:
+        cells = []
+        for column in methods:
+            test = tests.get((column, row))
+            cells.append(f"{100 * test.difference:+.1f} ({test.p_value:.2g})" if test else "-")
+        table.add_row(row, *cells)
+    return table
+
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS = "os^Dv*PX"
+
+
+def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) -> None:
+    """KL and exact match a scheme, a point a seed, methods side by side; format by suffix.
+
+    Methods are told apart by their place and marker as well as by colour.
+    """
+    from matplotlib.figure import Figure
+
+    schemes = list(dict.fromkeys(r.scheme for r in runs))
+    methods = list(dict.fromkeys(r.method for r in runs))
+    fig = Figure(figsize=(3.2 + 2.2 * len(schemes), 6), layout="constrained")
+    grid = fig.subplots(2, len(schemes), squeeze=False)
+    share = 100 * sum(r.exact_match for r in full.values()) / len(full)
+
+    def kl(run: Run) -> float | None:
+        return run.result.divergence.kl_mean if run.result.divergence else None
+
+    def exact(run: Run) -> float | None:
+        return 100 * run.result.exact_match
+
+    measures: list[tuple[str, Callable[[Run], float | None]]] = [
+        ("KL to full precision, nats a token", kl),
+        ("exact match, %", exact),
+    ]
+    for line, (label, measure) in zip(grid, measures, strict=True):
+        for axes, scheme in zip(line, schemes, strict=True):
+            for i, method in enumerate(methods):
+                values = [
+                    v
+                    for r in runs
+                    if (r.scheme, r.method) == (scheme, method) and (v := measure(r)) is not None
+                ]
+                axes.plot(
+                    [i] * len(values),
+                    values,
+                    ls="none",
+                    marker=_MARKERS[i % len(_MARKERS)],
+                    color=_COLORS[i % len(_COLORS)],
+                )
+            axes.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
+            axes.set_title(scheme)
+            axes.grid(axis="y", alpha=0.3)
+            if measure is kl:
+                if any((kl(r) or 0) > 0 for r in runs if r.scheme == scheme):
+                    axes.set_yscale("log")
+            else:
+                axes.axhline(share, color="black", ls="--", lw=1, label="full precision")
+        line[0].set_ylabel(label)
+    grid[1][0].legend(fontsize="small")
+    fig.savefig(path, dpi=120)
