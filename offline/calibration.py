@@ -1,0 +1,210 @@
+"""Calibration samples -> batches and masks.
+
+A sample is rendered with the model's own chat template, its answer as the assistant's turn, and
+tokenized by the model's own processor. Samples of one length share a batch, so nothing is padded.
+The masks tell image tokens and the words of question and answer (real tokens) from what the
+template puts around them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qig_serve.errors import UserError
+from qig_serve.offline.sources import load_samples
+from qig_serve.samples import Sample, load_image, sample_sha256
+
+__all__ = ["CalibrationBatch", "calibration_sha256", "load_samples", "make_batches", "token_counts"]
+
+SPECIAL, TEXT, IMAGE = 0, 1, 2
+"""Values of `modality`."""
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """B samples of T tokens each, without padding."""
+
+    inputs: dict[str, torch.Tensor]
+    """Keyword arguments of the Hugging Face model."""
+    token_mask: torch.Tensor
+    """bool [B, T]: real tokens, that is no padding and nothing of the chat template."""
+    modality: torch.Tensor
+    """int8 [B, T]: 0 special or template, 1 text, 2 image."""
+    answer_mask: torch.Tensor
+    """bool [B, T]: tokens of the wanted answer."""
+    ids: tuple[str, ...]
+    """Names of the samples."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    inputs: dict[str, torch.Tensor]
+    modality: torch.Tensor  # [T]
+    answer_mask: torch.Tensor  # [T]
+    name: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Samples with the same key can share a batch."""
+        shapes = tuple((k, tuple(v.shape[1:])) for k, v in sorted(self.inputs.items()))
+        return (len(self.modality), shapes)
+
+
+def calibration_sha256(samples: Iterable[Sample]) -> str:
+    """Hash of pictures, prompts and answers, in their order: what the checkpoint records."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample_sha256(sample)}\0{sample.answer or ''}\0".encode())
+    return digest.hexdigest()
+
+
+def make_batches(
+    samples: Sequence[Sample],
+    processor: Any,
+    image_token_id: int | None,
+    *,
+    batch_tokens: int = 2048,
+    max_length: int = 2048,
+) -> list[CalibrationBatch]:
+    """Batches of at most `batch_tokens` tokens (at least one sample each), longest first.
+
+    UserError names the sample that is longer than `max_length` (images are never cut), that
+    cannot be rendered, or whose picture cannot be read.
+    """
+    groups: dict[tuple[Any, ...], list[_Encoded]] = {}
+    for sample in samples:
+        encoded = _encode(sample, processor, image_token_id)
+        if len(encoded.modality) > max_length:
+            raise UserError(
+                f"calibration sample {sample.id} is {len(encoded.modality)} tokens long, more than "
+                f"{max_length}: leave it out, shrink its images, or raise --max-length"
+            )
+        groups.setdefault(encoded.key, []).append(encoded)
+    batches = []
+    for key in sorted(groups, key=lambda k: (-k[0], str(k))):
+        size = max(1, batch_tokens // key[0])
+        group = groups[key]
+        batches += [_collate(group[i : i + size]) for i in range(0, len(group), size)]
+    return batches
+
+
+def token_counts(batches: Iterable[CalibrationBatch]) -> dict[str, int]:
+    """Tokens by modality: image, text, and special (template) ones."""
+    names = {"image": IMAGE, "text": TEXT, "special": SPECIAL}
+    counts = dict.fromkeys(names, 0)
+    for batch in batches:
+        for name, code in names.items():
+            counts[name] += int((batch.modality == code).sum())
+    return counts
+
+
+def _collate(group: Sequence[_Encoded]) -> CalibrationBatch:
+    inputs = {k: torch.cat([e.inputs[k] for e in group]) for k in group[0].inputs}
+    modality = torch.stack([e.modality for e in group])
+    return CalibrationBatch(
+        inputs=inputs,
+        token_mask=modality != SPECIAL,
+        modality=modality,
+        answer_mask=torch.stack([e.answer_mask for e in group]),
+        ids=tuple(e.name for e in group),
+    )
+
+
+def _encode(sample: Sample, processor: Any, image_token_id: int | None) -> _Encoded:
+    messages = list(sample.messages)
+    if sample.answer:
+        part = {"type": "text", "text": sample.answer}
+        messages.append({"role": "assistant", "content": [part]})
+    named = [
+        {
+            "role": m["role"],
+            "content": [{"type": "image"} if p["type"] == "image" else p for p in m["content"]],
+        }
+        for m in messages
+    ]
+    text = str(processor.apply_chat_template(named, tokenize=False))
+    spans = _content_spans(text, messages, bool(sample.answer), sample.id)
+    try:
+        images = [load_image(image) for image in sample.images]
+    except UserError as error:
+        raise UserError(f"calibration sample {sample.id}: {error}") from None
+    try:
+        inputs = processor(
+            text=[text],
+            images=images or None,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+    except (ValueError, IndexError, ZeroDivisionError, OSError) as error:
+        raise UserError(f"calibration sample {sample.id} cannot be processed: {error}") from None
+    ids = inputs["input_ids"][0]
+    plain = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    modality, answer = _align(
+        ids.tolist(), plain["input_ids"], plain["offset_mapping"], spans, image_token_id, sample.id
+    )
+    return _Encoded(dict(inputs), modality, answer, sample.id)
+
+
+def _content_spans(
+    text: str, messages: Sequence[dict[str, Any]], answered: bool, name: str
+) -> list[tuple[int, int, bool]]:
+    """Where the texts of a conversation stand in its rendered form: (start, end, is answer)."""
+    spans = []
+    cursor = 0
+    for i, message in enumerate(messages):
+        for part in message["content"]:
+            if part["type"] != "text" or not part["text"].strip():
+                continue
+            content = part["text"] if part["text"] in text[cursor:] else part["text"].strip()
+            start = text.find(content, cursor)
+            if start < 0:
+                raise UserError(
+                    f"calibration sample {name}: the chat template drops or rewrites its "
+                    f"{message['role']} text, so its tokens cannot be told from the template's"
+                )
+            cursor = start + len(content)
+            spans.append((start, cursor, answered and i == len(messages) - 1))
+    return spans
+
+
+def _align(
+    ids: Sequence[int],
+    plain: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int, bool]],
+    image_token_id: int | None,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Modality [T] and answer mask [T] of the processor's tokens.
+
+    The processor writes an image as many tokens and may put markers between them; leaving those
+    out, its tokens are those of the rendered text, whose places are known.
+    """
+    modality = torch.zeros(len(ids), dtype=torch.int8)
+    answer = torch.zeros(len(ids), dtype=torch.bool)
+    at = 0
+    for i, token in enumerate(ids):
+        while at < len(plain) and plain[at] == image_token_id:
+            at += 1
+        if token == image_token_id:
+            modality[i] = IMAGE
+        elif at < len(plain) and token == plain[at]:
+            start, end = offsets[at]
+            for first, last, is_answer in spans:
+                if start < last and end > first:
+                    modality[i] = TEXT
+                    answer[i] = is_answer
+            at += 1
+    while at < len(plain) and plain[at] == image_token_id:
+        at += 1
+    if at < len(plain):
+        raise UserError(
+            f"calibration sample {name}: the processor's tokens are not those of the chat "
+            "template's text; this processor is not supported"
+        )
+    return modality, answer

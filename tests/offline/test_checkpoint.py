@@ -1,0 +1,259 @@
+"""The checkpoint writer: what a published directory holds, and what is left when it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qig_serve.errors import UserError
+from qig_serve.manifest import HASHES_FILE
+from qig_serve.offline import checkpoint as checkpoint_module
+from qig_serve.offline.checkpoint import (
+    CheckpointWriter,
+    ResumableError,
+    file_sha256,
+    tensor_parallel_sizes,
+)
+from qig_serve.offline.source_checkpoint import INDEX_FILE, SourceCheckpoint
+
+CONFIG = {
+    "quant_method": "qig",
+    "format_version": 1,
+    "scheme": "w3a16",
+    "bits": 3,
+    "group_size": 128,
+    "ignore": ["head"],
+}
+FINGERPRINT = {"model": "m", "recipe": {"seed": 0, "samples": 4}, "version": "1"}
+
+
+@pytest.fixture
+def source_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    names = ["head.weight", "layers.0.up.weight", "layers.0.norm.weight", "layers.1.up.weight"]
+    tensors = {n: torch.randn(4, 8, generator=generator) for n in names}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text('{"model_type": "llava"}')
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "templates").mkdir()
+    (directory / "templates" / "tool.jinja").write_text("tool")
+    (directory / "README.md").write_text("the source's card")
+    (directory / ".cache").mkdir()
+    (directory / ".cache" / "junk").write_text("junk")
+    return directory
+
+
+def _block(value: int) -> dict[str, torch.Tensor]:
+    return {"up.weight_packed": torch.full((4, 3), value, dtype=torch.int32)}
+
+
+def _write(writer: CheckpointWriter, index: int) -> None:
+    tensors = {f"layers.{index}.{k}": v for k, v in _block(index).items()}
+    writer.write_block(index, tensors, [f"layers.{index}.up.weight"])
+
+
+def _tree(directory: Path) -> dict[str, str]:
+    files = (p for p in directory.rglob("*") if p.is_file())
+    return {p.relative_to(directory).as_posix(): file_sha256(p) for p in files}
+
+
+def _quantize(source_dir: Path, output: Path, **options: Any) -> Path:
+    source = SourceCheckpoint(source_dir)
+    with CheckpointWriter(source, output, FINGERPRINT, **options) as writer:
+        for index in range(writer.finished, 2):
+            _write(writer, index)
+        return writer.publish(CONFIG)
+
+
+def test_published_directory(source_dir: Path, tmp_path: Path) -> None:
+    output = _quantize(source_dir, tmp_path / "out")
+    index = json.loads((output / INDEX_FILE).read_text())["weight_map"]
+    loaded = {k: v for f in sorted(set(index.values())) for k, v in load_file(output / f).items()}
+    assert loaded.keys() == index.keys()
+    assert set(loaded) == {
+        "head.weight",
+        "layers.0.norm.weight",
+        "layers.0.up.weight_packed",
+        "layers.1.up.weight_packed",
+    }
+    original = load_file(source_dir / "model.safetensors")
+    assert torch.equal(loaded["head.weight"], original["head.weight"])
+    config = json.loads((output / "config.json").read_text())
+    assert config == {"model_type": "llava", "quantization_config": CONFIG}
+    files = _tree(output)
+    assert (output / "templates" / "tool.jinja").read_text() == "tool"
+    assert not [f for f in files if "junk" in f or "README" in f or "state" in f or "lock" in f]
+    manifest = json.loads((output / HASHES_FILE).read_text())["files"]
+    assert manifest == {k: v for k, v in files.items() if k != HASHES_FILE}
+    assert set(tmp_path.iterdir()) == {source_dir, output}
+
+
+def test_a_tensor_of_the_source_is_replaced_by_name(source_dir: Path, tmp_path: Path) -> None:
+    source = SourceCheckpoint(source_dir)
+    with CheckpointWriter(source, tmp_path / "out", FINGERPRINT) as writer:
+        writer.write_block(0, {"layers.0.norm.weight": torch.zeros(4, 8)}, [])
+        output = writer.publish(CONFIG)
+    index = json.loads((output / INDEX_FILE).read_text())["weight_map"]
+    stored = load_file(output / index["layers.0.norm.weight"])
+    assert not stored["layers.0.norm.weight"].any()
+
+
+def test_existing_output_is_refused(source_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_input_errors_leave_nothing(source_dir: Path, tmp_path: Path) -> None:
+    source = SourceCheckpoint(source_dir)
+    writer = CheckpointWriter(source, tmp_path / "out", FINGERPRINT)
+    with pytest.raises(UserError), writer:
+        _write(writer, 0)
+        raise UserError("layer 1: NaN")
+    assert set(tmp_path.iterdir()) == {source_dir}
+
+
+def test_resume_after_every_block_gives_the_same_bytes(source_dir: Path, tmp_path: Path) -> None:
+    whole = _tree(_quantize(source_dir, tmp_path / "whole"))
+    for stop in (0, 1, 2):
+        output = tmp_path / f"stopped-{stop}"
+        writer = CheckpointWriter(SourceCheckpoint(source_dir), output, FINGERPRINT)
+        for index in range(stop):
+            _write(writer, index)
+        writer._lock.close()  # what the system does to a killed process
+        (writer.directory / "block-00001.tmp").write_bytes(b"half a block")
+        with pytest.raises(UserError, match="--resume"):
+            _quantize(source_dir, output)
+        assert _tree(_quantize(source_dir, output, resume=True)) == whole
+
+
+def test_interruption_keeps_the_finished_blocks(source_dir: Path, tmp_path: Path) -> None:
+    writer = CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
+    with pytest.raises(KeyboardInterrupt), writer:
+        _write(writer, 0)
+        raise KeyboardInterrupt
+    again = CheckpointWriter(
+        SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT, resume=True
+    )
+    assert again.finished == 1
+
+
+def test_a_damaged_block_is_done_again(source_dir: Path, tmp_path: Path) -> None:
+    writer = CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
+    _write(writer, 0)
+    _write(writer, 1)
+    writer._lock.close()
+    writer.block_file(0).write_bytes(b"not what was written")
+    again = CheckpointWriter(
+        SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT, resume=True
+    )
+    assert again.finished == 0
+
+
+def test_resume_refuses_other_settings(source_dir: Path, tmp_path: Path) -> None:
+    writer = CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
+    _write(writer, 0)
+    writer._lock.close()
+    other = FINGERPRINT | {"recipe": {"seed": 1, "samples": 4}}
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", other, resume=True)
+
+
+def test_two_runs_on_one_directory(source_dir: Path, tmp_path: Path) -> None:
+    source = SourceCheckpoint(source_dir)
+    first = CheckpointWriter(source, tmp_path / "out", FINGERPRINT)
+    with pytest.raises(UserError, match="another run"):
+        CheckpointWriter(source, tmp_path / "out", FINGERPRINT, resume=True)
+    first._lock.close()
+
+
+def test_full_disk_keeps_what_is_done(
+    source_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResumableError, match="disk is full"), writer:
+        _write(writer, 0)
+        monkeypatch.setattr(checkpoint_module, "save_file", full)
+        _write(writer, 1)
+    assert writer.directory.exists() and not (tmp_path / "out").exists()
+
+
+def test_bad_config_publishes_nothing(source_dir: Path, tmp_path: Path) -> None:
+    writer = CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
+    with pytest.raises(UserError, match="unknown scheme"), writer:
+        writer.publish(CONFIG | {"scheme": "w9"})
+    assert set(tmp_path.iterdir()) == {source_dir}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-10]), "damaged"),
+        (lambda p: p.write_bytes(b""), "damaged"),
+        (lambda p: p.write_bytes((2 << 30).to_bytes(8, "little") + b"{}"), "damaged"),
+        (lambda p: p.rename(p.with_name("pytorch_model.bin")), "pickle"),
+        (lambda p: p.unlink(), "no safetensors"),
+    ],
+    ids=["truncated", "empty", "huge-header", "pickle", "absent"],
+)
+def test_broken_sources_are_named(source_dir: Path, damage: Any, message: str) -> None:
+    damage(source_dir / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        SourceCheckpoint(source_dir)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"head.weight": "../model.safetensors"}, "not a file beside it"),
+        ({"head.weight": "gone.safetensors"}, "gone.safetensors, which is missing"),
+        ({"tail.weight": "model.safetensors"}, "tail.weight"),
+        ([], "not an index"),
+    ],
+    ids=["outside", "missing-shard", "missing-tensor", "not-a-map"],
+)
+def test_broken_index_is_refused(source_dir: Path, weight_map: Any, message: str) -> None:
+    (source_dir / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=message):
+        SourceCheckpoint(source_dir)
+
+
+def test_fingerprint_sees_the_model(source_dir: Path) -> None:
+    before = SourceCheckpoint(source_dir).fingerprint()
+    assert before == SourceCheckpoint(source_dir).fingerprint()
+    (source_dir / "config.json").write_text('{"model_type": "other"}')
+    assert SourceCheckpoint(source_dir).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "hidden", "intermediate", "sizes"),
+    [
+        (28, 4, 3584, 18944, [1, 2, 4]),  # Qwen2-VL-7B
+        (32, 8, 4096, 14336, [1, 2, 4, 8, 16]),  # InternVL2-8B
+        (4, 2, 256, 768, [1, 2]),
+    ],
+)
+def test_tensor_parallel_sizes(
+    heads: int, kv: int, hidden: int, intermediate: int, sizes: list[int]
+) -> None:
+    config = SimpleNamespace(
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+    )
+    assert tensor_parallel_sizes(config, 128) == sizes
