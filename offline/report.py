@@ -132,6 +132,15 @@ def render_html(
             f"<pre>{html.escape(yaml.safe_dump(report.recipe, sort_keys=False))}</pre>",
         ),
     ]
+    return _page(title, sections)
+
+
+def picture_page(picture: TokenPicture) -> str:
+    """A page of one sample alone: what `qig-serve attribute` writes."""
+    return _page(html.escape(f"Token weights: {picture.name}"), [picture_html(picture)])
+
+
+def _page(title: str, sections: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

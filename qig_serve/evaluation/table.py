@@ -74,7 +74,9 @@ def results_table(results: Mapping[str, EvaluationResult], title: str = "") -> T
 
 
 @contextmanager
-def progress_bars(console: Console, quiet: bool = False) -> Iterator[Progress | None]:
+def progress_bars(
+    console: Console, quiet: bool = False, unit: str = "questions"
+) -> Iterator[Progress | None]:
     """A bar a stage on a terminal, a line a stage elsewhere; None when quiet."""
     if quiet:
         yield None
@@ -95,7 +97,7 @@ def progress_bars(console: Console, quiet: bool = False) -> Iterator[Progress | 
             if what not in seen:
                 seen[what] = int(bars.add_task(what, total=total))
                 if not console.is_terminal:
-                    console.print(f"{what}: {total} questions", highlight=False)
+                    console.print(f"{what}: {total} {unit}", highlight=False)
             bars.update(seen[what], completed=done)  # type: ignore[arg-type]
 
         yield progress
