@@ -26,7 +26,11 @@ class AnswerGradients:
     """|dL/dy| of the answer loss L at the outputs y of modules: mean over channels."""
 
     magnitude: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
-    """Module name in the model -> batch index -> [B, T] on the host."""
+    """"{block}.{module in the block}" -> batch index -> [B, T] on the host."""
+
+    def of(self, block: int, module: str) -> dict[int, torch.Tensor]:
+        """The magnitudes at one module of one block, by batch index."""
+        return self.magnitude.get(f"{block}.{module}", {})
 
 
 def answer_loss(logits: torch.Tensor, ids: torch.Tensor, answer_mask: torch.Tensor) -> torch.Tensor:
@@ -88,9 +92,8 @@ def answer_gradients(
             outputs.clear()
             with torch.enable_grad():
                 logits = forward(b)
-                loss = answer_loss(
-                    logits, batch.ids.to(logits.device), batch.answer_mask.to(logits.device)
-                )
+                ids = batch.inputs["input_ids"].to(logits.device)
+                loss = answer_loss(logits, ids, batch.answer_mask.to(logits.device))
                 names = list(outputs)
                 gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
             for name, gradient in zip(names, gradients, strict=True):

@@ -62,6 +62,11 @@ class ModuleCall:
         """The module's input, [B, T, C]."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
+    @property
+    def only_hidden(self) -> bool:
+        """Whether the module gets nothing but its input, so that it treats tokens one by one."""
+        return len(self.args) + len(self.kwargs) == 1
+
     def without_input(self) -> ModuleCall:
         """The call less its input, which is large; masks and position embeddings stay."""
         if self.args:
@@ -107,7 +112,7 @@ def catch_call(
 def run_module(
     module: nn.Module, call: ModuleCall, weights: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """The module's output [B, T, N], with some parameters replaced (name in the module -> value)."""
+    """The module's output [B, T, N], some parameters replaced (name in the module -> value)."""
     if not weights:
         return first_output(module(*call.args, **call.kwargs))
     output = torch.func.functional_call(module, dict(weights), call.args, call.kwargs)

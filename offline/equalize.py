@@ -10,39 +10,10 @@ import torch
 from torch import nn
 
 from qig_serve.offline.architectures import SmoothingGroup
-from qig_serve.offline.attribution import (
-    Attribution,
-    clip_outliers,
-    completeness,
-    discrepancy,
-    integrate,
-    normalize,
-    quadrature,
-)
-from qig_serve.offline.baselines import (
-    MODALITIES,
-    AnswerGradients,
-    attention_importance,
-    modality_importance,
-    modality_means,
-)
-from qig_serve.offline.capture import (
-    ModuleCall,
-    Store,
-    catch_call,
-    check_finite,
-    quantized_activations,
-    run_module,
-)
-from qig_serve.offline.report_data import ModuleReport, TokenShare
-from qig_serve.offline.search import (
-    Candidate,
-    SearchBatch,
-    all_linears,
-    best,
-    evaluate_candidates,
-    quantized_weights,
-)
+from qig_serve.offline.baselines import AnswerGradients
+from qig_serve.offline.parts import ModuleParts, capture_parts, inner_names
+from qig_serve.offline.report_data import ModuleReport
+from qig_serve.offline.search import Candidate, SearchBatch, best, evaluate_candidates
 from qig_serve.offline.smoothing import (
     fold,
     group_scales,
@@ -51,7 +22,7 @@ from qig_serve.offline.smoothing import (
     smoothquant_scales,
 )
 from qig_serve.offline.streams import Streams
-from qig_serve.packing import fake_quantize_activation
+from qig_serve.offline.token_weights import weigh_tokens
 
 
 @dataclass
@@ -66,29 +37,6 @@ class GroupResult:
     changed: list[str] = field(default_factory=list)
     """16-bit parameters of the block that folding changed."""
     fallbacks: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Captured:
-    """Inputs and targets of a group's loss module."""
-
-    calls: list[ModuleCall]
-    """The block's call of the module, a batch, without the input."""
-    inputs: Store
-    """X: the input in full precision, [B, T, C]."""
-    quantized_inputs: Store | None
-    """What the quantized prefix gives in its place; None if nothing needs it."""
-    targets: Store
-    """f(X, W), [B, T, N]."""
-    act_mean: torch.Tensor
-    """mean |X_c| over real tokens, [C]."""
-    act_max: torch.Tensor
-    """max |X_c| over real tokens, [C]."""
-
-
-def inner_names(group: SmoothingGroup) -> list[str]:
-    """The group's linears as names inside its loss module ("" if that is the linear itself)."""
-    return [n.removeprefix(group.loss_module).removeprefix(".") for n in group.linears]
 
 
 @torch.no_grad()
@@ -106,31 +54,24 @@ def equalize_group(
     that the search also weighs what the blocks before have already lost (`quantized`).
     """
     recipe, where = streams.recipe, f"layer {index}, {group.name}"
-    report = ModuleReport(
-        name=group.name,
-        linears=list(group.linears),
-        loss_module=group.loss_module,
-        exponent=0.0,
-        loss=0.0,
-        loss_rtn=0.0,
-    )
-    clock = time.monotonic()
-    captured = _capture(block, group, streams, where)
-    report.seconds["capture"], clock = time.monotonic() - clock, time.monotonic()
-    result = GroupResult(report, [])
-    _weigh_tokens(block, group, streams, captured, gradients, index, result)
-    report.seconds["token_weights"], clock = time.monotonic() - clock, time.monotonic()
+    started = time.monotonic()
+    captured = capture_parts(block, group, streams, where)
+    after_capture = time.monotonic()
+    tokens = weigh_tokens(block, group, streams, captured, gradients, index)
+    after_weights = time.monotonic()
 
     candidates = _candidates(block, group, streams, captured)
     inputs = captured.inputs
     if recipe.search_input == "quantized" and captured.quantized_inputs is not None:
         inputs = captured.quantized_inputs
+    masks = [streams.mask(b) for b in range(len(streams))]
+    weights = captured.to_parts(tokens.weights, masks)
 
     def batches() -> Iterator[SearchBatch]:
-        for b, call in enumerate(captured.calls):
-            x = inputs.get(b, streams.device)
-            target = captured.targets.get(b, streams.device)
-            yield SearchBatch(call.with_input(x), target, result.token_weights[b])
+        for i, call in enumerate(captured.calls):
+            x = inputs.get(i, streams.device)
+            target = captured.targets.get(i, streams.device)
+            yield SearchBatch(call.with_input(x), target, weights[i])
 
     losses = evaluate_candidates(
         block.get_submodule(group.loss_module),
@@ -143,55 +84,32 @@ def equalize_group(
         where,
     )
     chosen = best(losses) if recipe.equalize == "search" else len(candidates) - 1
-    report.exponent = candidates[chosen].exponent
-    report.loss, report.loss_rtn, report.losses = losses[chosen], losses[0], losses
+    captured.clear()
+    report = ModuleReport(
+        name=group.name,
+        linears=list(group.linears),
+        loss_module=group.loss_module,
+        exponent=candidates[chosen].exponent,
+        loss=losses[chosen],
+        loss_rtn=losses[0],
+        losses=losses,
+        completeness=tokens.completeness,
+        token_shares=tokens.shares,
+        seconds={
+            "capture": after_capture - started,
+            "token_weights": after_weights - after_capture,
+            "search": time.monotonic() - after_weights,
+        },
+    )
+    result = GroupResult(report, tokens.weights, fallbacks=tokens.fallbacks)
     if recipe.equalize != "none":
         result.columns = candidates[chosen].columns
         result.changed = fold(block, group, candidates[chosen].scales, streams.dtype)
-    report.seconds["search"] = time.monotonic() - clock
-    for store in (captured.inputs, captured.targets, captured.quantized_inputs):
-        if store is not None:
-            store.clear()
     return result
 
 
-def _capture(block: nn.Module, group: SmoothingGroup, streams: Streams, where: str) -> _Captured:
-    """Runs the block up to the group's loss module on what the search needs."""
-    recipe, module = streams.recipe, block.get_submodule(group.loss_module)
-    attributes = recipe.token_weights == "qig" and recipe.baseline == "quantized"
-    wants_quantized = attributes or recipe.search_input == "quantized"
-    name = group.name.replace("/", "_")
-    inputs, targets = streams.new_store(f"{name}-x"), streams.new_store(f"{name}-y")
-    quantized = streams.new_store(f"{name}-xq") if wants_quantized else None
-    calls: list[ModuleCall] = []
-    total, peak, tokens = 0.0, 0.0, 0
-    for b in range(len(streams)):
-        call = catch_call(block, module, streams.fp.get(b, streams.device), streams.kwargs[b])
-        x, mask = call.hidden, streams.mask(b)
-        check_finite(x, f"{where}, input")
-        target = run_module(module, call)
-        check_finite(target, f"{where}, output")
-        real = x[mask].float().abs()  # [tokens, C]
-        total, tokens = total + real.sum(0), tokens + len(real)
-        peak = torch.maximum(torch.as_tensor(peak, device=x.device), real.amax(0))
-        inputs.put(b, x)
-        targets.put(b, target)
-        calls.append(call.without_input())
-        if quantized is not None:
-            hidden = streams.quantized.get(b, streams.device)
-            quantized.put(b, catch_call(block, module, hidden, streams.kwargs[b]).hidden)
-    return _Captured(
-        calls,
-        inputs,
-        quantized,
-        targets,
-        torch.as_tensor(total) / max(tokens, 1),
-        torch.as_tensor(peak),
-    )
-
-
 def _candidates(
-    block: nn.Module, group: SmoothingGroup, streams: Streams, captured: _Captured
+    block: nn.Module, group: SmoothingGroup, streams: Streams, captured: ModuleParts
 ) -> list[Candidate]:
     """Round to nearest first (all scales 1), then what the recipe asks for."""
     recipe = streams.recipe
@@ -213,110 +131,3 @@ def _candidates(
         scales = smoothquant_scales(act_max, weight_max, recipe.smooth_alpha)
         candidates.append(candidate(recipe.smooth_alpha, scales))
     return candidates
-
-
-def _weigh_tokens(
-    block: nn.Module,
-    group: SmoothingGroup,
-    streams: Streams,
-    captured: _Captured,
-    gradients: AnswerGradients | None,
-    index: int,
-    result: GroupResult,
-) -> None:
-    """Fills in the token weights of every batch, and what the report says about them."""
-    recipe, report = streams.recipe, result.report
-    source = recipe.token_weights
-    raw: list[torch.Tensor] = []
-    integral, difference = 0.0, 0.0
-    magnitude = {} if gradients is None else gradients.of(index, group.loss_module)
-    means = modality_means(magnitude, streams.batches) if source == "modality" else {}
-    for b in range(len(streams)):
-        mask = streams.mask(b)
-        if source == "uniform":
-            raw.append(mask.float())
-        elif source == "modality":
-            raw.append(modality_importance(means, streams.modality(b), mask))
-        elif source == "gradient":
-            values = magnitude.get(b)
-            raw.append(torch.zeros_like(mask, dtype=torch.float32) if values is None
-                       else values.to(mask.device) * mask)
-        elif source == "attention":
-            raw.append(_attention(block, group, streams, b))
-        else:
-            attribution = _attribute(block, group, streams, captured, b)
-            raw.append(attribution.importance)
-            integral += float(attribution.integral.double().sum())
-            difference += float(attribution.difference.double().sum())
-    if source == "qig":
-        report.completeness = completeness(integral, difference)
-    clip = recipe.iqr and source in ("gradient", "attention", "perturbation", "qig")
-    empty = 0
-    for b, importance in enumerate(raw):
-        mask = streams.mask(b)
-        clipped = clip_outliers(importance, mask) if clip else importance
-        weights, without = normalize(clipped, mask)
-        result.token_weights.append(weights)
-        empty += without
-    if empty:
-        result.fallbacks.append(
-            f"layer {index}, {group.name}: {empty} samples without {source} importance got "
-            "uniform token weights"
-        )
-    report.token_shares = _token_shares(streams, raw, result.token_weights)
-
-
-def _attribute(
-    block: nn.Module, group: SmoothingGroup, streams: Streams, captured: _Captured, b: int
-) -> Attribution:
-    """Importance of one batch's tokens: integrated gradients, or the discrepancy alone."""
-    recipe, module = streams.recipe, block.get_submodule(group.loss_module)
-    call = captured.calls[b]
-    weights = quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
-    linears = all_linears(module)
-
-    def full(z: torch.Tensor) -> torch.Tensor:
-        return run_module(module, call.with_input(z))
-
-    def quantized(z: torch.Tensor) -> torch.Tensor:
-        with quantized_activations(linears, streams.quantizes_activations):
-            return run_module(module, call.with_input(z), weights)
-
-    x, mask = captured.inputs.get(b, streams.device), streams.mask(b)
-    if recipe.token_weights == "perturbation":
-        zero = torch.zeros(len(x), device=x.device)
-        return Attribution(discrepancy(full(x), quantized(x)) * mask, zero, zero)
-    if recipe.baseline == "quantized" and captured.quantized_inputs is not None:
-        # Of the quantized prefix, and int8 as the linears see it: differs from X in the first
-        # block too, where the two prefixes are the same.
-        x0 = fake_quantize_activation(captured.quantized_inputs.get(b, streams.device))
-    else:
-        x0 = torch.zeros_like(x)
-    return integrate(full, quantized, x, x0, mask, quadrature(recipe.quadrature, recipe.steps))
-
-
-def _attention(block: nn.Module, group: SmoothingGroup, streams: Streams, b: int) -> torch.Tensor:
-    """Attention received by each token of a batch in this block, whatever the group."""
-    attention = next(m for m in block.children() if hasattr(m, "head_dim"))
-    hidden = streams.fp.get(b, streams.device)
-    call = catch_call(block, attention, hidden, streams.kwargs[b])
-    return attention_importance(attention, call, streams.mask(b))
-
-
-def _token_shares(
-    streams: Streams, raw: list[torch.Tensor], weights: list[torch.Tensor]
-) -> dict[str, TokenShare]:
-    """Share of importance and of token weight by modality, over all samples."""
-    shares = {}
-    before, _ = zip(*(normalize(u, streams.mask(b)) for b, u in enumerate(raw)), strict=True)
-    samples = sum(len(u) for u in raw)
-    for name, code in MODALITIES.items():
-        chosen = [streams.mask(b) & (streams.modality(b) == code) for b in range(len(streams))]
-        shares[name] = TokenShare(
-            tokens=sum(int(m.sum()) for m in chosen),
-            before_clip=sum(float(u[m].sum()) for u, m in zip(before, chosen, strict=True))
-            / samples,
-            after_clip=sum(float(u[m].sum()) for u, m in zip(weights, chosen, strict=True))
-            / samples,
-        )
-    return shares

@@ -32,7 +32,7 @@ def share_over_heads(values: torch.Tensor, outputs: int, head_dim: int) -> torch
 
 
 def repeat_over_heads(scales: torch.Tensor, inputs: int, head_dim: int) -> torch.Tensor:
-    """Inverse direction: [outputs] -> [inputs], each key/value head's scales for its query heads."""
+    """Inverse direction: [outputs] -> [inputs], a key/value head's scales for its query heads."""
     if len(scales) == inputs:
         return scales
     heads = scales.view(-1, 1, head_dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Streams:
     """What the block at hand is called with beside the hidden states, a batch."""
     fp: Store
     quantized: Store
+    folder: Path | None = None
+    """Where activations wait if not in host memory."""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -50,6 +53,10 @@ class Streams:
     def quantizes_activations(self) -> bool:
         """Whether linears see int8 inputs."""
         return self.scheme.activation_bits is not None
+
+    def new_store(self, name: str) -> Store:
+        """An empty store beside the streams."""
+        return Store(self.folder, name)
 
     def mask(self, b: int) -> torch.Tensor:
         """Real tokens of batch b, bool [B, T]: no padding, no template."""
