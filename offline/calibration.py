@@ -120,15 +120,7 @@ def _encode(sample: Sample, processor: Any, image_token_id: int | None) -> _Enco
     if sample.answer:
         part = {"type": "text", "text": sample.answer}
         messages.append({"role": "assistant", "content": [part]})
-    named = [
-        {
-            "role": m["role"],
-            "content": [{"type": "image"} if p["type"] == "image" else p for p in m["content"]],
-        }
-        for m in messages
-    ]
-    text = str(processor.apply_chat_template(named, tokenize=False))
-    spans = _content_spans(text, messages, bool(sample.answer), sample.id)
+    text, spans = _render(messages, processor, bool(sample.answer), sample.id)
     try:
         images = [load_image(image) for image in sample.images]
     except UserError as error:
@@ -150,26 +142,51 @@ def _encode(sample: Sample, processor: Any, image_token_id: int | None) -> _Enco
     return _Encoded(dict(inputs), modality, answer, sample.id)
 
 
-def _content_spans(
-    text: str, messages: Sequence[dict[str, Any]], answered: bool, name: str
-) -> list[tuple[int, int, bool]]:
-    """Where the texts of a conversation stand in its rendered form: (start, end, is answer)."""
+def _render(
+    messages: Sequence[dict[str, Any]], processor: Any, answered: bool, name: str
+) -> tuple[str, list[tuple[int, int, bool]]]:
+    """A conversation through the chat template, and where its texts stand: (start, end, answer).
+
+    Rendered once more with marks in place of the texts, so that a text which repeats the
+    template's own words is still found where it is.
+    """
+
+    def render(texts: Sequence[str]) -> str:
+        left = iter(texts)
+        named = [
+            {
+                "role": m["role"],
+                "content": [
+                    {"type": "image"}
+                    if p["type"] == "image"
+                    else {"type": "text", "text": next(left)}
+                    for p in m["content"]
+                ],
+            }
+            for m in messages
+        ]
+        return str(processor.apply_chat_template(named, tokenize=False))
+
+    turns = [i for i, m in enumerate(messages) for p in m["content"] if p["type"] == "text"]
+    texts = [p["text"] for m in messages for p in m["content"] if p["type"] == "text"]
+    marks = [f"qigtext{i}mark" for i in range(len(texts))]
+    text, marked = render(texts), render(marks)
     spans = []
-    cursor = 0
-    for i, message in enumerate(messages):
-        for part in message["content"]:
-            if part["type"] != "text" or not part["text"].strip():
-                continue
-            content = part["text"] if part["text"] in text[cursor:] else part["text"].strip()
-            start = text.find(content, cursor)
-            if start < 0:
-                raise UserError(
-                    f"calibration sample {name}: the chat template drops or rewrites its "
-                    f"{message['role']} text, so its tokens cannot be told from the template's"
-                )
-            cursor = start + len(content)
-            spans.append((start, cursor, answered and i == len(messages) - 1))
-    return spans
+    cursor = at = 0
+    for turn, content, mark in zip(turns, texts, marks, strict=True):
+        before, found, _ = marked[cursor:].partition(mark)
+        start = at + len(before)
+        if content not in text[start : start + len(content)]:
+            content = content.strip()  # some templates trim
+        if not found or text[at : start + len(content)] != before + content:
+            raise UserError(
+                f"calibration sample {name}: the chat template drops or rewrites its text "
+                f"{content[:40]!r}, so its tokens cannot be told from the template's"
+            )
+        at = start + len(content)
+        cursor += len(before) + len(mark)
+        spans.append((start, at, answered and turn == len(messages) - 1))
+    return text, spans
 
 
 def _align(
