@@ -1,0 +1,100 @@
+"""`quantization_config` of a qig checkpoint, as vLLM sees it: which layer gets which method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from qig_serve.formats import QUANT_METHOD
+from qig_serve.manifest import read_quantization_config
+
+_registered = False
+
+
+class QigConfig(QuantizationConfig):
+    """Which linears of the model are quantized, and how."""
+
+    def __init__(self, checkpoint: dict[str, Any]) -> None:
+        super().__init__()
+        self.manifest = read_quantization_config(checkpoint, "config.json")
+        self.scheme = self.manifest.quant_scheme
+        self.ignored = set(self.manifest.ignore)
+
+    def __repr__(self) -> str:
+        return f"QigConfig(scheme={self.scheme.name}, method={self.manifest.method})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name in config.json."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """fp32 takes the reference path, on the CPU only."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere; vLLM does not ask on the CPU."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QigConfig:
+        """Parse `quantization_config`; UserError with one sentence if it is not one."""
+        return cls(config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Add the names that vLLM's modules have to those that the checkpoint's have.
+
+        vLLM calls this for the model and again for the language model inside it. The rules are
+        for weights ("lm_head." -> "language_model.lm_head."), hence the suffix.
+        """
+        for name in sorted(self.ignored):
+            for mapped in hf_to_vllm_mapper.apply_list([f"{name}.weight"]):
+                self.ignored.add(mapped.removesuffix(".weight"))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The linear method of the layer at `prefix` (vLLM's name); None for what is no linear."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from qig_serve.vllm_plugin.linear import QigLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            return None  # attention, embeddings and lm_head stay in 16 bits
+        if self.is_ignored(prefix):
+            return UnquantizedLinearMethod()
+        return QigLinearMethod(self, prefix)
+
+    def is_ignored(self, prefix: str) -> bool:
+        """Whether a module (vLLM's name) is left in 16 bits; ValueError if only partly so."""
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        ignored = [self._matches(f"{parent}.{part}" if parent else part) for part in parts]
+        if any(ignored) and not all(ignored):
+            raise ValueError(
+                f"{prefix}: {', '.join(parts)} are one layer in vLLM, but the checkpoint "
+                "quantizes only some of them: quantize all or none"
+            )
+        return all(ignored)
+
+    def _matches(self, module: str) -> bool:
+        return any(module == name or module.startswith(name + ".") for name in self.ignored)
+
+
+def register_once() -> None:
+    """Register with vLLM, unless this process did already."""
+    global _registered
+    if not _registered:
+        register_quantization_config(QUANT_METHOD)(QigConfig)
+        _registered = True

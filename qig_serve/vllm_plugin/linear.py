@@ -1,0 +1,166 @@
+"""The linear method: parameters as the checkpoint has them, then the kernels' own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+from vllm.platforms import current_platform
+
+from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs, unsupported_shape
+
+if TYPE_CHECKING:
+    from qig_serve.vllm_plugin.config import QigConfig
+
+_MOST_SHARDS = 16  # tensor-parallel sizes offered in an error message
+
+
+def kernel_backend() -> ModuleType:
+    """The kernels of the platform vLLM runs on; RuntimeError if there are none for it."""
+    if current_platform.is_cpu():
+        from qig_serve.kernels import cpu
+
+        return cpu
+    if current_platform.is_cuda():
+        from qig_serve.kernels import ops
+
+        return ops
+    raise RuntimeError(
+        f"qig-serve has kernels for CUDA and for CPUs, not for {current_platform.device_name}"
+    )
+
+
+def _device_capability() -> tuple[int, int] | None:
+    capability = current_platform.get_device_capability()
+    return None if capability is None else (capability.major, capability.minor)
+
+
+@register_weight_loader_v2_supported_method
+class QigLinearMethod(LinearMethodBase):
+    """w3a16 and w4a8 linears; one object a layer, which knows the layer's name for messages."""
+
+    def __init__(self, config: QigConfig, prefix: str) -> None:
+        self.scheme: QuantScheme = config.scheme
+        self.prefix = prefix
+        self.backend = kernel_backend()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Parameters of this rank's part, shapes from formats.tensor_specs.
+
+        ValueError, one sentence, if the part cannot be stored or no kernel can run it.
+        """
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        self._check_shape(n, k, input_size, params_dtype)
+        layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, params_dtype
+
+        on_disk = tensor_specs(self.scheme, n, input_size)
+        for suffix, spec in tensor_specs(self.scheme, n, k).items():
+            dtype = params_dtype if spec.dtype == "model" else getattr(torch, spec.dtype)
+            data = torch.zeros(spec.shape, dtype=dtype)
+            load = _checked(
+                extra_weight_attrs["weight_loader"], f"{self.prefix}.{suffix}", on_disk[suffix]
+            )
+            if suffix == "weight_packed":
+                parameter = PackedvLLMParameter(
+                    data=data,
+                    input_dim=1,
+                    output_dim=0,
+                    packed_dim=1,
+                    packed_factor=self.scheme.packed_factor,
+                    weight_loader=load,
+                )
+            elif self.scheme.group_size is None:
+                parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
+            else:
+                parameter = GroupQuantScaleParameter(
+                    data=data, input_dim=1, output_dim=0, weight_loader=load
+                )
+            layer.register_parameter(suffix, parameter)
+
+    def _check_shape(self, n: int, k: int, input_size: int, dtype: torch.dtype) -> None:
+        if (reason := unsupported_shape(self.scheme, n, k)) and k != input_size:
+            multiple = self.scheme.k_multiple
+            sizes = [t for t in range(1, _MOST_SHARDS + 1) if input_size % (t * multiple) == 0]
+            raise ValueError(
+                f"{self.prefix}: {input_size} inputs split {input_size // k} ways: {reason}; "
+                f"use a tensor-parallel size of {' or '.join(map(str, sizes))}"
+            )
+        possible, why_not = self.backend.can_implement(
+            self.scheme, n, k, dtype, _device_capability()
+        )
+        if not possible:
+            raise ValueError(f"{self.prefix}: {why_not}")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
+        tensors = {suffix: getattr(layer, suffix).data for suffix in self._suffixes(layer)}
+        if not bool((tensors["weight_scale"] > 0).all()):
+            raise ValueError(
+                f"{self.prefix}.weight_scale: the checkpoint has no scales for this layer, or "
+                "some are not positive: it is damaged; try `qig-serve inspect --verify`"
+            )
+        for suffix in tensors:
+            delattr(layer, suffix)
+        prepared = self.backend.prepare(self.scheme, tensors, layer.qig_dtype)
+        device = tensors["weight_packed"].device
+        del tensors
+        for name, tensor in prepared.items():
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(f"qig_{name}", parameter)
+        layer.qig_names = tuple(prepared)
+        self.backend.warm_up(self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device)
+
+    def _suffixes(self, layer: torch.nn.Module) -> list[str]:
+        return list(tensor_specs(self.scheme, layer.qig_n, layer.qig_k))
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        prepared = {name: getattr(layer, f"qig_{name}") for name in layer.qig_names}
+        return self.backend.linear(self.scheme, x, prepared, layer.qig_n, layer.qig_k, bias)
+
+
+def _checked(load: Callable[..., None], name: str, spec: TensorSpec) -> Callable[..., None]:
+    """`load`, refusing a tensor whose dtype or row length is not what the format stores.
+
+    vLLM would cast the one in silence and stop at a bare assertion on the other.
+    """
+
+    def checked(
+        parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        wanted = "a float dtype" if spec.dtype == "model" else spec.dtype
+        fits = (
+            loaded.is_floating_point()
+            if spec.dtype == "model"
+            else (loaded.dtype == getattr(torch, spec.dtype))
+        )
+        if not fits or loaded.dim() != 2 or loaded.shape[1] != spec.shape[1]:
+            raise ValueError(
+                f"{name}: the checkpoint has {loaded.dtype} {list(loaded.shape)}, expected "
+                f"{wanted} with {spec.shape[1]} columns: the shard is damaged or of another format"
+            )
+        load(parameter, loaded, *args, **kwargs)
+
+    return checked

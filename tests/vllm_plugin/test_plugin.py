@@ -1,0 +1,129 @@
+"""Registration, names and refusals of the plugin, without loading a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.models.utils import WeightsMapper
+
+from qig_serve.errors import UserError
+from qig_serve.formats import tensor_specs
+from qig_serve.vllm_plugin import check_vllm_version, register
+from qig_serve.vllm_plugin.config import QigConfig
+from qig_serve.vllm_plugin.linear import QigLinearMethod, _checked
+
+
+def quantization_config(scheme: str = "w3a16", **changes: Any) -> dict[str, Any]:
+    bits, group = {"w3a16": (3, 128), "w4a8": (4, None)}[scheme]
+    config = {
+        "quant_method": "qig",
+        "format_version": 1,
+        "scheme": scheme,
+        "bits": bits,
+        "group_size": group,
+        "ignore": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    }
+    return config | changes
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.26.0rc1", "0.32.0+cpu", "0.33.7.post1", "dev"])
+def test_supported_versions(version: str) -> None:
+    check_vllm_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.25.9", "0.34.0", "1.0"])
+def test_other_versions_are_refused(version: str) -> None:
+    with pytest.raises(RuntimeError, match=r"supports vllm>=0\.26,<0\.34, but vLLM " + version):
+        check_vllm_version(version)
+
+
+def test_registering_twice() -> None:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    register()
+    register()
+    assert get_quantization_config("qig") is QigConfig
+
+
+def test_bad_config_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="quantization_config: unknown scheme 'w5'"):
+        QigConfig.from_config(quantization_config() | {"scheme": "w5"})
+
+
+def test_ignored_names_follow_the_model() -> None:
+    """Checkpoint names become vLLM's, twice mapped or not, and match whole dotted parts."""
+    config = QigConfig.from_config(quantization_config())
+    mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.language_model.": "language_model.model.",
+            "model.vision_tower.": "vision_tower.",
+            "lm_head.": "language_model.lm_head.",
+        }
+    )
+    config.apply_vllm_mapper(mapper)
+    config.apply_vllm_mapper(mapper)
+    assert config.is_ignored("vision_tower.encoder.layers.0.mlp.fc1")
+    assert config.is_ignored("language_model.lm_head")
+    assert not config.is_ignored("vision_tower_2.fc1")
+    assert not config.is_ignored("language_model.model.layers.0.mlp.down_proj")
+
+
+def test_fused_layers_are_ignored_whole_or_not_at_all() -> None:
+    layer = "language_model.model.layers.0.self_attn"
+    config = QigConfig.from_config(quantization_config(ignore=[f"{layer}.{p}_proj" for p in "qkv"]))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert config.is_ignored(f"{layer}.qkv_proj")
+    config.ignored.remove(f"{layer}.k_proj")
+    with pytest.raises(ValueError, match="quantize all or none"):
+        config.is_ignored(f"{layer}.qkv_proj")
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_uneven_tensor_parallel_split_names_sizes_that_work(scheme: str) -> None:
+    method = QigLinearMethod(QigConfig.from_config(quantization_config(scheme)), "m.down_proj")
+    with pytest.raises(ValueError, match="768 inputs split 4 ways.*size of 1 or 2 or 3 or 6$"):
+        method._check_shape(256, 192, 768, torch.bfloat16)
+
+
+def test_unsupported_size_names_the_layer() -> None:
+    method = QigLinearMethod(QigConfig.from_config(quantization_config()), "m.q_proj")
+    with pytest.raises(ValueError, match=r"m\.q_proj: w3a16 needs an input size"):
+        method._check_shape(256, 200, 200, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(4, 12, dtype=torch.int64), torch.zeros(4, 16, dtype=torch.int32)],
+    ids=str,
+)
+def test_wrong_tensors_are_not_cast_or_cut(tensor: torch.Tensor) -> None:
+    config = QigConfig.from_config(quantization_config())
+    loaded: list[torch.Tensor] = []
+    load = _checked(
+        lambda parameter, t: loaded.append(t),
+        "m.weight_packed",
+        tensor_specs(config.scheme, 4, 128)["weight_packed"],
+    )
+    with pytest.raises(ValueError, match=r"m\.weight_packed: the checkpoint has .* 12 columns"):
+        load(torch.nn.Parameter(torch.zeros(1)), tensor)
+    good = torch.zeros(4, 12, dtype=torch.int32)
+    load(torch.nn.Parameter(torch.zeros(1)), good)
+    assert loaded == [good]
+
+
+def test_missing_scales_are_noticed() -> None:
+    """vLLM does not miss a quantized tensor that the checkpoint lacks; the scales stay zero."""
+    method = QigLinearMethod(QigConfig.from_config(quantization_config()), "m.q_proj")
+    layer = torch.nn.Module()
+    layer.qig_n, layer.qig_k, layer.qig_dtype = 4, 128, torch.bfloat16
+    for name, spec in tensor_specs(method.scheme, 4, 128).items():
+        dtype = torch.bfloat16 if spec.dtype == "model" else getattr(torch, spec.dtype)
+        parameter = torch.nn.Parameter(torch.zeros(spec.shape, dtype=dtype), requires_grad=False)
+        layer.register_parameter(name, parameter)
+    with pytest.raises(ValueError, match=r"m\.q_proj\.weight_scale: .* inspect --verify"):
+        method.process_weights_after_loading(layer)
