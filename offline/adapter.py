@@ -1,0 +1,283 @@
+"""A Hugging Face model whose decoder blocks are read one at a time.
+
+Everything before the first block (embeddings, vision tower, projector) is loaded once by
+transformers; the blocks themselves are built and filled from the files when asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qig_serve.errors import UserError
+from qig_serve.offline.architectures import Architecture, get_architecture
+from qig_serve.offline.source_checkpoint import SourceCheckpoint
+
+_AFTER = "hidden_states_added_after"
+"""Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the model hands to its decoder for one batch."""
+
+    hidden: torch.Tensor
+    """Input of block 0, [B, T, C]."""
+    _kwargs: tuple[dict[str, Any], ...] = field(repr=False)
+
+    def kwargs(self, index: int) -> Mapping[str, Any]:
+        """Keyword arguments with which the model calls block `index`: masks, positions."""
+        return self._kwargs[index]
+
+
+class _Catcher(nn.Module):
+    """Stands in for a block: keeps what it is called with and passes its input on."""
+
+    def __init__(self, calls: list[tuple[torch.Tensor, dict[str, Any]]], like: nn.Module) -> None:
+        super().__init__()
+        self._calls = calls
+        self.attention_type = getattr(like, "attention_type", None)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            raise TypeError("the model passes a block positional arguments")
+        self._calls.append((hidden_states, kwargs))
+        return hidden_states
+
+
+class LoadedModel:
+    """A model directory, its blocks still on disk."""
+
+    def __init__(
+        self,
+        directory: Path,
+        arch: Architecture,
+        config: Any,
+        processor: Any,
+        source: SourceCheckpoint,
+        model: nn.Module,
+        block_class: type[nn.Module],
+        device: torch.device,
+    ) -> None:
+        self.directory = directory
+        self.arch = arch
+        self.config = config
+        self.processor = processor
+        self.source = source
+        self.model = model
+        self.device = device
+        self.text_config = config.get_text_config()
+        self.dtype: torch.dtype = _model_dtype(config)
+        self._block_class = block_class
+        self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        decoder = model.get_submodule(arch.decoder)
+        likes = list(decoder.layers)
+        stand_ins = [
+            _Catcher(self._calls, likes[min(i, len(likes) - 1)]) for i in range(self.num_blocks)
+        ]
+        decoder.layers = nn.ModuleList(stand_ins)
+        # Built with fewer blocks (see `load`); the loop over them reads these.
+        decoder.config.num_hidden_layers = self.num_blocks
+        if getattr(self.text_config, "layer_types", None) is not None:
+            decoder.config.layer_types = list(self.text_config.layer_types)
+        found = [p for p in arch.source_prefixes if any(n.startswith(p + "0.") for n in source)]
+        if not found:
+            raise UserError(
+                f"{directory}: no decoder block among the tensors; looked for "
+                + " and ".join(f"{p}0.*" for p in arch.source_prefixes)
+            )
+        self._prefix = found[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands for a piece of an image."""
+        for holder in (self.config, self.processor):
+            for name in ("image_token_id", "image_token_index"):
+                if isinstance(value := getattr(holder, name, None), int):
+                    return value
+        return None
+
+    def source_name(self, index: int, name: str) -> str:
+        """The tensor in the files behind parameter `name` of block `index`."""
+        return f"{self._prefix}{index}.{name}"
+
+    def left_alone(self) -> list[str]:
+        """Modules that stay in 16 bits: shortest names that cover all but the decoder blocks."""
+        inside = {n for n in self.source if n.startswith(self._prefix)}
+        prefixes = {n[: i + 1] for n in inside for i, c in enumerate(n) if c == "."}
+        names = set()
+        for tensor in self.source:
+            if tensor in inside:
+                continue
+            cut = tensor.find(".")
+            while cut >= 0 and tensor[: cut + 1] in prefixes:
+                cut = tensor.find(".", cut + 1)
+            names.add(tensor if cut < 0 else tensor[:cut])
+        return sorted(names)
+
+    def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Block `index` with its weights, in `dtype` on the device, in eval mode."""
+        with torch.device("meta"):
+            block = self._block_class(self.text_config, layer_idx=index)
+        for name, parameter in list(block.named_parameters()):
+            source_name = self.source_name(index, name)
+            tensor = self.source.tensor(source_name)
+            if tensor.shape != parameter.shape:
+                raise UserError(
+                    f"{source_name} is {list(tensor.shape)} in {self.directory}, but config.json "
+                    f"asks for {list(parameter.shape)}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(
+                    f"layer {index}: {source_name} in {self.directory} holds NaN or infinity: the "
+                    "checkpoint is damaged"
+                )
+            value = nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
+            owner, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(owner), leaf, value)
+        left = [n for n, b in block.named_buffers() if b.is_meta]
+        if left:
+            raise UserError(f"{self.arch.name}: block buffer {left[0]} cannot be made")
+        block.register_forward_hook(_add_after, with_kwargs=True)
+        return block.eval()
+
+    @torch.no_grad()
+    def block_inputs(self, inputs: Mapping[str, torch.Tensor]) -> BlockInputs:
+        """Runs all that comes before the decoder; [B, T] token ids and pixels in."""
+        self._calls.clear()
+        moved = {k: v.to(self.device) for k, v in inputs.items()}
+        for name, value in moved.items():
+            if value.is_floating_point():
+                moved[name] = value.to(next(self.model.parameters()).dtype)
+        self.model(**moved, use_cache=False, logits_to_keep=1)
+        calls = list(self._calls)
+        self._calls.clear()
+        if len(calls) != self.num_blocks:
+            raise UserError(
+                f"{self.arch.name}: the model called {len(calls)} of {self.num_blocks} blocks"
+            )
+        kwargs = [{k: v for k, v in call[1].items() if k not in _CACHE} for call in calls]
+        for i in range(len(calls) - 1):
+            before, after = calls[i][0], calls[i + 1][0]
+            if before is not after:  # a stand-in passes its input on, so the model added something
+                kwargs[i][_AFTER] = after - before
+        return BlockInputs(calls[0][0], tuple(kwargs))
+
+
+_CACHE = ("past_key_values", "past_key_value", "use_cache", "cache_position")
+
+
+def _add_after(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    added = kwargs.get(_AFTER)
+    if added is None:
+        return output
+    if isinstance(output, tuple):
+        return (output[0] + added, *output[1:])
+    return output + added
+
+
+def read_config(directory: Path) -> Any:
+    """The Hugging Face configuration; UserError for no directory, no config, unknown types."""
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise UserError(f"the model directory {directory} does not exist")
+    if not path.is_file():
+        raise UserError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = str(raw.get("model_type"))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if raw.get("quantization_config"):
+        raise UserError(f"{directory} is quantized already: give the full-precision model")
+    get_architecture(model_type)  # before transformers, whose message is about remote code
+
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a usable configuration: {error}") from None
+
+
+def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedModel:
+    """Opens a model directory; computes in fp32. UserError tells what is wrong with it."""
+    directory, device = Path(directory), torch.device(device)
+    config = read_config(directory)
+    arch = get_architecture(config.model_type)
+    source = SourceCheckpoint(directory)
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    try:
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} has no usable processor: {error}") from None
+    if getattr(processor, "tokenizer", None) is None:
+        raise UserError(f"{directory} has no image processor beside its tokenizer")
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise UserError(f"{directory} has no chat template, so samples cannot be rendered")
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the blocks left out are reported as unexpected tensors
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            config=_with_few_blocks(config),
+            dtype=torch.float32,
+            local_files_only=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory} cannot be loaded: {error}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+    model = model.to(device).eval().requires_grad_(False)
+    decoder = model.get_submodule(arch.decoder)
+    block_class = type(decoder.layers[0])
+    config.get_text_config()._attn_implementation = "sdpa"
+    return LoadedModel(directory, arch, config, processor, source, model, block_class, device)
+
+
+def _with_few_blocks(config: Any) -> Any:
+    """The configuration with the fewest blocks that show every kind of attention there is."""
+    import copy
+
+    few = copy.deepcopy(config)
+    text = few.get_text_config()
+    types = getattr(text, "layer_types", None)
+    count = 1
+    if types:
+        count = 1 + max(types.index(kind) for kind in set(types))
+        text.layer_types = list(types[:count])
+    text.num_hidden_layers = count
+    return few
+
+
+def _model_dtype(config: Any) -> torch.dtype:
+    """The dtype that config.json names; float32 where it names none."""
+    for holder in (config, config.get_text_config()):
+        value = getattr(holder, "dtype", None)
+        if isinstance(value, str):
+            value = getattr(torch, value.removeprefix("torch."), None)
+        if isinstance(value, torch.dtype):
+            return value
+    return torch.float32
