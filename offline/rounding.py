@@ -1,0 +1,252 @@
+"""Round one linear: range search, error compensation (GPTQ, GPTAQ, Qronos), scale refit.
+
+    accumulator = StatsAccumulator(k, cross=True)
+    accumulator.accumulate(x_q, x_fp, token_weights)      # once a batch
+    rounded = round_linear(weight, accumulator.finish(), scheme, model_dtype, options, name=...)
+    packing.pack_linear(rounded.codes, rounded.scale, rounded.zero, scheme, model_dtype)
+
+Pure functions of one weight [N, K] and its input statistics; torch only; deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from qig_serve.errors import UserError
+from qig_serve.formats import QuantScheme
+from qig_serve.offline import compensation as comp
+from qig_serve.offline.ranges import search_range
+from qig_serve.packing import dequantize, minmax_params, quantize, scale_dtype
+
+RangeSearch = Literal["minmax", "mse", "energy", "conditional", "hessian"]
+Compensation = Literal["none", "gptq", "gptaq", "qronos"]
+
+
+@dataclass
+class LinearStats:
+    """Token-weighted second moments of a linear's input, sum of token weights normalized to 1."""
+
+    hessian: torch.Tensor
+    """sum_t lambda_t x_q,t x_q,t^T, fp32 [K, K]: of the inputs the quantized layers before give."""
+    cross: torch.Tensor | None = None
+    """sum_t lambda_t (x_fp - x_q)_t x_q,t^T, fp32 [K, K], for GPTAQ and Qronos; else None."""
+    tokens: int = 0
+    """Tokens with a positive weight."""
+    _factors: dict[tuple[float, bool], comp.Factor] = field(default_factory=dict, repr=False)
+
+    @property
+    def act_energy(self) -> torch.Tensor:
+        """Mean square of each input channel, [K]."""
+        return self.hessian.diagonal()
+
+    def factor(self, damp: float, act_order: bool) -> comp.Factor:
+        """The factored Hessian; kept, since fused linears (q, k, v; gate, up) share their input."""
+        key = (damp, act_order)
+        if key not in self._factors:
+            self._factors[key] = comp.factorize(self.hessian, damp, act_order)
+        return self._factors[key]
+
+
+class StatsAccumulator:
+    """Sums LinearStats over batches of tokens."""
+
+    def __init__(self, k: int, cross: bool = False, device: torch.device | str = "cpu") -> None:
+        self._hessian = torch.zeros(k, k, device=device)
+        self._cross = torch.zeros(k, k, device=device) if cross else None
+        self._weight = 0.0
+        self._tokens = 0
+
+    def accumulate(
+        self,
+        x_q: torch.Tensor,
+        x_fp: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add T tokens: x_q and x_fp [T, K], token_weights [T] >= 0 (None: all one).
+
+        x_fp is the same tokens' input in the full-precision model; needed if `cross`.
+        """
+        x_q = x_q.float()
+        if token_weights is None:
+            weights = torch.ones(len(x_q), device=x_q.device)
+        else:
+            weights = token_weights.to(x_q.device).float()
+        if weights.shape != x_q.shape[:1] or bool((weights < 0).any()):
+            raise ValueError(
+                f"token weights must be non-negative, one a token: {tuple(weights.shape)} "
+                f"for inputs {tuple(x_q.shape)}"
+            )
+        keep = weights > 0
+        # The root, because it enters twice: H = (sqrt(lambda) X)^T (sqrt(lambda) X).
+        root = weights[keep].sqrt()[:, None]
+        left = x_q[keep] * root
+        self._hessian.addmm_(left.T, left)
+        if self._cross is not None:
+            if x_fp is None:
+                raise ValueError("the accumulator was made with cross=True: x_fp is needed")
+            delta = (x_fp.float() - x_q)[keep] * root
+            self._cross.addmm_(delta.T, left)
+        self._weight += float(weights.double().sum())
+        self._tokens += int(keep.sum())
+
+    def finish(self) -> LinearStats:
+        """The statistics, divided by the sum of token weights. ValueError when that is zero."""
+        if not self._weight > 0:
+            raise ValueError("no token with a positive weight was accumulated")
+        cross = None if self._cross is None else self._cross / self._weight
+        return LinearStats(self._hessian / self._weight, cross, self._tokens)
+
+
+@dataclass(frozen=True)
+class RoundingOptions:
+    """What `round_linear` does. Every step has its off switch."""
+
+    range_search: RangeSearch = "energy"
+    """What a rounding error costs while scales and zero points are searched: "minmax" does not
+    search; "mse" weighs all inputs alike; "energy" by mean square activation; "conditional" by
+    what is left of it after compensation by the columns that follow (1 / U_kk^2 of GPTQ's
+    factor); "hessian" is the quadratic form of the group's own block of H."""
+    range_grid: int = 40
+    """Scales tried a group, from 1.0 down to 0.35 of the min-max scale."""
+    zero_window: int = 2
+    """Zero points tried on either side of the min-max one (asymmetric schemes)."""
+    compensation: Compensation = "gptaq"
+    """"gptaq" and "qronos" need `LinearStats.cross`."""
+    shift_strength: float = 1.0
+    """Fraction of the target shift of GPTAQ or Qronos that is applied."""
+    act_order: bool = True
+    """Columns in descending order of energy; groups stay those of the stored layout."""
+    damp: float = 0.01
+    """Added to H's diagonal, as a fraction of its mean."""
+    block_size: int = 128
+    """Columns updated lazily together; no effect on the result beyond rounding."""
+    scale_refit: bool = True
+    """Closed-form scales after rounding."""
+    polish_sweeps: int = 0
+    """Coordinate-descent sweeps over codes, each followed by a scale refit if that is on."""
+    effort: Literal["normal", "high"] = "normal"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("range_search", RangeSearch), ("compensation", Compensation)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(allowed))}, "
+                    f"not {getattr(self, name)!r}"
+                )
+
+
+@dataclass
+class RoundedLinear:
+    """What is stored of a linear, and how good it is."""
+
+    codes: torch.Tensor
+    """[N, K], uint8, or int8 if the scheme is symmetric."""
+    scale: torch.Tensor
+    """fp32 [N, G], values that the stored dtype holds exactly."""
+    zero: torch.Tensor | None
+    """uint8 [N, G], or None if symmetric."""
+    report: dict[str, Any]
+    """Output error after each step: see `round_linear`."""
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight [N, K] in fp32 that the codes stand for."""
+        return dequantize(self.codes, self.scale, self.zero)
+
+
+def round_linear(
+    weight: torch.Tensor,
+    stats: LinearStats,
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+    options: RoundingOptions | None = None,
+    name: str = "linear",
+) -> RoundedLinear:
+    """Quantize a weight [N, K] for inputs with the given statistics.
+
+    `dtype` is the model's; scales are rounded to what the scheme stores for it. The report holds
+    `output_energy` = tr(W H W^T) and, as fractions of it, tr((T - Q) H (T - Q)^T) of
+    round-to-nearest with min-max ranges ("rtn") and after each step ("range", "compensation",
+    "refit", "polish"); T is W, or the shifted target where compensation is GPTAQ or Qronos.
+    UserError names the linear when weight or statistics are not finite.
+    """
+    options = options or RoundingOptions()
+    stored = scale_dtype(scheme, dtype)
+    _check_finite(name, weight, stats)
+    w = weight.float()
+    target = w
+    factor = None
+    if options.compensation != "none" or options.range_search == "conditional":
+        factor = stats.factor(options.damp, options.act_order)
+    if factor is not None and options.compensation in ("gptaq", "qronos"):
+        if stats.cross is None:
+            raise ValueError(f"{name}: {options.compensation} needs LinearStats.cross")
+        masked = options.compensation == "gptaq"
+        target = comp.shifted_target(w, stats.cross, factor, masked, options.shift_strength)
+
+    energy = float(comp.objective(w, stats.hessian).double().sum())
+    report: dict[str, Any] = {"output_energy": energy, "tokens": stats.tokens}
+
+    def record(step: str, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        error = comp.objective(target - dequantize(codes, scale, zero), stats.hessian)
+        report[step] = float(error.double().sum()) / max(energy, 1e-30)
+
+    scale, zero = minmax_params(w, scheme, stored)
+    codes = quantize(w, scale, zero, scheme)
+    record("rtn", codes, scale)
+    if options.range_search != "minmax":
+        metric = _range_metric(stats, scheme, options.range_search, factor)
+        scale, zero = search_range(
+            target, scheme, stored, metric, options.range_grid, zero_window=options.zero_window
+        )
+        codes = quantize(target, scale, zero, scheme)
+        record("range", codes, scale)
+    if factor is not None and options.compensation != "none":
+        codes = comp.gptq(target, factor, scheme, scale, zero, options.block_size)
+        record("compensation", codes, scale)
+    if options.scale_refit:
+        scale = comp.refit_scales(target, stats.hessian, codes, scale, zero, stored)
+        record("refit", codes, scale)
+    for _ in range(options.polish_sweeps):
+        codes = comp.polish_codes(
+            target, stats.hessian, codes, scheme, scale, zero, options.block_size
+        )
+        if options.scale_refit:
+            scale = comp.refit_scales(target, stats.hessian, codes, scale, zero, stored)
+        record("polish", codes, scale)
+    return RoundedLinear(codes, scale, zero, report)
+
+
+def _range_metric(
+    stats: LinearStats, scheme: QuantScheme, kind: RangeSearch, factor: comp.Factor | None
+) -> torch.Tensor:
+    """What an error costs inside each group: [G, S], or [G, S, S] for "hessian"."""
+    k = len(stats.hessian)
+    groups = scheme.num_groups(k)
+    size = k // groups
+    energy = stats.act_energy
+    if kind == "mse":
+        return torch.ones(groups, size, device=energy.device)
+    # Inputs never seen still get a say: they may turn up after calibration.
+    floor = 1e-6 * float(energy.mean()) or 1.0
+    if kind == "hessian":
+        h = stats.hessian.view(groups, size, groups, size)
+        index = torch.arange(groups, device=energy.device)
+        return h[index, :, index] + floor * torch.eye(size, device=energy.device)
+    if kind == "conditional" and factor is not None:
+        energy = torch.where(energy > 0, factor.conditional_energy(), energy)
+    return energy.clamp(min=floor).view(groups, size)
+
+
+def _check_finite(name: str, weight: torch.Tensor, stats: LinearStats) -> None:
+    tensors = {"weight": weight, "calibration statistics": stats.hessian}
+    if stats.cross is not None:
+        tensors["full-precision calibration statistics"] = stats.cross
+    for what, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{name}: the {what} hold NaN or infinity. If it is the weight, the checkpoint "
+                "is damaged; if it is the statistics, run the model in bfloat16 or float32."
+            )
