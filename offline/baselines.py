@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from qig_serve.errors import UserError
+from qig_serve.offline.adapter import LoadedModel
+from qig_serve.offline.calibration import CalibrationBatch
 from qig_serve.offline.capture import ModuleCall, first_output
 
 TEXT, IMAGE = 1, 2
@@ -45,10 +47,28 @@ def answer_loss(logits: torch.Tensor, ids: torch.Tensor, answer_mask: torch.Tens
     )
 
 
+def model_gradients(loaded: LoadedModel, batches: Sequence[CalibrationBatch]) -> AnswerGradients:
+    """Gradients at every group's loss module: loads the whole model, which nothing else does."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        loaded.directory, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+    )
+    model = model.to(loaded.device).eval()
+
+    def forward(b: int) -> torch.Tensor:
+        inputs = {k: v.to(loaded.device) for k, v in batches[b].inputs.items()}
+        return model(**inputs, use_cache=False).logits
+
+    layers = list(model.get_submodule(loaded.arch.decoder).layers)
+    modules = sorted({group.loss_module for group in loaded.arch.groups})
+    return answer_gradients(model, forward, batches, layers, modules)
+
+
 def answer_gradients(
     model: nn.Module,
     forward: Callable[[int], torch.Tensor],
-    batches: Sequence[Any],
+    batches: Sequence[CalibrationBatch],
     layers: Sequence[nn.Module],
     modules: Sequence[str],
 ) -> AnswerGradients:
@@ -105,7 +125,9 @@ def answer_gradients(
     return result
 
 
-def modality_means(magnitude: dict[int, torch.Tensor], batches: Sequence[Any]) -> dict[int, float]:
+def modality_means(
+    magnitude: dict[int, torch.Tensor], batches: Sequence[CalibrationBatch]
+) -> dict[int, float]:
     """Mean gradient magnitude of each modality's real tokens over all samples.
 
     Modality code -> mean; a modality without tokens is absent.

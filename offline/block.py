@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from qig_serve.offline.architectures import SmoothingGroup
 from qig_serve.offline.capture import catch_call, check_finite, quantized_activations
+from qig_serve.offline.equalize import GroupResult
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding import (
     LinearStats,
@@ -38,19 +40,18 @@ def rounding_options(recipe: QuantRecipe) -> RoundingOptions:
 def round_block(
     block: nn.Module,
     original: nn.Module,
-    stages: Sequence[Sequence[str]],
-    token_weights: Mapping[str, Sequence[torch.Tensor]],
-    columns: Mapping[str, torch.Tensor | None],
+    groups: Sequence[SmoothingGroup],
+    results: Sequence[GroupResult],
     streams: Streams,
     where: str,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
-    """Quantizes every linear in `stages`; the block's weights become the dequantized ones.
+    """Quantizes every linear of `groups`; the block's weights become the dequantized ones.
 
-    A stage is a list of linears with one input, stages in the order of execution: so that a
+    The linears of a group share one input, and the groups stand in the order of execution: so a
     linear's statistics see what the linears before it, in this block too, have already lost.
-    `original` is the block before equalization; its inputs, divided by `columns`, are what the
-    equalized linear would see in full precision. `token_weights` (a batch, [B, T]) weigh the
-    statistics; a linear without gets uniform weights over real tokens.
+    `original` is the block before equalization; its inputs, divided by a group's columns, are what
+    the equalized linear would see in full precision. `results` are those of `equalize_group`, or
+    empty where nothing was searched: then real tokens count alike.
 
     Returns the packed tensors and the rounding report, a linear each.
     """
@@ -58,15 +59,14 @@ def round_block(
     options = rounding_options(recipe)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     reports: dict[str, dict[str, Any]] = {}
-    linears = [block.get_submodule(name) for stage in stages for name in stage]
-    for stage in stages:
+    linears = [block.get_submodule(name) for group in groups for name in group.linears]
+    for i, group in enumerate(groups):
         stats = None
         if recipe.needs_statistics:
-            first = stage[0]
-            weights = token_weights.get(first)
-            scale = columns.get(first)
-            stats = _statistics(block, original, first, linears, weights, scale, streams, where)
-        for name in stage:
+            result = results[i] if results else None
+            name = group.linears[0]
+            stats = _statistics(block, original, name, linears, result, streams, where)
+        for name in group.linears:
             linear = block.get_submodule(name)
             check_finite(linear.weight, f"{where}, {name}, weight")
             if stats is None:
@@ -93,26 +93,26 @@ def _statistics(
     original: nn.Module,
     name: str,
     linears: Sequence[nn.Module],
-    token_weights: Sequence[torch.Tensor] | None,
-    columns: torch.Tensor | None,
+    result: GroupResult | None,
     streams: Streams,
     where: str,
 ) -> LinearStats:
     """Second moments of a linear's input, over the real tokens of all batches."""
+    columns = None if result is None else result.columns
     linear, reference = block.get_submodule(name), original.get_submodule(name)
     cross = streams.recipe.compensation in ("gptaq", "qronos")
     accumulator = StatsAccumulator(linear.in_features, cross, streams.device)
     for b in range(len(streams)):
         with quantized_activations(linears, streams.quantizes_activations):
             hidden = streams.quantized.get(b, streams.device)
-            x_q = catch_call(block, linear, hidden, streams.kwargs[b]).hidden
+            x_q = catch_call(block, linear, hidden, streams.kwargs(b)).hidden
         check_finite(x_q, f"{where}, {name}, input")
         mask = streams.mask(b)
         x_fp = None
         if cross:
             hidden = streams.fp.get(b, streams.device)
-            x_fp = catch_call(original, reference, hidden, streams.kwargs[b]).hidden
+            x_fp = catch_call(original, reference, hidden, streams.kwargs(b)).hidden
             x_fp = (x_fp / columns if columns is not None else x_fp)[mask]
-        weights = mask.float() if token_weights is None else token_weights[b]
+        weights = mask.float() if result is None else result.token_weights[b]
         accumulator.accumulate(x_q[mask], x_fp, weights[mask])
     return accumulator.finish()

@@ -88,7 +88,7 @@ def capture_parts(
         calls, parts = [], _Cutter(stores[name], recipe.batch_tokens)
         for b, mask in enumerate(masks):
             hidden = stream.get(b, streams.device)
-            call = catch_call(block, module, hidden, streams.kwargs[b])
+            call = catch_call(block, module, hidden, streams.kwargs(b))
             check_finite(call.hidden, f"{where}, input")
             calls.append(call.without_input())
             if call.only_hidden:

@@ -48,53 +48,77 @@ class QuantRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scheme: str = Field("w3a16", description="w3a16 or w4a8")
-    method: Method = Field("qig", description="a set of defaults for the fields below")
+    scheme: str = Field(default="w3a16", description="w3a16 or w4a8")
+    method: Method = Field(default="qig", description="a set of defaults for the fields below")
 
     calib: str = Field(
-        "", description="calibration data: a JSONL file, a LLaVA JSON, a folder, or 'demo'"
+        default="", description="calibration data: a JSONL file, a LLaVA JSON, a folder, or 'demo'"
     )
-    image_folder: str | None = Field(None, description="where the images of a LLaVA JSON lie")
-    samples: int = Field(128, ge=1, description="calibration samples")
-    seed: int = Field(0, ge=0, description="seed of the choice of samples and of everything else")
-    max_length: int = Field(2048, ge=1, description="longest sample in tokens; longer is an error")
-    text_only: bool = Field(False, description="allow calibration without images")
+    image_folder: str | None = Field(
+        default=None, description="where the images of a LLaVA JSON lie"
+    )
+    samples: int = Field(default=128, ge=1, description="calibration samples")
+    seed: int = Field(
+        default=0, ge=0, description="seed of the choice of samples and of everything else"
+    )
+    max_length: int = Field(
+        default=2048, ge=1, description="longest sample in tokens; longer is an error"
+    )
+    text_only: bool = Field(default=False, description="allow calibration without images")
 
-    token_weights: TokenWeights = Field("qig", description="how tokens are weighted in the losses")
-    iqr: bool = Field(True, description="clip token importance to the quartile fences")
-    baseline: Literal["zero", "quantized"] = Field(
-        "zero", description="start of the integration path (default: zero, for w4a8 quantized)"
+    token_weights: TokenWeights = Field(
+        default="qig", description="how tokens are weighted in the losses"
     )
-    quadrature: Literal["gauss", "uniform"] = Field("gauss", description="rule along the path")
-    steps: int = Field(4, ge=1, le=256, description="nodes of the quadrature")
+    iqr: bool = Field(default=True, description="clip token importance to the quartile fences")
+    baseline: Literal["zero", "quantized"] = Field(
+        default="zero",
+        description="start of the integration path (default: zero, for w4a8 quantized)",
+    )
+    quadrature: Literal["gauss", "uniform"] = Field(
+        default="gauss", description="rule along the path"
+    )
+    steps: int = Field(default=4, ge=1, le=256, description="nodes of the quadrature")
 
     equalize: Literal["search", "smoothquant", "none"] = Field(
-        "search", description="how equalization scales are chosen"
+        default="search", description="how equalization scales are chosen"
     )
-    grid: int = Field(20, ge=1, description="equalization exponents 0, 1/grid, ...")
-    smooth_alpha: float = Field(0.5, ge=0, le=1, description="exponent of smoothquant")
-    loss: Literal["mae", "mse"] = Field("mae", description="loss of the search")
+    grid: int = Field(default=20, ge=1, description="equalization exponents 0, 1/grid, ...")
+    smooth_alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of smoothquant")
+    loss: Literal["mae", "mse"] = Field(default="mae", description="loss of the search")
     search_input: Literal["fp", "quantized"] = Field(
-        "fp",
+        default="fp",
         description="input of the quantized branch in the search: of the full-precision prefix "
         "(as the paper), or of the quantized prefix",
     )
 
     range_search: RangeSearch = Field(
-        "minmax", description="what an error costs while ranges are searched; minmax: no search"
+        default="minmax",
+        description="what an error costs while ranges are searched; minmax: no search",
     )
-    compensation: Compensation = Field("none", description="error compensation while rounding")
-    act_order: bool = Field(True, description="compensate in descending order of input energy")
-    damp: float = Field(0.01, gt=0, description="damping, as a fraction of the mean energy")
-    scale_refit: bool = Field(False, description="closed-form refit of scales after rounding")
-    polish_sweeps: int = Field(0, ge=0, description="coordinate-descent sweeps over the codes")
-    effort: Literal["normal", "high"] = Field("normal", description="high: learned rounding too")
+    compensation: Compensation = Field(
+        default="none", description="error compensation while rounding"
+    )
+    act_order: bool = Field(
+        default=True, description="compensate in descending order of input energy"
+    )
+    damp: float = Field(default=0.01, gt=0, description="damping, as a fraction of the mean energy")
+    scale_refit: bool = Field(
+        default=False, description="closed-form refit of scales after rounding"
+    )
+    polish_sweeps: int = Field(
+        default=0, ge=0, description="coordinate-descent sweeps over the codes"
+    )
+    effort: Literal["normal", "high"] = Field(
+        default="normal", description="high: learned rounding too"
+    )
 
-    batch_tokens: int = Field(2048, ge=1, description="tokens that pass a block at a time")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
-    offload: Literal["ram", "disk"] = Field("ram", description="where activations wait")
+    batch_tokens: int = Field(default=2048, ge=1, description="tokens that pass a block at a time")
+    device: str = Field(
+        default="auto", description="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"
+    )
+    offload: Literal["ram", "disk"] = Field(default="ram", description="where activations wait")
     allow_fallbacks: bool = Field(
-        False, description="finish even if a step had to fall back to a simpler one"
+        default=False, description="finish even if a step had to fall back to a simpler one"
     )
 
     @model_validator(mode="before")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qig_serve.formats import QuantScheme
+from qig_serve.offline.adapter import BlockInputs
 from qig_serve.offline.calibration import CalibrationBatch
 from qig_serve.offline.capture import (
     Store,
@@ -34,10 +35,12 @@ class Streams:
     """The model's dtype: what scales, norms and biases are stored in."""
     device: torch.device
     batches: Sequence[CalibrationBatch]
-    kwargs: list[Mapping[str, Any]]
-    """What the block at hand is called with beside the hidden states, a batch."""
+    inputs: Sequence[BlockInputs]
+    """What the model hands to its decoder, a batch."""
     fp: Store
     quantized: Store
+    index: int = 0
+    """The block at hand."""
     folder: Path | None = None
     """Where activations wait if not in host memory."""
 
@@ -53,6 +56,10 @@ class Streams:
     def quantizes_activations(self) -> bool:
         """Whether linears see int8 inputs."""
         return self.scheme.activation_bits is not None
+
+    def kwargs(self, b: int) -> Mapping[str, Any]:
+        """What the block at hand is called with beside the hidden states of batch b."""
+        return self.inputs[b].kwargs(self.index)
 
     def new_store(self, name: str) -> Store:
         """An empty store beside the streams."""
@@ -78,10 +85,10 @@ class Streams:
         """
         error, energy = 0.0, 0.0
         for b in range(len(self)):
-            full = first_output(original(self.fp.get(b, self.device), **self.kwargs[b]))
+            full = first_output(original(self.fp.get(b, self.device), **self.kwargs(b)))
             with quantized_activations(linears, self.quantizes_activations):
                 other = first_output(
-                    quantized(self.quantized.get(b, self.device), **self.kwargs[b])
+                    quantized(self.quantized.get(b, self.device), **self.kwargs(b))
                 )
             check_finite(full, f"{where}, full-precision output")
             check_finite(other, f"{where}, output after quantization")
@@ -90,4 +97,5 @@ class Streams:
             energy += float(full[mask].double().square().sum())
             self.fp.put(b, full)
             self.quantized.put(b, other)
+        self.index += 1
         return error / max(energy, 1e-30)

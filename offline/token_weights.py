@@ -129,7 +129,7 @@ def _attention(block: nn.Module, streams: Streams, b: int) -> torch.Tensor:
     """Attention received by each token of a batch in this block, whatever the group."""
     attention = next(m for m in block.children() if hasattr(m, "head_dim"))
     hidden = streams.fp.get(b, streams.device)
-    call = catch_call(block, attention, hidden, streams.kwargs[b])
+    call = catch_call(block, attention, hidden, streams.kwargs(b))
     return attention_importance(attention, call, streams.mask(b))
 
 
