@@ -161,14 +161,13 @@ def _recovery(report: QuantizationReport, evaluation: Mapping[str, Any] | None) 
 
 def model_card(
     report: QuantizationReport,
-    config: Mapping[str, Any],
-    source_card: Path,
+    quantization_config: Mapping[str, Any],
+    inherited: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card as text. `config` is the checkpoint's config.json."""
-    quantization = config.get("quantization_config", {})
+    """The card as text; `inherited` is the front matter of the source model's card."""
     scheme = get_scheme(report.scheme)
-    metadata = _metadata(report, quantization, front_matter(source_card), evaluation)
+    metadata = _metadata(report, quantization_config, inherited, evaluation)
     name = Path(str(metadata["base_model"])).name
     title = f"{name}-{report.scheme}"
     activations = (

@@ -37,7 +37,7 @@ def figure(width: float = 9.0, height: float = 3.0) -> tuple[Figure, Any]:
     """A figure and its axes, drawn in ink on nothing."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, height))
     axes = fig.add_subplot()
     axes.set_facecolor("none")
     axes.tick_params(which="both", colors=_INK)
@@ -77,7 +77,9 @@ def svg(fig: Figure, alternative: str) -> str:
     buffer = io.StringIO()
     # Text stays text; a fixed salt and no date make equal runs give equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alternative}):
-        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        fig.savefig(
+            buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

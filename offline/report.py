@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from qig_serve.offline import plots
-from qig_serve.offline.model_card import model_card
+from qig_serve.offline.model_card import front_matter, model_card, recovery_rows
 from qig_serve.offline.pictures import PICTURE_STYLE, TokenPicture, picture_html
 from qig_serve.offline.report_data import REPORT_FILE, QuantizationReport
 
@@ -26,27 +26,58 @@ CARD_FILE = "README.md"
 def write_reports(
     report: QuantizationReport,
     directory: Path,
+    quantization_config: Mapping[str, Any],
+    source_card: Path | None = None,
     pictures: Sequence[TokenPicture] = (),
     evaluation: Mapping[str, Any] | None = None,
-) -> list[Path]:
-    """Writes the three files into a checkpoint directory and returns their paths.
+) -> None:
+    """Writes the three files into the directory of a checkpoint in the making.
 
-    `evaluation` is {"data": where the questions came from, "results": {"fp": R, name: R}} with R
-    as EvaluationResult.to_json gives it. The directory's config.json says which tensor-parallel
-    sizes work; a README.md already there (the source model's) gives licence and languages.
+    `quantization_config` is what config.json will say; `source_card` is the source model's
+    README.md, whose licence and languages are kept. `evaluation` as in `add_evaluation`.
     """
     data = report.model_dump(mode="json")
     if evaluation is not None:
         data["evaluation"] = dict(evaluation)
+    _write(directory / REPORT_FILE, json.dumps(data, indent=1) + "\n")
+    _write(directory / HTML_FILE, render_html(report, pictures, evaluation))
+    inherited = front_matter(source_card) if source_card is not None else {}
+    _write(directory / CARD_FILE, model_card(report, quantization_config, inherited, evaluation))
+
+
+def add_evaluation(directory: Path, evaluation: Mapping[str, Any]) -> None:
+    """Puts an evaluation into the three files of a finished checkpoint, and hashes it anew.
+
+    `evaluation` is {"data": where the questions came from, "results": {"fp": R, name: R}} with R
+    as EvaluationResult.to_json gives it.
+    """
+    from qig_serve.offline.checkpoint import write_hashes
+
+    data = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+    data.pop("evaluation", None)
+    report = QuantizationReport.model_validate(data)
+    page = (directory / HTML_FILE).read_text(encoding="utf-8")
+    before, _, rest = page.partition(_EVALUATION_START)
+    _, _, after = rest.partition(_EVALUATION_END)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    texts = {
-        REPORT_FILE: json.dumps(data, indent=1) + "\n",
-        HTML_FILE: render_html(report, pictures, evaluation),
-        CARD_FILE: model_card(report, config, directory / CARD_FILE, evaluation),
-    }
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
-    return [directory / name for name in texts]
+    card = model_card(
+        report, config["quantization_config"], front_matter(directory / CARD_FILE), evaluation
+    )
+    data["evaluation"] = dict(evaluation)
+    _write(directory / HTML_FILE, before + _evaluation(evaluation) + after)
+    _write(directory / CARD_FILE, card)
+    _write(directory / REPORT_FILE, json.dumps(data, indent=1) + "\n")
+    write_hashes(directory)
+
+
+def _write(path: Path, text: str) -> None:
+    """Beside the target, then renamed onto it: no half file is ever seen."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+_EVALUATION_START, _EVALUATION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 STYLE = (
@@ -180,16 +211,16 @@ def _overview(report: QuantizationReport) -> str:
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     if evaluation is None:
-        return _section(
+        section = _section(
             "Held-out questions",
             "<p>No evaluation was run: the figures below are the calibration's own. "
             "<code>qig-serve evaluate</code> measures the answers.</p>",
         )
-    from qig_serve.offline.model_card import recovery_rows
-
-    head, rows = recovery_rows(evaluation)
-    source = html.escape(str(evaluation.get("data", "")))
-    return _section("Held-out questions", f"<p>Questions: {source}</p>", _table(head, rows))
+    else:
+        head, rows = recovery_rows(evaluation)
+        source = html.escape(str(evaluation.get("data", "")))
+        section = _section("Held-out questions", f"<p>Questions: {source}</p>", _table(head, rows))
+    return _EVALUATION_START + section + _EVALUATION_END
 
 
 def _losses(report: QuantizationReport) -> str:

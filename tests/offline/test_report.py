@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image
 
 from qig_serve.offline.pictures import TokenPicture, overlay, picture_png
-from qig_serve.offline.report import write_reports
+from qig_serve.offline.report import add_evaluation, write_reports
 from qig_serve.offline.report_data import BlockReport, ModuleReport, QuantizationReport, TokenShare
 from qig_serve.offline.token_map import grid_boxes
 
@@ -121,11 +122,7 @@ def make_picture(hot: int = 5) -> TokenPicture:
     )
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    config = {"quantization_config": {"tensor_parallel_sizes": [1, 2]}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
+CONFIG = {"tensor_parallel_sizes": [1, 2]}
 
 
 class _Page(HTMLParser):
@@ -152,9 +149,9 @@ class _Page(HTMLParser):
                 self.silent.append(tag)
 
 
-def test_the_page_is_whole_and_loads_nothing(directory: Path) -> None:
-    write_reports(make_report(), directory, [make_picture()], EVALUATION)
-    text = (directory / "report.html").read_text()
+def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()], EVALUATION)
+    text = (tmp_path / "report.html").read_text()
     page = _Page()
     page.feed(text)
     assert page.loads == [] and page.silent == []
@@ -165,29 +162,30 @@ def test_the_page_is_whole_and_loads_nothing(directory: Path) -> None:
         assert said in text
 
 
-def test_references_inside_plots_resolve(directory: Path) -> None:
-    write_reports(make_report(), directory)
-    text = (directory / "report.html").read_text()
+def test_references_inside_plots_resolve(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     used = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text)
     assert used and set(used) <= ids
 
 
-def test_warnings_come_first(directory: Path) -> None:
+def test_warnings_come_first(tmp_path: Path) -> None:
     report = make_report(warnings=["layer 2 <odd>"], fallbacks=["layer 3: damped"])
-    write_reports(report, directory)
-    text = (directory / "report.html").read_text()
+    write_reports(report, tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
     body = text[text.index("<h1>") :]
     assert body.index("layer 2 &lt;odd&gt;") < body.index("<svg")
     assert body.index("Fallback: layer 3: damped") < body.index("<dl>")
-    card = (directory / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
     assert "layer 2 <odd>" in card and "layer 3: damped" in card
 
 
-def test_card_metadata_and_recovery(directory: Path) -> None:
-    (directory / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nold text\n")
-    write_reports(make_report(), directory, (), EVALUATION)
-    card = (directory / "README.md").read_text()
+def test_card_metadata_and_recovery(tmp_path: Path) -> None:
+    old = tmp_path / "old.md"
+    old.write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nold text\n")
+    write_reports(make_report(), tmp_path, CONFIG, old, (), EVALUATION)
+    card = (tmp_path / "README.md").read_text()
     data = yaml.safe_load(card.split("---\n")[1])
     assert data["base_model"] == "acme/tiny-vlm" and data["license"] == "apache-2.0"
     quantization = data["quantization"]
@@ -200,29 +198,44 @@ def test_card_metadata_and_recovery(directory: Path) -> None:
     assert "qig-serve serve" in card and "old text" not in card
 
 
-def test_without_evaluation_it_says_so(directory: Path) -> None:
-    write_reports(make_report(), directory)
-    card, page = (directory / "README.md").read_text(), (directory / "report.html").read_text()
+def test_without_evaluation_it_says_so(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG)
+    card, page = (tmp_path / "README.md").read_text(), (tmp_path / "report.html").read_text()
     assert "No evaluation was run" in card and "No evaluation was run" in page
     assert "0.500" in card  # the calibration's own loss ratio
-    data = json.loads((directory / "report.json").read_text())
+    data = json.loads((tmp_path / "report.json").read_text())
     assert QuantizationReport.model_validate(data) == make_report()
 
 
-def test_a_local_path_stays_out_of_the_card(directory: Path) -> None:
-    write_reports(make_report(model="/home/me/models/secret-place"), directory)
-    card = (directory / "README.md").read_text()
+def test_an_evaluation_can_be_added_later(tmp_path: Path) -> None:
+    """The finished checkpoint says the same as if it had been evaluated at once."""
+    late, early = tmp_path / "late", tmp_path / "early"
+    for folder in (late, early):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    write_reports(make_report(), late, CONFIG, None, [make_picture()])
+    add_evaluation(late, EVALUATION)
+    write_reports(make_report(), early, CONFIG, None, [make_picture()], EVALUATION)
+    for name in ("report.json", "report.html", "README.md"):
+        assert (late / name).read_text() == (early / name).read_text()
+    manifest = json.loads((late / "qig_manifest.json").read_text())
+    digest = hashlib.sha256((late / "README.md").read_bytes()).hexdigest()
+    assert manifest["files"]["README.md"] == digest
+    assert not list(late.glob("*.tmp"))
+
+
+def test_a_local_path_stays_out_of_the_card(tmp_path: Path) -> None:
+    write_reports(make_report(model="/home/me/models/secret-place"), tmp_path, CONFIG)
+    card = (tmp_path / "README.md").read_text()
     assert "/home/me" not in card and "base_model: secret-place" in card
 
 
-def test_a_run_without_search_has_no_empty_plots(directory: Path) -> None:
+def test_a_run_without_search_has_no_empty_plots(tmp_path: Path) -> None:
     """RTN: no modules, no rounding steps."""
     blocks = [BlockReport(index=0, output_error=0.1, seconds=1.0)]
-    write_reports(
-        make_report(blocks=0, method="rtn", recipe={}).model_copy(update={"blocks": blocks}),
-        directory,
-    )
-    text = (directory / "report.html").read_text()
+    report = make_report(blocks=0, method="rtn", recipe={}).model_copy(update={"blocks": blocks})
+    write_reports(report, tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") == 1 and "Token weights" not in text
 
 
@@ -244,9 +257,9 @@ def test_words_are_joined_and_weighed() -> None:
     assert picture.image_share("layer 0") == pytest.approx(0.75)
 
 
-def test_words_in_the_page_are_escaped_and_shaded(directory: Path) -> None:
-    write_reports(make_report(), directory, [make_picture()])
-    text = (directory / "report.html").read_text()
+def test_words_in_the_page_are_escaped_and_shaded(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()])
+    text = (tmp_path / "report.html").read_text()
     assert "<small>&lt;user&gt;</small>" in text and "<u> square</u>" in text
     assert 'rgba(var(--mark), 0.75)" title="weight 25.00%"> &lt;b&gt;?' in text
     assert "most in the middle centre ninth" in text or "most in the upper left ninth" in text
