@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qig_serve.demo.model import PREFIX, SUFFIX
-from qig_serve.demo.pictures import GRID, Pixels
+from qig_serve.demo.families import IMAGE_TOKENS, Positions, get_family
+from qig_serve.demo.model import SUFFIX, question_prefix
+from qig_serve.demo.pictures import Pixels
 
-IMAGE_TOKENS = GRID * GRID
-CAPTION_WEIGHT = 0.5  # a caption has twenty times the tokens of the other answers
+# Weight of an answer's tokens in the loss. A caption has twenty times the tokens of the other
+# answers; yes and no are one bit a question, and the slowest to be learned.
+TOKEN_WEIGHTS = {"caption": 0.5, "exist": 3.0, "relation": 3.0}
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Batch:
 
     pixels: torch.Tensor  # [B, 3, 144, 144], -1..1
     ids: torch.Tensor  # [B, L]
-    positions: torch.Tensor  # [B, L]
+    positions: torch.Tensor  # [3, B, L], one row an axis
     mask: torch.Tensor  # [B, 1, L, L], 0 or a large negative number
     where: torch.Tensor  # [T] flat index (B * L) of the token that predicts an answer token
     target: torch.Tensor  # [T]
@@ -39,16 +41,25 @@ class Batch:
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
+def one_axis(start: int, count: int) -> Positions:
+    """Positions of text: the same on all three axes."""
+    return [(i, i, i) for i in range(start, start + count)]
+
+
 class Encoder:
     """Turns text into ids as chat template and processor do, with a cache."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, family_name: str = "llava") -> None:
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
-        head, tail = PREFIX.split("<image>")
-        image = tokenizer.convert_tokens_to_ids("<image>")
-        self.before_image = len(self._encode(head))
-        self.prefix = self._encode(head) + [image] * IMAGE_TOKENS + self._encode(tail)
+        family = get_family(family_name)
+        head, tail = map(self._encode, question_prefix(family).split(family.image_token))
+        image = tokenizer.convert_tokens_to_ids(family.image_token)
+        self.before_image = len(head)
+        self.prefix = head + [image] * IMAGE_TOKENS + tail
+        self.positions = one_axis(0, len(head)) + family.image_positions(len(head))
+        self.positions += one_axis(max(self.positions[-1]) + 1, len(tail))
+        self.next_position = max(self.positions[-1]) + 1  # where a question starts
         self.pad = int(tokenizer.pad_token_id)
 
     def _encode(self, text: str) -> list[int]:
@@ -84,26 +95,27 @@ def make_batch(
 ) -> Batch:
     """One sequence a picture, of its (type, question, answer) triples."""
     shared = len(encoder.prefix)
-    rows, segments, positions = [], [], []
+    rows, segments = [], []
+    positions: list[Positions] = []
     where: list[tuple[int, int]] = []
     target: list[int] = []
     weight: list[float] = []
     question: list[int] = []
     count = 0
     for row, asked in enumerate(questions):
-        ids, segment, position = list(encoder.prefix), [0] * shared, list(range(shared))
+        ids, segment, position = list(encoder.prefix), [0] * shared, list(encoder.positions)
         for number, (kind, text, reply) in enumerate(asked, start=1):
             answer = encoder.answer(reply)
             block = encoder.question(text) + answer[:-1]
             first = len(ids) + len(block) - len(answer)
             where += [(row, first + i) for i in range(len(answer))]
             target += answer
-            weight += [CAPTION_WEIGHT if kind == "caption" else 1.0] * len(answer)
+            weight += [TOKEN_WEIGHTS.get(kind, 1.0)] * len(answer)
             question += [count] * len(answer)
             count += 1
             ids += block
             segment += [number] * len(block)
-            position += range(shared, shared + len(block))
+            position += one_axis(encoder.next_position, len(block))
         rows.append(ids)
         segments.append(segment)
         positions.append(position)
@@ -119,7 +131,9 @@ def make_batch(
     return Batch(
         pixels=to_pixels(pictures).to(dtype),
         ids=pad(rows, encoder.pad),
-        positions=pad(positions, 0),
+        positions=torch.stack(
+            [pad([[p[axis] for p in one] for one in positions], 0) for axis in range(3)]
+        ),
         mask=mask[:, None],
         where=torch.tensor([row * length + column for row, column in where]),
         target=torch.tensor(target),
@@ -130,25 +144,15 @@ def make_batch(
 
 def answer_logits(model: Any, batch: Batch, before_image: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits of the answer tokens [T, vocab], image tokens [B, 36, hidden])."""
-    image = image_tokens(model, batch.pixels)
+    family = get_family(model.config.model_type)
+    image = family.image_tokens(model, batch.pixels)
     text = model.get_input_embeddings()(batch.ids)  # [B, L, hidden]
     after = before_image + IMAGE_TOKENS
     embeds = torch.cat([text[:, :before_image], image, text[:, after:]], dim=1)
     hidden = model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=batch.mask,
-        position_ids=batch.positions,
+        position_ids=batch.positions if family.multi_axis else batch.positions[0],
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden.flatten(0, 1)[batch.where]), image
-
-
-def image_tokens(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Image tokens as the decoder receives them, [B, 36, hidden]."""
-    features = model.model.get_image_features(
-        pixel_values=pixels,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        return_dict=True,
-    ).pooler_output
-    return torch.stack(list(features))

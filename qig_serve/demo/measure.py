@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2000)
     args = parser.parse_args()
     model, processor = load_model(args.directory)
-    encoder = Encoder(processor.tokenizer)
+    encoder = Encoder(processor.tokenizer, model.config.model_type)
     asked = list(samples(args.split, args.n))
     full = answers_right(model, encoder, asked)
     rows = {"fp": full}

@@ -12,23 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qig_serve.demo.pictures import CELL, IMAGE_SIZE
+from qig_serve.demo.families import Family, get_family
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
-PREFIX = "<|im_start|>user\n<image>"
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 
-CHAT_TEMPLATE = """\
+_CHAT_TEMPLATE = """\
 {% for message in messages %}\
 {{ '<|im_start|>' + message['role'] + '\n' }}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
 {% for part in message['content'] %}\
-{% if part['type'] in ['image', 'image_url'] %}{{ '<image>' }}\
+{% if part['type'] in ['image', 'image_url'] %}{{ 'IMAGE' }}\
 {% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}\
 {% endfor %}{% endif %}\
 {{ '<|im_end|>\n' }}\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def chat_template(family: Family) -> str:
+    """The Qwen-style chat template, with the family's text for an image."""
+    return _CHAT_TEMPLATE.replace("IMAGE", family.image_text)
+
+
+def question_prefix(family: Family) -> str:
+    """What stands before a question about one picture."""
+    return f"<|im_start|>user\n{family.image_text}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,21 @@ MODELS: dict[str, ModelSpec] = {
         vision_layers=4,
         vision_intermediate=768,
     ),
+    # Twice as deep, with M-RoPE and four patches to an image token.
+    "qwen2-vl": ModelSpec(
+        name="qwen2-vl",
+        family="qwen2_vl",
+        hidden=256,
+        intermediate=512,
+        layers=8,
+        heads=4,
+        kv_heads=2,
+        vision_hidden=192,
+        vision_heads=3,
+        vision_layers=4,
+        vision_intermediate=768,
+        seed=21,
+    ),
 }
 
 
@@ -79,17 +103,18 @@ def get_spec(name: str) -> ModelSpec:
     return MODELS[name]
 
 
-def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
+def train_tokenizer(corpus: Iterable[str], vocab_size: int, family: str = "llava") -> Any:
     """A byte-level BPE tokenizer with chat tokens; any text can be tokenized."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = (*CHAT_TOKENS, *get_family(family).special_tokens)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -98,89 +123,31 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>", "<image>"],
+        extra_special_tokens=[special[1], *special[3:]],  # the others have roles of their own
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(get_family(family)),
     )
 
 
 def make_processor(spec: ModelSpec, tokenizer: Any) -> Any:
-    """The family's processor: an image becomes (IMAGE_SIZE / CELL)^2 image tokens."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    images = CLIPImageProcessorPil(
-        do_resize=True,
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_center_crop=False,
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_rescale=True,
-        do_normalize=True,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-        do_convert_rgb=True,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=CELL,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    """The family's processor: a picture becomes one image token a grid cell."""
+    family = get_family(spec.family)
+    return family.make_processor(tokenizer, chat_template(family))
 
 
 def make_config(spec: ModelSpec, tokenizer: Any) -> Any:
     """The Hugging Face configuration of a specification."""
-    from transformers import CLIPVisionConfig, LlavaConfig, Qwen2Config
-
-    if spec.family != "llava":
-        raise ValueError(f"no configuration for family {spec.family!r}")
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return LlavaConfig(
-        architectures=["LlavaForConditionalGeneration"],
-        vision_config=CLIPVisionConfig(
-            hidden_size=spec.vision_hidden,
-            intermediate_size=spec.vision_intermediate,
-            num_hidden_layers=spec.vision_layers,
-            num_attention_heads=spec.vision_heads,
-            image_size=IMAGE_SIZE,
-            patch_size=CELL,
-            projection_dim=spec.vision_hidden,
-        ),
-        text_config=Qwen2Config(
-            vocab_size=spec.vocab_size,
-            hidden_size=spec.hidden,
-            intermediate_size=spec.intermediate,
-            num_hidden_layers=spec.layers,
-            num_attention_heads=spec.heads,
-            num_key_value_heads=spec.kv_heads,
-            max_position_embeddings=spec.max_positions,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=end,
-            pad_token_id=pad,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE_SIZE // CELL) ** 2,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-1,
-        tie_word_embeddings=False,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
+    return get_family(spec.family).make_config(spec, tokenizer)
 
 
 def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
     """A freshly initialized float32 model with the massive channel in place."""
     import torch
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    from transformers import GenerationConfig
 
     torch.manual_seed(spec.seed)
-    config = make_config(spec, tokenizer)
-    model = LlavaForConditionalGeneration(config)
+    model = get_family(spec.family).make_model(make_config(spec, tokenizer))
     with torch.no_grad():
         table = model.get_input_embeddings().weight  # [vocab, hidden]
         table.normal_(std=0.05)
@@ -197,22 +164,25 @@ def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
     return model
 
 
-# transformers 5 nests modules otherwise than the files it publishes; readers of LLaVA
-# checkpoints, vLLM among them, go by the published names.
-_PUBLISHED = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-)
+def to_bfloat16(model: Any) -> Any:
+    """Rounds the parameters, in place. Buffers stay: `model.to` would round rotary frequencies,
+    which loading a bf16 checkpoint does not, and far positions would turn by other angles."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
-def published_name(name: str) -> str:
-    """The name a LLaVA checkpoint file has for a parameter of the transformers 5 module."""
-    for ours, theirs in _PUBLISHED:
+def published_name(family: Family, name: str) -> str:
+    """The name that published checkpoint files have for a parameter of the transformers 5 module.
+
+    transformers 5 nests modules otherwise than the files it published earlier; readers of such
+    checkpoints, vLLM among them, go by the published names.
+    """
+    for ours, theirs in family.published:
         if name.startswith(ours):
-            rest = name.removeprefix(ours).removeprefix("vision_model.")
-            return theirs + rest
+            return theirs + name.removeprefix(ours)
     raise ValueError(f"no published name for {name!r}")
 
 
@@ -221,10 +191,11 @@ def save_model(model: Any, processor: Any, directory: Path | str) -> None:
     import torch
     from safetensors.torch import save_file
 
+    family = get_family(model.config.model_type)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        published_name(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        published_name(family, name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
         if not name.endswith("position_ids")
     }
@@ -240,7 +211,8 @@ def save_model(model: Any, processor: Any, directory: Path | str) -> None:
     # Readers older than transformers 5 look for the image processor in a file of its own.
     images = json.loads((directory / "processor_config.json").read_text("utf-8"))
     (directory / "preprocessor_config.json").write_text("{}", "utf-8")
-    _edit_json(directory / "preprocessor_config.json", **images["image_processor"])
+    images = {**images["image_processor"], "image_processor_type": family.image_processor_type}
+    _edit_json(directory / "preprocessor_config.json", **images)
 
 
 def _edit_json(path: Path, **changes: Any) -> None:

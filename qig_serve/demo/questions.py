@@ -18,7 +18,11 @@ from qig_serve.demo.pictures import COLORS, SHAPES, SIZES, Pixels, Scene, Thing,
 
 TYPES = ("color", "shape", "count", "exist", "relation", "digit", "word", "caption")
 SPLITS = ("train", "calibration", "dev", "test")
-SPLIT_SEEDS = 1 << 40  # seeds a split owns
+SPLIT_SEEDS = 1 << 32  # seeds a split owns
+# Splits lie this far apart, not side by side: random.Random adds a seed's 32-bit words and their
+# places, so that the words [n] and [n, n - 1] are one and the same generator. [n] and
+# [n, 0, split] never are.
+SPLIT_SPACING = 1 << 64
 SEED_STRIDE = 1 << 24  # seeds between two values of `seed` inside a split
 
 
@@ -48,7 +52,7 @@ def picture_seed(split: str, index: int, seed: int = 0) -> int:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if not 0 <= index < SEED_STRIDE or not 0 <= seed < SPLIT_SEEDS // SEED_STRIDE:
         raise ValueError(f"index {index} or seed {seed} is outside what a split owns")
-    return SPLITS.index(split) * SPLIT_SEEDS + seed * SEED_STRIDE + index
+    return SPLITS.index(split) * SPLIT_SPACING + seed * SEED_STRIDE + index
 
 
 def place(thing: Thing) -> str:

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from qig_serve.demo.batches import Encoder, answer_logits, image_tokens, make_batch, to_pixels
+from qig_serve.demo.batches import Encoder, answer_logits, make_batch, to_pixels
+from qig_serve.demo.families import get_family
 from qig_serve.demo.measure import answers_right, by_type
 from qig_serve.demo.model import (
     get_spec,
@@ -30,6 +31,7 @@ from qig_serve.demo.model import (
     make_model,
     make_processor,
     save_model,
+    to_bfloat16,
     train_tokenizer,
 )
 from qig_serve.demo.outliers import Outliers, add_outliers
@@ -154,15 +156,20 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
     folder = Path(out)
     checkpoint = folder / "checkpoint.pt"
     spec = get_spec(settings.model)
-    tokenizer = train_tokenizer(corpus(), spec.vocab_size)  # deterministic: same in each process
+    family = get_family(spec.family)
+    # Deterministic: the same in each process.
+    tokenizer = train_tokenizer(corpus(), spec.vocab_size, spec.family)
     processor = make_processor(spec, tokenizer)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, spec.family)
     model = make_model(spec, tokenizer).to(device)
     cells = torch.nn.Linear(spec.hidden, sum(LABEL_CLASSES)).to(device)
-    model.model.vision_tower.post_layernorm.requires_grad_(False)  # features are taken before it
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(family.unused))
     named = [*model.named_parameters(), *cells.named_parameters(prefix="cells")]
-    model.to(torch.bfloat16)
-    cells.to(torch.bfloat16)
+    to_bfloat16(model)
+    if device == "cpu":
+        model.set_attn_implementation("eager")  # a fifth faster: fused attention's backward is slow
+    to_bfloat16(cells)
     optimizer = MasterAdamW([(n, p) for n, p in named if p.requires_grad], settings.decay)
     step, seen, before = 0, [0, 0], 0.0
     if resume and checkpoint.exists():
@@ -212,7 +219,7 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
         if vision:
             pixels = to_pixels(x.pixels for x in lessons).to(device, torch.bfloat16)
             answer_loss = torch.zeros(())
-            image = image_tokens(model, pixels)
+            image = family.image_tokens(model, pixels)
             cell_loss = _cell_loss(cells(image), labels)
             loss = cell_loss
         else:

@@ -1,0 +1,261 @@
+"""What differs between families of demonstration models; a family is a row of FAMILIES.
+
+A family knows its chat text for an image, its Hugging Face classes, the names its published
+checkpoints give to tensors, how pictures become image tokens, and which positions they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qig_serve.demo.pictures import CELL, GRID, IMAGE_SIZE
+
+if TYPE_CHECKING:
+    from qig_serve.demo.model import ModelSpec
+
+IMAGE_TOKENS = GRID * GRID
+Positions = list[tuple[int, int, int]]  # (time, row, column) a token
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family, in plain functions."""
+
+    special_tokens: tuple[str, ...]
+    image_token: str
+    image_text: str  # what the chat template writes for an image
+    make_config: Callable[[ModelSpec, Any], Any]
+    make_model: Callable[[Any], Any]
+    make_processor: Callable[[Any, str], Any]  # (tokenizer, chat template)
+    image_processor_type: str
+    published: tuple[tuple[str, str], ...]  # (transformers 5 prefix, published prefix)
+    image_tokens: Callable[[Any, Any], Any]  # (model, [B, 3, H, W]) -> [B, 36, hidden]
+    image_positions: Callable[[int], Positions]  # first free position -> the image's
+    unused: tuple[str, ...] = ()  # parameters that no output depends on
+    multi_axis: bool = False  # rotary positions have three axes (M-RoPE)
+
+
+def _token_ids(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _decoder_sizes(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.intermediate,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": False,
+    }
+
+
+def _pixels() -> dict[str, Any]:
+    half = [0.5, 0.5, 0.5]
+    flags = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+    return {"image_mean": half, "image_std": half, **dict.fromkeys(flags, True)}
+
+
+def _llava_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlavaConfig, Qwen2Config
+
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=spec.vision_hidden,
+            intermediate_size=spec.vision_intermediate,
+            num_hidden_layers=spec.vision_layers,
+            num_attention_heads=spec.vision_heads,
+            image_size=IMAGE_SIZE,
+            patch_size=CELL,
+            projection_dim=spec.vision_hidden,
+        ),
+        text_config=Qwen2Config(**_decoder_sizes(spec), **_token_ids(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=IMAGE_TOKENS,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _llava_model(config: Any) -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration(config)
+
+
+def _llava_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size=square, crop_size=square, do_center_crop=False, **_pixels()
+        ),
+        tokenizer=tokenizer,
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+def _llava_image_tokens(model: Any, pixels: Any) -> Any:
+    import torch
+
+    features = model.model.get_image_features(
+        pixel_values=pixels,
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        return_dict=True,
+    ).pooler_output
+    return torch.stack(list(features))
+
+
+def _in_a_row(start: int) -> Positions:
+    return [(start + i,) * 3 for i in range(IMAGE_TOKENS)]
+
+
+# Four patches merge into one image token, which is one cell again.
+_MERGE = 2
+_PATCH = CELL // _MERGE
+
+
+def _qwen2_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import Qwen2VLConfig
+
+    half = spec.hidden // spec.heads // 2  # rotary pairs a head
+    time = half // 4
+    rows = (half - time) // 2
+    return Qwen2VLConfig(
+        vision_config={
+            "depth": spec.vision_layers,
+            "embed_dim": spec.vision_hidden,
+            "hidden_size": spec.hidden,
+            "mlp_ratio": spec.vision_intermediate // spec.vision_hidden,
+            "num_heads": spec.vision_heads,
+            "patch_size": _PATCH,
+            "spatial_merge_size": _MERGE,
+            "temporal_patch_size": 2,
+        },
+        text_config={
+            **_decoder_sizes(spec),
+            **_token_ids(tokenizer),
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [time, rows, half - time - rows],
+            },
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _qwen2_vl_model(config: Any) -> Any:
+    from transformers import Qwen2VLForConditionalGeneration
+
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_vl_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    area = IMAGE_SIZE * IMAGE_SIZE
+    sizes = {
+        "size": {"shortest_edge": area, "longest_edge": area},
+        "patch_size": _PATCH,
+        "merge_size": _MERGE,
+        "temporal_patch_size": 2,
+        **_pixels(),
+    }
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(**sizes),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**sizes),
+        chat_template=template,
+    )
+
+
+def _qwen2_vl_image_tokens(model: Any, pixels: Any) -> Any:
+    import torch
+
+    count, side = pixels.shape[0], IMAGE_SIZE // _PATCH
+    # [B, C, row, merge, patch, column, merge, patch], as the image processor cuts a picture up;
+    # a still picture is shown twice, for the two frames of a temporal patch.
+    cut = pixels.reshape(count, 3, GRID, _MERGE, _PATCH, GRID, _MERGE, _PATCH)
+    cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+    patches = cut.reshape(count * side * side, -1)
+    grid = torch.tensor([[1, side, side]] * count, device=pixels.device)
+    features = model.model.get_image_features(patches, grid, return_dict=True).pooler_output
+    return torch.stack(list(features))
+
+
+def _on_a_grid(start: int) -> Positions:
+    return [(start, start + row, start + column) for row in range(GRID) for column in range(GRID)]
+
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family(
+        special_tokens=("<image>",),
+        image_token="<image>",
+        image_text="<image>",
+        make_config=_llava_config,
+        make_model=_llava_model,
+        make_processor=_llava_processor,
+        image_processor_type="CLIPImageProcessor",
+        published=(
+            ("model.language_model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("model.vision_tower.", "vision_tower.vision_model."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+        ),
+        image_tokens=_llava_image_tokens,
+        image_positions=_in_a_row,
+        unused=("model.vision_tower.post_layernorm.",),  # features are taken before it
+    ),
+    "qwen2_vl": Family(
+        special_tokens=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+        image_token="<|image_pad|>",
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
+        make_config=_qwen2_vl_config,
+        make_model=_qwen2_vl_model,
+        make_processor=_qwen2_vl_processor,
+        image_processor_type="Qwen2VLImageProcessor",
+        published=(
+            ("model.language_model.", "model."),
+            ("lm_head.", "lm_head."),
+            ("model.visual.", "visual."),
+        ),
+        image_tokens=_qwen2_vl_image_tokens,
+        image_positions=_on_a_grid,
+        multi_axis=True,
+    ),
+}
+
+
+def get_family(name: str) -> Family:
+    """Looks a family up by its Hugging Face model type."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
