@@ -1,34 +1,46 @@
 """Token weights of one sample at chosen layers, without quantizing: `qig-serve attribute`.
 
 Every decoder layer is taken as the search would first meet it: full-precision input, weights
-rounded to nearest. Only weight-only schemes start the path at zero; with quantized activations it
-starts at the input that the rounded layers before give (attribution.py).
+rounded to nearest. For weight-only schemes the path starts at zero; with quantized activations
+at the input that the rounded layers before give (attribution.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from qig_serve.formats import QuantScheme
+from qig_serve.errors import UserError
+from qig_serve.formats import QuantScheme, get_scheme
+from qig_serve.offline import adapter
+from qig_serve.offline.architectures import SmoothingGroup
 from qig_serve.offline.attribution import (
     Quadrature,
     clip_outliers,
     completeness,
     integrate,
     normalize,
+    quadrature,
 )
-from qig_serve.offline.capture import catch_call, quantized_activations, run_module
+from qig_serve.offline.calibration import CalibrationBatch, make_batches
+from qig_serve.offline.capture import (
+    ModuleCall,
+    catch_call,
+    first_output,
+    quantized_activations,
+    run_module,
+)
+from qig_serve.offline.pictures import TokenPicture, token_picture
 from qig_serve.offline.search import all_linears, quantized_weights
 from qig_serve.packing import fake_quantize, fake_quantize_activation, scale_dtype
+from qig_serve.samples import Sample, load_image
 
-if TYPE_CHECKING:
-    from qig_serve.offline.architectures import SmoothingGroup
+_MAX_LENGTH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,129 +53,145 @@ class LayerWeights:
     """Largest relative error of the integral among the modules."""
 
 
-@dataclass(frozen=True)
-class _LayerInput:
-    hidden: torch.Tensor
-    kwargs: Mapping[str, Any]
+def explain_sample(
+    directory: Path,
+    images: Sequence[Path],
+    prompt: str,
+    answer: str | None,
+    choose_layers: Callable[[int], Sequence[int]],
+    scheme: str = "w3a16",
+    steps: int = 8,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[TokenPicture, dict[str, float]]:
+    """The picture of a sample, and the completeness error of each layer in it.
 
-
-def explain_layers(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    groups: Sequence[SmoothingGroup],
-    inputs: Mapping[str, torch.Tensor],
-    token_mask: torch.Tensor,
-    chosen: Sequence[int],
-    scheme: QuantScheme,
-    rule: Quadrature,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> dict[int, LayerWeights]:
-    """Layer -> its token weights, for a batch of one sample; `token_mask` [1, T].
-
-    `layers` are the decoder's blocks and `groups` what is searched in each of them.
+    `choose_layers` maps the number of decoder layers to those wanted. UserError for a model or a
+    picture that cannot be read, and for an unknown scheme.
     """
-    full = _layer_inputs(model, layers, inputs, chosen)
-    quantized = full
-    if scheme.activation_bits is not None:
-        with _rounded(layers, scheme):
-            quantized = _layer_inputs(model, layers, inputs, chosen)
-    found = {}
-    for done, index in enumerate(chosen):
-        progress(done, len(chosen))
-        start = quantized[index] if scheme.activation_bits is not None else None
-        found[index] = _explain(layers[index], groups, full[index], start, token_mask, scheme, rule)
-    progress(len(chosen), len(chosen))
-    return found
+    try:
+        quant_scheme = get_scheme(scheme)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    pictures = [load_image(path) for path in images]
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in pictures]
+    content.append({"type": "text", "text": prompt})
+    sample = Sample("picture", "picture", ({"role": "user", "content": content},), answer)
+
+    loaded = adapter.load(directory)
+    chosen = choose_layers(loaded.num_blocks)
+    (batch,) = make_batches(
+        [sample], loaded.processor, loaded.image_token_id, max_length=_MAX_LENGTH
+    )
+    rule = quadrature("gauss", steps)
+    found = explain_layers(loaded, batch, chosen, quant_scheme, rule, progress)
+    answered = batch.answer_mask[0].nonzero()
+    names = ", ".join(path.name for path in images)
+    picture = token_picture(
+        f"{names}: {prompt}",
+        loaded.config,
+        loaded.processor,
+        batch.inputs,
+        pictures,
+        batch.token_mask[0],
+        int(answered[0]) if len(answered) else batch.token_mask.shape[1],
+        {f"layer {index}": layer.weights for index, layer in found.items()},
+    )
+    return picture, {f"layer {index}": layer.completeness for index, layer in found.items()}
 
 
 @torch.no_grad()
-def _layer_inputs(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    inputs: Mapping[str, torch.Tensor],
+def explain_layers(
+    loaded: adapter.LoadedModel,
+    batch: CalibrationBatch,
     chosen: Sequence[int],
-) -> dict[int, _LayerInput]:
-    """What the chosen layers are called with in one forward pass."""
-    found: dict[int, _LayerInput] = {}
-
-    def make_hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            found[index] = _LayerInput(hidden.detach(), rest)
-
-        return hook
-
-    handles = [layers[i].register_forward_pre_hook(make_hook(i), with_kwargs=True) for i in chosen]
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    scheme: QuantScheme,
+    rule: Quadrature,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[int, LayerWeights]:
+    """Layer -> its token weights, for a batch of one sample; one block in memory at a time."""
+    before = loaded.block_inputs(batch.inputs)
+    mask = batch.token_mask.to(before.hidden.device)
+    full = rounded = before.hidden
+    found: dict[int, LayerWeights] = {}
+    last = max(chosen)
+    for index in range(last + 1):
+        if progress is not None:
+            progress("attributing", index, last + 1)
+        block, kwargs = loaded.block(index), before.kwargs(index)
+        if index in chosen:
+            start = rounded if scheme.activation_bits is not None else None
+            found[index] = _explain(
+                block, loaded.arch.groups, full, start, kwargs, mask, scheme, loaded.dtype, rule
+            )
+        full = first_output(block(full, **kwargs))
+        if scheme.activation_bits is not None:
+            rounded = _through_rounded(block, rounded, kwargs, scheme, loaded.dtype)
+    if progress is not None:
+        progress("attributing", last + 1, last + 1)
     return found
 
 
-@contextmanager
-def _rounded(layers: Sequence[nn.Module], scheme: QuantScheme) -> Iterator[None]:
-    """Inside, every linear of the layers is rounded to nearest, and its inputs are int8."""
-    linears = [linear for layer in layers for linear in all_linears(layer)]
-    before = [linear.weight.data for linear in linears]
-    try:
-        for linear, weight in zip(linears, before, strict=True):
-            rounded = fake_quantize(weight, scheme, scale_dtype(scheme, weight.dtype))
-            linear.weight.data = rounded.to(weight.dtype)
-        with quantized_activations(linears):
-            yield
-    finally:
-        for linear, weight in zip(linears, before, strict=True):
-            linear.weight.data = weight
+def _through_rounded(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    kwargs: Mapping[str, Any],
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The block's output with its linears rounded to nearest, for good, on int8 inputs."""
+    linears = all_linears(block)
+    for linear in linears:
+        linear.weight.copy_(fake_quantize(linear.weight, scheme, scale_dtype(scheme, dtype)))
+    with quantized_activations(linears):
+        return first_output(block(hidden, **kwargs))
 
 
 def _explain(
-    layer: nn.Module,
+    block: nn.Module,
     groups: Sequence[SmoothingGroup],
-    full: _LayerInput,
-    start: _LayerInput | None,
-    token_mask: torch.Tensor,
+    hidden: torch.Tensor,
+    start: torch.Tensor | None,
+    kwargs: Mapping[str, Any],
+    mask: torch.Tensor,
     scheme: QuantScheme,
+    dtype: torch.dtype,
     rule: Quadrature,
 ) -> LayerWeights:
-    total, worst, searched = torch.zeros_like(token_mask, dtype=torch.float32), 0.0, 0
+    """`start` is the block's input in the rounded model, None for paths that start at zero."""
+    total, worst = torch.zeros(mask.shape, device=mask.device), 0.0
     for group in groups:
-        module = layer.get_submodule(group.loss_module)
-        linears = [n.removeprefix(group.loss_module).removeprefix(".") for n in group.linears]
-        with torch.no_grad():
-            call = catch_call(layer, module, full.hidden, full.kwargs)
-            x = call.hidden.float()
-            x0 = torch.zeros_like(x)
-            if start is not None:
-                other = catch_call(layer, module, start.hidden, start.kwargs).hidden
-                x0 = fake_quantize_activation(other.float())
-        dtype = module.get_submodule(linears[0]).weight.dtype
-        weights = quantized_weights(module, linears, None, scheme, dtype)
-        inner = all_linears(module)
-
-        def branch(
-            z: torch.Tensor,
-            replaced: Mapping[str, torch.Tensor] | None,
-            module: nn.Module = module,
-            call: Any = call,
-            inner: Sequence[nn.Module] = inner,
-        ) -> torch.Tensor:
-            quantizes = replaced is not None and scheme.activation_bits is not None
-            with quantized_activations(inner, quantizes):
-                return run_module(module, call.with_input(z), replaced)
-
-        result = integrate(
-            lambda z, f=branch: f(z, None),  # type: ignore[misc]
-            lambda z, f=branch, w=weights: f(z, w),  # type: ignore[misc]
-            x,
-            x0,
-            token_mask,
-            rule,
-        )
-        weighed, _ = normalize(clip_outliers(result.importance, token_mask), token_mask)
-        total += weighed
+        module = block.get_submodule(group.loss_module)
+        call = catch_call(block, module, hidden, kwargs)
+        x = call.hidden
+        x0 = torch.zeros_like(x)
+        if start is not None:
+            x0 = fake_quantize_activation(catch_call(block, module, start, kwargs).hidden)
+        full, rounded = _branches(module, group, call, scheme, dtype)
+        result = integrate(full, rounded, x, x0, mask, rule)
+        weights, _ = normalize(clip_outliers(result.importance, mask), mask)
+        total += weights
         error = completeness(float(result.integral.sum()), float(result.difference.sum()))
-        worst, searched = max(worst, error), searched + 1
-    return LayerWeights((total / max(1, searched))[0], worst)
+        worst = max(worst, error)
+    return LayerWeights(total[0].cpu() / len(groups), worst)
+
+
+def _branches(
+    module: nn.Module,
+    group: SmoothingGroup,
+    call: ModuleCall,
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """f(., W) and f(., W_q) as functions of the module's input."""
+    names = [n.removeprefix(group.loss_module).removeprefix(".") for n in group.linears]
+    weights = quantized_weights(module, names, None, scheme, dtype)
+    inner = all_linears(module)
+
+    def full(z: torch.Tensor) -> torch.Tensor:
+        return run_module(module, call.with_input(z))
+
+    def rounded(z: torch.Tensor) -> torch.Tensor:
+        with quantized_activations(inner, scheme.activation_bits is not None):
+            return run_module(module, call.with_input(z), weights)
+
+    return full, rounded

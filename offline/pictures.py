@@ -90,6 +90,15 @@ def token_picture(
     )
 
 
+def _fit(image: Image.Image) -> Image.Image:
+    """The image at the size of a report; small ones are blown up, their pixels kept sharp."""
+    longest = max(image.size)
+    scale = min(_LONGEST, max(longest, _LONGEST * 5 // 8)) / longest
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize(size, resample)
+
+
 def overlay(picture: TokenPicture, layer: str, image: int = 0) -> Image.Image:
     """The image in grey with the weight laid over it: dark blue is little, yellow is much.
 
@@ -98,13 +107,8 @@ def overlay(picture: TokenPicture, layer: str, image: int = 0) -> Image.Image:
     """
     import matplotlib
 
-    original = picture.images[image].convert("RGB")
-    scale = min(1.0, _LONGEST / max(original.size))
-    if max(original.size) < _LONGEST // 2:  # small pictures are blown up, pixels kept sharp
-        scale = float(_LONGEST // 2 // max(original.size))
-    size = (max(1, round(original.width * scale)), max(1, round(original.height * scale)))
-    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    grey = np.asarray(original.resize(size, resample).convert("L"), np.float32) / 255
+    fitted = _fit(picture.images[image])
+    size, grey = fitted.size, np.asarray(fitted.convert("L"), np.float32) / 255
     heat = heat_map(picture.weights[layer], picture.boxes, image, size)
     top = float(np.percentile(heat, 99)) or float(heat.max()) or 1.0
     colours = matplotlib.colormaps["cividis"](np.clip(heat / top, 0, 1))[..., :3]
@@ -132,31 +136,34 @@ def _place(picture: TokenPicture, layer: str, image: int) -> str:
 
 
 def picture_html(picture: TokenPicture) -> str:
-    """The sample as HTML: the image plain and with each layer's weights, the words shaded."""
-    parts = [f"<h3>{html.escape(picture.name)}</h3>"]
+    """The sample as HTML: the images as given, then each layer's weights on them and the words."""
+    name = html.escape(picture.name)
+    parts = [f"<h3>{name}</h3>", '<div class="images">']
+    for number, image in enumerate(picture.images):
+        shown = _fit(image)
+        parts.append(_img(shown, f"{picture.name}: image {number + 1} as it was given"))
+    parts.append("</div>")
     for layer in picture.weights:
-        parts.append('<figure class="tokens"><div class="images">')
-        for number, image in enumerate(picture.images):
-            plain = image.convert("RGB")
-            plain.thumbnail((_LONGEST, _LONGEST))
+        parts.append('<figure><div class="images">')
+        for number in range(len(picture.images)):
+            alternative = f"{picture.name}, {layer}: token weights over image {number + 1}, "
             shown = overlay(picture, layer, number)
-            alternative = html.escape(
-                f"{picture.name}, {layer}: token weights over image {number + 1}, "
-                + _place(picture, layer, number)
-            )
-            parts.append(
-                f'<img src="{png_url(plain)}" alt="{html.escape(picture.name)}: image '
-                f'{number + 1} as it was given" width="{shown.width}" height="{shown.height}">'
-                f'<img src="{png_url(shown)}" alt="{alternative}" '
-                f'width="{shown.width}" height="{shown.height}">'
-            )
+            parts.append(_img(shown, alternative + _place(picture, layer, number)))
         parts.append(f'</div><p class="words">{_words_html(picture, layer)}</p>')
         parts.append(
             f"<figcaption>{html.escape(layer)}: {picture.image_share(layer):.0%} of the weight on "
-            "the image, the rest on the words; the stronger a word is shaded, the more. Template tokens, in "
-            "small print, take no part; the answer is underlined.</figcaption></figure>"
+            "the image (yellow is much, dark blue little), the rest on the words (the stronger a "
+            "word is shaded, the more). Template tokens, in small print, take no part; the answer "
+            "is underlined.</figcaption></figure>"
         )
     return "\n".join(parts)
+
+
+def _img(image: Image.Image, alternative: str) -> str:
+    return (
+        f'<img src="{png_url(image)}" alt="{html.escape(alternative)}" '
+        f'width="{image.width}" height="{image.height}">'
+    )
 
 
 def _words_html(picture: TokenPicture, layer: str) -> str:
@@ -175,8 +182,8 @@ def _words_html(picture: TokenPicture, layer: str) -> str:
 
 
 PICTURE_STYLE = """
-.tokens .images { display: flex; flex-wrap: wrap; gap: 8px; }
-.tokens img { max-width: 100%; height: auto; }
+.images { display: flex; flex-wrap: wrap; gap: 8px; }
+.images img { max-width: 100%; height: auto; }
 .words { line-height: 1.9; } .words span { padding: 2px 0; } .words small { opacity: 0.65; }
 """
 
@@ -201,7 +208,7 @@ def picture_png(picture: TokenPicture, path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]], width: int = 36) -> None:
+def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]], width: int = 54) -> None:
     """Words in a monospaced face, shaded, `width` characters a line."""
     axes.set_xlim(0, width)
     axes.set_ylim(-24, 1)

@@ -1,0 +1,96 @@
+"""Show which parts of a picture, and which words, QIG's token weights look at.
+
+Nothing is quantized or written but the picture: chosen layers are attributed as the search would
+first meet them. HTML is one self-contained file; .png gives a plain picture.
+
+examples:
+  qig-serve attribute my-model --image chart.png --prompt "What is the total?" -o chart.html
+  qig-serve attribute my-model --image cat.jpg --prompt "Describe it." --answer "A cat." \\
+      --layers 0,7,15 --scheme w4a8 -o cat.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qig_serve.errors import UserError
+
+HELP = "show on a picture which tokens the method weighs, without quantizing"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="full-precision model directory")
+    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="picture")
+    parser.add_argument("--prompt", required=True, help="question about it")
+    parser.add_argument("--answer", help="answer, to be weighed with the rest")
+    parser.add_argument(
+        "--layers", metavar="I,J,...", help="decoder layers (default: first, middle, last)"
+    )
+    parser.add_argument("--scheme", default="w3a16", help="what the layers are rounded to")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="Gauss-Legendre nodes of the integral (default: 8)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help=".html or .png"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def parse_layers(text: str | None, count: int) -> list[int]:
+    """Layer numbers; negative ones count from the end. UserError when one does not exist."""
+    if text is None:
+        return sorted({0, count // 2, count - 1})
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--layers wants numbers with commas between, not {text!r}") from None
+    for number in numbers:
+        if not -count <= number < count:
+            raise UserError(f"the model has layers 0 to {count - 1}, not {number}")
+    return sorted({number % count for number in numbers})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Attribute and write the picture."""
+    if args.output.suffix not in (".html", ".png"):
+        raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
+    if not args.output.absolute().parent.is_dir():
+        raise UserError(f"the folder of {args.output} does not exist")
+    if args.steps < 1:
+        raise UserError("--steps must be at least 1")
+
+    from rich.console import Console
+
+    from qig_serve.evaluation.table import progress_bars
+    from qig_serve.offline.explain import explain_sample
+    from qig_serve.offline.report import picture_page
+
+    console = Console(stderr=True)
+    with progress_bars(console, args.quiet, unit="layers") as progress:
+        picture, errors = explain_sample(
+            Path(args.model),
+            [Path(image) for image in args.image],
+            args.prompt,
+            args.answer,
+            lambda count: parse_layers(args.layers, count),
+            args.scheme,
+            args.steps,
+            progress,
+        )
+    if args.output.suffix == ".png":
+        from qig_serve.offline.pictures import picture_png
+
+        picture_png(picture, args.output)
+    else:
+        args.output.write_text(picture_page(picture), encoding="utf-8")
+    if not args.quiet:
+        for layer, error in errors.items():
+            share = picture.image_share(layer)
+            console.print(
+                f"{layer}: {share:.0%} of the weight on the image, completeness error {error:.2%}",
+                highlight=False,
+            )
+        console.print(f"wrote {args.output}", highlight=False, markup=False)
+    return 0
