@@ -66,13 +66,8 @@ def run(args: argparse.Namespace) -> int:
         print(path)
         return 0
 
-    from qig_serve.demo.train import train
+    from qig_serve.demo.train import Settings, train
 
-    train(
-        args.output,
-        minutes=args.minutes,
-        processes=args.processes,
-        resume=args.resume,
-        model=args.model,
-    )
+    settings = Settings(minutes=args.minutes, processes=args.processes, model=args.model)
+    print(f"model written to {train(args.output, settings, args.resume)}")
     return 0

@@ -91,7 +91,9 @@ def _quantize_all(
             output = workdir / f"{scheme}-{method}"
             if output.exists():
                 shutil.rmtree(output)
-            recipe = QuantRecipe(scheme=scheme, method=method, calib="demo", samples=samples)
+            recipe = QuantRecipe.model_validate(
+                {"scheme": scheme, "method": method, "calib": "demo", "samples": samples}
+            )
             quantize(model, output, recipe)
             checkpoints[scheme, method] = output
     return checkpoints
