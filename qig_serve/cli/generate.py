@@ -1,16 +1,72 @@
-"""generate."""
+"""Answer a batch of requests without a server, through vLLM.
+
+    qig-serve generate DIR -i batch.jsonl -o out.jsonl [any flag of `vllm serve`]
+    qig-serve generate DIR -i pictures/ --prompt "What is this?" -o out.csv
+
+The input is OpenAI's batch JSONL, a CSV file with columns image, prompt and perhaps custom_id, or
+a folder of pictures with --prompt. Image paths are relative to the input; pictures are read when
+their request is sent. Rows are written as they come. A line that is wrong becomes an error row
+with its number. Exit status 1 if a row failed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-HELP = "generate"
+HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options, which may stand before or after DIR; what is not ours is vLLM's."""
+    _add_options(parser)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
+    parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="...", help="flags of vllm serve"
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--input", type=Path, metavar="PATH", help=".jsonl, .csv or a folder of pictures")
+    add("-o", "--output", type=Path, metavar="FILE", help=".jsonl or .csv")
+    add("--prompt", help="the question for every picture of a folder, or of a CSV file without one")
+    add("--max-tokens", type=int, metavar="N", help="for requests that do not say")
+    add("--resume", action="store_true", help="skip what the output file already answers")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    raise NotImplementedError
+    """Run the batch."""
+    from qig_serve.batch import EngineDied, generate
+    from qig_serve.errors import UserError
+
+    after = argparse.ArgumentParser(prog="qig-serve generate", add_help=False, allow_abbrev=False)
+    _add_options(after)
+    after.set_defaults(**{k: v for k, v in vars(args).items() if v is not None})
+    args, flags = after.parse_known_args(args.flags)
+    if args.input is None or args.output is None:
+        raise UserError("say what to read with -i and where to write with -o")
+    try:
+        totals = generate(
+            args.directory,
+            args.input,
+            args.output,
+            prompt=args.prompt,
+            max_tokens=args.max_tokens,
+            resume=args.resume,
+            flags=flags,
+        )
+    except EngineDied as died:
+        print(
+            f"qig-serve generate: {died}; the rows in {args.output} are good: "
+            "run it again with --resume",
+            file=sys.stderr,
+        )
+        return 1
+    print(
+        f"{args.output}: {totals.done} rows written, {totals.failed} of them errors, "
+        f"{totals.skipped} were there already",
+        file=sys.stderr,
+    )
+    return 1 if totals.failed else 0

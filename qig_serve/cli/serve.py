@@ -1,16 +1,41 @@
-"""serve."""
+"""Serve a quantized checkpoint with vLLM's OpenAI-compatible server.
+
+    qig-serve serve DIR [any flag of `vllm serve`]
+
+Safer than vLLM's defaults: pictures by remote URL only with --allowed-media-domains, and then
+from public addresses without redirects; --api-key covers every route but /health; requests that
+are too large or too many are refused; SIGTERM lets running requests finish. A page to try it is
+at `/`, what the checkpoint is at `/v1/quantization`. `qig-serve serve DIR --help=all` lists
+vLLM's flags.
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-HELP = "serve"
+HELP = "serve a checkpoint over HTTP (OpenAI-compatible, vLLM)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options; what is not ours is vLLM's."""
+    parser.add_argument("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="flags")
+    parser.epilog = _own_options().format_help().partition("options:\n")[2] or None
+
+
+def _own_options() -> argparse.ArgumentParser:
+    from qig_serve.serving.limits import Limits
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="")
+    Limits.add_arguments(parser)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    raise NotImplementedError
+    """Serve until stopped."""
+    from qig_serve.serve import serve
+    from qig_serve.serving.limits import Limits
+
+    own, flags = _own_options().parse_known_args(args.flags)
+    return serve(args.directory, flags, Limits.from_arguments(own))

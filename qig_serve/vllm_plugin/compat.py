@@ -1,7 +1,7 @@
-"""Every vLLM import that the plugin and the server need, and where it lives in 0.26 to 0.33.
+"""Every vLLM name that moved between 0.26 and 0.33, and every place it has been.
 
-Nothing else under qig_serve/ imports a vLLM path that has moved. Names that moved are looked up
-in the order newest to oldest; one that is nowhere is an ImportError that says what was tried.
+Nothing else under qig_serve/ imports a vLLM path that has moved. Places are tried newest first;
+a name that is nowhere is an ImportError that says what was tried. Imports happen in the calls.
 """
 
 from __future__ import annotations
@@ -18,3 +18,64 @@ def find(name: str, *modules: str) -> Any:
         except (ImportError, AttributeError):
             continue
     raise ImportError(f"vLLM has no {name} in {', '.join(modules)}")
+
+
+def validation_error() -> Any:
+    """The exception that vLLM's server answers with 400."""
+    return find("VLLMValidationError", "vllm.exceptions", "vllm.entrypoints.openai.protocol")
+
+
+def http_connection() -> Any:
+    """vLLM's HTTP client for media."""
+    return find("HTTPConnection", "vllm.connections")
+
+
+def media_connector() -> Any:
+    """The class that loads pictures from URLs."""
+    return find("MediaConnector", "vllm.multimodal.media", "vllm.multimodal.utils")
+
+
+def media_connector_registry() -> Any:
+    """Where VLLM_MEDIA_CONNECTOR is looked up."""
+    return find(
+        "MEDIA_CONNECTOR_REGISTRY",
+        "vllm.multimodal.media.connector",
+        "vllm.multimodal.media",
+        "vllm.multimodal.utils",
+    )
+
+
+def argument_parser() -> Any:
+    """vLLM's argparse, which takes JSON and dotted options."""
+    return find("FlexibleArgumentParser", "vllm.utils.argparse_utils", "vllm.utils")
+
+
+def cli_environment() -> Any:
+    """The function that sets the process start method as vLLM's own command line does."""
+    return find(
+        "cli_env_setup", "vllm.entrypoints.serve.utils.api_utils", "vllm.entrypoints.utils"
+    )
+
+
+def serve_command() -> Any:
+    """vLLM's `serve` subcommand, an object with subparser_init, validate and cmd."""
+    return find("ServeSubcommand", "vllm.entrypoints.cli.serve")()
+
+
+_LAUNCHERS = "vllm.entrypoints.launchers"
+_API_SERVER = "vllm.entrypoints.openai.api_server"
+
+
+def engine_client() -> Any:
+    """Asynchronous context manager: serve arguments -> engine client."""
+    return find("build_async_engine_client", f"{_LAUNCHERS}.api_server.entry", _API_SERVER)
+
+
+def app_builder() -> Any:
+    """(args, supported tasks, model config) -> FastAPI application."""
+    return find("build_app", f"{_LAUNCHERS}.app", _API_SERVER)
+
+
+def app_state_initializer() -> Any:
+    """(engine client, application state, args, supported tasks): a coroutine function."""
+    return find("init_app_state", f"{_LAUNCHERS}.api_server.app_state", _API_SERVER)

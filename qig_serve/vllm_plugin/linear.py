@@ -41,7 +41,8 @@ def kernel_backend() -> ModuleType:
     )
 
 
-def _device_capability() -> tuple[int, int] | None:
+def device_capability() -> tuple[int, int] | None:
+    """Of the GPU that vLLM runs on; None on a CPU."""
     capability = current_platform.get_device_capability()
     return None if capability is None else (capability.major, capability.minor)
 
@@ -106,7 +107,7 @@ class QigLinearMethod(LinearMethodBase):
                 f"use a tensor-parallel size of {' or '.join(map(str, sizes))}"
             )
         possible, why_not = self.backend.can_implement(
-            self.scheme, n, k, dtype, _device_capability()
+            self.scheme, n, k, dtype, device_capability()
         )
         if not possible:
             raise ValueError(f"{self.prefix}: {why_not}")

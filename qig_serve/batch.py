@@ -1,0 +1,189 @@
+"""Offline batches: every request of a file through vLLM, at vLLM's own throughput.
+
+The requests go to the routes of vLLM's own server application, in this process and without a
+socket, so a batch understands what the server understands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qig_serve.errors import UserError
+from qig_serve.serving import batch_io
+from qig_serve.serving.batch_io import Request, Results
+from qig_serve.serving.limits import Limits
+
+_WAITING = 2
+"""Requests in hand for each that the engine can run: the next are ready when one ends."""
+
+
+@dataclass
+class Totals:
+    """What a batch came to."""
+
+    done: int = 0
+    failed: int = 0
+    skipped: int = 0
+    tokens: int = 0
+
+
+class EngineDied(RuntimeError):
+    """vLLM's engine is gone; rows written so far are good."""
+
+
+def generate(
+    directory: Path,
+    source: Path,
+    output: Path,
+    *,
+    prompt: str | None = None,
+    max_tokens: int | None = None,
+    resume: bool = False,
+    flags: Sequence[str] = (),
+) -> Totals:
+    """Answer every request of `source` into `output`, rows in the order in which they finish.
+
+    flags: of `vllm serve`. UserError for input that is wrong as a whole; EngineDied if the engine
+    died, after which `resume` continues.
+    """
+    from qig_serve.serve import parse_flags, set_environment
+    from qig_serve.serving.describe import read_manifest
+
+    read_manifest(directory)
+    defaults: dict[str, Any] = {"max_tokens": max_tokens} if max_tokens else {}
+    first = next(batch_io.read_requests(source, prompt, defaults), None)
+    if first is None:
+        raise UserError(f"{source}: no requests in it")
+    set_environment(Limits())
+    args = parse_flags(directory, flags)
+    defaults["model"] = (args.served_model_name or [args.model])[0]
+    results = Results(output, resume)
+    try:
+        return asyncio.run(
+            _run(args, batch_io.read_requests(source, prompt, defaults), source, results)
+        )
+    finally:
+        results.close()
+
+
+async def _run(args: Any, requests: Iterator[Request], source: Path, results: Results) -> Totals:
+    import httpx
+
+    from qig_serve.serving import media  # noqa: F401  registers the media connector
+    from qig_serve.vllm_plugin import compat
+
+    async with compat.engine_client()(args) as engine:
+        tasks = await engine.get_supported_tasks()
+        app = compat.app_builder()(args, tasks, engine.model_config)
+        await compat.app_state_initializer()(engine, app.state, args, tasks)
+        at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
+        transport = httpx.ASGITransport(app=app)
+        with _ProgressBar(batch_io.count_requests(source)) as progress:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://batch", timeout=None
+            ) as client:
+                folder = source if source.is_dir() else source.parent
+                runner = _Runner(client, engine, folder, results, progress)
+                await runner.run(requests, at_once)
+    return runner.totals
+
+
+class _Runner:
+    """Sends requests as fast as they are taken, and writes rows as they come."""
+
+    def __init__(
+        self, client: Any, engine: Any, folder: Path, results: Results, progress: Any
+    ) -> None:
+        self.client = client
+        self.engine = engine
+        self.folder = folder
+        self.results = results
+        self.progress = progress
+        self.totals = Totals()
+
+    async def run(self, requests: Iterator[Request], at_once: int) -> None:
+        """Answer them all; the first failure that is not a request's own ends the batch."""
+        workers = [asyncio.create_task(self._work(requests)) for _ in range(at_once)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+
+    async def _work(self, requests: Iterator[Request]) -> None:
+        for request in requests:  # shared: each takes the next
+            if request.line in self.results.finished:
+                self.totals.skipped += 1
+                self.progress(self.totals)
+                continue
+            row = await self._answer(request)
+            self.results.write(row)
+            self.totals.done += 1
+            self.totals.failed += row["error"] is not None
+            usage = ((row["response"] or {}).get("body") or {}).get("usage") or {}
+            self.totals.tokens += usage.get("completion_tokens") or 0
+            self.progress(self.totals)
+
+    async def _answer(self, request: Request) -> dict[str, Any]:
+        if request.body is None:
+            return batch_io.error_row(request, request.error or "not a request")
+        try:
+            body = await asyncio.to_thread(batch_io.embed_pictures, request.body, self.folder)
+        except ValueError as error:
+            return batch_io.error_row(request, str(error))
+        request_id = uuid.uuid4().hex
+        response = await self.client.post(
+            request.url, json=body, headers={"X-Request-Id": request_id}
+        )
+        if self.engine.errored:  # not this request's fault: leave it to --resume
+            raise EngineDied(f"the engine died at line {request.line}")
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = response.text
+        return batch_io.result_row(request, response.status_code, request_id, answer)
+
+
+class _ProgressBar:
+    """A progress bar on stderr with requests and tokens a second; called with the totals."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task("", total=total, rates="")
+
+    def __enter__(self) -> _ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, totals: Totals) -> None:
+        elapsed = self._bar.tasks[0].elapsed or 0
+        rates = ""
+        if elapsed > 0:
+            rates = f"{totals.done / elapsed:.1f} req/s, {totals.tokens / elapsed:.0f} tok/s"
+            rates += f", {totals.failed} failed" if totals.failed else ""
+        self._bar.update(self._task, completed=totals.done + totals.skipped, rates=rates)

@@ -1,0 +1,85 @@
+"""The OpenAI-compatible server: vLLM's own, embedded, with safer defaults.
+
+vLLM's `serve` command is called by import, with every flag of its own. What is added goes through
+vLLM's own openings: `--middleware` (serving/safeguards.py) and VLLM_MEDIA_CONNECTOR
+(serving/media.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qig_serve.errors import UserError
+from qig_serve.serving.limits import Limits
+
+DRAIN_SECONDS = 30
+"""How long SIGTERM waits for requests that are running, unless --shutdown-timeout says else."""
+
+MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
+
+
+def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
+    """vLLM's `serve` arguments for a checkpoint: the user's flags, and our defaults.
+
+    Registers the plugin and sets the process up as vLLM's own command line does. UserError for a
+    flag that would run code from a checkpoint; vLLM's parser exits with 2 for one it refuses.
+    """
+    from qig_serve.vllm_plugin import compat, register
+
+    register()
+    compat.cli_environment()()
+    names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
+    words = ["serve", str(directory), *flags]
+    if "--shutdown-timeout" not in names:
+        words += ["--shutdown-timeout", str(DRAIN_SECONDS)]
+    if "--served-model-name" not in names:
+        words += ["--served-model-name", directory.resolve().name, str(directory)]
+    command = compat.serve_command()
+    parser = compat.argument_parser()(prog="qig-serve")
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args: argparse.Namespace = parser.parse_args(words)
+    if args.trust_remote_code:
+        raise UserError(
+            "--trust-remote-code is refused: it would run Python code that comes with a "
+            "checkpoint, and qig checkpoints never need it"
+        )
+    args.model = args.model_tag or args.model
+    command.validate(args)
+    return args
+
+
+def set_environment(limits: Limits) -> None:
+    """What vLLM reads from the environment, in this process and those it starts."""
+    limits.to_environment()
+    os.environ["VLLM_MEDIA_CONNECTOR"] = "qig"
+    os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
+    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(limits.max_image_pixels)
+
+
+def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
+    """Serve until stopped; 0 if it was told to stop, 1 if its engine died.
+
+    UserError if the directory is no qig checkpoint, or a flag is unsafe.
+    """
+    from qig_serve.serving.describe import read_manifest
+
+    manifest = read_manifest(directory)
+    set_environment(limits)
+
+    args = parse_flags(directory, flags)
+    args.middleware = [*args.middleware, MIDDLEWARE]
+    print(f"{directory}: {manifest.scheme}, quantized with {manifest.method}", flush=True)
+
+    from qig_serve.vllm_plugin import compat
+
+    compat.serve_command().cmd(args)
+
+    from qig_serve.serving import safeguards
+
+    if safeguards.engine_died:
+        print("qig-serve serve: the engine died; its own messages are above", flush=True)
+        return 1
+    return 0

@@ -1,0 +1,286 @@
+"""What goes into a batch and what comes out: OpenAI's JSONL, a folder of pictures, or CSV.
+
+Input is read a line at a time and pictures when their request is sent, so a batch may be larger
+than memory. A line that is no request becomes an error row with its number, not the end.
+
+Output rows have OpenAI's form, and the line they answer:
+
+    {"id": "batch_req_7", "custom_id": "a", "line": 7, "response": {"status_code": 200,
+     "request_id": "...", "body": {...}}, "error": null}
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import mimetypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qig_serve.errors import UserError
+
+URL = "/v1/chat/completions"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+CSV_COLUMNS = ("custom_id", "line", "answer", "error")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, or why its line is none (`error`)."""
+
+    line: int
+    custom_id: str | None
+    url: str = URL
+    body: dict[str, Any] | None = None
+    error: str | None = None
+
+
+def read_requests(path: Path, prompt: str | None, body: dict[str, Any]) -> Iterator[Request]:
+    """The requests of a JSONL or CSV file, or one for each picture of a folder.
+
+    path: .jsonl in OpenAI's batch form; .csv with a column `image` and, unless `prompt` is given,
+        `prompt`, and perhaps `custom_id`; or a folder of pictures.
+    body: defaults for what a request does not say (model, max_tokens).
+    UserError if the input cannot be read at all.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_dir():
+        requests = _from_folder(path, prompt)
+    elif path.suffix.lower() == ".csv":
+        requests = _from_csv(path, prompt)
+    else:
+        requests = _from_jsonl(path)
+    seen: set[str] = set()
+    for request in requests:
+        if request.custom_id in seen:
+            message = f"custom_id {request.custom_id!r} was used by an earlier line"
+            yield Request(request.line, request.custom_id, error=message)
+            continue
+        if request.custom_id is not None:
+            seen.add(request.custom_id)
+        if request.body is None:
+            yield request
+        else:
+            yield Request(request.line, request.custom_id, request.url, body | request.body)
+
+
+def count_requests(path: Path) -> int:
+    """How many requests `read_requests` gives, for the progress bar."""
+    if path.is_dir():
+        return len(_pictures(path))
+    if path.suffix.lower() == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            return max(0, sum(1 for _ in csv.reader(file)) - 1)
+    with path.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def _from_jsonl(path: Path) -> Iterator[Request]:
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            if raw.strip():
+                yield _parse_line(number, raw)
+
+
+def _parse_line(number: int, raw: bytes) -> Request:
+    try:
+        line = json.loads(raw)
+    except ValueError as error:
+        return Request(number, None, error=f"not JSON: {error}")
+    if not isinstance(line, dict):
+        return Request(number, None, error=f"a JSON object is wanted, not {type(line).__name__}")
+    custom_id = line.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        return Request(number, None, error="custom_id is missing or not a string")
+    url, body = line.get("url", URL), line.get("body")
+    if line.get("method", "POST") != "POST":
+        return Request(number, custom_id, error=f"method {line['method']!r}: only POST is known")
+    if not isinstance(url, str) or not url.startswith("/v1/"):
+        return Request(number, custom_id, error=f"url {url!r} does not start with /v1/")
+    if not isinstance(body, dict):
+        return Request(number, custom_id, error="body is missing or not an object")
+    if body.get("stream"):
+        return Request(number, custom_id, error="stream is not possible in a batch")
+    return Request(number, custom_id, url, body)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _from_folder(folder: Path, prompt: str | None) -> Iterator[Request]:
+    if prompt is None:
+        raise UserError(f"{folder} is a folder of pictures: say what to ask with --prompt")
+    pictures = _pictures(folder)
+    if not pictures:
+        raise UserError(f"{folder}: no pictures there ({', '.join(IMAGE_SUFFIXES)})")
+    for number, picture in enumerate(pictures, 1):
+        name = picture.relative_to(folder).as_posix()
+        yield Request(number, name, body=_question(name, prompt))
+
+
+def _from_csv(path: Path, prompt: str | None) -> Iterator[Request]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        columns = rows.fieldnames or []
+        needed = ["image"] if prompt else ["image", "prompt"]
+        if missing := [column for column in needed if column not in columns]:
+            raise UserError(f"{path}: its first line has no column {' and no '.join(missing)}")
+        for row in rows:
+            number = rows.line_num
+            custom_id = row.get("custom_id") or str(number)
+            question = row.get("prompt") or prompt
+            if not question or not row["image"]:
+                yield Request(number, custom_id, error="image or prompt is empty")
+            else:
+                yield Request(number, custom_id, body=_question(row["image"], question))
+
+
+def _question(image: str, prompt: str) -> dict[str, Any]:
+    content = [
+        {"type": "image_url", "image_url": {"url": image}},
+        {"type": "text", "text": prompt},
+    ]
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+def embed_pictures(body: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`body` with pictures named by path (relative to `folder`) as data URLs; others as they are.
+
+    ValueError, with a sentence, if one cannot be read.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return body
+    return body | {"messages": [_embed_message(m, folder) for m in messages]}
+
+
+def _embed_message(message: Any, folder: Path) -> Any:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    return message | {"content": [_embed_part(part, folder) for part in message["content"]]}
+
+
+def _embed_part(part: Any, folder: Path) -> Any:
+    image = part.get("image_url") if isinstance(part, dict) else None
+    if not isinstance(image, dict):
+        return part
+    url = image.get("url")
+    if not isinstance(url, str) or url[:5].lower() == "data:" or "://" in url:
+        return part
+    path = folder / url
+    try:
+        data = base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise ValueError(f"cannot read the picture {path}: {error.strerror}") from None
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    return part | {"image_url": image | {"url": f"data:{kind};base64,{data}"}}
+
+
+def result_row(request: Request, status: int, request_id: str, body: Any) -> dict[str, Any]:
+    """The output row of an answered request."""
+    error = None
+    if status != 200:
+        inner = body.get("error", body) if isinstance(body, dict) else body
+        message = inner.get("message", inner) if isinstance(inner, dict) else inner
+        error = {"code": str(status), "message": f"line {request.line}: {message}"}
+    return {
+        "id": f"batch_req_{request.line}",
+        "custom_id": request.custom_id,
+        "line": request.line,
+        "response": {"status_code": status, "request_id": request_id, "body": body},
+        "error": error,
+    }
+
+
+def error_row(request: Request, message: str) -> dict[str, Any]:
+    """The output row of a line that was not sent."""
+    return {
+        "id": f"batch_req_{request.line}",
+        "custom_id": request.custom_id,
+        "line": request.line,
+        "response": None,
+        "error": {"code": "invalid_line", "message": f"line {request.line}: {message}"},
+    }
+
+
+def answer_text(row: dict[str, Any]) -> str:
+    """The first choice's text, or nothing."""
+    choices = ((row["response"] or {}).get("body") or {}).get("choices") or [{}]
+    message = choices[0].get("message") or {}
+    return message.get("content") or choices[0].get("text") or ""
+
+
+class Results:
+    """The output file, written a row at a time; JSONL, or CSV if its name ends so."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        """UserError if the file exists and `resume` is not asked for, or cannot be written."""
+        self.path = path
+        self.kind: Literal["csv", "jsonl"] = "csv" if path.suffix.lower() == ".csv" else "jsonl"
+        self.finished: set[int] = set()
+        if path.exists() and not resume:
+            raise UserError(f"{path} exists: continue it with --resume, or name another file")
+        try:
+            if path.exists():
+                self._take_up()
+            self._file = path.open("a", newline="", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        self._csv = csv.writer(self._file)
+        if self.kind == "csv" and self._file.tell() == 0:
+            self._csv.writerow(CSV_COLUMNS)
+            self._file.flush()
+
+    def _take_up(self) -> None:
+        """Note the lines that have rows, and cut off a row that a killed run left unfinished."""
+        whole = 0
+        with self.path.open("rb") as file:
+            if self.kind == "csv":
+                whole = self._read_csv_rows(file.read())
+            else:
+                for raw in file:
+                    if not raw.endswith(b"\n"):
+                        break
+                    try:
+                        self.finished.add(int(json.loads(raw)["line"]))
+                    except (ValueError, KeyError, TypeError):
+                        raise UserError(
+                            f"{self.path}: byte {whole}: not a row of this command's output; "
+                            "--resume continues only a file that it wrote"
+                        ) from None
+                    whole += len(raw)
+        with self.path.open("rb+") as file:
+            file.truncate(whole)
+
+    def _read_csv_rows(self, raw: bytes) -> int:
+        """Rows end with CR LF outside quotes; those are the only line ends counted."""
+        whole, quoted = 0, False
+        for i, byte in enumerate(raw):
+            if byte == ord('"'):
+                quoted = not quoted
+            elif byte == ord("\n") and not quoted:
+                row = next(csv.reader([raw[whole : i + 1].decode("utf-8")]), [])
+                if whole == 0 and tuple(row) != CSV_COLUMNS:
+                    raise UserError(f"{self.path}: not this command's output: other columns")
+                if whole:
+                    self.finished.add(int(row[1]))
+                whole = i + 1
+        return whole
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; it is the operating system's when this returns, and survives a kill."""
+        if self.kind == "csv":
+            error = row["error"]["message"] if row["error"] else ""
+            self._csv.writerow([row["custom_id"], row["line"], answer_text(row), error])
+        else:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

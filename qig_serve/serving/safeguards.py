@@ -1,0 +1,206 @@
+"""What every request passes before it reaches vLLM: key, size, queue; and our own two routes.
+
+A plain ASGI middleware, given to vLLM with its own `--middleware` flag: the outermost one, and
+the same in each API process.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hmac
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qig_serve.serving import media  # noqa: F401  registers the media connector in this process
+from qig_serve.serving.limits import Limits
+
+HEALTH = "/health"
+RETRY_AFTER_SECONDS = 5
+
+engine_died = False
+"""Whether this process's engine died, rather than being stopped: the exit status depends on it."""
+
+
+class _TooLarge(Exception):
+    """The body went over the limit while it was read."""
+
+
+class Safeguards:
+    """API key on every route but health, body limit, bounded queue, `/` and `/v1/quantization`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        limits = Limits.from_environment()
+        self.max_body = limits.max_body_mb << 20
+        self.max_queued = limits.max_queued_requests
+        self.running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry point."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, _watch_engine(scope, receive), send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        if path == HEALTH or scope.get("method") == "OPTIONS":
+            await self.app(scope, receive, send)
+            return
+        if not _authorize(scope):
+            await _reject_unauthorized(scope, path)(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
+            own = {"/": _page, "/v1/quantization": _quantization}.get(path)
+            await (own(scope) if own else self.app)(scope, receive, send)
+        elif scope["type"] == "http" and scope["method"] == "POST":
+            await self._bounded(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdigit() or int(length) > self.max_body:
+            await self._too_large()(scope, receive, send)
+            return
+        if self.running >= self.max_queued:
+            refusal = _error(503, f"{self.running} requests are running or waiting: try again")
+            refusal.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+            await refusal(scope, receive, send)
+            return
+        self.running += 1
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, self._counted(receive), note_start)
+        except _TooLarge:
+            if not started:
+                await self._too_large()(scope, receive, send)
+        finally:
+            self.running -= 1
+
+    def _too_large(self) -> Response:
+        return _error(400, f"the request body is over {self.max_body >> 20} MiB")
+
+    def _counted(self, receive: Receive) -> Receive:
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_body:  # a body that did not tell its length
+                raise _TooLarge
+            return message
+
+        return counted
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    """An error in the form of OpenAI's API."""
+    kinds = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}
+    error = {"message": message, "type": kinds[status], "param": None, "code": status}
+    return JSONResponse({"error": error}, status)
+
+
+def _keys(scope: Scope) -> list[str]:
+    import vllm.envs
+
+    keys = scope["app"].state.args.api_key or [vllm.envs.VLLM_API_KEY]
+    return [key for key in keys if key]
+
+
+def _authorize(scope: Scope) -> bool:
+    """Whether the request carries a key, if there are keys.
+
+    A browser that opens the page at `/` sends the key as the password of HTTP Basic; vLLM's own
+    check further in wants Bearer, so the header is rewritten.
+    """
+    keys = _keys(scope)
+    if not keys:
+        return True
+    kind, _, value = Headers(scope=scope).get("authorization", "").partition(" ")
+    if kind.lower() == "basic":
+        try:
+            value = base64.b64decode(value).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return False
+    elif kind.lower() != "bearer":
+        return False
+    matches = [hmac.compare_digest(value.encode(), key.encode()) for key in keys]
+    if not any(matches):
+        return False
+    MutableHeaders(scope=scope)["authorization"] = f"Bearer {value}"
+    return True
+
+
+def _reject_unauthorized(scope: Scope, path: str) -> ASGIApp:
+    if scope["type"] == "websocket":
+
+        async def close(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "websocket.close", "code": 1008})
+
+        return close
+    refusal = _error(401, "a valid API key is needed: Authorization: Bearer KEY")
+    if path == "/":  # so that a browser asks for it
+        refusal.headers["WWW-Authenticate"] = 'Basic realm="API key as password"'
+    return refusal
+
+
+@functools.cache
+def _page_source() -> str:
+    return importlib.resources.files(__package__).joinpath("playground.html").read_text("utf-8")
+
+
+def _page(scope: Scope) -> Response:
+    return HTMLResponse(_page_source(), headers={"Cache-Control": "no-store"})
+
+
+def _quantization(scope: Scope) -> Response:
+    from qig_serve.serving.describe import describe
+
+    state = scope["app"].state
+    config = state.engine_client.vllm_config
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    size = config.parallel_config.tensor_parallel_size
+    report = describe(Path(config.model_config.model), dtype, size)
+    return Response(json.dumps(report.as_json()), media_type="application/json")
+
+
+def _watch_engine(scope: Scope, receive: Receive) -> Receive:
+    """`receive` of the application's lifespan, noting why it ends.
+
+    vLLM stops the HTTP server both when it was told to and when its engine died, and exits with
+    0 either way. Told to, it shuts the engine client down first.
+    """
+    told_to = False
+
+    async def watched() -> Message:
+        nonlocal told_to
+        global engine_died
+        message = await receive()
+        client: Any = scope["app"].state.engine_client
+        if message["type"] == "lifespan.startup":
+            shutdown = client.shutdown
+
+            def note_shutdown(*args: Any, **kwargs: Any) -> Any:
+                nonlocal told_to
+                told_to = True
+                return shutdown(*args, **kwargs)
+
+            client.shutdown = note_shutdown
+        elif message["type"] == "lifespan.shutdown":
+            engine_died = bool(client.errored) and not told_to
+        return message
+
+    return watched
