@@ -56,15 +56,13 @@ def read_requests(path: Path, prompt: str | None, body: dict[str, Any]) -> Itera
         requests = _from_jsonl(path)
     seen: set[str] = set()
     for request in requests:
-        if request.custom_id in seen:
-            message = f"custom_id {request.custom_id!r} was used by an earlier line"
-            yield Request(request.line, request.custom_id, error=message)
-            continue
-        if request.custom_id is not None:
-            seen.add(request.custom_id)
         if request.body is None:
             yield request
+        elif request.custom_id in seen:
+            message = f"custom_id {request.custom_id!r} was used by an earlier line"
+            yield Request(request.line, request.custom_id, error=message)
         else:
+            seen.add(request.custom_id or "")
             yield Request(request.line, request.custom_id, request.url, body | request.body)
 
 

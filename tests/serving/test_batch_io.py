@@ -1,0 +1,161 @@
+"""What a batch reads and writes, without an engine."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qig_serve.errors import UserError
+from qig_serve.serving import batch_io
+from qig_serve.serving.batch_io import Request, Results
+
+GOOD = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{nonsense", "not JSON"),
+        ([1, 2], "a JSON object is wanted, not list"),
+        ({"body": {}}, "custom_id is missing"),
+        (GOOD | {"custom_id": 3}, "custom_id is missing or not a string"),
+        (GOOD | {"method": "GET"}, "only POST"),
+        (GOOD | {"url": "http://elsewhere/"}, "does not start with /v1/"),
+        (GOOD | {"body": "x"}, "body is missing"),
+        (GOOD | {"body": {"stream": True}}, "stream is not possible"),
+    ],
+)
+def test_bad_line_is_an_error_row_with_its_number(tmp_path: Path, row: Any, message: str) -> None:
+    path = lines(tmp_path / "in.jsonl", GOOD, "", row, GOOD | {"custom_id": "b"})
+    first, bad, last = batch_io.read_requests(path, None, {})
+    assert first.error is None and last.custom_id == "b" and last.line == 4
+    assert bad.line == 3 and bad.body is None and message in (bad.error or "")
+    written = batch_io.error_row(bad, bad.error or "")
+    assert written["error"]["message"].startswith("line 3: ") and written["response"] is None
+
+
+def test_bytes_that_are_no_text_are_an_error_row(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xff\xfe\n" + json.dumps(GOOD).encode())  # and no newline at the end
+    bad, good = batch_io.read_requests(path, None, {})
+    assert "not JSON" in (bad.error or "") and good.custom_id == "a"
+
+
+def test_repeated_custom_id_is_an_error(tmp_path: Path) -> None:
+    path = lines(tmp_path / "in.jsonl", GOOD, GOOD)
+    first, second = batch_io.read_requests(path, None, {})
+    assert first.error is None
+    assert second.error == "custom_id 'a' was used by an earlier line"
+
+
+def test_defaults_do_not_override(tmp_path: Path) -> None:
+    path = lines(tmp_path / "in.jsonl", GOOD | {"body": {"max_tokens": 3}})
+    (request,) = batch_io.read_requests(path, None, {"max_tokens": 9, "model": "m"})
+    assert request.body == {"max_tokens": 3, "model": "m"}
+
+
+def test_folder_of_pictures(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.PNG", "a.jpg", "sub/c.webp", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    requests = list(batch_io.read_requests(tmp_path, "What?", {}))
+    assert [r.custom_id for r in requests] == ["a.jpg", "b.PNG", "sub/c.webp"]
+    assert batch_io.count_requests(tmp_path) == 3
+    with pytest.raises(UserError, match="--prompt"):
+        next(batch_io.read_requests(tmp_path, None, {}))
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text('image,prompt\na.png,"One, or\ntwo?"\nb.png,\n')
+    good, bad = batch_io.read_requests(path, None, {})
+    assert good.body is not None
+    assert good.body["messages"][0]["content"][1]["text"] == "One, or\ntwo?"
+    assert bad.error == "image or prompt is empty"
+    assert batch_io.count_requests(path) == 2
+    path.write_text("picture,prompt\n")
+    with pytest.raises(UserError, match="no column image"):
+        next(batch_io.read_requests(path, None, {}))
+
+
+def body(url: str) -> dict[str, Any]:
+    part = {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+    return {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]}
+
+
+def test_pictures_are_embedded(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    embedded = batch_io.embed_pictures(body("a.jpg"), tmp_path)["messages"][0]["content"][0]
+    expected = "data:image/jpeg;base64," + base64.b64encode(b"picture").decode()
+    assert embedded["image_url"] == {"url": expected, "detail": "low"}
+    for url in ("data:image/png;base64,AA", "https://example.org/a.jpg", "file:///a.jpg"):
+        assert batch_io.embed_pictures(body(url), tmp_path) == body(url)
+    with pytest.raises(ValueError, match=r"gone\.png: No such file"):
+        batch_io.embed_pictures(body("gone.png"), tmp_path)
+
+
+@pytest.mark.parametrize("messages", [None, "x", [1], [{"content": [None, {"image_url": 3}]}]])
+def test_odd_messages_are_left_to_the_server(tmp_path: Path, messages: Any) -> None:
+    assert batch_io.embed_pictures({"messages": messages}, tmp_path) == {"messages": messages}
+
+
+def row(line: int, text: str = "yes") -> dict[str, Any]:
+    answer = {"choices": [{"message": {"content": text}}], "usage": {"completion_tokens": 1}}
+    return batch_io.result_row(Request(line, f"id{line}"), 200, "r", answer)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_resume_after_a_kill_loses_and_repeats_nothing(tmp_path: Path, suffix: str) -> None:
+    """Whatever byte the file was cut at, whole rows are kept and the torn one is written again."""
+    whole = tmp_path / f"whole.{suffix}"
+    results = Results(whole, resume=False)
+    for i in range(1, 4):
+        results.write(row(i, f'line {i}\nsaid "ä"'))
+    results.close()
+    content = whole.read_bytes()
+    for cut in range(0, len(content) + 1, 3):
+        torn = tmp_path / f"torn.{suffix}"
+        torn.write_bytes(content[:cut])
+        results = Results(torn, resume=True)
+        for i in range(1, 4):
+            if i not in results.finished:
+                results.write(row(i, f'line {i}\nsaid "ä"'))
+        results.close()
+        assert torn.read_bytes() == content, cut
+
+
+def test_csv_output(tmp_path: Path) -> None:
+    results = Results(tmp_path / "out.csv", resume=False)
+    results.write(row(1, "a\nb"))
+    results.write(batch_io.error_row(Request(2, None), "no"))
+    results.close()
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {"custom_id": "id1", "line": "1", "answer": "a\nb", "error": ""}
+    assert rows[1]["error"] == "line 2: no"
+
+
+def test_existing_output_is_not_overwritten(tmp_path: Path) -> None:
+    path = lines(tmp_path / "out.jsonl", row(1))
+    with pytest.raises(UserError, match="--resume"):
+        Results(path, resume=False)
+    lines(path, {"something": "else"})
+    with pytest.raises(UserError, match="not a row of this command's output"):
+        Results(path, resume=True)
+    assert json.loads(path.read_text()) == {"something": "else"}
+
+
+def test_refused_request_says_why() -> None:
+    refused = batch_io.result_row(Request(5, "x"), 400, "r", {"error": {"message": "too long"}})
+    assert refused["error"] == {"code": "400", "message": "line 5: too long"}
+    assert refused["response"]["status_code"] == 400
