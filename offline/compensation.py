@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.packing import dequantize, quantize, round_scale
+from qig_serve.packing import dequantize, round_scale
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def gptq(
     Groups are those of the original order of columns ("static"), whatever order the factor
     has, so the stored layout does not change. Source: GPTQ (arXiv 2210.17323), algorithm 1.
     """
-    n, k = target.shape
+    k = target.shape[1]
     order, upper = factor.order, factor.upper
     group = torch.arange(k, device=target.device) // (k // scale.shape[1])
     scales = scale.T[group[order]]  # [K, N]
@@ -217,7 +217,7 @@ def polish_codes(
     running gradient, so that a sweep costs one N x K x K product. Source: QuantEase
     (arXiv 2309.01885), algorithm 1.
     """
-    n, k = target.shape
+    k = target.shape[1]
     group = torch.arange(k, device=target.device) // (k // scale.shape[1])
     scales = scale.T[group]  # [K, N]
     low = torch.full_like(scales, scheme.qmin)
@@ -250,10 +250,3 @@ def polish_codes(
     if zero is not None:
         levels = levels + zeros
     return levels.T.to(codes.dtype).contiguous()
-
-
-def nearest(
-    target: torch.Tensor, scheme: QuantScheme, scale: torch.Tensor, zero: torch.Tensor | None
-) -> torch.Tensor:
-    """Round-to-nearest codes [N, K]: no compensation."""
-    return quantize(target, scale, zero, scheme)

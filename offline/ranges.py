@@ -43,7 +43,7 @@ def search_range(
     squares between codes and scale. The weighted round-to-nearest error `group_error` decides;
     min-max is among the candidates, so the result never does worse by that measure.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     groups = scheme.num_groups(k)
     rows = max(1, _CHUNK_ELEMENTS.get(weight.device.type, 1 << 18) // k)
     scales, zeros = [], []
