@@ -64,14 +64,19 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
 
     UserError if the directory is no qig checkpoint, or a flag is unsafe.
     """
-    from qig_serve.serving.describe import read_manifest
+    from qig_serve.serving.describe import describe, model_dtype, read_manifest
 
-    manifest = read_manifest(directory)
+    read_manifest(directory)
     set_environment(limits)
 
     args = parse_flags(directory, flags)
     args.middleware = [*args.middleware, MIDDLEWARE]
-    print(f"{directory}: {manifest.scheme}, quantized with {manifest.method}", flush=True)
+    report = describe(directory, model_dtype(directory, args.dtype), args.tensor_parallel_size)
+    if report.problems:
+        raise UserError(f"{directory} cannot be served here: {report.problems[0]}")
+    print(f"{directory}: {report.manifest.scheme}, quantized with {report.manifest.method}")
+    for kernel, count in report.kernels.items():
+        print(f"{count} layers: {kernel} ({report.device})", flush=True)
 
     from qig_serve.vllm_plugin import compat
 

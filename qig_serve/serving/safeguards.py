@@ -11,15 +11,16 @@ import binascii
 import functools
 import hmac
 import importlib.resources
-import json
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import Gauge
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qig_serve.serving import media  # noqa: F401  registers the media connector in this process
+from qig_serve.serving.describe import Report, describe
 from qig_serve.serving.limits import Limits
 
 HEALTH = "/health"
@@ -27,6 +28,9 @@ RETRY_AFTER_SECONDS = 5
 
 engine_died = False
 """Whether this process's engine died, rather than being stopped: the exit status depends on it."""
+
+_stopping = False
+"""Whether the server was told to stop and only finishes what is running."""
 
 
 class _TooLarge(Exception):
@@ -68,42 +72,48 @@ class Safeguards:
         if not length.isdigit() or int(length) > self.max_body:
             await self._too_large()(scope, receive, send)
             return
-        if self.running >= self.max_queued:
-            refusal = _error(503, f"{self.running} requests are running or waiting: try again")
+        if _stopping or self.running >= self.max_queued:
+            reason = "the server is stopping" if _stopping else f"{self.running} requests are ahead"
+            refusal = _error(503, f"{reason}: try again later")
             refusal.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
             await refusal(scope, receive, send)
             return
+        body = _CountedBody(receive, self.max_body)
+
+        async def send_unless_refused(message: Message) -> None:
+            if not body.too_large:  # whatever the application makes of its body breaking off
+                await send(message)
+
         self.running += 1
-        started = False
-
-        async def note_start(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
         try:
-            await self.app(scope, self._counted(receive), note_start)
+            await self.app(scope, body.receive, send_unless_refused)
         except _TooLarge:
-            if not started:
-                await self._too_large()(scope, receive, send)
+            pass
         finally:
             self.running -= 1
+        if body.too_large:
+            await self._too_large()(scope, receive, send)
 
     def _too_large(self) -> Response:
-        return _error(400, f"the request body is over {self.max_body >> 20} MiB")
+        return _error(400, f"the request body is over {self.max_body >> 20} MiB (--max-body-mb)")
 
-    def _counted(self, receive: Receive) -> Receive:
-        read = 0
 
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body:  # a body that did not tell its length
-                raise _TooLarge
-            return message
+class _CountedBody:
+    """A request body that breaks off where it is too large; for those that tell no length."""
 
-        return counted
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._left = limit
+        self.too_large = False
+
+    async def receive(self) -> Message:
+        """The next message; _TooLarge beyond the limit."""
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.too_large = True
+            raise _TooLarge
+        return message
 
 
 def _error(status: int, message: str) -> JSONResponse:
@@ -166,15 +176,32 @@ def _page(scope: Scope) -> Response:
     return HTMLResponse(_page_source(), headers={"Cache-Control": "no-store"})
 
 
-def _quantization(scope: Scope) -> Response:
-    from qig_serve.serving.describe import describe
+def _report(app: Any) -> Report:
+    config = app.state.engine_client.vllm_config
+    return describe(
+        Path(config.model_config.model),
+        config.model_config.dtype,
+        config.parallel_config.tensor_parallel_size,
+    )
 
-    state = scope["app"].state
-    config = state.engine_client.vllm_config
-    dtype = str(config.model_config.dtype).removeprefix("torch.")
-    size = config.parallel_config.tensor_parallel_size
-    report = describe(Path(config.model_config.model), dtype, size)
-    return Response(json.dumps(report.as_json()), media_type="application/json")
+
+def _quantization(scope: Scope) -> Response:
+    return JSONResponse(_report(scope["app"]).as_json())
+
+
+def _publish_metrics(report: Report) -> None:
+    """Gauges for /metrics: which kernel serves how many layers, and the weights' bytes."""
+    scheme = report.manifest.scheme
+    layers = Gauge(
+        "qig_layers", "Quantized layers by kernel", ["scheme", "kernel"], multiprocess_mode="max"
+    )
+    for kernel, count in report.kernels.items():
+        layers.labels(scheme, kernel).set(count)
+    stored = Gauge(
+        "qig_weight_bytes", "Bytes of stored weights", ["scheme", "part"], multiprocess_mode="max"
+    )
+    stored.labels(scheme, "quantized").set(report.quantized_bytes)
+    stored.labels(scheme, "other").set(report.other_bytes)
 
 
 def _watch_engine(scope: Scope, receive: Receive) -> Receive:
@@ -183,24 +210,23 @@ def _watch_engine(scope: Scope, receive: Receive) -> Receive:
     vLLM stops the HTTP server both when it was told to and when its engine died, and exits with
     0 either way. Told to, it shuts the engine client down first.
     """
-    told_to = False
 
     async def watched() -> Message:
-        nonlocal told_to
         global engine_died
         message = await receive()
         client: Any = scope["app"].state.engine_client
         if message["type"] == "lifespan.startup":
+            _publish_metrics(_report(scope["app"]))
             shutdown = client.shutdown
 
             def note_shutdown(*args: Any, **kwargs: Any) -> Any:
-                nonlocal told_to
-                told_to = True
+                global _stopping
+                _stopping = True
                 return shutdown(*args, **kwargs)
 
             client.shutdown = note_shutdown
         elif message["type"] == "lifespan.shutdown":
-            engine_died = bool(client.errored) and not told_to
+            engine_died = bool(client.errored) and not _stopping
         return message
 
     return watched

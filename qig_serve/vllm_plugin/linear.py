@@ -41,6 +41,15 @@ def kernel_backend() -> ModuleType:
     )
 
 
+def kernel_name(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype) -> str:
+    """What runs a linear [n, k] on the platform vLLM runs on, in words."""
+    if current_platform.is_cpu():
+        from qig_serve.kernels import cpu
+
+        return cpu.kernel_name(scheme, n, k, dtype)
+    return f"Triton {scheme.name}"
+
+
 def device_capability() -> tuple[int, int] | None:
     """Of the GPU that vLLM runs on; None on a CPU."""
     capability = current_platform.get_device_capability()

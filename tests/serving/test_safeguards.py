@@ -1,0 +1,240 @@
+"""The middleware around a stand-in application: keys, sizes, queue, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from qig_serve.serving import safeguards
+from qig_serve.serving.limits import Limits
+from qig_serve.serving.safeguards import Safeguards
+
+ROUTES = ("/v1/models", "/v1/quantization", "/metrics", "/version", "/openapi.json", "/", "/docs")
+
+
+def make_app(handler: Callable[[Request], Any], keys: list[str] | None = None) -> Starlette:
+    """An application with the middleware, as vLLM's would have it."""
+
+    async def health(_: Request) -> Response:
+        return Response()
+
+    app = Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/{path:path}", handler, methods=["GET", "POST", "DELETE"]),
+        ]
+    )
+    app.state.args = Namespace(api_key=keys)
+    app.add_middleware(Safeguards)
+    return app
+
+
+def client(app: Starlette) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+
+
+async def echo(request: Request) -> Response:
+    body = await request.body()
+    return JSONResponse({"bytes": len(body), "authorization": request.headers.get("authorization")})
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QIG_SERVE_MAX_BODY_MB", "1")
+    monkeypatch.setenv("QIG_SERVE_MAX_QUEUED_REQUESTS", "2")
+    monkeypatch.setattr(safeguards, "_stopping", False)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+def test_limits_survive_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MAX_BODY_MB", "MAX_IMAGE_PIXELS", "MAX_QUEUED_REQUESTS"):
+        monkeypatch.setenv(f"QIG_SERVE_{name}", "0")  # so that it is put back
+    Limits(7, 8, 9).to_environment()
+    assert Limits.from_environment() == Limits(7, 8, 9)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "HEAD"])
+def test_key_covers_every_route_but_health(method: str) -> None:
+    async def run() -> None:
+        async with client(make_app(echo, ["secret", "other"])) as http:
+            assert (await http.get("/health")).status_code == 200
+            for route in ROUTES:
+                for headers in (
+                    {},
+                    {"Authorization": "Bearer wrong"},
+                    {"Authorization": "Bearer "},
+                    {"Authorization": "secret"},
+                    {"Authorization": "Basic !!!"},
+                    {"Authorization": "Basic " + base64.b64encode(b"secret").decode()},
+                ):
+                    refused = await http.request(method, route, headers=headers)
+                    assert refused.status_code == 401, (route, headers)
+            passed = await http.get("/v1/models", headers={"Authorization": "Bearer other"})
+            assert passed.status_code == 200
+
+    asyncio.run(run())
+
+
+def test_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+
+    async def run() -> None:
+        async with client(make_app(echo)) as http:
+            assert (await http.get("/v1/models")).status_code == 401
+
+    asyncio.run(run())
+
+
+def test_browser_gives_the_key_as_a_password() -> None:
+    """HTTP Basic opens the page, and reaches vLLM's own check as Bearer."""
+
+    async def run() -> None:
+        async with client(make_app(echo, ["secret"])) as http:
+            asked = await http.get("/")
+            assert asked.headers["www-authenticate"].startswith("Basic ")
+            basic = {"Authorization": "Basic " + base64.b64encode(b"me:secret").decode()}
+            page = await http.get("/", headers=basic)
+            assert page.text.startswith("<!doctype html>")
+            inner = await http.post("/v1/chat/completions", headers=basic)
+            assert inner.json()["authorization"] == "Bearer secret"
+
+    asyncio.run(run())
+
+
+def test_body_limit_with_and_without_a_length() -> None:
+    async def chunks(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b"x" * 65536
+
+    async def run() -> None:
+        async with client(make_app(echo)) as http:
+            fits = await http.post("/v1/completions", content=b"x" * (1 << 20))
+            assert fits.json()["bytes"] == 1 << 20
+            for content in (b"x" * ((1 << 20) + 1), chunks(17)):
+                refused = await http.post("/v1/completions", content=content)
+                assert refused.status_code == 400
+                assert "over 1 MiB" in refused.json()["error"]["message"]
+            assert (await http.post("/v1/completions", content=chunks(16))).status_code == 200
+            odd = await http.post("/v1/completions", headers={"Content-Length": "-1"})
+            assert odd.status_code == 400
+
+    asyncio.run(run())
+
+
+def test_body_limit_when_the_application_hides_the_break() -> None:
+    """A framework may turn a body that breaks off into its own answer; ours is sent."""
+
+    async def swallow(request: Request) -> Response:
+        try:
+            await request.body()
+        except Exception:
+            return JSONResponse({"detail": "error parsing the body"}, 422)
+        return Response()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(17):
+            yield b"x" * 65536
+
+    async def run() -> None:
+        async with client(make_app(swallow)) as http:
+            refused = await http.post("/v1/completions", content=chunks())
+            assert refused.status_code == 400 and "over 1 MiB" in refused.text
+
+    asyncio.run(run())
+
+
+def test_queue_is_bounded_and_health_answers() -> None:
+    gate = asyncio.Event()
+
+    async def wait(_: Request) -> Response:
+        await gate.wait()
+        return Response()
+
+    async def run() -> None:
+        async with client(make_app(wait)) as http:
+            held = [asyncio.create_task(http.post("/v1/chat/completions")) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            refused = await http.post("/v1/chat/completions")
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+            assert (await http.get("/health")).status_code == 200
+            gate.set()
+            assert [(await task).status_code for task in held] == [200, 200]
+            assert (await http.post("/v1/chat/completions")).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_failures_free_their_place_in_the_queue() -> None:
+    async def fail(_: Request) -> Response:
+        raise RuntimeError("broken")
+
+    async def run() -> None:
+        async with client(make_app(fail)) as http:
+            for _ in range(3):
+                with pytest.raises(RuntimeError, match="broken"):
+                    await http.post("/v1/chat/completions")
+
+    asyncio.run(run())
+
+
+def test_stopping_refuses_new_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safeguards, "_stopping", True)
+
+    async def run() -> None:
+        async with client(make_app(echo)) as http:
+            refused = await http.post("/v1/chat/completions")
+            assert refused.status_code == 503 and "retry-after" in refused.headers
+            assert (await http.get("/health")).status_code == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("told", "died"), [(True, False), (False, True)])
+def test_a_dead_engine_is_told_from_a_stopped_one(
+    told: bool, died: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safeguards, "engine_died", False)
+    monkeypatch.setattr(safeguards, "_report", lambda app: None)
+    monkeypatch.setattr(safeguards, "_publish_metrics", lambda report: None)
+
+    class Engine:
+        errored = False
+
+        def shutdown(self, timeout: float) -> None:
+            self.errored = True
+
+    app = make_app(echo)
+    engine: Any = Engine()
+    app.state.engine_client = engine
+
+    async def run() -> None:
+        events = iter(["lifespan.startup", "lifespan.shutdown"])
+
+        async def receive() -> dict[str, str]:
+            event = next(events)
+            if event == "lifespan.shutdown":
+                if told:
+                    engine.shutdown(timeout=1)
+                engine.errored = True
+            return {"type": event}
+
+        async def send(message: Any) -> None:
+            assert message["type"].endswith("complete")
+
+        await app({"type": "lifespan", "app": app, "asgi": {}, "state": {}}, receive, send)
+
+    asyncio.run(run())
+    assert safeguards.engine_died is died

@@ -1,0 +1,262 @@
+"""A running server, asked with the official client; and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import httpx
+import openai
+import tiny_llava
+from server_process import Server, environment, start_server
+
+TOKENS = 8
+
+
+def ask(client: openai.OpenAI, question: str = "What?", pictures: int = 1, **options: Any) -> Any:
+    content: list[Any] = [
+        {"type": "image_url", "image_url": {"url": tiny_llava.data_url(tiny_llava.picture(i))}}
+        for i in range(pictures)
+    ]
+    content.append({"type": "text", "text": question})
+    settings: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0} | options
+    return client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": content}], **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def test_smoke(server: Server, client: openai.OpenAI) -> None:
+    """The server starts with no flag about quantization, and answers about a picture."""
+    answer = ask(client)
+    assert answer.choices[0].message.content
+    assert 0 < answer.usage.completion_tokens <= TOKENS
+    assert "layers: " in server.output and "w4a8" in server.output
+
+
+def test_streaming_is_the_same_answer(client: openai.OpenAI) -> None:
+    whole = ask(client).choices[0].message.content
+    events = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    pieces = [e.choices[0].delta.content or "" for e in events if e.choices]
+    assert "".join(pieces) == whole
+    assert events[-1].usage.completion_tokens > 0
+
+
+def test_several_pictures_and_one_too_many(client: openai.OpenAI) -> None:
+    one, two = ask(client).usage.prompt_tokens, ask(client, pictures=2).usage.prompt_tokens
+    assert two > one
+    with pytest.raises(openai.BadRequestError, match="2"):
+        ask(client, pictures=3)
+
+
+def test_picture_decides_the_answer(client: openai.OpenAI) -> None:
+    """Log-probabilities differ between two pictures: the vision tower is in use."""
+
+    def first(seed: int) -> float:
+        url = tiny_llava.data_url(tiny_llava.picture(seed))
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+        answer: Any = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
+            max_tokens=1,
+            temperature=0,
+            logprobs=True,
+        )
+        return float(answer.choices[0].logprobs.content[0].logprob)
+
+    assert abs(first(1) - first(2)) > 1e-4
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = ask(client, logprobs=True, top_logprobs=3)
+    steps = answer.choices[0].logprobs.content
+    assert len(steps) == answer.usage.completion_tokens
+    for step in steps:
+        assert len(step.top_logprobs) == 3
+        assert step.logprob == max(top.logprob for top in step.top_logprobs)  # greedy
+
+
+def test_structured_outputs(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    answer = ask(
+        client,
+        max_tokens=100,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    )
+    assert json.loads(answer.choices[0].message.content)["colour"] in ("red", "blue")
+    choice = ask(client, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert choice.choices[0].message.content in ("yes", "no")
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="how many", max_tokens=4, temperature=0)
+    assert answer.usage is not None and answer.usage.completion_tokens > 0
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model="tiny", input="how many", max_output_tokens=4)
+    assert answer.output
+
+
+def test_models_and_the_refusal_of_others(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.completions.create(model="other", prompt="x")
+
+
+def test_embeddings_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
+        client.embeddings.create(model="tiny", input="x")
+
+
+def test_tokenize_and_detokenize(server: Server) -> None:
+    tokens = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "prompt": "how many"})
+    ids = tokens.json()["tokens"]
+    text = httpx.post(f"{server.url}/detokenize", json={"model": "tiny", "tokens": ids})
+    assert text.json()["prompt"].split() == ["how", "many"]
+
+
+def test_version_health_and_metrics(server: Server, client: openai.OpenAI) -> None:
+    ask(client)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/version").json()["version"]
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert "vllm:generation_tokens_total" in metrics
+    (layers,) = (line for line in metrics.splitlines() if line.startswith("qig_layers{"))
+    assert 'scheme="w4a8"' in layers and float(layers.split()[-1]) > 0
+    assert 'qig_weight_bytes{part="quantized"' in metrics
+
+
+def test_quantization_route(server: Server, checkpoint: Path) -> None:
+    report = httpx.get(f"{server.url}/v1/quantization").json()
+    assert (report["scheme"], report["method"], report["bits"]) == ("w4a8", "rtn", 4)
+    assert report["calibration"]["sha256"] == "0" * 64
+    names = {layer["name"] for layer in report["layers"]}
+    assert "language_model.model.layers.0.self_attn.q_proj" in names
+    assert sum(report["kernels"].values()) == len(names) and not any(
+        layer["problem"] for layer in report["layers"]
+    )
+
+
+def test_playground_page(server: Server) -> None:
+    page = httpx.get(f"{server.url}/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http://" not in page.text and "https://" not in page.text  # works offline
+
+
+def test_local_file_and_where_pictures_may_not_come_from(
+    server: Server, client: openai.OpenAI
+) -> None:
+    tiny_llava.picture().save(server.media / "a.png")
+
+    def about(url: str) -> Any:
+        content: Any = [{"type": "image_url", "image_url": {"url": url}}]
+        return client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=2
+        )
+
+    assert about(f"file://{server.media}/a.png").choices
+    for url in (
+        "file:///etc/hostname",
+        f"file://{server.media}/../server.log",
+        f"file://{server.media}/none.png",
+        "http://example.org/a.png",
+        f"{server.url}/",
+        "data:image/png;base64,AAAA",
+    ):
+        with pytest.raises(openai.BadRequestError):
+            about(url)
+
+
+def test_prompt_too_long(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="512"):
+        ask(client, "how many " * 400)
+
+
+@pytest.mark.slow
+def test_sigterm_lets_a_stream_finish(checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(checkpoint, tmp_path)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    events = ask(client, max_tokens=300, stream=True, extra_body={"ignore_eos": True})
+    next(events)
+    stopped: list[int] = []
+    stopper = threading.Thread(target=lambda: stopped.append(server.stop()))
+    stopper.start()
+    rest = list(events)
+    assert rest[-1].choices[0].finish_reason == "length" and len(rest) > 200
+    stopper.join()
+    assert stopped == [0], server.output[-2000:]
+
+
+@pytest.mark.slow
+def test_dead_engine_takes_the_process_down(checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(checkpoint, tmp_path, "--api-key", "secret")
+    health = f"{server.url}/health"
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    children = subprocess.run(
+        ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (engine,) = [line.split()[0] for line in children.splitlines() if "EngineCore" in line]
+    os.kill(int(engine), signal.SIGKILL)
+    red = False
+    deadline = time.monotonic() + 60
+    while server.process.poll() is None and time.monotonic() < deadline:
+        try:
+            red = red or httpx.get(health, timeout=5).status_code == 503
+        except httpx.TransportError:
+            break
+        time.sleep(0.1)
+    assert red
+    assert server.process.wait(timeout=120) == 1, server.output[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--trust-remote-code"], "is refused"), (["--trust-remote"], "is refused")],
+)
+@pytest.mark.slow
+def test_unsafe_flags_are_refused(checkpoint: Path, flags: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qig_serve", "serve", checkpoint, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+    )
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_full_precision_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "qig_serve", "serve", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment(),
+    )
+    assert done.returncode == 2 and "not quantized by qig-serve" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
