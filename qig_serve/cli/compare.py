@@ -1,0 +1,179 @@
+"""Quantize with several methods, schemes and seeds, and compare the results in one run.
+
+One table: exact match overall and by question type, McNemar against full precision and between
+methods, KL to full precision (mean, 99th percentile), top-1 agreement, whole-answer agreement,
+answer perplexity ratio, calibration time, peak memory. All models, full precision too, answer
+through transformers, so that nothing but the weights differs. w2a16 and w2a16-channel are stress
+schemes, for telling methods apart where the served schemes are too mild; no server loads them.
+
+examples:
+  qig-serve compare MODEL --schemes w3a16,w4a8 --methods rtn,awq,mbq,gptq,qig,qig+ --seeds 3 \\
+      --calib demo --data demo --json compare.json --plot compare.png
+  qig-serve compare MODEL --schemes w2a16 --methods qig,qig:token_weights=uniform \\
+      --calib calibration.jsonl --data questions.jsonl
+
+A method may carry recipe fields, as NAME:FIELD=VALUE:FIELD=VALUE, for ablations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qig_serve.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qig_serve.evaluation.comparison import Run
+    from qig_serve.offline.recipe import QuantRecipe
+
+HELP = "quantize by several methods and compare them in one table"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="full-precision model directory")
+    parser.add_argument("--schemes", default="w3a16,w4a8", metavar="A,B,...")
+    parser.add_argument("--methods", default="rtn,awq,mbq,qig", metavar="A,B,...")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
+    parser.add_argument("--calib", required=True, metavar="SRC", help="calibration samples")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples a seed")
+    parser.add_argument(
+        "--data", required=True, metavar="SRC", help="questions: JSONL, or demo, or demo:dev"
+    )
+    parser.add_argument("--n", type=int, help="questions a seed (demo: 2000)")
+    parser.add_argument("--kl-samples", type=int, default=500, help="questions for KL")
+    parser.add_argument("--max-tokens", type=int, default=160, help="longest answer")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the checkpoints here (default: deleted)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png, .svg, .pdf)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def make_recipes(
+    schemes: str, methods: str, calib: str, samples: int, seed: int
+) -> dict[tuple[str, str], QuantRecipe]:
+    """(scheme, method as written) -> recipe; UserError names what is unknown."""
+    import yaml
+
+    from qig_serve.offline.recipe import make_recipe
+
+    recipes = {}
+    for scheme in schemes.split(","):
+        for written in methods.split(","):
+            method, *fields = written.split(":")
+            values: dict[str, Any] = {"scheme": scheme, "method": method, "calib": calib}
+            values |= {"samples": samples, "seed": seed}
+            for field in fields:
+                name, equals, value = field.partition("=")
+                if not equals:
+                    raise UserError(f"{written}: {field!r} must be FIELD=VALUE")
+                values[name] = yaml.safe_load(value)
+            recipes[scheme, written] = make_recipe(values, f"{scheme}, {written}")
+    return recipes
+
+
+def _quantize(model: str, output: str, recipe: QuantRecipe) -> tuple[float, int, str | None]:
+    """In a process of its own: seconds, peak memory in bytes, and what was wrong."""
+    from qig_serve.offline.pipeline import quantize
+    from qig_serve.offline.plain import quantize_plain
+    from qig_serve.offline.progress import host_bytes
+
+    make = quantize if recipe.quant_scheme.servable else quantize_plain
+    try:
+        report = make(model, output, recipe, quiet=True)
+    except UserError as error:
+        return 0.0, 0, str(error)
+    return report.seconds, host_bytes(), None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize everything, evaluate everything, print and write."""
+    if args.seeds < 1 or args.samples < 1 or args.kl_samples < 0 or args.max_tokens < 1:
+        raise UserError("--seeds, --samples and --max-tokens must be at least 1")
+    for path in (args.json, args.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
+    make_recipes(args.schemes, args.methods, args.calib, args.samples, 0)  # wrong ones fail now
+
+    from rich.console import Console
+
+    from qig_serve.evaluate import EvaluationResult, write_json
+    from qig_serve.evaluation.comparison import pairwise_table, plot, summary_table, to_json
+
+    messages = Console(stderr=True, quiet=args.quiet)
+    runs: list[Run] = []
+    full: dict[int, EvaluationResult] = {}
+    with tempfile.TemporaryDirectory(prefix="qig-compare-") as scratch:
+        folder = args.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        for seed in range(args.seeds):
+            recipes = make_recipes(args.schemes, args.methods, args.calib, args.samples, seed)
+            runs += _one_seed(args, seed, recipes, folder, full, messages)
+            if args.json:  # after every seed, so that an interrupted run has told something
+                write_json(args.json, to_json(runs, full))
+    out = Console()
+    out.print(summary_table(runs, full))
+    for scheme in dict.fromkeys(r.scheme for r in runs):
+        out.print(pairwise_table(runs, scheme))
+    if args.plot:
+        plot(runs, full, args.plot)
+    return 0
+
+
+def _one_seed(
+    args: argparse.Namespace,
+    seed: int,
+    recipes: dict[tuple[str, str], QuantRecipe],
+    folder: Path,
+    full: dict[int, Any],
+    messages: Console,
+) -> Sequence[Run]:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from qig_serve.evaluate import REFERENCE, evaluate_many, load_samples
+    from qig_serve.evaluation.comparison import Run
+    from qig_serve.evaluation.table import progress_bars
+
+    samples = load_samples(args.data, args.n, seed)
+    costs: dict[tuple[str, str], tuple[float, int]] = {}
+    directories: dict[tuple[str, str], Path] = {}
+    # A fresh process a run: its peak memory is then its own.
+    for number, (key, recipe) in enumerate(recipes.items(), start=1):
+        name = "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
+        directories[key] = folder / name
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            job = pool.submit(_quantize, args.model, str(directories[key]), recipe)
+            seconds, peak, wrong = job.result()
+        if wrong:
+            raise UserError(f"{', '.join(key)}, seed {seed}: {wrong}")
+        costs[key] = (seconds, peak)
+        messages.print(
+            f"seed {seed}, {number}/{len(recipes)}: {key[0]} {key[1]} quantized in {seconds:.0f} s",
+            highlight=False,
+            markup=False,
+        )
+    with progress_bars(messages, args.quiet) as progress:
+        results = evaluate_many(
+            [(f"{scheme} {method}", d) for (scheme, method), d in directories.items()],
+            args.model,
+            samples,
+            engine="transformers",
+            kl_samples=args.kl_samples,
+            max_tokens=args.max_tokens,
+            progress=progress,
+        )
+    full[seed] = results[REFERENCE]
+    return [
+        Run(scheme, method, seed, results[f"{scheme} {method}"], *costs[scheme, method])
+        for scheme, method in recipes
+    ]
