@@ -1,0 +1,98 @@
+"""`qig-serve compare` and `attribute`: options, and one small comparison from end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qig_serve.cli import attribute, compare
+from qig_serve.errors import UserError
+
+
+def _compare(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return compare.run(parser.parse_args(words))
+
+
+def test_methods_carry_recipe_fields() -> None:
+    recipes = compare.make_recipes("w3a16,w2a16", "rtn,qig:steps=2:iqr=false", "demo", 16, 5)
+    assert list(recipes) == [
+        ("w3a16", "rtn"),
+        ("w3a16", "qig:steps=2:iqr=false"),
+        ("w2a16", "rtn"),
+        ("w2a16", "qig:steps=2:iqr=false"),
+    ]
+    recipe = recipes["w2a16", "qig:steps=2:iqr=false"]
+    assert (recipe.scheme, recipe.steps, recipe.iqr) == ("w2a16", 2, False)
+    assert (recipe.samples, recipe.seed, recipe.calib) == (16, 5, "demo")
+
+
+@pytest.mark.parametrize(
+    ("schemes", "methods", "says"),
+    [
+        ("w5a16", "rtn", "unknown scheme"),
+        ("w3a16", "magic", "w3a16, magic: method"),
+        ("w3a16", "qig:steps", "must be FIELD=VALUE"),
+        ("w3a16", "qig:stepz=1", "unknown field"),
+    ],
+)
+def test_wrong_recipes_fail_before_any_work(schemes: str, methods: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        _compare(
+            "no-model",
+            "--schemes",
+            schemes,
+            "--methods",
+            methods,
+            "--calib",
+            "demo",
+            "--data",
+            "demo",
+        )
+
+
+def test_a_stress_scheme_from_end_to_end(
+    twins: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stress scheme has no server: its weights are compared as an ordinary model."""
+    out, kept = tmp_path / "c.json", tmp_path / "kept"
+    words = ["--schemes", "w2a16-channel", "--methods", "rtn", "--calib", "demo", "--samples", "2"]
+    words += ["--data", "demo:dev", "--n", "8", "--max-tokens", "2", "--quiet"]
+    words += ["--json", str(out), "--keep", str(kept), "--plot", str(tmp_path / "c.png")]
+    assert _compare(str(twins[0]), *words) == 0
+    assert "w2a16-channel" in capsys.readouterr().out and (tmp_path / "c.png").exists()
+    record = json.loads(out.read_text())
+    (run,) = record["runs"]
+    assert run["kl_mean"] > 0 and run["n"] == 8 and run["peak_bytes"] > 1 << 27
+    assert record["full_precision"]["0"]["kl_mean"] == 0
+
+    from safetensors.torch import load_file
+
+    from qig_serve.formats import get_scheme
+    from qig_serve.packing import fake_quantize
+
+    (folder,) = kept.iterdir()
+    plain = {}
+    for shard in folder.glob("*.safetensors"):
+        plain |= load_file(shard)
+    source = load_file(twins[0] / "model.safetensors")
+    assert plain.keys() == source.keys()
+    name = next(n for n in source if n.endswith("layers.1.mlp.down_proj.weight"))
+    wanted = fake_quantize(source[name], get_scheme("w2a16-channel"))
+    assert torch.equal(plain[name], wanted.to(source[name].dtype))
+    assert all(torch.equal(plain[n], source[n]) for n in source if "proj.weight" not in n)
+
+
+def test_layers_are_parsed() -> None:
+    assert attribute.parse_layers(None, 9) == [0, 4, 8]
+    assert attribute.parse_layers("3,-1,0,8", 9) == [0, 3, 8]
+    assert attribute.parse_layers(None, 1) == [0]
+    with pytest.raises(UserError, match="layers 0 to 8, not 9"):
+        attribute.parse_layers("9", 9)
+    with pytest.raises(UserError, match="commas"):
+        attribute.parse_layers("a", 9)
