@@ -125,8 +125,7 @@ class _Runner:
             self.results.write(row)
             self.totals.done += 1
             self.totals.failed += row["error"] is not None
-            usage = ((row["response"] or {}).get("body") or {}).get("usage") or {}
-            self.totals.tokens += usage.get("completion_tokens") or 0
+            self.totals.tokens += batch_io.completion_tokens(row)
             self.progress(self.totals)
 
     async def _answer(self, request: Request) -> dict[str, Any]:

@@ -206,11 +206,20 @@ def error_row(request: Request, message: str) -> dict[str, Any]:
     }
 
 
+def _answer_body(row: dict[str, Any]) -> dict[str, Any]:
+    body = row["response"]["body"] if row["response"] else None
+    return body if isinstance(body, dict) else {}
+
+
 def answer_text(row: dict[str, Any]) -> str:
     """The first choice's text, or nothing."""
-    choices = ((row["response"] or {}).get("body") or {}).get("choices") or [{}]
-    message = choices[0].get("message") or {}
-    return message.get("content") or choices[0].get("text") or ""
+    choice = (_answer_body(row).get("choices") or [{}])[0]
+    return (choice.get("message") or {}).get("content") or choice.get("text") or ""
+
+
+def completion_tokens(row: dict[str, Any]) -> int:
+    """How many tokens were generated for the row."""
+    return (_answer_body(row).get("usage") or {}).get("completion_tokens") or 0
 
 
 class Results:

@@ -1,0 +1,188 @@
+"""Batch generation: the runner around a stand-in application, and the command itself."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny_llava
+from server_process import ENGINE, environment
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from qig_serve.batch import EngineDied, Totals, _Runner
+from qig_serve.errors import UserError
+from qig_serve.serving import batch_io
+
+
+def write_batch(path: Path, count: int, **body: Any) -> Path:
+    (path.parent / "images").mkdir(exist_ok=True)
+    with path.open("w") as file:
+        for i in range(count):
+            image = f"images/{i % 4}.png"
+            tiny_llava.picture(i % 4).save(path.parent / image)
+            content = [
+                {"type": "image_url", "image_url": {"url": image}},
+                {"type": "text", "text": f"What is number {i}?"},
+            ]
+            request = {"messages": [{"role": "user", "content": content}], "max_tokens": 4} | body
+            row = {"custom_id": f"r{i}", "method": "POST", "url": batch_io.URL, "body": request}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Engine:
+    """A chat route that answers after a while, and dies at a question that says so."""
+
+    def __init__(self) -> None:
+        self.errored = False
+        self.running = self.most = self.seen = 0
+
+    async def answer(self, request: Request) -> Response:
+        body = await request.json()
+        self.seen += 1
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0.002)
+        self.running -= 1
+        image, question = body["messages"][0]["content"]
+        if "number 30" in question["text"]:
+            self.errored = self.deadly
+        if "number 7?" in question["text"]:
+            return JSONResponse({"error": {"message": "seven", "code": 400}}, 400)
+        if "number 8?" in question["text"]:
+            return Response("not JSON", 500)
+        assert image["image_url"]["url"].startswith("data:image/png;base64,")
+        choice = {"message": {"content": question["text"]}}
+        return JSONResponse({"choices": [choice], "usage": {"completion_tokens": 2}})
+
+    deadly = False
+
+
+def run(engine: Engine, source: Path, output: Path, resume: bool = False) -> Totals:
+    app = Starlette(routes=[Route(batch_io.URL, engine.answer, methods=["POST"])])
+    results = batch_io.Results(output, resume)
+
+    async def go() -> Totals:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://batch") as client:
+            fake: Any = engine
+            runner = _Runner(client, fake, source.parent, results, lambda totals: None)
+            await runner.run(batch_io.read_requests(source, None, {"model": "m"}), 5)
+            return runner.totals
+
+    try:
+        return asyncio.run(go())
+    finally:
+        results.close()
+
+
+def test_every_line_gets_one_row(tmp_path: Path) -> None:
+    source = write_batch(tmp_path / "in.jsonl", 20)
+    with source.open("a") as file:
+        file.write("{torn\n")
+    (tmp_path / "images" / "3.png").unlink()
+    engine = Engine()
+    totals = run(engine, source, tmp_path / "out.jsonl")
+    rows = {row["line"]: row for row in read_rows(tmp_path / "out.jsonl")}
+    assert sorted(rows) == list(range(1, 22)) and engine.most == 5
+    assert batch_io.answer_text(rows[1]) == "What is number 0?"
+    assert rows[21]["error"]["message"].startswith("line 21: not JSON")
+    assert rows[8]["error"]["message"].startswith("line 8: cannot read the picture")
+    assert rows[9]["error"] == {"code": "500", "message": "line 9: not JSON"}
+    assert totals.done == 21 and totals.failed == 7 and totals.tokens == 2 * 14
+
+
+def test_resume_asks_only_for_what_is_missing(tmp_path: Path) -> None:
+    source, output = write_batch(tmp_path / "in.jsonl", 12), tmp_path / "out.jsonl"
+    run(Engine(), source, output)
+    kept = output.read_bytes().splitlines(keepends=True)[:4]
+    output.write_bytes(b"".join(kept) + b'{"id": "batch_re')  # killed in the middle of a row
+    engine = Engine()
+    totals = run(engine, source, output, resume=True)
+    assert sorted(row["line"] for row in read_rows(output)) == list(range(1, 13))
+    assert engine.seen == totals.done == 8 and totals.skipped == 4
+    with pytest.raises(UserError, match="--resume"):
+        run(engine, source, output)
+
+
+def test_dead_engine_ends_the_batch_and_blames_no_request(tmp_path: Path) -> None:
+    source, output = write_batch(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl"
+    engine = Engine()
+    engine.deadly = True
+    with pytest.raises(EngineDied):
+        run(engine, source, output)
+    rows = read_rows(output)
+    assert 0 < len(rows) < 60 and all(row["line"] != 31 for row in rows)
+    assert run(Engine(), source, output, resume=True).done == 60 - len(rows)
+
+
+def command(checkpoint: Path, *arguments: str | Path) -> list[str]:
+    own = [sys.executable, "-m", "qig_serve", "generate", checkpoint, *arguments, *ENGINE]
+    return [str(word) for word in own]
+
+
+@pytest.mark.slow
+def test_generate_kill_and_resume(checkpoint: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle, then --resume: no line lost, none twice."""
+    source = write_batch(tmp_path / "in.jsonl", 600, ignore_eos=True, max_tokens=24)
+    with source.open("a") as file:
+        file.write("nonsense\n")
+    output = tmp_path / "out.jsonl"
+    words = command(checkpoint, "-i", source, "-o", output)
+    process = subprocess.Popen(words, env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        if output.exists() and output.read_bytes().count(b"\n") > 40:
+            break
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = output.read_bytes().count(b"\n")
+    assert 40 < before < 601
+    done = subprocess.run(
+        [*words, "--resume"], env=environment(), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 1, done.stderr[-2000:]  # the line that is nonsense
+    assert "1 of them errors" in done.stderr and f"{before} were there already" in done.stderr
+    rows = read_rows(output)
+    assert sorted(row["line"] for row in rows) == list(range(1, 602))
+    assert sum(row["error"] is not None for row in rows) == 1
+
+
+@pytest.mark.slow
+def test_generate_from_a_folder_to_csv(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        tiny_llava.picture(i).save(folder / f"{i}.png")
+    output = tmp_path / "out.csv"
+    done = subprocess.run(
+        command(checkpoint, "-i", folder, "--prompt", "What?", "--max-tokens", "5", "-o", output),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["custom_id"] for row in rows) == ["0.png", "1.png", "2.png"]
+    assert all(row["answer"] and not row["error"] for row in rows)
