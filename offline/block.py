@@ -30,6 +30,7 @@ def rounding_options(recipe: QuantRecipe) -> RoundingOptions:
         compensation=recipe.compensation,
         act_order=recipe.act_order,
         damp=recipe.damp,
+        damp_by=recipe.damp_by,
         scale_refit=recipe.scale_refit,
         polish_sweeps=recipe.polish_sweeps,
         effort=recipe.effort,

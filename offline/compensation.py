@@ -40,9 +40,14 @@ class Factor:
         return energy
 
 
-def factorize(hessian: torch.Tensor, damp: float, act_order: bool) -> Factor:
+def factorize(
+    hessian: torch.Tensor, damp: float, act_order: bool, by_column: bool = False
+) -> Factor:
     """Damp H [K, K], order its columns (descending energy if `act_order`) and factor it.
 
+    Damping adds `damp` times the mean of the diagonal (GPTQ), or `by_column` times each column's
+    own entry. The latter is invariant to scaling inputs: next to a few channels a thousand times
+    as strong as the rest, the mean would drown all that the rest could make up for.
     Columns without energy get a unit diagonal: nothing is compensated for or by them. The
     Cholesky runs in fp64 and damping grows tenfold until it succeeds.
     Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
@@ -56,11 +61,11 @@ def factorize(hessian: torch.Tensor, damp: float, act_order: bool) -> Factor:
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones_like(diagonal[0])
     diagonal[dead] = mean
+    added = diagonal if by_column else mean
     for power in range(7):
-        damped = diagonal + damp * 10**power * mean
         # The factor of H reversed, reversed again, is upper triangular with H = R R^T; so
         # U = R^-1 has U^T U = H^-1: one Cholesky instead of GPTQ's two and an inverse.
-        h.diagonal().copy_(damped)
+        h.diagonal().copy_(diagonal + damp * 10**power * added)
         lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
         if int(info) == 0:
             r = lower.flip(0, 1)

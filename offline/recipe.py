@@ -17,6 +17,7 @@ from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
 Method = Literal["qig", "qig+", "mbq", "awq", "awq-clip", "smoothquant", "gptq", "rtn"]
 RangeSearch = Literal["minmax", "mse", "energy", "conditional", "hessian"]
 Compensation = Literal["none", "gptq", "gptaq", "qronos"]
+DampBy = Literal["column", "mean"]
 TokenWeights = Literal["uniform", "modality", "gradient", "attention", "perturbation", "qig"]
 
 # What a method means, as values of the fields below.
@@ -28,7 +29,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "mbq": {"equalize": "search", "token_weights": "modality"},
     "qig": {"equalize": "search", "token_weights": "qig"},
     "smoothquant": {"equalize": "smoothquant", "token_weights": "uniform"},
-    "gptq": {"equalize": "none", "token_weights": "uniform", "compensation": "gptq"},
+    "gptq": {
+        "equalize": "none",
+        "token_weights": "uniform",
+        "compensation": "gptq",
+        "damp_by": "mean",
+    },
     "qig+": {
         "equalize": "search",
         "token_weights": "qig",
@@ -101,7 +107,11 @@ class QuantRecipe(BaseModel):
     act_order: bool = Field(
         default=True, description="compensate in descending order of input energy"
     )
-    damp: float = Field(default=0.01, gt=0, description="damping, as a fraction of the mean energy")
+    damp: float = Field(default=0.01, gt=0, description="damping, as a fraction of damp_by")
+    damp_by: DampBy = Field(
+        default="column",
+        description="energy that damping is measured by: each input's own, or the mean as in GPTQ",
+    )
     scale_refit: bool = Field(
         default=False, description="closed-form refit of scales after rounding"
     )

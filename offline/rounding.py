@@ -23,6 +23,7 @@ from qig_serve.packing import dequantize, minmax_params, quantize, scale_dtype
 
 RangeSearch = Literal["minmax", "mse", "energy", "conditional", "hessian"]
 Compensation = Literal["none", "gptq", "gptaq", "qronos"]
+DampBy = Literal["column", "mean"]
 
 
 @dataclass
@@ -35,18 +36,18 @@ class LinearStats:
     """sum_t lambda_t (x_fp - x_q)_t x_q,t^T, fp32 [K, K], for GPTAQ and Qronos; else None."""
     tokens: int = 0
     """Tokens with a positive weight."""
-    _factors: dict[tuple[float, bool], comp.Factor] = field(default_factory=dict, repr=False)
+    _factors: dict[tuple[float, bool, bool], comp.Factor] = field(default_factory=dict, repr=False)
 
     @property
     def act_energy(self) -> torch.Tensor:
         """Mean square of each input channel, [K]."""
         return self.hessian.diagonal()
 
-    def factor(self, damp: float, act_order: bool) -> comp.Factor:
+    def factor(self, damp: float, act_order: bool, by_column: bool) -> comp.Factor:
         """The factored Hessian; kept, since fused linears (q, k, v; gate, up) share their input."""
-        key = (damp, act_order)
+        key = (damp, act_order, by_column)
         if key not in self._factors:
-            self._factors[key] = comp.factorize(self.hessian, damp, act_order)
+            self._factors[key] = comp.factorize(self.hessian, *key)
         return self._factors[key]
 
 
@@ -120,7 +121,9 @@ class RoundingOptions:
     act_order: bool = True
     """Columns in descending order of energy; groups stay those of the stored layout."""
     damp: float = 0.01
-    """Added to H's diagonal, as a fraction of its mean."""
+    """Added to H's diagonal, as a fraction of `damp_by`."""
+    damp_by: DampBy = "column"
+    """"column": of each entry itself; "mean": of the diagonal's mean, as in GPTQ."""
     block_size: int = 128
     """Columns updated lazily together; no effect on the result beyond rounding."""
     scale_refit: bool = True
@@ -130,7 +133,11 @@ class RoundingOptions:
     effort: Literal["normal", "high"] = "normal"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("range_search", RangeSearch), ("compensation", Compensation)):
+        for name, allowed in (
+            ("range_search", RangeSearch),
+            ("compensation", Compensation),
+            ("damp_by", DampBy),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
                     f"{name} must be one of {', '.join(get_args(allowed))}, "
@@ -179,7 +186,9 @@ def round_linear(
     target = w
     factor = None
     if options.compensation != "none" or options.range_search == "conditional":
-        factor = stats.factor(options.damp, options.act_order)
+        factor = stats.factor(
+            options.damp, options.act_order, options.damp_by == "column"
+        )
     if factor is not None and options.compensation in ("gptaq", "qronos"):
         if stats.cross is None:
             raise ValueError(f"{name}: {options.compensation} needs LinearStats.cross")

@@ -194,6 +194,49 @@ def test_shift_of_qronos_is_least_squares() -> None:
     torch.testing.assert_close(target.double(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+def test_gptaq_column_by_column(act_order: bool) -> None:
+    """Against GPTAQ's own steps, each with the normal equations of the columns that are left.
+
+    Step q: round column q; the columns after it, F, take up its rounding error and its part of
+    the inputs' drift: delta w_F = (e_q H_qF + w_q C_qF) H_FF^-1.
+    """
+    k, scheme = 16, QuantScheme("tiny", bits=3, symmetric=False, group_size=8, servable=False)
+    w, x_fp = _weight(3, k).double(), _inputs(300, k)
+    x_q = x_fp + 0.2 * _inputs(300, k, seed=9)
+    stats = _stats(x_q, x_fp)
+    assert stats.cross is not None
+    damp = 0.01
+    order = torch.argsort(stats.act_energy, descending=True) if act_order else torch.arange(k)
+    h = (stats.hessian + damp * torch.diag(stats.act_energy)).double()
+    c = stats.cross.double()
+    scale, zero = minmax_params(w, scheme)
+    assert zero is not None
+    now, codes = w.clone(), torch.zeros(3, k)
+    for i, q in enumerate(order.tolist()):
+        s, z = scale[:, q // 8].double(), zero[:, q // 8].double()
+        codes[:, q] = ((now[:, q] / s).round() + z).clamp(0, 7)
+        error = now[:, q] - (codes[:, q] - z) * s
+        rest = order[i + 1 :]
+        right = error[:, None] * h[q, rest] + w[:, q, None] * c[q, rest]
+        now[:, rest] += torch.linalg.solve(h[rest][:, rest], right.T).T
+    factor = stats.factor(damp, act_order, by_column=True)
+    target = comp.shifted_target(w.float(), stats.cross, factor, masked=True)
+    ours = comp.gptq(target, factor, scheme, scale, zero, block_size=5)
+    assert torch.equal(ours.float(), codes)
+
+
+def test_damping_by_column_does_not_see_the_scale_of_inputs() -> None:
+    """Inputs stretched by powers of two and weights shrunk by them: the same factor."""
+    x = _inputs(300, 64)
+    stretch = 2.0 ** (torch.arange(64) % 7)
+    plain = _stats(x).factor(0.01, False, by_column=True).upper
+    stretched = _stats(x * stretch).factor(0.01, False, by_column=True).upper
+    torch.testing.assert_close(stretched * stretch, plain, rtol=1e-3, atol=1e-5)
+    by_mean = _stats(x * stretch).factor(0.01, False, by_column=False).upper
+    assert not torch.allclose(by_mean * stretch, plain, rtol=0.05)
+
+
 @pytest.mark.parametrize("name", SCHEME_NAMES)
 def test_refit_and_polish_never_raise_the_objective(name: str) -> None:
     scheme = SCHEMES[name]
