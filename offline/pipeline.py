@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +48,7 @@ from qig_serve.offline.report import write_reports
 from qig_serve.offline.report_data import REPORT_FILE, BlockReport, QuantizationReport
 from qig_serve.offline.streams import Streams
 from qig_serve.packing import unpack_linear
+from qig_serve.samples import sample_sha256
 
 
 def quantize(
@@ -94,7 +94,12 @@ def quantize(
         scheme=recipe.scheme,
         method=recipe.method,
         recipe=recipe.recorded(),
-        calibration={**info.model_dump(), "tokens": token_counts(batches)},
+        calibration={
+            **info.model_dump(),
+            "tokens": token_counts(batches),
+            # So that an evaluation can tell which of its questions were calibrated on.
+            "sample_sha256": [sample_sha256(s) for s in samples],
+        },
         left_alone=loaded.left_alone(),
         producer=f"qig-serve {__version__}",
     )
@@ -106,22 +111,34 @@ def quantize(
     }
     with ExitStack() as stack:
         writer = stack.enter_context(CheckpointWriter(loaded.source, output, fingerprint, resume))
-        folder = None
-        if recipe.offload == "disk":
-            folder = Path(tempfile.mkdtemp(prefix=".activations-", dir=writer.directory))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         progress = stack.enter_context(RunProgress(loaded.num_blocks, device, quiet))
         gradients = None
         if recipe.token_weights in ("modality", "gradient"):
             progress.line("a backward pass of the whole model, for gradients of the answer loss")
             gradients = model_gradients(loaded, batches)
-        streams = first_streams(loaded, recipe, batches, folder)
         pictured = PicturedWeights.choose(samples, batches, loaded.num_blocks)
-        quantize_blocks(loaded, streams, gradients, writer, progress, report, pictured)
+        with offload_folder(recipe, writer) as folder:
+            streams = first_streams(loaded, recipe, batches, folder)
+            quantize_blocks(loaded, streams, gradients, writer, progress, report, pictured)
         report.seconds = time.monotonic() - started
         publish(loaded, writer, report, info, recipe, pictured)
         progress.line(f"wrote {output} in {report.seconds:.0f} s")
     return report
+
+
+@contextmanager
+def offload_folder(recipe: QuantRecipe, writer: CheckpointWriter) -> Iterator[Path | None]:
+    """Where activations wait with `offload` disk; gone before the checkpoint is published."""
+    folder = writer.directory / "activations"
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run leaves its own
+    if recipe.offload == "ram":
+        yield None
+        return
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def pick_device(name: str) -> torch.device:

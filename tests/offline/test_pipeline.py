@@ -1,0 +1,488 @@
+"""The whole offline stage on a tiny LLaVA with a GQA decoder: what is written, and what is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qig_serve.cli import main
+from qig_serve.demo.model import ModelSpec, make_model, make_processor, save_model, train_tokenizer
+from qig_serve.demo.questions import samples, write_jsonl
+from qig_serve.errors import UserError
+from qig_serve.formats import get_scheme, tensor_specs
+from qig_serve.manifest import HASHES_FILE, read_quantization_config
+from qig_serve.offline import pipeline
+from qig_serve.offline.adapter import load
+from qig_serve.offline.calibration import load_samples, make_batches
+from qig_serve.offline.checkpoint import file_sha256
+from qig_serve.offline.equalize import equalize_group
+from qig_serve.offline.parts import capture_parts
+from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.report_data import QuantizationReport
+from qig_serve.offline.streams import Streams
+from qig_serve.packing import fake_quantize_activation, unpack_linear
+
+TINY = ModelSpec(
+    name="tiny",
+    family="llava",
+    hidden=128,
+    intermediate=256,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    vision_hidden=64,
+    vision_heads=2,
+    vision_layers=1,
+    vision_intermediate=128,
+    vocab_size=384,
+)
+LINEARS = {
+    "self_attn.q_proj": (128, 128),
+    "self_attn.k_proj": (64, 128),
+    "self_attn.v_proj": (64, 128),
+    "self_attn.o_proj": (128, 128),
+    "mlp.gate_proj": (256, 128),
+    "mlp.up_proj": (256, 128),
+    "mlp.down_proj": (128, 256),
+}
+PREFIX = "language_model.model.layers."
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    corpus = [f"{s.question} {s.answer}" for s in samples("train", 24)]
+    tokenizer = train_tokenizer(corpus, TINY.vocab_size)
+    torch.manual_seed(0)
+    model = make_model(TINY, tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        # Livelier than an initialization: biases, uneven norms, a few large channels.
+        if "language_model" in name and name.endswith(("norm.weight", "layernorm.weight")):
+            parameter.data = 0.5 + torch.rand(parameter.shape, generator=generator)
+            parameter.data[:4] *= 16
+        elif "language_model" in name and name.endswith("proj.bias"):
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        elif "language_model.layers" in name and parameter.ndim == 2:
+            k = parameter.shape[1]
+            parameter.data = torch.randn(parameter.shape, generator=generator) / k**0.5
+    save_model(model, make_processor(TINY, tokenizer), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_jsonl("calibration", 8, tmp_path_factory.mktemp("calib")))
+
+
+def recipe(calib: str, **fields: Any) -> QuantRecipe:
+    return QuantRecipe(**{"calib": calib, "samples": 8, "grid": 5, "device": "cpu", **fields})
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def shards_of(directory: Path) -> dict[str, str]:
+    return {p.name: file_sha256(p) for p in sorted(directory.glob("*.safetensors"))}
+
+
+def streams_of(model_dir: Path, calib: str, **fields: Any) -> tuple[Any, Streams]:
+    r = recipe(calib, **fields)
+    loaded = load(model_dir)
+    batches = make_batches(
+        load_samples(calib, 8, 0),
+        loaded.processor,
+        loaded.image_token_id,
+        batch_tokens=r.batch_tokens,
+    )
+    return loaded, pipeline.first_streams(loaded, r, batches, None)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [
+        ("w3a16", "qig"),
+        ("w4a8", "qig"),
+        ("w3a16", "rtn"),
+        ("w4a8", "awq"),
+        ("w3a16", "mbq"),
+        ("w4a8", "smoothquant"),
+        ("w3a16", "gptq"),
+        ("w4a8", "qig+"),
+    ],
+)
+def test_checkpoint(model_dir: Path, calib: str, tmp_path: Path, scheme: str, method: str) -> None:
+    output = tmp_path / "out"
+    report = pipeline.quantize(
+        model_dir, output, recipe(calib, scheme=scheme, method=method), quiet=True
+    )
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    qc = read_quantization_config(config, "test")
+    assert (qc.scheme, qc.method) == (scheme, method)
+    tensors, source = tensors_of(output), tensors_of(model_dir)
+    for index in range(2):
+        for name, (n, k) in LINEARS.items():
+            stem = f"{PREFIX}{index}.{name}"
+            assert f"{stem}.weight" not in tensors
+            for suffix, spec in tensor_specs(get_scheme(scheme), n, k).items():
+                assert tensors[f"{stem}.{suffix}"].shape == spec.shape
+    left = [n for n in source if not n.startswith(PREFIX)]
+    assert all(torch.equal(tensors[n], source[n]) for n in left)
+    assert all(t.dtype == source[n].dtype for n, t in tensors.items() if n in source)
+    hashes = json.loads((output / HASHES_FILE).read_text())["files"]
+    assert all(file_sha256(output / n) == h for n, h in hashes.items())
+    stored = QuantizationReport.model_validate_json((output / "report.json").read_text())
+    assert stored == report and len(stored.blocks) == 2
+    assert all(0 < b.output_error < 1 for b in stored.blocks)
+    assert not list(tmp_path.glob(".*"))
+    for module in [m for b in stored.blocks for m in b.modules]:
+        if method in ("awq", "mbq", "qig", "qig+"):
+            assert module.loss <= module.loss_rtn
+            assert len(module.losses) == 5
+        if method == "qig" and scheme == "w3a16":
+            assert module.completeness is not None and module.completeness < 0.02
+
+
+def dequantized_model(model_dir: Path, output: Path, scheme: str) -> Any:
+    """The Hugging Face model with a checkpoint's weights, put together by hand."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tensors = tensors_of(output)
+    for index, layer in enumerate(model.model.language_model.layers):
+        for name, parameter in layer.named_parameters():
+            stem = f"{PREFIX}{index}.{name.removesuffix('.weight')}"
+            if f"{stem}.weight_packed" in tensors and name.endswith(".weight"):
+                parts = {
+                    n.removeprefix(f"{stem}."): t
+                    for n, t in tensors.items()
+                    if n.startswith(f"{stem}.weight_")
+                }
+                parameter.data = unpack_linear(parts, get_scheme(scheme))
+            else:
+                parameter.data = tensors[f"{PREFIX}{index}.{name}"].float()
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_quantized_stream_is_the_checkpoint(
+    model_dir: Path, calib: str, tmp_path: Path, scheme: str
+) -> None:
+    """What the loop believes it wrote is what the files hold, run by plain transformers."""
+    output = tmp_path / "out"
+    report = pipeline.quantize(model_dir, output, recipe(calib, scheme=scheme), quiet=True)
+    full = dequantized_model(model_dir, output, scheme)
+    from transformers import AutoModelForImageTextToText
+
+    reference = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
+    if scheme == "w4a8":
+        for layer in full.model.language_model.layers:
+            for name in LINEARS:
+                layer.get_submodule(name).register_forward_pre_hook(
+                    lambda _, args: (fake_quantize_activation(args[0]),)
+                )
+    last: dict[str, torch.Tensor] = {}
+
+    def hook(key: str) -> Callable[..., None]:
+        def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+            last[key] = output
+
+        return keep
+
+    full.model.language_model.layers[-1].register_forward_hook(hook("quantized"))
+    reference.model.language_model.layers[-1].register_forward_hook(hook("full"))
+    loaded = load(model_dir)
+    error = energy = 0.0
+    for batch in make_batches(load_samples(calib, 8, 0), loaded.processor, loaded.image_token_id):
+        with torch.no_grad():
+            full(**batch.inputs)
+            reference(**batch.inputs)
+        mask = batch.token_mask
+        error += float((last["full"] - last["quantized"])[mask].square().sum())
+        energy += float(last["full"][mask].square().sum())
+    assert report.blocks[-1].output_error == pytest.approx(error / energy, rel=1e-3)
+
+
+def test_same_seed_same_bytes(model_dir: Path, calib: str, tmp_path: Path) -> None:
+    """And nothing survives from one run into the next, in the same process."""
+    r = recipe(calib)
+    for name in ("a", "b"):
+        pipeline.quantize(model_dir, tmp_path / name, r, quiet=True)
+    pipeline.quantize(model_dir, tmp_path / "disk", recipe(calib, offload="disk"), quiet=True)
+    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") == shards_of(tmp_path / "disk")
+    assert not [p for p in (tmp_path / "disk").iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_resume_ends_with_the_same_bytes(
+    model_dir: Path,
+    calib: str,
+    tmp_path: Path,
+    scheme: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    r = recipe(calib, scheme=scheme)
+    whole = pipeline.quantize(model_dir, tmp_path / "whole", r, quiet=True)
+    original = pipeline.round_block
+    calls = []
+
+    def killed(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(pipeline, "round_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(model_dir, tmp_path / "part", r, quiet=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "part").exists()
+    with pytest.raises(UserError, match="seed"):
+        other = recipe(calib, scheme=scheme, seed=1)
+        pipeline.quantize(model_dir, tmp_path / "part", other, resume=True, quiet=True)
+    resumed = pipeline.quantize(model_dir, tmp_path / "part", r, resume=True, quiet=True)
+    assert shards_of(tmp_path / "part") == shards_of(tmp_path / "whole")
+    assert [b.output_error for b in resumed.blocks] == [b.output_error for b in whole.blocks]
+
+
+def test_qig_never_runs_the_whole_model_backward(
+    model_dir: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*args: Any) -> Any:
+        raise AssertionError("a full-model backward pass")
+
+    monkeypatch.setattr(pipeline, "model_gradients", forbidden)
+    pipeline.quantize(model_dir, tmp_path / "qig", recipe(calib), quiet=True)
+    with pytest.raises(AssertionError, match="full-model"):
+        pipeline.quantize(model_dir, tmp_path / "mbq", recipe(calib, method="mbq"), quiet=True)
+
+
+def test_batches_bound_what_passes_a_block(
+    model_dir: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never the whole calibration set at once; and the result does not depend on the cut."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+
+    seen: list[int] = []
+    forward = Qwen2MLP.forward
+
+    def watched(self: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[0] * x.shape[1])
+        return forward(self, x)
+
+    monkeypatch.setattr(Qwen2MLP, "forward", watched)
+    small = pipeline.quantize(
+        model_dir, tmp_path / "a", recipe(calib, batch_tokens=120), quiet=True
+    )
+    assert max(seen) <= 120
+    large = pipeline.quantize(model_dir, tmp_path / "b", recipe(calib), quiet=True)
+    for a, b in zip(small.blocks, large.blocks, strict=True):
+        for m, n in zip(a.modules, b.modules, strict=True):
+            assert m.losses == pytest.approx(n.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_first_search_has_real_token_weights(model_dir: Path, calib: str, scheme: str) -> None:
+    """In the released code W3A16's first five searches are uniform (a call counter), and W4A8's
+    first path has length zero (both prefixes are the same there)."""
+    loaded, streams = streams_of(model_dir, calib, scheme=scheme)
+    block = loaded.block(0)
+    for group in loaded.arch.groups:
+        result = equalize_group(block, group, streams, None, 0)
+        assert not result.fallbacks
+        for b, weights in enumerate(result.token_weights):
+            mask = streams.mask(b)
+            assert float(weights[~mask].abs().max()) == 0
+            torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
+            for row, real in zip(weights, mask, strict=True):
+                assert float(row[real].std()) > 1e-4
+
+
+def test_token_weights_change_the_loss(model_dir: Path, calib: str) -> None:
+    """Clipping, the source of the weights and the loss are all read from the recipe."""
+    losses = {}
+    for name, fields in {
+        "qig": {},
+        "no iqr": {"iqr": False},
+        "uniform": {"token_weights": "uniform"},
+        "perturbation": {"token_weights": "perturbation"},
+        "attention": {"token_weights": "attention"},
+        "mse": {"loss": "mse"},
+        "quantized input": {"search_input": "quantized"},
+    }.items():
+        loaded, streams = streams_of(model_dir, calib, **fields)
+        # The second block, where the streams differ.
+        original, block = loaded.block(0), loaded.block(0)
+        pipeline.round_block(block, original, loaded.arch.groups, [], streams, "layer 0")
+        streams.advance(original, block, [], "layer 0")
+        result = equalize_group(loaded.block(1), loaded.arch.groups[2], streams, None, 1)
+        losses[name] = result.report.losses[1]
+    assert len({round(v, 9) for v in losses.values()}) == len(losses)
+
+
+def test_template_tokens_do_not_enter_activation_means(model_dir: Path, calib: str) -> None:
+    loaded, streams = streams_of(model_dir, calib)
+    block, group = loaded.block(0), loaded.arch.groups[2]  # the MLP: token by token
+    clean = capture_parts(block, group, streams, "x")
+    for b in range(len(streams)):
+        hidden = streams.fp.get(b, "cpu").clone()
+        # Later than any real token, so that attention cannot carry it into one.
+        assert not streams.mask(b)[:, -1].any()
+        hidden[:, -1] *= 1e4
+        streams.fp.put(b, hidden)
+    dirty = capture_parts(block, group, streams, "x")
+    torch.testing.assert_close(clean.act_mean, dirty.act_mean)
+    torch.testing.assert_close(clean.act_max, dirty.act_max)
+    qkv = capture_parts(block, loaded.arch.groups[0], streams, "x")
+    total = sum(
+        float(qkv.inputs.get(b, "cpu")[streams.mask(b)].abs().sum()) for b in range(len(streams))
+    )
+    tokens = sum(int(streams.mask(b).sum()) for b in range(len(streams)))
+    assert float(qkv.act_mean.sum()) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_w4a8_baseline_is_the_quantized_input(model_dir: Path, calib: str) -> None:
+    """X0 = int8 of the quantized prefix's input: not X even where the prefixes are the same."""
+    _, streams = streams_of(model_dir, calib, scheme="w4a8")
+    x = streams.fp.get(0, "cpu")
+    assert torch.equal(x, streams.quantized.get(0, "cpu"))
+    assert float((fake_quantize_activation(x) - x).abs().max()) > 0
+
+
+def test_silent_fallbacks_fail_the_run(model_dir: Path, calib: str, tmp_path: Path) -> None:
+    lines = Path(calib).read_text().splitlines()
+    without = json.loads(lines[1])
+    del without["answer"]
+    data = Path(calib).with_name("half.jsonl")
+    data.write_text(f"{lines[0]}\n{json.dumps(without)}\n")
+    r = recipe(str(data), token_weights="gradient")
+    with pytest.raises(UserError, match="allow-fallbacks"):
+        pipeline.quantize(model_dir, tmp_path / "a", r, quiet=True)
+    assert not list(tmp_path.iterdir())
+    allowed = recipe(str(data), token_weights="gradient", allow_fallbacks=True)
+    report = pipeline.quantize(model_dir, tmp_path / "b", allowed, quiet=True)
+    assert len(report.fallbacks) == 8 and "layer 0" in report.fallbacks[0]
+
+
+def copy_of(model_dir: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in model_dir.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_damaged_weight_names_the_layer(model_dir: Path, calib: str, tmp_path: Path) -> None:
+    broken = copy_of(model_dir, tmp_path / "model")
+    tensors = load_file(broken / "model.safetensors")
+    tensors[f"{PREFIX}1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="layer 1"):
+        pipeline.quantize(broken, tmp_path / "out", recipe(calib), quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_bad_activations_name_the_layer(
+    model_dir: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = copy_of(model_dir, tmp_path / "model")
+    tensors = load_file(broken / "model.safetensors")
+    tensors[f"{PREFIX}1.mlp.up_proj.weight"][:] = 3e38
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layer 1.*NaN or infinity"):
+        pipeline.quantize(broken, tmp_path / "out", recipe(calib), quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def _no_config(model: Path, data: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def _unknown_family(model: Path, data: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "fuyu"}))
+
+
+def _empty(model: Path, data: Path) -> None:
+    data.write_text("")
+
+
+def _no_images(model: Path, data: Path) -> None:
+    line = {"id": "1", "messages": [{"role": "user", "content": "Hello?"}], "answer": "Yes"}
+    data.write_text(json.dumps(line) + "\n")
+
+
+def _missing_image(model: Path, data: Path) -> None:
+    data.write_text(data.read_text().replace("images/0.png", "images/gone.png"))
+
+
+def _odd_size(model: Path, data: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    for i in range(2):
+        for name in ("gate_proj", "up_proj"):
+            stem = f"{PREFIX}{i}.mlp.{name}.weight"
+            tensors[stem] = tensors[stem][:192].clone()
+        stem = f"{PREFIX}{i}.mlp.down_proj.weight"
+        tensors[stem] = tensors[stem][:, :192].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 192
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_no_config, "config.json"),
+        (_unknown_family, "llava"),
+        (_empty, "no samples"),
+        (_no_images, "image"),
+        (_missing_image, "gone.png"),
+        (_odd_size, "down_proj"),
+    ],
+    ids=lambda f: f.__name__.lstrip("_") if callable(f) else "",
+)
+def test_wrong_input_is_one_sentence_and_status_2(
+    model_dir: Path,
+    calib: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path, Path], None],
+    message: str,
+) -> None:
+    model = copy_of(model_dir, tmp_path / "model")
+    data = tmp_path / "data" / "c.jsonl"
+    copy_of(Path(calib).parent / "images", tmp_path / "images")
+    data.parent.mkdir()
+    (tmp_path / "images").rename(data.parent / "images")
+    data.write_text(Path(calib).read_text())
+    spoil(model, data)
+    output = tmp_path / "deep" / "out"
+    words = ["quantize", str(model), "--scheme", "w3a16", "--calib", str(data), "--samples", "8"]
+    assert main([*words, "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert error.startswith("qig-serve quantize: ") and len(error.splitlines()) == 1
+    assert not output.parent.exists() or not list(output.parent.iterdir())
+
+
+def test_output_that_exists(model_dir: Path, calib: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        pipeline.quantize(model_dir, output, recipe(calib), quiet=True)
+    assert list(tmp_path.iterdir()) == [output] and not list(output.iterdir())
+
+
+def test_stress_schemes_are_not_published(model_dir: Path, calib: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="comparisons only"):
+        pipeline.quantize(model_dir, tmp_path / "o", recipe(calib, scheme="w2a16"), quiet=True)
