@@ -18,6 +18,8 @@ COMMANDS = (
     "serve",
     "generate",
     "evaluate",
+    "compare",
+    "attribute",
     "inspect",
     "families",
     "demo",

@@ -34,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"a YAML file, or one of {', '.join(PRESETS)}",
     )
+    parser.add_argument(
+        "--evaluate",
+        metavar="SRC",
+        help="compare the answers with full precision afterwards, on a JSONL of questions or "
+        "'demo', and put the table into the report and the model card",
+    )
+    parser.add_argument(
+        "--evaluate-n", type=int, metavar="N", help="evaluate on the first N questions"
+    )
     fields = parser.add_argument_group("recipe")
     for name, field in QuantRecipe.model_fields.items():
         flag = "--" + name.replace("_", "-")
@@ -69,7 +78,31 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise UserError("say where the checkpoint goes: --output DIR")
 
+    from qig_serve.evaluate import load_samples
     from qig_serve.offline.pipeline import quantize
 
+    # Read before the work begins: a mistyped file must not cost a run.
+    questions = load_samples(args.evaluate, args.evaluate_n) if args.evaluate else []
     quantize(args.model, args.output, recipe, resume=args.resume, quiet=args.quiet)
+    if questions:
+        _evaluate(args, questions)
     return 0
+
+
+def _evaluate(args: argparse.Namespace, questions: list[Any]) -> None:
+    """Puts the comparison with full precision into the checkpoint's report and card."""
+    from rich.console import Console
+
+    from qig_serve.evaluate import evaluate_many
+    from qig_serve.evaluation.table import progress_bars, results_table
+    from qig_serve.offline.report import add_evaluation
+
+    console = Console(stderr=True, quiet=args.quiet)
+    with progress_bars(console, args.quiet) as progress:
+        results = evaluate_many(
+            [("quantized", args.output)], args.model, questions, progress=progress
+        )
+    records = {name: result.to_json() for name, result in results.items()}
+    add_evaluation(args.output, {"data": args.evaluate, "results": records})
+    if not args.quiet:
+        Console().print(results_table(results))

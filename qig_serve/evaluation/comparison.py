@@ -224,7 +224,7 @@ def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) 
         return 100 * run.result.exact_match
 
     measures: list[tuple[str, Callable[[Run], float | None]]] = [
-        ("KL to full precision, nats a token", kl),
+        ("KL, nats a token", kl),
         ("exact match, %", exact),
     ]
     for line, (label, measure) in zip(grid, measures, strict=True):

@@ -96,3 +96,29 @@ def test_layers_are_parsed() -> None:
         attribute.parse_layers("9", 9)
     with pytest.raises(UserError, match="commas"):
         attribute.parse_layers("a", 9)
+
+
+def test_quantize_evaluate_fills_the_card(
+    twins: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`quantize --evaluate` on the calibration questions themselves: the overlap is found."""
+    from qig_serve import evaluate
+    from qig_serve.cli import main
+    from qig_serve.demo.questions import write_jsonl
+    from qig_serve.manifest import HASHES_FILE
+    from qig_serve.offline.checkpoint import file_sha256
+
+    monkeypatch.setattr(evaluate, "choose_engine", lambda _: "transformers")
+    questions, out = write_jsonl("calibration", 4, tmp_path), tmp_path / "out"
+    words = ["quantize", str(twins[0]), "--scheme", "w4a8", "--method", "rtn", "--quiet"]
+    words += ["--calib", str(questions), "--samples", "3", "--output", str(out)]
+    assert main([*words, "--evaluate", "nowhere.jsonl"]) == 2 and not out.exists()
+    assert main([*words, "--evaluate", str(questions)]) == 0
+    card = (out / "README.md").read_text()
+    assert "| exact match (4 questions) |" in card and "No evaluation was run" not in card
+    record = json.loads((out / "report.json").read_text())
+    result = record["evaluation"]["results"]["quantized"]
+    assert result["scheme"] == "w4a8" and result["kl_mean"] > 0
+    assert len(result["calibration_overlap"]) == 3
+    hashes = json.loads((out / HASHES_FILE).read_text())["files"]
+    assert all(file_sha256(out / name) == digest for name, digest in hashes.items())
