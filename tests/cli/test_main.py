@@ -21,7 +21,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for name in COMMANDS:
-        assert f"\n    {name} " in out
+        assert f"\n    {name} " in out or f"\n    {name}\n" in out  # a long name has its own line
 
 
 @pytest.mark.parametrize("name", COMMANDS)
