@@ -66,8 +66,14 @@ def run(args: argparse.Namespace) -> int:
         print(path)
         return 0
 
-    from qig_serve.demo.train import Settings, train
+    from qig_serve.demo.train import train
 
-    settings = Settings(minutes=args.minutes, processes=args.processes, model=args.model)
-    print(f"model written to {train(args.output, settings, args.resume)}")
+    folder = train(
+        args.output,
+        minutes=args.minutes,
+        processes=args.processes,
+        resume=args.resume,
+        model=args.model,
+    )
+    print(f"model written to {folder}")
     return 0
