@@ -7,6 +7,7 @@ socket, so a batch understands what the server understands.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Totals:
     failed: int = 0
     skipped: int = 0
     tokens: int = 0
+    seconds: float = 0.0
+    """From the first request to the last row; the model was loaded before."""
 
 
 class EngineDied(RuntimeError):
@@ -89,7 +92,9 @@ async def _run(args: Any, requests: Iterator[Request], source: Path, results: Re
             ) as client:
                 folder = source if source.is_dir() else source.parent
                 runner = _Runner(client, engine, folder, results, progress)
+                began = time.perf_counter()
                 await runner.run(requests, at_once)
+                runner.totals.seconds = time.perf_counter() - began
     return runner.totals
 
 
