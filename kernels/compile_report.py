@@ -32,7 +32,8 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Bytes of shared memory a program can have, by compute capability (CUDA programming guide)."""
 MAX_INTEGER = {"w3a16": 1.2, "w4a8": 0.7}
-"""Integer instructions a weight that a decode tile may take: the bar for M <= 32 tokens a tile."""
+"""Integer instructions a weight in the main loop of a decode tile of at most MAX_BLOCK_M tokens."""
+MAX_BLOCK_M = 32
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INTEGER = re.compile(
@@ -49,6 +50,7 @@ class Compiled:
     target: int
     dtype: str
     tile: str
+    block_m: int
     registers: int
     shared: int
     stack: int
@@ -71,7 +73,8 @@ class Compiled:
             if not self.tensor_core:
                 found.append(f"{where}: no tensor-core instruction")
             most = MAX_INTEGER[self.kernel.split("_")[0]]
-            if "decode" in self.kernel and self.integer_per_weight > most:
+            bounded = "decode" in self.kernel and self.block_m <= MAX_BLOCK_M
+            if bounded and self.integer_per_weight > most:
                 found.append(f"{where}: {self.integer_per_weight:.2f} integer a weight > {most}")
         return found
 
@@ -147,7 +150,13 @@ def compile_kernel(
 
 
 def _count(
-    compiled: Any, name: str, target: int, dtype: str, tile: str, weights: float | None
+    compiled: Any,
+    name: str,
+    target: int,
+    dtype: str,
+    tile: str,
+    weights: float | None = None,
+    block_m: int = 0,
 ) -> Compiled:
     instructions, labels, usage = disassemble(compiled.asm["cubin"])
     loop = main_loop(instructions, labels)
@@ -159,6 +168,7 @@ def _count(
         target=target,
         dtype=dtype,
         tile=tile,
+        block_m=block_m,
         registers=usage["REG"],
         shared=compiled.metadata.shared,
         stack=usage["STACK"],
@@ -211,7 +221,7 @@ def compile_tile(
     kernel = getattr(module, f"{name}_kernel")
     compiled = compile_kernel(kernel, target, arguments, constants, tile.num_warps, divisible)
     shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
-    return _count(compiled, name, target, dtype, shape, weights)
+    return _count(compiled, name, target, dtype, shape, weights, tile.block_m)
 
 
 def compile_quantizers(target: int, dtype: str = "bf16") -> Iterator[Compiled]:
@@ -234,7 +244,7 @@ def compile_quantizers(target: int, dtype: str = "bf16") -> Iterator[Compiled]:
         compiled = compile_kernel(
             kernel, target, {**arguments, **out}, {**options, **constants}, warps, ["K"]
         )
-        yield _count(compiled, name, target, dtype, f"K=18944 {warps}w", None)
+        yield _count(compiled, name, target, dtype, f"K=18944 {warps}w")
 
 
 def tuned_tiles(target: int) -> Iterator[tuple[str, Tile]]:

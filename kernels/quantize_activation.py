@@ -69,7 +69,7 @@ def silu_mul_quantize_kernel(gate_up_ptr, codes_ptr, scale_ptr, K, BLOCK_K: tl.c
     row = gate_up_ptr + token * (2 * K) + columns
     gate = tl.load(row, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(row + K, mask=inside, other=0.0).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(DTYPE).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
     h = (silu * up).to(DTYPE).to(tl.float32)
     _quantize_row(h, columns, token, codes_ptr, scale_ptr, K)
 
