@@ -1,16 +1,116 @@
-"""inspect."""
+"""Show what a quantized checkpoint holds, and check that no file of it was changed.
+
+Exit status 1 when a file or a tensor is not what it should be.
+
+examples:
+  qig-serve inspect DIR
+  qig-serve inspect DIR --verify
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-HELP = "inspect"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qig_serve.inspection import Inspection
+
+HELP = "show what a checkpoint holds, and check its hashes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.add_argument("directory", type=Path, metavar="DIR", help="quantized checkpoint")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file with its sha256 in the manifest"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    raise NotImplementedError
+    """Print the checkpoint's facts; 1 when something is wrong with it."""
+    from rich.console import Console
+
+    from qig_serve.errors import UserError
+    from qig_serve.inspection import inspect, verify
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    wrong: list[str] = []
+    if args.verify and args.directory.is_dir():
+        # First: a damaged header keeps the rest from being read, and the hash says which file.
+        wrong = verify(args.directory)
+    try:
+        found = inspect(args.directory)
+    except UserError:
+        if not wrong:
+            raise
+    else:
+        _print_facts(console, found)
+        wrong += found.problems
+    for sentence in wrong:
+        console.print(f"WRONG  {sentence}")
+    if args.verify and not wrong:
+        console.print("verified: every file is as it was written")
+    return 1 if wrong else 0
+
+
+def _print_facts(console: Console, found: Inspection) -> None:
+    from rich.table import Table
+
+    config, scheme = found.config, found.config.quant_scheme
+    weights = f"{scheme.bits}-bit weights, " + (
+        f"groups of {scheme.group_size}" if scheme.group_size else "one scale an output channel"
+    )
+    activations = f"{scheme.activation_bits}-bit" if scheme.activation_bits else "16-bit"
+    facts = [
+        ("scheme", f"{scheme.name}: {weights}, {activations} activations"),
+        ("method", f"{config.method}, by {config.producer or 'an unknown producer'}"),
+        ("family", found.model_type),
+        (
+            "size",
+            f"{_size(found.nbytes)} of tensors; {_size(found.bytes_in_16_bits)} with every "
+            "weight in 16 bits",
+        ),
+        (
+            "quantized",
+            f"{len(found.linears)} linears, {found.bits:.3f} bits a weight with scales and zeros",
+        ),
+        ("tensor parallel", ", ".join(str(size) for size in config.tensor_parallel_sizes)),
+    ]
+    if config.calibration is not None:
+        c = config.calibration
+        told = f"{c.samples} samples of {c.source}, seed {c.seed}, sha256 {c.sha256[:16]}"
+        facts.insert(2, ("calibrated on", told))
+    for name, text in facts:
+        console.print(f"{name:<16}{text}")
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("quantized linear", "layers", "out x in", "bits a weight"):
+        table.add_column(column, justify="left" if column.startswith("q") else "right")
+    kinds: dict[tuple[str, int, int], list[float]] = {}
+    for linear in found.linears:
+        kind = ".".join(linear.name.split(".")[-2:])
+        kinds.setdefault((kind, linear.n, linear.k), []).append(linear.bits)
+    for (kind, n, k), bits in kinds.items():
+        table.add_row(kind, str(len(bits)), f"{n} x {k}", f"{sum(bits) / len(bits):.3f}")
+    console.print()
+    console.print(table)
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("left in 16 bits")
+    table.add_column("size", justify="right")
+    for module, nbytes in found.left_alone().items():
+        table.add_row(module, _size(nbytes))
+    console.print()
+    console.print(table)
+
+
+def _size(nbytes: int) -> str:
+    value = float(nbytes)
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
