@@ -1,0 +1,149 @@
+"""Every family's row, on a tiny random model of its real architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import FAMILIES, published_name, tiny_model
+
+from qig_serve.errors import UserError
+from qig_serve.offline import adapter
+from qig_serve.offline.architectures import ARCHITECTURES, get_architecture
+from qig_serve.offline.calibration import make_batches
+from qig_serve.offline.smoothing import fold
+from qig_serve.samples import Sample, sample_from_parts
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _sample(images: int = 1) -> Sample:
+    generator = torch.Generator().manual_seed(3)
+    parts: list[dict[str, Any]] = []
+    for _ in range(images):
+        small = torch.randint(0, 256, (4, 7, 3), generator=generator, dtype=torch.uint8)
+        parts.append({"type": "image", "image": Image.fromarray(small.numpy()).resize((112, 64))})
+    parts.append({"type": "text", "text": "What color is the star?"})
+    return Sample("one", "all", ({"role": "user", "content": parts},), "a large red star")
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: Any) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def directory(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(family, tmp_path_factory.mktemp("tiny") / family)
+
+
+@pytest.fixture(scope="module")
+def loaded(directory: Path) -> adapter.LoadedModel:
+    return adapter.load(directory)
+
+
+def _reference(directory: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    return model.eval()
+
+
+def test_every_row_has_a_tiny_model() -> None:
+    assert set(FAMILIES) == set(ARCHITECTURES)
+
+
+def test_paths_resolve_and_every_linear_is_covered(loaded: adapter.LoadedModel) -> None:
+    arch = loaded.arch
+    block = loaded.block(0)
+    covered = {name for group in arch.groups for name in group.linears}
+    linears = {n for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert covered == linears
+    for group in arch.groups:
+        block.get_submodule(group.previous)
+        block.get_submodule(group.loss_module)
+    assert all(loaded.source_name(1, f"{name}.weight") in loaded.source for name in covered)
+
+
+def test_left_alone_covers_the_rest_and_nothing_else(loaded: adapter.LoadedModel) -> None:
+    alone = loaded.left_alone()
+
+    def is_alone(name: str) -> bool:
+        return any(name == a or name.startswith(a + ".") for a in alone)
+
+    for name in loaded.source:
+        inside = name.startswith(loaded.source_name(0, "").removesuffix("0."))
+        assert is_alone(name) != inside, name
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_blocks_one_at_a_time_compute_the_model(
+    directory: Path, loaded: adapter.LoadedModel, images: int
+) -> None:
+    """Masks, M-RoPE positions, deepstack: as the model itself makes them."""
+    (batch,) = make_batches([_sample(images)], loaded.processor, loaded.image_token_id)
+    assert int((batch.modality == 2).sum()) > 0
+    reference = _reference(directory)
+    decoder = reference.get_submodule(loaded.arch.decoder)
+    with torch.no_grad():
+        expected = reference(**batch.inputs).logits
+        inputs = loaded.block_inputs(batch.inputs)
+        hidden = inputs.hidden
+        for index in range(loaded.num_blocks):
+            out = loaded.block(index)(hidden, **inputs.kwargs(index))
+            hidden = out[0] if isinstance(out, tuple) else out
+        got = reference.get_output_embeddings()(decoder.norm(hidden))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_changes_logits_by_less_than_rounding(
+    directory: Path, loaded: adapter.LoadedModel
+) -> None:
+    (batch,) = make_batches([_sample()], loaded.processor, loaded.image_token_id)
+    reference = _reference(directory)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = reference(**batch.inputs).logits
+        rounded = reference.to(torch.bfloat16)(
+            **{
+                k: v.to(torch.bfloat16) if v.is_floating_point() else v
+                for k, v in batch.inputs.items()
+            }
+        ).logits.float()
+        reference.float()
+        for block in reference.get_submodule(loaded.arch.decoder).layers:
+            for group in loaded.arch.groups:
+                previous = block.get_submodule(group.previous)
+                size = previous.weight.shape[0]
+                scales = torch.exp(torch.randn(size, generator=generator) * 0.7)
+                fold(block, group, scales, torch.float32)
+        after = reference(**batch.inputs).logits
+    assert (after - before).abs().max() < 0.2 * (rounded - before).abs().max()
+
+
+def test_published_names_load_as_the_same_model(directory: Path, family: str) -> None:
+    model = _reference(directory)
+    from safetensors.torch import load_file
+
+    tensors = load_file(directory / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        stored = tensors.get(published_name(family, name))
+        if stored is not None:  # a tied lm_head is not stored
+            assert torch.equal(parameter, stored.float()), name
+
+
+def test_unknown_family_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'bert' .* gemma3, idefics3, internvl, llava"):
+        get_architecture("bert")
+
+
+def test_a_picture_has_as_many_tokens_as_the_model_wants(loaded: adapter.LoadedModel) -> None:
+    sample = sample_from_parts("1", "all", Image.new("RGB", (30, 90)), "What?", "a star")
+    (batch,) = make_batches([sample], loaded.processor, loaded.image_token_id)
+    loaded.block_inputs(batch.inputs)  # raises where the numbers differ
