@@ -74,7 +74,9 @@ def weigh_tokens(
     elif source == "attention":
         raw = [_attention(block, streams, b) for b in range(len(streams))]
     else:
-        parts = [_attribute(block, group, streams, captured, i) for i in range(len(captured.calls))]
+        parts = [
+            attribute_part(block, group, streams, captured, i) for i in range(len(captured.calls))
+        ]
         raw = captured.to_batches([a.importance for a in parts], masks)
         integral = sum(float(a.integral.double().sum()) for a in parts)
         difference = sum(float(a.difference.double().sum()) for a in parts)
@@ -96,7 +98,7 @@ def weigh_tokens(
     return result
 
 
-def _attribute(
+def attribute_part(
     block: nn.Module, group: SmoothingGroup, streams: Streams, captured: ModuleParts, part: int
 ) -> Attribution:
     """Importance of one part's tokens: integrated gradients, or the discrepancy alone."""

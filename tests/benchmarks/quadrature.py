@@ -1,0 +1,99 @@
+"""Gauss-Legendre nodes against the paper's 32 equal steps: cost, completeness, token weights.
+
+    python tests/benchmarks/quadrature.py MODEL --scheme w3a16 --calib demo --samples 16
+
+For every rule, over all blocks and modules of the full-precision and round-to-nearest streams:
+module passes a token, the worst completeness error, and the smallest rank correlation (Spearman,
+a sample) of its token weights, before clipping, with those of 128 equal steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from qig_serve.offline import pipeline
+from qig_serve.offline.adapter import load
+from qig_serve.offline.attribution import completeness
+from qig_serve.offline.calibration import load_samples, make_batches
+from qig_serve.offline.parts import capture_parts
+from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.token_weights import attribute_part
+
+RULES = [("gauss", n) for n in (1, 2, 3, 4, 6, 8)] + [("uniform", n) for n in (8, 32)]
+REFERENCE = ("uniform", 128)
+
+
+def ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks of a vector."""
+    order = values.argsort()
+    out = torch.empty(len(values))
+    out[order] = torch.arange(len(values), dtype=torch.float32)
+    return out
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation of two vectors."""
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--scheme", default="w3a16")
+    parser.add_argument("--calib", default="demo")
+    parser.add_argument("--samples", type=int, default=16)
+    args = parser.parse_args()
+    base = QuantRecipe(scheme=args.scheme, calib=args.calib, samples=args.samples)
+    loaded = load(args.model)
+    samples = load_samples(args.calib, args.samples, 0)
+    batches = make_batches(samples, loaded.processor, loaded.image_token_id)
+    streams = pipeline.first_streams(loaded, base, batches, None)
+    rows: dict[tuple[str, str, int], list[tuple[float, float, float]]] = {}
+    for index in range(loaded.num_blocks):
+        original, block = loaded.block(index), loaded.block(index)
+        for group in loaded.arch.groups:
+            captured = capture_parts(block, group, streams, f"layer {index}, {group.name}")
+            masks = [streams.mask(b) for b in range(len(streams))]
+            reference: list[torch.Tensor] = []
+            for rule, steps in [REFERENCE, *RULES]:
+                streams.recipe = base.model_copy(update={"quadrature": rule, "steps": steps})
+                started = time.process_time()
+                with torch.no_grad():
+                    parts = [
+                        attribute_part(block, group, streams, captured, i)
+                        for i in range(len(captured.calls))
+                    ]
+                seconds = time.process_time() - started
+                raw = captured.to_batches([p.importance for p in parts], masks)
+                vectors = [
+                    u[m]
+                    for us, ms in zip(raw, masks, strict=True)
+                    for u, m in zip(us, ms, strict=True)
+                ]
+                if (rule, steps) == REFERENCE:
+                    reference = vectors
+                    continue
+                error = completeness(
+                    sum(float(p.integral.sum()) for p in parts),
+                    sum(float(p.difference.sum()) for p in parts),
+                )
+                worst = min(spearman(a, b) for a, b in zip(vectors, reference, strict=True))
+                rows.setdefault((group.name, rule, steps), []).append((seconds, error, worst))
+            captured.clear()
+        streams.recipe = base
+        pipeline.round_block(block, original, loaded.arch.groups, [], streams, f"layer {index}")
+        streams.advance(original, block, pipeline.linears_of(loaded, block), f"layer {index}")
+    print(f"{args.scheme}: {args.samples} samples, {loaded.num_blocks} blocks")
+    print(f"{'module':10} {'rule':12} {'CPU s':>7} {'completeness':>13} {'rank corr.':>11}")
+    for (name, rule, steps), found in rows.items():
+        seconds = sum(f[0] for f in found)
+        worst, rank = max(f[1] for f in found), min(f[2] for f in found)
+        print(f"{name:10} {rule + ' ' + str(steps):12} {seconds:7.2f} {worst:13.2%} {rank:11.4f}")
+
+
+if __name__ == "__main__":
+    main()
