@@ -197,7 +197,7 @@ def tensor_headers(directory: Path) -> dict[str, tuple[list[int], int]]:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
-        except (OSError, ValueError, struct.error, MemoryError) as error:
+        except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
             raise UserError(
                 f"{path}: not a readable safetensors file ({error}); "
                 f"try `qig-serve inspect --verify {directory}`"

@@ -1,0 +1,102 @@
+"""What /v1/quantization and `doctor` say of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import tiny_llava
+import torch
+
+from qig_serve.cli import doctor
+from qig_serve.errors import UserError
+from qig_serve.serving.describe import describe, model_dtype, read_manifest
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("describe")
+    source = tiny_llava.build(folder / "source")
+    schemes = {s: tiny_llava.quantize(source, folder / s, s) for s in ("w3a16", "w4a8")}
+    return {"source": source} | schemes
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("w3a16", 3 + 24 / 128), ("w4a8", 4)])
+def test_report(checkpoints: dict[str, Path], scheme: str, bits: float) -> None:
+    report = describe(checkpoints[scheme], torch.bfloat16)
+    assert len(report.layers) == 14 and not report.problems
+    assert sum(report.kernels.values()) == 14
+    weights = sum(layer.n * layer.k for layer in report.layers)
+    assert weights == 2 * (256 * (256 + 256 + 128 + 128) + 3 * 256 * 512)
+    scales = 4 * sum(layer.n for layer in report.layers) if scheme == "w4a8" else 0
+    assert report.quantized_bytes == weights * bits / 8 + scales
+    assert report.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2  # k and v, layers, heads, size, bytes
+    assert report.tensor_parallel_sizes == (1, 2)
+    json.dumps(report.as_json())
+
+
+def test_fp32_takes_the_reference(checkpoints: dict[str, Path]) -> None:
+    assert describe(checkpoints["w4a8"], torch.float32).kernels == {"fp32 reference": 14}
+
+
+def test_uneven_split_is_a_problem(checkpoints: dict[str, Path]) -> None:
+    report = describe(checkpoints["w3a16"], torch.bfloat16, tensor_parallel_size=4)
+    assert any("o_proj: w3a16 needs an input size" in problem for problem in report.problems)
+
+
+def test_dtype_is_the_checkpoints_unless_asked(checkpoints: dict[str, Path]) -> None:
+    assert model_dtype(checkpoints["w3a16"]) == torch.bfloat16
+    assert model_dtype(checkpoints["w3a16"], "half") == torch.float16
+    assert model_dtype(checkpoints["w3a16"], "float32") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no config.json there"),
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ("{}", "not quantized by qig-serve"),
+        ('{"quantization_config": {"quant_method": "awq"}}', "not quantized by qig-serve"),
+        ('{"quantization_config": {"quant_method": "qig"}}', "quantization_config.format_version"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path: Path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_damaged_shard_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoints["w4a8"] / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"no \.safetensors files"):
+        describe(tmp_path, torch.bfloat16)
+    for content in (b"", b"\xff" * 8, b"\x10" + b"\x00" * 7 + b"x" * 16):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.safetensors: not a readable safetensors"):
+            describe(tmp_path, torch.bfloat16)
+
+
+def run_doctor(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    status = doctor.run(parser.parse_args(words))
+    return status, capsys.readouterr().out
+
+
+def test_doctor(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    directory = str(checkpoints["w3a16"])
+    status, text = run_doctor(capsys, directory)
+    assert status == 0
+    assert "w3a16, quantized with rtn" in text and "14 layers" in text and "1, 2" in text
+    status, text = run_doctor(capsys, directory, "--tensor-parallel-size", "4")
+    assert status == 1
+    assert "cannot be served" in text and "does not fit (these do: 1, 2)" in text
+    status, text = run_doctor(capsys, directory, "--json")
+    assert status == 0 and json.loads(text)["scheme"] == "w3a16" and json.loads(text)["vllm"]
