@@ -1,4 +1,4 @@
-"""What a qig checkpoint holds and whether it is intact: from headers and hashes, without a model."""
+"""What a qig checkpoint holds and whether it is intact: from headers and hashes alone."""
 
 from __future__ import annotations
 
