@@ -1,0 +1,65 @@
+"""What the compiler makes of the kernels, without a GPU: spills, tensor cores, instructions."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from qig_serve.kernels import compile_report, tuning
+from qig_serve.kernels.tuning import Tile
+
+
+def decode_tile(scheme: str, target: int) -> Tile:
+    return tuning.tile_table()[f"sm_{target}", scheme, "default"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [(90, "wgmma"), (80, "mma"), (100, "tcgen05"), (120, "mma")]
+)
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_decode_tiles_stay_lean(scheme: str, target: int, instruction: str) -> None:
+    """The tile that one token takes: no spills, tensor cores, integer operations a weight."""
+    compiled = compile_report.compile_tile(scheme, target, decode_tile(scheme, target))
+    assert compiled.problems() == []
+    assert compiled.tensor_core.split()[0] == instruction
+
+
+def test_twin_compiles_too() -> None:
+    """The pure Triton path, which a GPU can run as well: correct, only slower."""
+    for scheme in ("w3a16", "w4a8"):
+        tile = decode_tile(scheme, 90)
+        compiled = compile_report.compile_tile(scheme, 90, tile, "fp16", use_ptx=False)
+        assert compiled.tensor_core.startswith("wgmma")
+
+
+def test_a_regression_is_reported() -> None:
+    compiled = compile_report.compile_tile("w4a8", 90, decode_tile("w4a8", 90))
+    worse = {"spills": 3, "integer_per_weight": 0.9, "shared": 300_000, "tensor_core": ""}
+    problems = "\n".join(type(compiled)(**{**compiled.__dict__, **worse}).problems())
+    for word in ("spill", "integer", "shared", "tensor-core"):
+        assert word in problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", compile_report.TARGETS)
+def test_every_kernel_for_every_target(target: int) -> None:
+    problems = [p for c in compile_report.report([target]) for p in c.problems()]
+    assert problems == []
+
+
+@pytest.mark.slow
+def test_the_oldest_triton_compiles_every_kernel(oldest_triton: Path) -> None:
+    """3.6 moves some registers more for mma.sync (sm_80 ... 120), and nothing else may be worse."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "qig_serve.kernels.compile_report", "--dtype", "bf16"],
+        env={**os.environ, "PYTHONPATH": str(oldest_triton)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Triton 3.6" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
+    assert "w4a8_prefill" in done.stdout and "sm_120" in done.stdout, done.stderr[-3000:]
+    problems = [line for line in done.stdout.splitlines() if ": " in line]
+    known = re.compile(r"sm_(80|86|89|120) .*integer a weight")
+    assert [line for line in problems if not known.search(line)] == []

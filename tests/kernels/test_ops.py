@@ -1,0 +1,105 @@
+"""The ops' frame: what is refused, shapes under tracing, tiles, and tuning without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from qig_serve import packing
+from qig_serve.formats import SCHEMES, get_scheme
+from qig_serve.kernels import ops, tuning
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+W3A16, W4A8 = get_scheme("w3a16"), get_scheme("w4a8")
+HOPPER = (9, 0)
+
+
+@pytest.mark.parametrize("scheme", [W3A16, W4A8], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+)
+def test_layer_shapes_are_taken(scheme: object, capability: tuple[int, int]) -> None:
+    for layer in tuning.LAYER_SHAPES.values():
+        for n, k in layer.values():
+            for dtype in (torch.bfloat16, torch.float16):
+                assert ops.can_implement(scheme, n, k, dtype, capability) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "n", "k", "dtype", "capability", "reason"),
+    [
+        (SCHEMES["w2a16"], 128, 128, torch.bfloat16, HOPPER, "no GPU kernel for scheme w2a16"),
+        (W3A16, 128, 128, torch.bfloat16, None, "need a CUDA device"),
+        (W3A16, 128, 128, torch.bfloat16, (7, 5), "8.0 or newer, this one has 7.5"),
+        (W3A16, 128, 128, torch.bfloat16, (11, 0), "no tiles for compute capability 11.0"),
+        (W4A8, 128, 128, torch.float32, HOPPER, "bfloat16 or float16, not torch.float32"),
+        (W3A16, 128, 192, torch.bfloat16, HOPPER, "that 128 divides, got K=192"),
+        (W4A8, 0, 128, torch.bfloat16, HOPPER, "positive sizes"),
+        (W3A16, 1 << 20, 1 << 12, torch.bfloat16, HOPPER, "below 2^31"),
+        (W4A8, 128, 1 << 17, torch.bfloat16, HOPPER, "at most K=65536"),
+    ],
+)
+def test_refusals_say_why(
+    scheme: object, n: int, k: int, dtype: torch.dtype, capability: tuple[int, int], reason: str
+) -> None:
+    possible, why = ops.can_implement(scheme, n, k, dtype, capability)
+    assert not possible and reason in why
+
+
+@pytest.mark.parametrize("scheme", [W3A16, W4A8], ids=lambda s: s.name)
+def test_fake_linear_has_the_real_shape(scheme: object) -> None:
+    n, k = 77, 256
+    codes = torch.zeros(n, k, dtype=torch.int8 if scheme.symmetric else torch.uint8)
+    scale, zero = packing.minmax_params(torch.randn(n, k), scheme)
+    prepared = ops.prepare(
+        scheme, packing.pack_linear(codes, scale, zero, scheme, torch.float16), torch.float16
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in prepared.items()}
+        x = torch.empty(2, 5, k, dtype=torch.float16)
+        out = ops.linear(scheme, x, fakes, n, k, torch.empty(n, dtype=torch.float16))
+        assert out.shape == (2, 5, n) and out.dtype == torch.float16
+        flat = x.reshape(-1, k)
+        codes, token_scale = torch.ops.qig.quantize_activation(flat)
+        assert codes.shape == (10, k) and codes.dtype == torch.int8
+        assert token_scale.shape == (10,) and token_scale.dtype == torch.float32
+        norm = torch.ops.qig.rms_norm_quantize(flat, flat[0], 1e-6, flat)
+        assert [t.shape for t in norm] == [(10, k), (10,), (10, k)]
+        silu = torch.ops.qig.silu_mul_quantize(flat)
+        assert [t.shape for t in silu] == [(10, k // 2), (10,)]
+
+
+def test_prepared_tensors_are_those_of_the_warm_up() -> None:
+    """warm_up compiles for zeros in these shapes; they must be those that prepare makes."""
+    for scheme in (W3A16, W4A8):
+        n, k = 130, 256
+        weight = torch.randn(n, k)
+        scale, zero = packing.minmax_params(weight, scheme)
+        codes = packing.quantize(weight, scale, zero, scheme)
+        stored = packing.pack_linear(codes, scale, zero, scheme, torch.bfloat16)
+        real = ops.prepare(scheme, stored, torch.bfloat16)
+        warm = ops._zeros(scheme, n, k, torch.device("cpu"))
+        assert {k: (t.shape, t.dtype) for k, t in real.items()} == {
+            k: (t.shape, t.dtype) for k, t in warm.items()
+        }
+
+
+def test_tiles_cover_every_number_of_tokens() -> None:
+    for (architecture, name, shape), rows in tuning.tile_table().items():
+        limits = [most for most, _ in rows]
+        assert limits == sorted(set(limits)) and limits[-1] == float("inf"), (architecture, shape)
+        for m in (1, 16, 17, 64, 65, 8192, 100_000):
+            tile = tuning.select(get_scheme(name), architecture, 4608, 3584, m)
+            assert tile.regime != "split_k" or m <= tuning.DECODE_ROWS
+
+
+def test_tuning_without_a_gpu_fails_in_one_sentence() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "qig_serve.kernels.tuning"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "tuning measures kernels on a GPU, and no CUDA device was found\n"
