@@ -219,8 +219,11 @@ def compile_tile(
             TILES="i32",
         )  # fmt: skip
     kernel = getattr(module, f"{name}_kernel")
-    compiled = compile_kernel(kernel, target, arguments, constants, tile.num_warps, divisible)
+    warps = 4 if tile.regime == "dequantize" else tile.num_warps
+    compiled = compile_kernel(kernel, target, arguments, constants, warps, divisible)
     shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
+    if tile.regime == "dequantize":
+        shape = "128x128 4w"
     return _count(compiled, name, target, dtype, shape, weights, tile.block_m)
 
 
@@ -267,7 +270,6 @@ def report(targets: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp16")) -> 
                 if (*shape, tile.num_stages) not in done:
                     done.add((*shape, tile.num_stages))
                     yield compile_tile(scheme, target, tile, dtype)
-            yield compile_tile("w3a16", target, Tile("dequantize"), dtype)
             yield from compile_quantizers(target, dtype)
 
 

@@ -17,7 +17,9 @@ _SMALLEST_BLOCK_M = 16
 
 
 @triton.jit
-def grouped(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def grouped(
+    program: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor, GROUP_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """Program -> (token tile, output tile): GROUP_M token tiles share a column of outputs."""
     in_group = GROUP_M * tiles_n
     first = program // in_group * GROUP_M

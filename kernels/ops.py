@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 
 from qig_serve.formats import QuantScheme, get_scheme, unsupported_shape
 from qig_serve.kernels import launch, layout, quantize_activation, tuning, w3a16, w4a8
@@ -54,7 +53,10 @@ def can_implement(
         return False, "the GPU kernels need a CUDA device, and none was found"
     version = ".".join(map(str, device_capability))
     if device_capability < (8, 0):
-        return False, f"the GPU kernels need compute capability 8.0 or newer, this one has {version}"
+        return (
+            False,
+            f"the GPU kernels need compute capability 8.0 or newer, this one has {version}",
+        )
     if tuning.architecture_of(device_capability) is None:
         return False, f"tiles.json has no tiles for compute capability {version}"
     if dtype not in _DTYPES:
@@ -200,9 +202,7 @@ def _w3a16_linear(
     if m == 0:
         return x.new_empty(0, n)
     tile = tuning.select(get_scheme("w3a16"), _architecture(x.device), n, k, m)
-    return w3a16.linear(
-        _ready(x), weight_lanes, scale_zero, counters, bias, n, tile, use_ptx(x)
-    )
+    return w3a16.linear(_ready(x), weight_lanes, scale_zero, counters, bias, n, tile, use_ptx(x))
 
 
 def _w4a8_linear_quantized(

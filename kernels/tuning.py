@@ -89,7 +89,7 @@ def tile_table() -> dict[tuple[str, str, str], Buckets]:
 
 
 def architecture_of(capability: tuple[int, int]) -> str | None:
-    """The architecture in tiles.json whose tiles a device takes: of its major version, not newer."""
+    """Whose tiles in tiles.json a device takes: those of its major version, and not newer."""
     major, minor = capability
     known = {int(name[3:]) for name, _, _ in tile_table()}
     fits = [number for number in known if number // 10 == major and number % 10 <= minor]
@@ -113,7 +113,7 @@ def select(scheme: QuantScheme, architecture: str, n: int, k: int, m: int) -> Ti
 
 
 def candidates(scheme: QuantScheme, m: int) -> list[Tile]:
-    """What is tried at M tokens. Those that do not fit the device fail to launch and are skipped."""
+    """What is tried at M tokens; what does not fit the device is skipped."""
     tiles: list[Tile] = []
     if m <= DECODE_ROWS:
         block_m = max(16, 1 << (m - 1).bit_length())
@@ -189,10 +189,9 @@ def _measure(scheme: QuantScheme, n: int, k: int, ms: tuple[int, ...]) -> list[d
         x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
         timed: list[tuple[float, Tile]] = []
         for tile in candidates(scheme, m):
+            call = functools.partial(ops.run, scheme, x, prepared, n, None, tile)
             try:
-                timed.append(
-                    (time_microseconds(lambda t=tile: ops.run(scheme, x, prepared, n, None, t)), tile)
-                )
+                timed.append((time_microseconds(call), tile))
             except (OutOfResources, CompilationError):
                 continue
         microseconds, best = min(timed, key=lambda pair: pair[0])
@@ -222,9 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         for n, k in sorted(shapes)[: 1 if options.quick else None]:
             by_shape[f"{n}x{k}"] = _measure(SCHEMES[name], n, k, ms)
         # Other shapes take the tiles of the largest one measured.
-        by_shape["default"] = max(
-            by_shape.items(), key=lambda item: _weights(item[0])
-        )[1]
+        by_shape["default"] = max(by_shape.items(), key=lambda item: _weights(item[0]))[1]
         entry[name] = by_shape
     data[architecture] = entry
     TILES_FILE.write_text(json.dumps(data, indent=1) + "\n")

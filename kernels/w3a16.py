@@ -106,7 +106,7 @@ def _block(registers: str, body: list[str], float_type: str) -> str:
 
 @triton.constexpr_function
 def lane_ptx(lane: int, float_type: str, scaled: bool) -> str:
-    """PTX of a lane's five codes: $0-$4 out, $5 lane, $6 $7 zeros and $8 $9 scales of the halves."""
+    """PTX of a lane's five codes: $0-$4 out, $5 lane, of the halves zeros $6 $7, scales $8 $9."""
     body = ["mov.b32 t, $5;"]
     for i, (shift, p) in enumerate([(0, 0), (0, 3), (6, 0), (6, 3), (_LAST_SHIFT[lane], lane)]):
         if i in (2, 4):
@@ -355,9 +355,7 @@ def w3a16_dequantize_kernel(
     lane_ptrs = lanes_ptr + (group * TILES + tile) * 3072
     lane_ptrs += row[:, None] * 16 + tl.arange(0, 16)[None, :]
     words = scale_zero_ptr + group * TILES * 128 + rows
-    w_lo, w_hi = _unpack(
-        lane_ptrs, tl.load(words), tl.load(words + 64), 64, DTYPE, True, USE_PTX
-    )
+    w_lo, w_hi = _unpack(lane_ptrs, tl.load(words), tl.load(words + 64), 64, DTYPE, True, USE_PTX)
     where = weight_ptr + rows[:, None].to(tl.int64) * K + group * 128 + tl.arange(0, 128)[None, :]
     tl.store(where, w_lo, mask=(rows < N)[:, None])
     tl.store(where + 64 * K, w_hi, mask=(rows + 64 < N)[:, None])

@@ -158,9 +158,7 @@ def w4a8_prefill_kernel(
         codes_ptr, nibbles_ptr, tile, tokens, 0, K // 128, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip
-    _store(
-        out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N, HAS_BIAS
-    )
+    _store(out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
 def linear(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from qig_serve import packing
 from qig_serve.formats import SCHEMES
 from qig_serve.kernels import launch, ops, quantize_activation, reference, tuning, w3a16, w4a8
@@ -110,9 +111,7 @@ def run(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-def test_linear_matches_the_oracle(
-    scheme: str, m: int, n: int, k: int, dtype: torch.dtype
-) -> None:
+def test_linear_matches_the_oracle(scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     case = make(scheme, m, n, k, dtype)
     got = ops.linear(SCHEMES[scheme], case.x, case.prepared, n, k, case.bias)
     assert got.dtype == dtype

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from qig_serve.kernels import compile_report, tuning
 from qig_serve.kernels.tuning import Tile
 

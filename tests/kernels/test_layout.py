@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qig_serve import packing
 from qig_serve.formats import SCHEMES
 from qig_serve.kernels import layout

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from qig_serve import packing
 from qig_serve.formats import SCHEMES, get_scheme
 from qig_serve.kernels import ops, tuning
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 W3A16, W4A8 = get_scheme("w3a16"), get_scheme("w4a8")
 HOPPER = (9, 0)

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+
 from qig_serve.kernels import w3a16, w4a8
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
