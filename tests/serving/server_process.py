@@ -16,6 +16,11 @@ import pytest
 START_SECONDS = float(os.environ.get("QIG_TEST_START_SECONDS", "600"))  # a busy machine needs more
 ENGINE = ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
 ENGINE += ["--limit-mm-per-prompt", '{"image": 2, "video": 0}']
+# A random model would fill a JSON answer with blanks for ever.
+ENGINE += [
+    "--structured-outputs-config",
+    '{"backend": "xgrammar", "disable_any_whitespace": true}',
+]
 
 
 @dataclass
