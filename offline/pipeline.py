@@ -331,7 +331,7 @@ def publish(
         group_size=scheme.group_size,
         ignore=report.left_alone,
         method=recipe.method,
-        producer=report.producer,
+        produced_by=report.producer,
         calibration=info,
         tensor_parallel_sizes=tensor_parallel_sizes(loaded.text_config, scheme.k_multiple),
         recipe=recipe.recorded(),

@@ -41,7 +41,8 @@ class QuantizationConfig(BaseModel):
     ignore: list[str]
     """Modules left in 16 bits: names in the checkpoint, matched as dotted prefixes."""
     method: str = "rtn"
-    producer: str = ""
+    produced_by: str = ""
+    """Not "producer": vLLM takes that for ModelOpt's and expects an object."""
     calibration: CalibrationInfo | None = None
     tensor_parallel_sizes: list[int] = Field(default_factory=lambda: [1])
     recipe: dict[str, Any] = Field(default_factory=dict)

@@ -66,7 +66,7 @@ def _print_facts(console: Console, found: Inspection) -> None:
     activations = f"{scheme.activation_bits}-bit" if scheme.activation_bits else "16-bit"
     facts = [
         ("scheme", f"{scheme.name}: {weights}, {activations} activations"),
-        ("method", f"{config.method}, by {config.producer or 'an unknown producer'}"),
+        ("method", f"{config.method}, by {config.produced_by or 'an unknown producer'}"),
         ("family", found.model_type),
         (
             "size",

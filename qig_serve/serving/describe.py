@@ -66,7 +66,7 @@ class Report:
         return {
             "scheme": m.scheme,
             "method": m.method,
-            "producer": m.producer,
+            "produced_by": m.produced_by,
             "bits": m.bits,
             "group_size": m.group_size,
             "ignore": m.ignore,
