@@ -179,6 +179,7 @@ def first_streams(
         fp.put(b, before.hidden)
         quantized.put(b, before.hidden)
         inputs.append(replace(before, hidden=before.hidden[:0]))  # the stores keep it
+    loaded.model.to("cpu")  # from here on the device holds one block
     return Streams(recipe, loaded.dtype, loaded.device, batches, inputs, fp, quantized, 0, folder)
 
 

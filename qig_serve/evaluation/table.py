@@ -70,6 +70,16 @@ def results_table(results: Mapping[str, EvaluationResult], title: str = "") -> T
     records = [r.to_json() for r in columns]
     row("empty answers", [str(r["empty"] or "-") for r in records])
     row("repeating answers", [str(r["repeating"] or "-") for r in records])
+    if any(r.scheme for r in columns):
+        # A checkpoint made elsewhere may not list what it was calibrated on: then say so.
+        seen = [r.calibration_overlap for r in columns]
+        row(
+            "questions calibrated on",
+            [
+                "-" if not r.scheme else "unknown" if ids is None else str(len(ids))
+                for r, ids in zip(columns, seen, strict=True)
+            ],
+        )
     return table
 
 
