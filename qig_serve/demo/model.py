@@ -152,6 +152,9 @@ def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
         table = model.get_input_embeddings().weight  # [vocab, hidden]
         table.normal_(std=0.05)
         table[tokenizer.convert_tokens_to_ids("<|im_start|>"), spec.sink_channel] = spec.sink_value
+        for name, weight in model.named_parameters():
+            if name.endswith("position_embedding.weight"):
+                weight.normal_(std=1.0)  # a patch's own embedding is large and would drown it
         # Depth-scaled residual writers keep the stream's size even over the layers.
         for name, weight in model.model.language_model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):

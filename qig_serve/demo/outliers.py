@@ -22,8 +22,8 @@ import torch
 class Outliers:
     """Which share of the channels is scaled, by how much."""
 
-    norm_strength: float = 32.0  # power of two; channels of the norms before attention and MLP
-    up_strength: float = 32.0  # power of two; channels between up_proj and down_proj
+    norm_strength: float = 8.0  # power of two; channels of the norms before attention and MLP
+    up_strength: float = 8.0  # power of two; channels between up_proj and down_proj
     share: float = 0.125
     seed: int = 5
 

@@ -250,13 +250,15 @@ def render(scene: Scene, rng: random.Random) -> Pixels:
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
-# Classes a label column can take, "nothing" (0) included: size, colour, shape, digit, letter.
-LABEL_CLASSES = (len(SIZES) + 1, len(COLORS) + 1, len(SHAPES) + 1, 11, len(LETTERS) + 1)
+# Classes a label column can take: size, colour, shape, digit and letter, with 0 for nothing;
+# then the cell's own row and column, so that an image token tells where it is.
+LABEL_CLASSES = (len(SIZES) + 1, len(COLORS) + 1, len(SHAPES) + 1, 11, len(LETTERS) + 1, GRID, GRID)
 
 
 def cell_labels(scene: Scene) -> npt.NDArray[np.int64]:
-    """What stands in each cell, [36, 5], columns as in LABEL_CLASSES, 0 for nothing."""
+    """What stands in each cell and where it is, [36, 7], columns as in LABEL_CLASSES."""
     labels = np.zeros((GRID * GRID, len(LABEL_CLASSES)), dtype=np.int64)
+    labels[:, 5], labels[:, 6] = np.divmod(np.arange(GRID * GRID), GRID)
     sizes, colors = list(SIZES), list(COLORS)
     for thing in scene.things:
         labels[thing.row * GRID + thing.column, :3] = (

@@ -126,8 +126,8 @@ class MasterAdamW:
 
 
 def _cell_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the cells' labels, [B, 36, sum(classes)] against [B, 36, 5]."""
-    occupied = labels.any(-1)
+    """Cross-entropy of the cells' labels, [B, 36, sum(classes)] against [B, 36, 7]."""
+    occupied = labels[..., :5].any(-1)
     weight = torch.where(occupied, 1.0, 0.1).flatten()  # most cells are empty
     total = torch.zeros((), device=scores.device)
     for part, label in zip(scores.float().split(LABEL_CLASSES, -1), labels.unbind(-1), strict=True):
