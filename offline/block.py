@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from qig_serve.offline.architectures import SmoothingGroup
-from qig_serve.offline.capture import catch_call, check_finite, quantized_activations
+from qig_serve.offline.capture import (
+    ModuleCall,
+    catch_call,
+    check_finite,
+    first_output,
+    quantized_activations,
+    run_module,
+)
 from qig_serve.offline.equalize import GroupResult
+from qig_serve.offline.learned_rounding import learn_rounding
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding import (
     LinearStats,
@@ -19,6 +27,7 @@ from qig_serve.offline.rounding import (
     StatsAccumulator,
     round_linear,
 )
+from qig_serve.offline.search import weighted_loss
 from qig_serve.offline.streams import Streams
 from qig_serve.packing import minmax_params, pack_linear, quantize, scale_dtype
 
@@ -27,6 +36,7 @@ def rounding_options(recipe: QuantRecipe) -> RoundingOptions:
     """The recipe's rounding fields."""
     return RoundingOptions(
         range_search=recipe.range_search,
+        range_rounds=recipe.range_rounds,
         compensation=recipe.compensation,
         act_order=recipe.act_order,
         damp=recipe.damp,
@@ -58,29 +68,71 @@ def round_block(
     """
     recipe, scheme = streams.recipe, streams.scheme
     options = rounding_options(recipe)
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    reports: dict[str, dict[str, Any]] = {}
-    linears = [block.get_submodule(name) for group in groups for name in group.linears]
+    names = [name for group in groups for name in group.linears]
+    linears = {name: block.get_submodule(name) for name in names}
+    equalized = {n: m.weight.clone() for n, m in linears.items()} if recipe.effort == "high" else {}
+    rounded: dict[str, RoundedLinear] = {}
     for i, group in enumerate(groups):
         stats = None
         if recipe.needs_statistics:
             result = results[i] if results else None
-            name = group.linears[0]
-            stats = _statistics(block, original, name, linears, result, streams, where)
+            first = group.linears[0]
+            stats = _statistics(block, original, first, linears, result, streams, where)
         for name in group.linears:
-            linear = block.get_submodule(name)
-            check_finite(linear.weight, f"{where}, {name}, weight")
+            weight = linears[name].weight
+            check_finite(weight, f"{where}, {name}, weight")
             if stats is None:
-                rounded = _nearest(linear.weight, streams)
+                rounded[name] = _nearest(weight, streams)
             else:
-                rounded = round_linear(
-                    linear.weight, stats, scheme, streams.dtype, options, f"{where}, {name}"
+                rounded[name] = round_linear(
+                    weight, stats, scheme, streams.dtype, options, f"{where}, {name}"
                 )
-                reports[name] = rounded.report
-            linear.weight.copy_(rounded.dequantized())
-            packed = pack_linear(rounded.codes, rounded.scale, rounded.zero, scheme, streams.dtype)
-            tensors[name] = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
-    return tensors, reports
+            weight.copy_(rounded[name].dequantized())
+    if recipe.effort == "high":
+        rounded = _learn(block, original, rounded, equalized, results, streams)
+        for name, linear in linears.items():
+            linear.weight.copy_(rounded[name].dequantized())
+    tensors = {}
+    for name, r in rounded.items():
+        packed = pack_linear(r.codes, r.scale, r.zero, scheme, streams.dtype)
+        tensors[name] = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
+    return tensors, {name: r.report for name, r in rounded.items() if r.report}
+
+
+def _learn(
+    block: nn.Module,
+    original: nn.Module,
+    rounded: Mapping[str, RoundedLinear],
+    weights: Mapping[str, torch.Tensor],
+    results: Sequence[GroupResult],
+    streams: Streams,
+) -> dict[str, RoundedLinear]:
+    """Learned rounding of all linears, on the token-weighted squared error of the block's output.
+
+    The input is that of the quantized prefix and the target that of full precision, as in the
+    statistics. Tokens weigh what they weigh in the groups' searches, on average.
+    """
+    targets = streams.new_store("learned-y")
+    token_weights: list[torch.Tensor] = []
+    for b in range(len(streams)):
+        hidden = streams.fp.get(b, streams.device)
+        targets.put(b, first_output(original(hidden, **streams.kwargs(b))))
+        mask = streams.mask(b).float()
+        uniform = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+        chosen = [r.token_weights[b] for r in results] or [uniform]
+        token_weights.append(torch.stack(chosen).mean(0))
+    linears = [block.get_submodule(name) for name in rounded]
+
+    def loss(b: int, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        call = ModuleCall((streams.quantized.get(b, streams.device),), dict(streams.kwargs(b)))
+        with quantized_activations(linears, streams.quantizes_activations):
+            output = run_module(block, call, {f"{n}.weight": v for n, v in values.items()})
+        target = targets.get(b, streams.device)
+        return weighted_loss(output, target, token_weights[b], "mse")
+
+    learned = learn_rounding(rounded, weights, streams.scheme, streams.dtype, loss, len(streams))
+    targets.clear()
+    return learned
 
 
 def _nearest(weight: torch.Tensor, streams: Streams) -> RoundedLinear:
@@ -93,18 +145,18 @@ def _statistics(
     block: nn.Module,
     original: nn.Module,
     name: str,
-    linears: Sequence[nn.Module],
+    linears: Mapping[str, nn.Module],
     result: GroupResult | None,
     streams: Streams,
     where: str,
 ) -> LinearStats:
     """Second moments of a linear's input, over the real tokens of all batches."""
     columns = None if result is None else result.columns
-    linear, reference = block.get_submodule(name), original.get_submodule(name)
+    linear, reference = linears[name], original.get_submodule(name)
     cross = streams.recipe.compensation in ("gptaq", "qronos")
     accumulator = StatsAccumulator(linear.in_features, cross, streams.device)
     for b in range(len(streams)):
-        with quantized_activations(linears, streams.quantizes_activations):
+        with quantized_activations(list(linears.values()), streams.quantizes_activations):
             hidden = streams.quantized.get(b, streams.device)
             x_q = catch_call(block, linear, hidden, streams.kwargs(b)).hidden
         check_finite(x_q, f"{where}, {name}, input")

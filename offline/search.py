@@ -98,18 +98,20 @@ def evaluate_candidates(
     loss: Loss,
     where: str,
 ) -> list[float]:
-    """The loss of each candidate, a mean over samples. `where` names the module in errors."""
+    """The loss of each candidate, a weighted mean over tokens. `where` is for error messages."""
     losses = []
     for candidate in candidates:
         weights = quantized_weights(module, linears, candidate.columns, scheme, dtype)
-        total, samples = 0.0, 0
+        total = weight = torch.zeros((), dtype=torch.float64)
         with quantized_activations(all_linears(module), scheme.activation_bits is not None):
             for batch in batches():
                 call = batch.call.with_input(batch.call.hidden / candidate.columns)
                 output = run_module(module, call, weights)
-                total += float(weighted_loss(output, batch.target, batch.token_weights, loss))
-                samples += len(batch.token_weights)
-        losses.append(total / max(samples, 1))
+                value = weighted_loss(output, batch.target, batch.token_weights, loss)
+                # Read once a candidate, so that nothing waits for a GPU.
+                total = total.to(value.device) + value
+                weight = weight.to(value.device) + batch.token_weights.sum()
+        losses.append(float(total / weight))
     if not all(torch.isfinite(torch.tensor(losses))):
         raise UserError(
             f"{where}: the search met NaN or infinity. Check that the model works in full "

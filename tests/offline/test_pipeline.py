@@ -255,6 +255,19 @@ def test_resume_ends_with_the_same_bytes(
     assert [b.output_error for b in resumed.blocks] == [b.output_error for b in whole.blocks]
 
 
+def test_learned_rounding_lowers_the_blocks_loss(
+    model_dir: Path, calib: str, tmp_path: Path
+) -> None:
+    runs = {}
+    for effort in ("normal", "high"):
+        r = recipe(calib, method="rtn", samples=2, effort=effort)
+        runs[effort] = pipeline.quantize(model_dir, tmp_path / effort, r, quiet=True)
+    first = {effort: report.blocks[0] for effort, report in runs.items()}
+    ratios = {r["learned"] for r in first["high"].linears.values()}
+    assert len(ratios) == 1 and ratios.pop() < 0.9
+    assert first["high"].output_error < 0.95 * first["normal"].output_error
+
+
 def test_qig_never_runs_the_whole_model_backward(
     model_dir: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
