@@ -111,11 +111,14 @@ def gptq(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     block_size: int,
-) -> torch.Tensor:
-    """Codes [N, K] for the target [N, K]: GPTQ with fixed scales and zero points [N, G].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ with fixed scales and zero points [N, G]: codes [N, K], and what was rounded [N, K].
 
-    Groups are those of the original order of columns ("static"), whatever order the factor
-    has, so the stored layout does not change. Source: GPTQ (arXiv 2210.17323), algorithm 1.
+    The latter is each column of the target [N, K] after the columns before it have passed their
+    errors on: f(Q) is the sum over columns of Factor.conditional_energy times the squared
+    difference between it and Q. Groups are those of the original order of columns ("static"),
+    whatever order the factor has, so the stored layout does not change.
+    Source: GPTQ (arXiv 2210.17323), algorithm 1.
     """
     k = target.shape[1]
     order, upper = factor.order, factor.upper
@@ -143,7 +146,10 @@ def gptq(
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     codes = torch.empty_like(levels)
     codes[order] = levels if zero is None else levels + zeros
-    return codes.T.to(torch.int8 if scheme.symmetric else torch.uint8).contiguous()
+    values = torch.empty_like(w)
+    values[order] = w
+    dtype = torch.int8 if scheme.symmetric else torch.uint8
+    return codes.T.to(dtype).contiguous(), values.T.contiguous()
 
 
 def refit_scales(

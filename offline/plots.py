@@ -213,7 +213,7 @@ def token_share_plot(report: QuantizationReport) -> str | None:
     )
 
 
-ROUNDING_STEPS = ("rtn", "range", "compensation", "refit", "polish", "learned")
+ROUNDING_STEPS = ("rtn", "range", "compensation", "rounds", "refit", "polish", "learned")
 """The steps of rounding in their order, as they are named in the report."""
 
 

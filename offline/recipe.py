@@ -39,9 +39,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "equalize": "search",
         "token_weights": "qig",
         "search_input": "quantized",
-        "range_search": "energy",
+        "range_search": "conditional",
+        "range_rounds": 3,
         "compensation": "gptaq",
         "scale_refit": True,
+        "polish_sweeps": 1,
     },
 }
 
@@ -100,6 +102,12 @@ class QuantRecipe(BaseModel):
     range_search: RangeSearch = Field(
         default="minmax",
         description="what an error costs while ranges are searched; minmax: no search",
+    )
+    range_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="searches of the ranges for what compensation really rounds, each followed "
+        "by compensation",
     )
     compensation: Compensation = Field(
         default="none", description="error compensation while rounding"

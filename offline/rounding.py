@@ -105,7 +105,7 @@ class StatsAccumulator:
 class RoundingOptions:
     """What `round_linear` does. Every step has its off switch."""
 
-    range_search: RangeSearch = "energy"
+    range_search: RangeSearch = "conditional"
     """What a rounding error costs while scales and zero points are searched: "minmax" does not
     search; "mse" weighs all inputs alike; "energy" by mean square activation; "conditional" by
     what is left of it after compensation by the columns that follow (1 / U_kk^2 of GPTQ's
@@ -114,6 +114,9 @@ class RoundingOptions:
     """Scales tried a group, from 1.0 down to 0.35 of the min-max scale."""
     zero_window: int = 2
     """Zero points tried on either side of the min-max one (asymmetric schemes)."""
+    range_rounds: int = 3
+    """Rounds of: search the ranges again, now for the values that compensation really rounds
+    (which spread wider than the weights), then compensate anew; the best a row is kept."""
     compensation: Compensation = "gptaq"
     """"gptaq" and "qronos" need `LinearStats.cross`."""
     shift_strength: float = 1.0
@@ -128,7 +131,7 @@ class RoundingOptions:
     """Columns updated lazily together; no effect on the result beyond rounding."""
     scale_refit: bool = True
     """Closed-form scales after rounding."""
-    polish_sweeps: int = 0
+    polish_sweeps: int = 1
     """Coordinate-descent sweeps over codes, each followed by a scale refit if that is on."""
     effort: Literal["normal", "high"] = "normal"
 
@@ -176,8 +179,8 @@ def round_linear(
     `dtype` is the model's; scales are rounded to what the scheme stores for it. The report holds
     `output_energy` = tr(W H W^T) and, as fractions of it, tr((T - Q) H (T - Q)^T) of
     round-to-nearest with min-max ranges ("rtn") and after each step ("range", "compensation",
-    "refit", "polish"); T is W, or the shifted target where compensation is GPTAQ or Qronos.
-    UserError names the linear when weight or statistics are not finite.
+    "rounds", "refit", "polish"); T is W, or the shifted target where compensation is GPTAQ or
+    Qronos. UserError names the linear when weight or statistics are not finite.
     """
     options = options or RoundingOptions()
     stored = scale_dtype(scheme, dtype)
@@ -186,9 +189,7 @@ def round_linear(
     target = w
     factor = None
     if options.compensation != "none" or options.range_search == "conditional":
-        factor = stats.factor(
-            options.damp, options.act_order, options.damp_by == "column"
-        )
+        factor = stats.factor(options.damp, options.act_order, options.damp_by == "column")
     if factor is not None and options.compensation in ("gptaq", "qronos"):
         if stats.cross is None:
             raise ValueError(f"{name}: {options.compensation} needs LinearStats.cross")
@@ -213,8 +214,22 @@ def round_linear(
         codes = quantize(target, scale, zero, scheme)
         record("range", codes, scale)
     if factor is not None and options.compensation != "none":
-        codes = comp.gptq(target, factor, scheme, scale, zero, options.block_size)
+        codes, values = comp.gptq(target, factor, scheme, scale, zero, options.block_size)
         record("compensation", codes, scale)
+        metric = _range_metric(stats, scheme, "conditional", factor)
+        best = comp.objective(target - dequantize(codes, scale, zero), stats.hessian)
+        for _ in range(options.range_rounds):
+            s, z = search_range(
+                values, scheme, stored, metric, options.range_grid, zero_window=options.zero_window
+            )
+            c, values = comp.gptq(target, factor, scheme, s, z, options.block_size)
+            error = comp.objective(target - dequantize(c, s, z), stats.hessian)
+            better = (error < best)[:, None]
+            best = torch.minimum(error, best)
+            codes, scale = torch.where(better, c, codes), torch.where(better, s, scale)
+            if zero is not None and z is not None:
+                zero = torch.where(better, z, zero)
+            record("rounds", codes, scale)
     if options.scale_refit:
         scale = comp.refit_scales(target, stats.hessian, codes, scale, zero, stored)
         record("refit", codes, scale)
