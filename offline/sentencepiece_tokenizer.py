@@ -98,8 +98,8 @@ def merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
 def build(path: Path) -> Any:
     """A `tokenizers.Tokenizer` that encodes and decodes as the SentencePiece model does.
 
-    One difference: if the model has a dummy prefix (InternLM2's has none), text that follows a
-    user-defined piece gets one as well.
+    One difference: if the model has a dummy prefix, text that follows a user-defined piece
+    gets one as well.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
