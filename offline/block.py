@@ -43,7 +43,6 @@ def rounding_options(recipe: QuantRecipe) -> RoundingOptions:
         damp_by=recipe.damp_by,
         scale_refit=recipe.scale_refit,
         polish_sweeps=recipe.polish_sweeps,
-        effort=recipe.effort,
     )
 
 

@@ -133,7 +133,6 @@ class RoundingOptions:
     """Closed-form scales after rounding."""
     polish_sweeps: int = 1
     """Coordinate-descent sweeps over codes, each followed by a scale refit if that is on."""
-    effort: Literal["normal", "high"] = "normal"
 
     def __post_init__(self) -> None:
         for name, allowed in (
