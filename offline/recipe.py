@@ -85,7 +85,7 @@ class QuantRecipe(BaseModel):
     quadrature: Literal["gauss", "uniform"] = Field(
         default="gauss", description="rule along the path"
     )
-    steps: int = Field(default=4, ge=1, le=256, description="nodes of the quadrature")
+    steps: int = Field(default=8, ge=1, le=256, description="nodes of the quadrature")
 
     equalize: Literal["search", "smoothquant", "none"] = Field(
         default="search", description="how equalization scales are chosen"
