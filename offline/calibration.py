@@ -8,6 +8,7 @@ template puts around them.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -199,29 +200,43 @@ def _align(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Modality [T] and answer mask [T] of the processor's tokens.
 
-    The processor writes an image as many tokens and may put markers between them; leaving those
-    out, its tokens are those of the rendered text, whose places are known.
+    The processor writes an image as many tokens and may put markers around them; leaving those
+    out, its tokens are those of the rendered text, whose places are known. Only where a marker
+    touches the text they may differ: Gemma 3 puts line breaks around an image, which merge with
+    those of the template.
     """
     modality = torch.zeros(len(ids), dtype=torch.int8)
     answer = torch.zeros(len(ids), dtype=torch.bool)
-    at = 0
+    words = [i for i, token in enumerate(ids) if token != image_token_id]
+    rendered = [i for i, token in enumerate(plain) if token != image_token_id]
+    pairs = _pair([plain[i] for i in rendered], [ids[i] for i in words])
+    place = {rendered[a]: words[b] for a, b in pairs}
     for i, token in enumerate(ids):
-        while at < len(plain) and plain[at] == image_token_id:
-            at += 1
         if token == image_token_id:
             modality[i] = IMAGE
-        elif at < len(plain) and token == plain[at]:
-            start, end = offsets[at]
-            for first, last, is_answer in spans:
-                if start < last and end > first:
-                    modality[i] = TEXT
-                    answer[i] = is_answer
-            at += 1
-    while at < len(plain) and plain[at] == image_token_id:
-        at += 1
-    if at < len(plain):
-        raise UserError(
-            f"calibration sample {name}: the processor's tokens are not those of the chat "
-            "template's text; this processor is not supported"
-        )
+    for first, last, is_answer in spans:
+        inside = [i for i in rendered if offsets[i][0] < last and offsets[i][1] > first]
+        if any(i not in place for i in inside[1:-1]):
+            raise UserError(
+                f"calibration sample {name}: the processor's tokens are not those of the chat "
+                "template's text; this processor is not supported"
+            )
+        for i in inside:
+            if i in place:
+                modality[place[i]] = TEXT
+                answer[place[i]] = is_answer
     return modality, answer
+
+
+def _pair(plain: Sequence[int], ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Positions (in plain, in ids) of equal tokens, in order; ids may have further ones between."""
+    pairs = []
+    at = 0
+    for i, token in enumerate(ids):
+        if at < len(plain) and token == plain[at]:
+            pairs.append((at, i))
+            at += 1
+    if at == len(plain):
+        return pairs
+    blocks = difflib.SequenceMatcher(None, plain, ids, autojunk=False).get_matching_blocks()
+    return [(a + k, b + k) for a, b, size in blocks for k in range(size)]

@@ -250,7 +250,8 @@ def _qwen3_vl_config(tokenizer: Any) -> Any:
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        text_config=_text(tokenizer, rope_parameters=rope),
+        # More blocks than helpings of image features, as in every published model.
+        text_config=_text(tokenizer, rope_parameters=rope, num_hidden_layers=3),
         **_qwen_ids(tokenizer),
         **_common(tokenizer),
     )
