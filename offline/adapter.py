@@ -39,10 +39,12 @@ class BlockInputs:
 class _Catcher(nn.Module):
     """Stands in for a block: keeps what it is called with and passes its input on."""
 
-    def __init__(self, calls: list[tuple[torch.Tensor, dict[str, Any]]], like: nn.Module) -> None:
+    def __init__(
+        self, calls: list[tuple[torch.Tensor, dict[str, Any]]], attention_type: str | None
+    ) -> None:
         super().__init__()
         self._calls = calls
-        self.attention_type = getattr(like, "attention_type", None)
+        self.attention_type = attention_type  # older transformers choose the mask by it
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args:
@@ -77,11 +79,8 @@ class LoadedModel:
         self._block_class = block_class
         self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         decoder = model.get_submodule(arch.decoder)
-        likes = list(decoder.layers)
-        stand_ins = [
-            _Catcher(self._calls, likes[min(i, len(likes) - 1)]) for i in range(self.num_blocks)
-        ]
-        decoder.layers = nn.ModuleList(stand_ins)
+        types = getattr(self.text_config, "layer_types", None) or [None] * self.num_blocks
+        decoder.layers = nn.ModuleList(_Catcher(self._calls, kind) for kind in types)
         # Built with fewer blocks (see `load`); the loop over them reads these.
         decoder.config.num_hidden_layers = self.num_blocks
         if getattr(self.text_config, "layer_types", None) is not None:
@@ -93,6 +92,8 @@ class LoadedModel:
                 + " and ".join(f"{p}0.*" for p in arch.source_prefixes)
             )
         self._prefix = found[0]
+        for index in range(self.num_blocks):
+            self._empty_block(index)
 
     @property
     def num_blocks(self) -> int:
@@ -128,16 +129,10 @@ class LoadedModel:
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Block `index` with its weights, in `dtype` on the device, in eval mode."""
-        with torch.device("meta"):
-            block = self._block_class(self.text_config, layer_idx=index)
-        for name, parameter in list(block.named_parameters()):
+        block = self._empty_block(index)
+        for name, _ in list(block.named_parameters()):
             source_name = self.source_name(index, name)
             tensor = self.source.tensor(source_name)
-            if tensor.shape != parameter.shape:
-                raise UserError(
-                    f"{source_name} is {list(tensor.shape)} in {self.directory}, but config.json "
-                    f"asks for {list(parameter.shape)}"
-                )
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(
                     f"layer {index}: {source_name} in {self.directory} holds NaN or infinity: the "
@@ -151,6 +146,24 @@ class LoadedModel:
             raise UserError(f"{self.arch.name}: block buffer {left[0]} cannot be made")
         block.register_forward_hook(_add_after, with_kwargs=True)
         return block.eval()
+
+    def _empty_block(self, index: int) -> nn.Module:
+        """Block `index` on the meta device; UserError where the files do not have its tensors."""
+        with torch.device("meta"):
+            block = self._block_class(self.text_config, layer_idx=index)
+        for name, parameter in block.named_parameters():
+            source_name = self.source_name(index, name)
+            if source_name not in self.source:
+                raise UserError(
+                    f"{self.directory} has no tensor {source_name}: the checkpoint is incomplete; "
+                    "download it again"
+                )
+            if (shape := self.source.shape(source_name)) != tuple(parameter.shape):
+                raise UserError(
+                    f"{source_name} is {list(shape)} in {self.directory}, but config.json asks "
+                    f"for {list(parameter.shape)}"
+                )
+        return block
 
     @torch.no_grad()
     def block_inputs(self, inputs: Mapping[str, torch.Tensor]) -> BlockInputs:
@@ -237,12 +250,15 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, info = AutoModelForImageTextToText.from_pretrained(
             directory,
             config=_with_few_blocks(config),
             dtype=torch.float32,
             local_files_only=True,
+            use_safetensors=True,
             attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{directory} cannot be loaded: {error}") from None
@@ -254,7 +270,30 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     decoder = model.get_submodule(arch.decoder)
     block_class = type(decoder.layers[0])
     config.get_text_config()._attn_implementation = "sdpa"
-    return LoadedModel(directory, arch, config, processor, source, model, block_class, device)
+    loaded = LoadedModel(directory, arch, config, processor, source, model, block_class, device)
+    _check_loaded(loaded, info)
+    return loaded
+
+
+def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
+    """Refuses what transformers would have filled with random numbers, and damaged tensors.
+
+    Of all but the decoder blocks, which have been looked at by then.
+    """
+    if info["mismatched_keys"]:
+        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"{name} is {list(stored)} in {loaded.directory}, but config.json asks for "
+            f"{list(wanted)}"
+        )
+    if info["missing_keys"]:
+        raise UserError(
+            f"{loaded.directory} has no tensor for {sorted(info['missing_keys'])[0]}: the "
+            "checkpoint is incomplete; download it again"
+        )
+    for name, parameter in loaded.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"{name} in {loaded.directory} holds NaN or infinity: it is damaged")
 
 
 def _with_few_blocks(config: Any) -> Any:
