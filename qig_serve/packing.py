@@ -14,9 +14,9 @@ _EPS = 1e-8  # scale floor in fp32; the smallest normal number of the stored dty
 
 
 def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scale` as fp32, rounded to what `dtype` can store and kept above zero."""
-    floor = max(_EPS, torch.finfo(dtype).tiny)
-    return scale.float().clamp(min=floor).to(dtype).float()
+    """`scale` as fp32, rounded to what `dtype` can store: above zero, and finite."""
+    info = torch.finfo(dtype)
+    return scale.float().clamp(max(_EPS, info.tiny), info.max).to(dtype).float()
 
 
 def scale_dtype(scheme: QuantScheme, model_dtype: torch.dtype) -> torch.dtype:

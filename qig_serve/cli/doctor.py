@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     dtype = model_dtype(args.directory, args.dtype)
     report = describe(args.directory, dtype, args.tensor_parallel_size)
     problems += report.problems
+    sizes = ", ".join(map(str, report.tensor_parallel_sizes)) or "none"
     if args.tensor_parallel_size not in report.tensor_parallel_sizes:
-        sizes = ", ".join(map(str, report.tensor_parallel_sizes)) or "none"
         problems.append(
-            f"tensor parallel size {args.tensor_parallel_size} does not fit: {sizes} do"
+            f"tensor parallel size {args.tensor_parallel_size} does not fit (these do: {sizes})"
         )
     if args.json:
         details = report.as_json() | {"vllm": vllm.__version__, "problems": problems}
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         ("checkpoint", f"{report.manifest.scheme}, quantized with {report.manifest.method}"),
         ("device", f"{report.device}, computing in {str(dtype).removeprefix('torch.')}"),
         ("vLLM", f"{vllm.__version__} (supported: {SUPPORTED_VLLM})"),
-        ("tensor parallel", ", ".join(map(str, sizes)) or "none"),
+        ("tensor parallel", sizes),
         (
             "weights",
             f"{report.quantized_bytes / mib:.1f} MiB in {len(report.layers)} quantized layers, "

@@ -14,6 +14,7 @@ from PIL import Image
 
 from qig_serve import evaluate as evaluation
 from qig_serve.cli import main
+from qig_serve.demo import MODEL_DIR
 from qig_serve.errors import UserError
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model, load_processor, model_dtype
@@ -101,9 +102,9 @@ def test_what_is_refused(tmp_path: Path, twins: tuple[Path, Path]) -> None:
         evaluation.load_samples("demo", 0)
 
 
-def test_batched_answers_equal_single_ones(twins: tuple[Path, Path]) -> None:
+def test_batched_answers_equal_single_ones() -> None:
     """Padding on the left must change nothing: short and long prompts in one batch."""
-    full, _ = twins
+    full = MODEL_DIR
     questions = evaluation.load_samples("demo:dev", 8)
     model, processor = load_model(full, model_dtype(full)).float(), load_processor(full)
     together = generate_with(model, processor, questions, 8, lambda *_: None)

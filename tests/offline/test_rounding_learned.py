@@ -47,7 +47,11 @@ class _Mlp:
         return float(self.loss(0, w) + self.loss(1, w))
 
     def rounded(self, scheme: str, compensation: str) -> dict[str, RoundedLinear]:
-        options = RoundingOptions(compensation=compensation)  # type: ignore[arg-type]
+        options = RoundingOptions(
+            compensation=compensation,  # type: ignore[arg-type]
+            scale_refit=False,
+            polish_sweeps=0,
+        )
         out = {}
         for name, weight in self.weights.items():
             x = self.inner(self.x, self.weights) if name == "down" else self.x
