@@ -1,0 +1,66 @@
+"""Every family, round to nearest: plain transformers computes what the codes stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import FAMILIES, tiny_model
+
+from qig_serve import packing
+from qig_serve.formats import get_scheme
+from qig_serve.offline.pipeline import quantize
+from qig_serve.offline.recipe import make_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def source(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("reload")
+    Image.new("RGB", (56, 56), "red").save(directory / "red.png")
+    content = [
+        {"type": "image_url", "image_url": {"url": "red.png"}},
+        {"type": "text", "text": "What color is the star?"},
+    ]
+    line = {"id": "1", "messages": [{"role": "user", "content": content}], "answer": "red"}
+    (directory / "calib.jsonl").write_text(json.dumps(line) + "\n")
+    return tiny_model(request.param, directory / "source")
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_rtn_is_the_source_with_fake_quantized_weights(
+    source: Path, tmp_path: Path, scheme: str
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from qig_serve.transformers_plugin import (
+        QuantizedInputLinear,
+        decoder_linears,
+        load_dequantized,
+    )
+
+    checkpoint = tmp_path / scheme
+    calib = str(source.parent / "calib.jsonl")
+    options = {"scheme": scheme, "method": "rtn", "calib": calib, "samples": 1}
+    quantize(source, checkpoint, make_recipe(options), quiet=True)
+    got: Any = load_dequantized(checkpoint)
+    original: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    expected = dict(original.named_parameters())
+    quantized = decoder_linears(got)
+    assert len(quantized) == 7 * original.config.get_text_config().num_hidden_layers
+    form = get_scheme(scheme)
+    for name, parameter in got.named_parameters():
+        weight = expected.pop(name)
+        if name.removesuffix(".weight") in quantized:
+            assert not torch.equal(parameter, weight)  # quantization does something
+            stored = packing.scale_dtype(form, torch.bfloat16)
+            weight = packing.fake_quantize(weight, form, stored)
+        assert torch.equal(parameter, weight.float()), name
+    assert not expected
+    quantizes_inputs = {isinstance(m, QuantizedInputLinear) for m in quantized.values()}
+    assert quantizes_inputs == {scheme == "w4a8"}
