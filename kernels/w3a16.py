@@ -107,13 +107,16 @@ def _block(registers: str, body: list[str], float_type: str) -> str:
 @triton.constexpr_function
 def lane_ptx(lane: int, float_type: str, scaled: bool) -> str:
     """PTX of a lane's five codes: $0-$4 out, $5 lane, of the halves zeros $6 $7, scales $8 $9."""
+    shifts = (0, 0, 6, 6, _LAST_SHIFT[lane])
+    positions = (0, 3, 0, 3, lane)
     body = ["mov.b32 t, $5;"]
-    for i, (shift, p) in enumerate([(0, 0), (0, 3), (6, 0), (6, 3), (_LAST_SHIFT[lane], lane)]):
+    for i in range(5):
         if i in (2, 4):
-            body.append(f"shr.u32 t, $5, {shift};")
+            body.append(f"shr.u32 t, $5, {shifts[i]};")
         high = 5 * lane + i >= 8
         scale = ("$9" if high else "$8") if scaled else ""
-        body.append(_field(f"${i}", "t", "$7" if high else "$6", scale, p, float_type))
+        zero = "$7" if high else "$6"
+        body.append(_field(f"${i}", "t", zero, scale, positions[i], float_type))
     return _block("t", body, float_type)
 
 
