@@ -18,6 +18,7 @@ from qig_serve.demo import MODEL_DIR
 from qig_serve.errors import UserError
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model, load_processor, model_dtype
+from qig_serve.evaluation.statistics import exact_match
 from qig_serve.samples import Sample, sample_from_parts, sample_sha256
 
 
@@ -109,7 +110,9 @@ def test_batched_answers_equal_single_ones() -> None:
     model, processor = load_model(full, model_dtype(full)).float(), load_processor(full)
     together = generate_with(model, processor, questions, 8, lambda *_: None)
     apart = [generate_with(model, processor, [q], 8, lambda *_: None)[0] for q in questions]
-    assert together == apart and len(set(together)) > 1
+    assert together == apart
+    right = [exact_match(a, q.answer or "") for a, q in zip(together, questions, strict=True)]
+    assert sum(right) >= 5  # the caption is cut short
 
 
 def test_command_writes_json(
