@@ -175,14 +175,15 @@ def time_microseconds(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def _measure(scheme: QuantScheme, n: int, k: int, ms: tuple[int, ...]) -> list[dict[str, object]]:
+def measure(
+    scheme: QuantScheme, n: int, k: int, ms: tuple[int, ...], device: torch.device
+) -> list[dict[str, object]]:
     """The fastest tile a bucket (max_m of each but the last, which is unbounded)."""
-    from triton import OutOfResources
     from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     from qig_serve.kernels import ops
 
-    device = torch.device("cuda", torch.cuda.current_device())
     prepared = random_linear(scheme, n, k, torch.bfloat16, device)
     rows: list[dict[str, object]] = []
     for m in ms:
@@ -192,7 +193,7 @@ def _measure(scheme: QuantScheme, n: int, k: int, ms: tuple[int, ...]) -> list[d
             call = functools.partial(ops.run, scheme, x, prepared, n, None, tile)
             try:
                 timed.append((time_microseconds(call), tile))
-            except (OutOfResources, CompilationError):
+            except (OutOfResources, CompilationError, PTXASError):
                 continue
         microseconds, best = min(timed, key=lambda pair: pair[0])
         print(f"{scheme.name} {n}x{k} M={m}: {microseconds:.1f} us {best}", flush=True)
@@ -208,7 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tuning measures kernels on a GPU, and no CUDA device was found", file=sys.stderr)
         return 1
-    capability = torch.cuda.get_device_capability()
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability(device)
     architecture = f"sm_{capability[0]}{capability[1]}"
     ms = (16, 2048) if options.quick else (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
     shapes = {shape for layer in LAYER_SHAPES.values() for shape in layer.values()}
@@ -219,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("w3a16", "w4a8"):
         by_shape = {}
         for n, k in sorted(shapes)[: 1 if options.quick else None]:
-            by_shape[f"{n}x{k}"] = _measure(SCHEMES[name], n, k, ms)
+            by_shape[f"{n}x{k}"] = measure(SCHEMES[name], n, k, ms, device)
         # Other shapes take the tiles of the largest one measured.
         by_shape["default"] = max(by_shape.items(), key=lambda item: _weights(item[0]))[1]
         entry[name] = by_shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -252,6 +252,26 @@ def test_counters_suffice_for_every_tuned_tile() -> None:
             for n in (1, 129, 4608):
                 tiles = -(-n // tile.block_n) * -(-int(most) // tile.block_m)
                 assert tiles <= launch.counters(n, DEVICE).numel(), (shape, tile)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_tuning_keeps_the_fastest_tile_of_a_bucket(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = {1: [TILES["split"], TILES["split-narrow"]], 70: [TILES["prefill-narrow"]]}
+    times = iter([9.0, 7.0, 5.0])
+
+    def timed(call: Callable[[], torch.Tensor]) -> float:
+        assert not call().isnan().any()
+        return next(times)
+
+    monkeypatch.setattr(tuning, "candidates", lambda scheme, m: offered[m])
+    monkeypatch.setattr(tuning, "time_microseconds", timed)
+    rows = tuning.measure(SCHEMES[scheme], 130, 128, (1, 70), DEVICE)
+    assert rows == [
+        {"max_m": 1, **dataclasses.asdict(TILES["split-narrow"])},
+        {"max_m": None, **dataclasses.asdict(TILES["prefill-narrow"])},
+    ]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs and inductor need a GPU")
