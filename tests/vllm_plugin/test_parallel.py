@@ -35,7 +35,7 @@ def tokens(checkpoint: Path, program: Path, **options: int) -> list[list[int]]:
         [sys.executable, program, checkpoint, json.dumps(options), Path(__file__).parent.parent],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         env=os.environ
         | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
