@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "search_input": "quantized",
         "range_search": "conditional",
         "range_rounds": 3,
-        "compensation": "gptaq",
+        "compensation": "qronos",
         "scale_refit": True,
         "polish_sweeps": 1,
     },

@@ -117,8 +117,9 @@ class RoundingOptions:
     range_rounds: int = 3
     """Rounds of: search the ranges again, now for the values that compensation really rounds
     (which spread wider than the weights), then compensate anew; the best a row is kept."""
-    compensation: Compensation = "gptaq"
-    """"gptaq" and "qronos" need `LinearStats.cross`."""
+    compensation: Compensation = "qronos"
+    """"gptaq" and "qronos" need `LinearStats.cross`; they differ in the target, see
+    compensation.shifted_target."""
     shift_strength: float = 1.0
     """Fraction of the target shift of GPTAQ or Qronos that is applied."""
     act_order: bool = True
