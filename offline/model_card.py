@@ -93,6 +93,24 @@ def recovery_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[s
     return head, rows
 
 
+COMPLETENESS_LIMIT = 0.02
+"""Weight-only attributions must come this near F(X) - F(X0), relatively."""
+
+
+def all_warnings(report: QuantizationReport) -> list[str]:
+    """What a reader must know first: the run's own warnings, fallbacks, incomplete attributions."""
+    lines = [*report.warnings, *(f"Fallback: {text}" for text in report.fallbacks)]
+    if get_scheme(report.scheme).activation_bits is None:
+        lines += [
+            f"Block {block.index}, {module.name}: the attribution misses completeness by "
+            f"{module.completeness:.1%}, more than {COMPLETENESS_LIMIT:.0%}: use more steps"
+            for block in report.blocks
+            for module in block.modules
+            if module.completeness is not None and module.completeness > COMPLETENESS_LIMIT
+        ]
+    return lines
+
+
 def _metadata(
     report: QuantizationReport,
     quantization: Mapping[str, Any],
@@ -175,10 +193,10 @@ def model_card(
         if scheme.activation_bits is not None
         else "16-bit activations"
     )
-    scales = f"group of {scheme.group_size}" if scheme.group_size else "output channel"
+    scales = f"a group of {scheme.group_size}" if scheme.group_size else "an output channel"
     sizes = ", ".join(map(str, metadata["quantization"]["tensor_parallel_sizes"]))
     calibration = report.calibration
-    warnings = [*report.warnings, *report.fallbacks]
+    warnings = all_warnings(report)
     listed = "\n".join(f"- {line}" for line in warnings) if warnings else "None."
     installed = ", ".join(f"{k} {v}" for k, v in metadata["quantization"]["versions"].items())
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
@@ -187,7 +205,7 @@ def model_card(
 
 # {title}
 
-`{name}` with the linears of its language model in {scheme.bits} bits ({activations}; one scale a
+`{name}` with the linears of its language model in {scheme.bits} bits ({activations}; one scale for
 {scales}), quantized by the method `{report.method}`. Vision tower, projector, embeddings and
 output head are unchanged.
 

@@ -14,8 +14,14 @@ from typing import Any
 
 import yaml
 
+from qig_serve.formats import get_scheme
 from qig_serve.offline import plots
-from qig_serve.offline.model_card import front_matter, model_card, recovery_rows
+from qig_serve.offline.model_card import (
+    all_warnings,
+    front_matter,
+    model_card,
+    recovery_rows,
+)
 from qig_serve.offline.pictures import PICTURE_STYLE, TokenPicture, picture_html
 from qig_serve.offline.report_data import REPORT_FILE, QuantizationReport
 
@@ -182,7 +188,7 @@ def _page(title: str, sections: Sequence[str]) -> str:
 
 
 def _warnings(report: QuantizationReport) -> str:
-    lines = [*report.warnings, *(f"Fallback: {f}" for f in report.fallbacks)]
+    lines = all_warnings(report)
     if not lines:
         return '<p class="note">No warnings: no step fell back to a simpler one.</p>'
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
@@ -193,7 +199,8 @@ def _overview(report: QuantizationReport) -> str:
     calibration = report.calibration
     tokens = calibration.get("tokens")
     facts = {
-        "Model": f"{report.model} ({report.family})",
+        # Where a model lay on the machine that quantized it is nobody's business.
+        "Model": f"{_public_name(report.model)} ({report.family})",
         "Scheme, method": f"{report.scheme}, {report.method}",
         "Calibration": f"{calibration.get('samples', 0)} samples of {calibration.get('source')}",
         "Calibration hash": calibration.get("sha256"),
@@ -207,6 +214,10 @@ def _overview(report: QuantizationReport) -> str:
         if value not in (None, "")
     )
     return f"<dl>{items}</dl>"
+
+
+def _public_name(model: str) -> str:
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
@@ -311,7 +322,12 @@ def _attribution(report: QuantizationReport) -> str:
         _figure(
             plots.completeness_plot(report),
             "Completeness: how far the integrated gradients are from summing to F(X) - F(X0). "
-            "With quantized activations the straight-through gradient makes it approximate.",
+            + (
+                "Below 2% the integral is right."
+                if get_scheme(report.scheme).activation_bits is None
+                else "With quantized activations the gradient is straight-through and the path "
+                "short, so that even 100% is no sign of a wrong integral."
+            ),
         ),
         _details("Shares and completeness", _table(head, rows, 2)),
     )

@@ -179,6 +179,17 @@ def test_warnings_come_first(tmp_path: Path) -> None:
     assert body.index("Fallback: layer 3: damped") < body.index("<dl>")
     card = (tmp_path / "README.md").read_text()
     assert "layer 2 <odd>" in card and "layer 3: damped" in card
+    assert "misses completeness" not in card
+
+
+def test_an_incomplete_attribution_is_a_warning(tmp_path: Path) -> None:
+    """Block 5's error is 2.4%; with int8 activations it is approximate anyway."""
+    write_reports(make_report(6), tmp_path, CONFIG)
+    told = "Block 5, qkv: the attribution misses completeness by 2.4%"
+    assert told in (tmp_path / "README.md").read_text()
+    assert told in (tmp_path / "report.html").read_text()
+    write_reports(make_report(6, scheme="w4a8"), tmp_path, CONFIG)
+    assert "misses completeness" not in (tmp_path / "README.md").read_text()
 
 
 def test_card_metadata_and_recovery(tmp_path: Path) -> None:
@@ -228,6 +239,7 @@ def test_a_local_path_stays_out_of_the_card(tmp_path: Path) -> None:
     write_reports(make_report(model="/home/me/models/secret-place"), tmp_path, CONFIG)
     card = (tmp_path / "README.md").read_text()
     assert "/home/me" not in card and "base_model: secret-place" in card
+    assert "/home/me" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_without_search_has_no_empty_plots(tmp_path: Path) -> None:
