@@ -85,7 +85,10 @@ class QuantRecipe(BaseModel):
     quadrature: Literal["gauss", "uniform"] = Field(
         default="gauss", description="rule along the path"
     )
-    steps: int = Field(default=8, ge=1, le=256, description="nodes of the quadrature")
+    # The cheapest that holds on trained models: completeness within 1% and a mean rank correlation
+    # of 0.994 with 128 equal steps; 4 nodes miss 2%, and so do the paper's 32 equal steps
+    # (tests/benchmarks/quadrature.py).
+    steps: int = Field(default=6, ge=1, le=256, description="nodes of the quadrature")
 
     equalize: Literal["search", "smoothquant", "none"] = Field(
         default="search", description="how equalization scales are chosen"
