@@ -54,9 +54,9 @@ bench-cpu: $(STAMP)  ## the CPU path against bf16 F.linear
 compile-report: $(STAMP)  ## cross-compile every kernel; registers, spills, instructions a weight
 	$(BIN)/python -m qig_serve.kernels.compile_report
 
-# Runs with the python of the environment it is called in: on a GPU machine torch and triton are
-# the machine's own.
-GPU_PYTHON ?= python3
+# On a GPU machine torch and triton are the machine's own; .venv, where there is one, holds CPU builds
+# with which this gets as far as the missing GPU.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 gpu:  ## on a machine with a GPU: check, tune and time the kernels
 	@mkdir -p .gpu/path && ln -sfn ../../qig_serve .gpu/path/qig_serve
 	PYTHONPATH=$(CURDIR)/.gpu/path$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/benchmarks/gpu_kernels.py
