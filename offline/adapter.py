@@ -231,6 +231,12 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     directory, device = Path(directory), torch.device(device)
     config = read_config(directory)
     arch = get_architecture(config.model_type)
+    text_type = config.get_text_config().model_type
+    if arch.text_types and text_type not in arch.text_types:
+        raise UserError(
+            f"{directory} is a {arch.name} model with a {text_type!r} decoder, which is not "
+            f"supported; known decoders: {', '.join(arch.text_types)}"
+        )
     source = SourceCheckpoint(directory)
 
     from transformers import AutoModelForImageTextToText, AutoProcessor

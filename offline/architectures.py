@@ -44,6 +44,8 @@ class Architecture:
     vllm_class: str
     """What vLLM serves it with."""
     note: str = ""
+    text_types: tuple[str, ...] = ()
+    """`model_type` of the decoders with these groups; empty where a family has one of its own."""
 
 
 def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ...]:
@@ -60,6 +62,7 @@ def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ..
 
 _PRE_NORM = _groups("post_attention_layernorm")
 _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.")
+_PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _QWEN_PREFIXES = ("model.layers.", "model.language_model.layers.")
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -71,6 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             _LLAVA_PREFIXES,
             _PRE_NORM,
             "LlavaForConditionalGeneration",
+            text_types=_PLAIN_DECODERS,
         ),
         Architecture(
             "llava_onevision",
@@ -79,6 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             _PRE_NORM,
             "LlavaOnevisionForConditionalGeneration",
             "tiles and a newline token a row",
+            _PLAIN_DECODERS,
         ),
         Architecture(
             "qwen2_vl",
@@ -111,6 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             _PRE_NORM,
             "InternVLForConditionalGeneration",
             "the Hugging Face port of InternVL 2.5, 3 and 3.5",
+            _PLAIN_DECODERS,
         ),
         Architecture(
             "gemma3",
@@ -126,6 +132,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("model.text_model.layers.",),
             _PRE_NORM,
             "Idefics3ForConditionalGeneration",
+            text_types=_PLAIN_DECODERS,
         ),
         Architecture(
             "smolvlm",
@@ -133,6 +140,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("model.text_model.layers.",),
             _PRE_NORM,
             "SmolVLMForConditionalGeneration",
+            text_types=_PLAIN_DECODERS,
         ),
     )
 }

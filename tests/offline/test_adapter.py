@@ -73,6 +73,12 @@ def _unknown_family(d: Path) -> None:
     _config(d, json.dumps({"model_type": "bert"}))
 
 
+def _another_decoder(d: Path) -> None:
+    """Gemma's norms multiply by (1 + w): folding them as Llama's would break the model."""
+    config = json.loads((d / "config.json").read_text())
+    _config(d, json.dumps(config | {"text_config": {"model_type": "gemma"}}))
+
+
 def _quantized_already(d: Path) -> None:
     config = json.loads((d / "config.json").read_text())
     _config(d, json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
@@ -144,6 +150,7 @@ def _projector_not_finite(d: Path) -> None:
         (_no_config, "has no config.json"),
         (_config_is_no_json, "config.json cannot be read"),
         (_unknown_family, r"'bert' are not supported; known types: gemma3, .*smolvlm"),
+        (_another_decoder, r"llava model with a 'gemma' decoder.*known decoders: llama"),
         (_quantized_already, "quantized already"),
         (_no_processor, "has no usable processor|no image processor"),
         (_no_chat_template, "has no chat template"),
