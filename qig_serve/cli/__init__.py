@@ -17,6 +17,7 @@ COMMANDS = (
     "quantize",
     "serve",
     "generate",
+    "doctor",
     "evaluate",
     "compare",
     "attribute",
