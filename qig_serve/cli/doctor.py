@@ -2,6 +2,10 @@
 
 Reads the checkpoint's headers and asks vLLM for its platform; loads no weights. Exit status 1 if
 it cannot be served here.
+
+examples:
+  qig-serve doctor DIR
+  qig-serve doctor DIR --tensor-parallel-size 2 --json
 """
 
 from __future__ import annotations
