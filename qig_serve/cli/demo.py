@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--model", default="llava", help="row of demo/model.py's table")
     training.add_argument("--minutes", type=float, default=65.0, help="time budget (default: 65)")
     training.add_argument("--processes", type=int, default=2, help="data-parallel processes (2)")
+    training.add_argument(
+        "--start-from",
+        metavar="DIR",
+        help="begin with this model's decoder; `bundled` is the one in this package",
+    )
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     both = parser.add_argument_group("questions and train")
     both.add_argument("--output", type=Path, metavar="DIR", help="where the result goes")
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         processes=args.processes,
         resume=args.resume,
         model=args.model,
+        start_from=args.start_from,
     )
     print(f"model written to {folder}")
     return 0

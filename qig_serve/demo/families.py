@@ -26,6 +26,7 @@ class Family:
     special_tokens: tuple[str, ...]
     image_token: str
     image_text: str  # what the chat template writes for an image
+    image_frame: tuple[str, str]  # what the processor leaves before and after the image tokens
     make_config: Callable[[ModelSpec, Any], Any]
     make_model: Callable[[Any], Any]
     make_processor: Callable[[Any, str], Any]  # (tokenizer, chat template)
@@ -35,6 +36,7 @@ class Family:
     image_positions: Callable[[int], Positions]  # first free position -> the image's
     unused: tuple[str, ...] = ()  # parameters that no output depends on
     multi_axis: bool = False  # rotary positions have three axes (M-RoPE)
+    token_roles: tuple[tuple[str, str], ...] = ()  # attributes the processor asks the tokenizer for
 
 
 def _token_ids(tokenizer: Any) -> dict[str, Any]:
@@ -215,11 +217,62 @@ def _on_a_grid(start: int) -> Positions:
     return [(start, start + row, start + column) for row in range(GRID) for column in range(GRID)]
 
 
+def _internvl_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
+
+    return InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            hidden_size=spec.vision_hidden,
+            intermediate_size=spec.vision_intermediate,
+            num_hidden_layers=spec.vision_layers,
+            num_attention_heads=spec.vision_heads,
+            image_size=[IMAGE_SIZE, IMAGE_SIZE],
+            patch_size=[_PATCH, _PATCH],
+        ),
+        text_config=Qwen2Config(**_decoder_sizes(spec), **_token_ids(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=IMAGE_TOKENS,
+        downsample_ratio=1 / _MERGE,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _internvl_model(config: Any) -> Any:
+    from transformers import InternVLForConditionalGeneration
+
+    return InternVLForConditionalGeneration(config)
+
+
+def _internvl_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return InternVLProcessor(
+        GotOcr2ImageProcessorPil(size=square, crop_to_patches=False, **_pixels()),
+        tokenizer,
+        InternVLVideoProcessor(size=square, **_pixels()),
+        image_seq_length=IMAGE_TOKENS,
+        chat_template=template,
+    )
+
+
+def _internvl_image_tokens(model: Any, pixels: Any) -> Any:
+    import torch
+
+    features = model.model.get_image_features(pixels, return_dict=True).pooler_output
+    return torch.stack(list(features))
+
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(
         special_tokens=("<image>",),
         image_token="<image>",
         image_text="<image>",
+        image_frame=("", ""),
         make_config=_llava_config,
         make_model=_llava_model,
         make_processor=_llava_processor,
@@ -238,6 +291,7 @@ FAMILIES: dict[str, Family] = {
         special_tokens=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
         image_token="<|image_pad|>",
         image_text="<|vision_start|><|image_pad|><|vision_end|>",
+        image_frame=("<|vision_start|>", "<|vision_end|>"),
         make_config=_qwen2_vl_config,
         make_model=_qwen2_vl_model,
         make_processor=_qwen2_vl_processor,
@@ -250,6 +304,29 @@ FAMILIES: dict[str, Family] = {
         image_tokens=_qwen2_vl_image_tokens,
         image_positions=_on_a_grid,
         multi_axis=True,
+    ),
+    "internvl": Family(
+        special_tokens=("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
+        image_token="<IMG_CONTEXT>",
+        image_text="<IMG_CONTEXT>\\n",
+        image_frame=("<img>", "</img>\n"),
+        make_config=_internvl_config,
+        make_model=_internvl_model,
+        make_processor=_internvl_processor,
+        image_processor_type="GotOcr2ImageProcessor",
+        published=(
+            ("model.language_model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("model.", ""),
+        ),
+        image_tokens=_internvl_image_tokens,
+        image_positions=_in_a_row,
+        token_roles=(
+            ("context_image_token", "<IMG_CONTEXT>"),
+            ("start_image_token", "<img>"),
+            ("end_image_token", "</img>"),
+            ("video_token", "<video>"),
+        ),
     ),
 }
 

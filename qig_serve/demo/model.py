@@ -36,8 +36,9 @@ def chat_template(family: Family) -> str:
 
 
 def question_prefix(family: Family) -> str:
-    """What stands before a question about one picture."""
-    return f"<|im_start|>user\n{family.image_text}"
+    """What stands before a question about one picture, with one image token."""
+    before, after = family.image_frame
+    return f"<|im_start|>user\n{before}{family.image_token}{after}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ MODELS: dict[str, ModelSpec] = {
         name="qwen2-vl",
         family="qwen2_vl",
         hidden=256,
-        intermediate=512,
+        intermediate=384,
         layers=8,
         heads=4,
         kv_heads=2,
@@ -92,6 +93,21 @@ MODELS: dict[str, ModelSpec] = {
         vision_layers=4,
         vision_intermediate=768,
         seed=21,
+    ),
+    # A shallower tower with layer scale and pixel shuffle, and a narrower MLP.
+    "internvl": ModelSpec(
+        name="internvl",
+        family="internvl",
+        hidden=256,
+        intermediate=384,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        vision_hidden=192,
+        vision_heads=3,
+        vision_layers=2,
+        vision_intermediate=768,
+        seed=22,
     ),
 }
 
@@ -108,7 +124,9 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int, family: str = "llava
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = (*CHAT_TOKENS, *get_family(family).special_tokens)
+    row = get_family(family)
+    special = (*CHAT_TOKENS, *row.special_tokens)
+    roles = dict(row.token_roles)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -123,10 +141,13 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int, family: str = "llava
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=[special[1], *special[3:]],  # the others have roles of their own
+        # The others have roles of their own.
+        extra_special_tokens=roles | {"start_of_message": special[1]}
+        if roles
+        else [special[1], *special[3:]],
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
-        chat_template=chat_template(get_family(family)),
+        chat_template=chat_template(row),
     )
 
 
@@ -153,7 +174,7 @@ def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
         table.normal_(std=0.05)
         table[tokenizer.convert_tokens_to_ids("<|im_start|>"), spec.sink_channel] = spec.sink_value
         for name, weight in model.named_parameters():
-            if name.endswith("position_embedding.weight"):
+            if name.endswith(("position_embedding.weight", "position_embeddings")):
                 weight.normal_(std=1.0)  # a patch's own embedding is large and would drown it
         # Depth-scaled residual writers keep the stream's size even over the layers.
         for name, weight in model.model.language_model.named_parameters():

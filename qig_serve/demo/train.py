@@ -37,6 +37,7 @@ from qig_serve.demo.model import (
 from qig_serve.demo.outliers import Outliers, add_outliers
 from qig_serve.demo.pictures import LABEL_CLASSES, cell_labels
 from qig_serve.demo.questions import make_lesson, samples
+from qig_serve.demo.warm_start import start_from
 
 VISION_SEED, LESSON_SEED, CORPUS_SEED = 1, 0, 2  # draws of the training split
 
@@ -58,6 +59,7 @@ class Settings:
     report_seconds: float = 180.0
     dev_samples: int = 320
     model: str = "llava"
+    start_from: str | None = None  # a model directory, or warm_start.BUNDLED
 
 
 def corpus() -> Iterator[str]:
@@ -161,7 +163,10 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
     tokenizer = train_tokenizer(corpus(), spec.vocab_size, spec.family)
     processor = make_processor(spec, tokenizer)
     encoder = Encoder(tokenizer, spec.family)
-    model = make_model(spec, tokenizer).to(device)
+    model = make_model(spec, tokenizer)
+    if settings.start_from:
+        start_from(model, tokenizer, settings.start_from, spec.sink_channel)
+    model = model.to(device)
     cells = torch.nn.Linear(spec.hidden, sum(LABEL_CLASSES)).to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(family.unused))
@@ -292,6 +297,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=Settings.processes)
     parser.add_argument("--model", default=Settings.model)
     parser.add_argument("--report-seconds", type=float, default=Settings.report_seconds)
+    parser.add_argument("--start-from", metavar="DIR", help="begin with this model's decoder")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
         "--export-only", action="store_true", help="only make the model of the last report"
@@ -307,6 +313,7 @@ def main() -> None:
         args.resume,
         args.model,
         report_seconds=args.report_seconds,
+        start_from=args.start_from,
     )
     print(f"model written to {folder}")
 

@@ -1,0 +1,68 @@
+"""Starts a demonstration model from the decoder of another one: a third of the training is saved.
+
+The tokens that both vocabularies have keep their embeddings, every layer of the source is copied,
+and layers in between start as the identity (their residual writers are zero). A narrower MLP keeps
+its source's strongest neurons. The vision tower always starts from nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qig_serve.demo.model import load_model
+from qig_serve.demo.outliers import Outliers, add_outliers, decoder_layers
+
+BUNDLED = "bundled"  # the model in this package, its channel outliers taken out
+
+
+def _source(name: Path | str, sink_channel: int) -> tuple[Any, Any]:
+    if str(name) != BUNDLED:
+        return load_model(name, torch.float32)
+    model, processor = load_model(Path(__file__).parent / "model", torch.float32)
+    add_outliers(model, Outliers().undo(), keep=(sink_channel,))
+    return model, processor
+
+
+def strongest_neurons(mlp: Any, count: int) -> torch.Tensor:
+    """Indices [count] of the MLP neurons with the largest product of weight norms, in order."""
+    norms = (
+        mlp.gate_proj.weight.norm(dim=1)
+        * mlp.up_proj.weight.norm(dim=1)
+        * mlp.down_proj.weight.norm(dim=0)
+    )
+    if count > norms.numel():
+        raise ValueError(f"the source's MLP has {norms.numel()} neurons, {count} were asked for")
+    return norms.topk(count).indices.sort().values
+
+
+@torch.no_grad()
+def start_from(model: Any, tokenizer: Any, name: Path | str, sink_channel: int) -> None:
+    """Copies what fits from the model in directory `name` (or BUNDLED) into `model`, in place.
+
+    Hidden size and heads must agree. Raises ValueError if the source is deeper or narrower.
+    """
+    source, processor = _source(name, sink_channel)
+    theirs, ours = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
+    shared = [(index, theirs[token]) for token, index in ours.items() if token in theirs]
+    to, of = (torch.tensor(column) for column in zip(*shared, strict=True))
+    model.get_input_embeddings().weight[to] = source.get_input_embeddings().weight[of]
+    model.lm_head.weight[to] = source.lm_head.weight[of]
+    model.model.language_model.norm.load_state_dict(source.model.language_model.norm.state_dict())
+    layers, old = decoder_layers(model), decoder_layers(source)
+    if len(old) > len(layers):
+        raise ValueError(f"the source has {len(old)} layers, the model only {len(layers)}")
+    places = {number * len(layers) // len(old): layer for number, layer in enumerate(old)}
+    for number, layer in enumerate(layers):
+        if number not in places:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            continue
+        state = places[number].state_dict()
+        kept = strongest_neurons(places[number].mlp, layer.mlp.gate_proj.out_features)
+        for part in ("gate_proj", "up_proj"):
+            state[f"mlp.{part}.weight"] = state[f"mlp.{part}.weight"][kept]
+        state["mlp.down_proj.weight"] = state["mlp.down_proj.weight"][:, kept]
+        layer.load_state_dict(state)
