@@ -52,7 +52,12 @@ def argument_parser() -> Any:
 
 def cli_environment() -> Any:
     """The function that sets the process start method as vLLM's own command line does."""
-    return find("cli_env_setup", "vllm.entrypoints.serve.utils.api_utils", "vllm.entrypoints.utils")
+    return find(
+        "cli_env_setup",
+        "vllm.entrypoints.common.startup",
+        "vllm.entrypoints.serve.utils.api_utils",
+        "vllm.entrypoints.utils",
+    )
 
 
 def serve_command() -> Any:
