@@ -4,6 +4,7 @@ examples:
   qig-serve demo --json demo.json            what `make demo` runs
   qig-serve demo questions --split dev --n 200 --output questions
   qig-serve demo train --output model --minutes 65
+  qig-serve demo export --model qwen2-vl --without-outliers --output model
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "quantize, evaluate, serve and ask the bundled model; or make its questions; or train it"
+HELP = (
+    "quantize, evaluate, serve and ask the bundled model; make its questions; train or export one"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "action", nargs="?", choices=("run", "questions", "train"), default="run", help="what to do"
+        "action",
+        nargs="?",
+        choices=("run", "questions", "train", "export"),
+        default="run",
+        help="what to do",
     )
     run_options = parser.add_argument_group("run")
     run_options.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -36,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     questions.add_argument("--n", type=int, default=200, help="how many (default: 200)")
     training = parser.add_argument_group("train")
-    training.add_argument("--model", default="llava", help="row of demo/model.py's table")
     training.add_argument("--minutes", type=float, default=65.0, help="time budget (default: 65)")
     training.add_argument("--processes", type=int, default=2, help="data-parallel processes (2)")
     training.add_argument(
@@ -45,9 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin with this model's decoder; `bundled` is the one in this package",
     )
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    both = parser.add_argument_group("questions and train")
-    both.add_argument("--output", type=Path, metavar="DIR", help="where the result goes")
-    both.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    export = parser.add_argument_group("export")
+    export.add_argument(
+        "--without-outliers", action="store_true", help="take the channel outliers out"
+    )
+    both = parser.add_argument_group("train and export")
+    both.add_argument("--model", default="llava", help="which demonstration model (llava)")
+    several = parser.add_argument_group("questions, train and export")
+    several.add_argument("--output", type=Path, metavar="DIR", help="where the result goes")
+    several.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise UserError(str(error)) from None
         print(path)
+        return 0
+    if args.action == "export":
+        from qig_serve.demo.bundled import export_bundled
+
+        print(export_bundled(args.model, args.output, outliers=not args.without_outliers))
         return 0
 
     from qig_serve.demo.train import train

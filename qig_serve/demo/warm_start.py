@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qig_serve.demo import MODEL_DIR
 from qig_serve.demo.model import load_model
 from qig_serve.demo.outliers import Outliers, add_outliers, decoder_layers
 
@@ -21,7 +22,7 @@ BUNDLED = "bundled"  # the model in this package, its channel outliers taken out
 def _source(name: Path | str, sink_channel: int) -> tuple[Any, Any]:
     if str(name) != BUNDLED:
         return load_model(name, torch.float32)
-    model, processor = load_model(Path(__file__).parent / "model", torch.float32)
+    model, processor = load_model(MODEL_DIR, torch.float32)
     add_outliers(model, Outliers().undo(), keep=(sink_channel,))
     return model, processor
 

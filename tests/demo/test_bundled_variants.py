@@ -1,0 +1,68 @@
+"""Bundled models with and without channel outliers, and starting one from another's decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qig_serve.demo import MODEL_DIR
+from qig_serve.demo.batches import Encoder, answer_logits, make_batch
+from qig_serve.demo.bundled import bundled_directory, export_bundled
+from qig_serve.demo.model import get_spec, load_model, make_model
+from qig_serve.demo.outliers import decoder_layers
+from qig_serve.demo.questions import samples
+from qig_serve.demo.warm_start import BUNDLED, start_from, strongest_neurons
+from qig_serve.errors import UserError
+
+
+def test_export_without_outliers_computes_the_same(tmp_path: Path) -> None:
+    copied = export_bundled("llava", tmp_path / "copied")
+    assert (copied / "model.safetensors").read_bytes() == (
+        MODEL_DIR / "model.safetensors"
+    ).read_bytes()
+    plain = export_bundled("llava", tmp_path / "plain", outliers=False)
+    sample = next(iter(samples("dev", 1)))
+    logits = []
+    for directory in (copied, plain):
+        model, processor = load_model(directory)
+        encoder = Encoder(processor.tokenizer)
+        question = [[(sample.type, sample.question, sample.answer)]]
+        batch = make_batch(encoder, [np.asarray(sample.image)], question, torch.bfloat16)
+        with torch.no_grad():
+            logits.append(answer_logits(model, batch, encoder.before_image)[0])
+        largest = decoder_layers(model)[0].input_layernorm.weight.abs().max()
+        assert (largest > 4) == (directory == copied)
+    assert torch.equal(*logits)
+
+
+def test_export_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the models are llava, "):
+        bundled_directory("clip")
+    with pytest.raises(UserError, match="exists already"):
+        export_bundled("llava", tmp_path)
+
+
+def test_start_from_the_bundled_decoder() -> None:
+    """Twice as deep, the decoder is the source's with identities in between."""
+    source, processor = load_model(MODEL_DIR, torch.float32)
+    tokenizer = processor.tokenizer
+    spec = dataclasses.replace(get_spec("llava"), layers=8)
+    model = make_model(spec, tokenizer).eval()
+    start_from(model, tokenizer, BUNDLED, spec.sink_channel)
+    ids = torch.tensor([tokenizer("How many red stars are there?")["input_ids"]])
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits
+        theirs = source(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_strongest_neurons_are_kept_in_order() -> None:
+    mlp = decoder_layers(load_model(MODEL_DIR)[0])[0].mlp
+    kept = strongest_neurons(mlp, 100)
+    assert len(kept) == 100 and bool((kept.diff() > 0).all())
+    with pytest.raises(ValueError, match="768 neurons, 800"):
+        strongest_neurons(mlp, 800)
