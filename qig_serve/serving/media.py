@@ -10,9 +10,11 @@ selects it with VLLM_MEDIA_CONNECTOR.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import ipaddress
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -38,6 +40,19 @@ def is_public(address: str) -> bool:
 
 def _refuse(message: str, url: object = None) -> Exception:
     return compat.validation_error()(message, parameter="image_url", value=url)
+
+
+@contextlib.contextmanager
+def _own_refusals() -> Iterator[None]:
+    """Lets a refusal through as it was raised; vLLM 0.26 makes "Invalid URL" (422) of it."""
+    try:
+        yield
+    except compat.validation_error():
+        raise
+    except Exception as error:
+        if isinstance(error.__cause__, compat.validation_error()):
+            raise error.__cause__ from None
+        raise
 
 
 class PublicResolver(AbstractResolver):
@@ -121,12 +136,14 @@ class GuardedMediaConnector(compat.media_connector()):  # type: ignore[misc]
     def load_from_url(self, url: str, media_io: Any, **options: Any) -> Any:
         """As vLLM's, with the pixel cap."""
         self._cap_pixels(media_io)
-        return super().load_from_url(url, media_io, **options)
+        with _own_refusals():
+            return super().load_from_url(url, media_io, **options)
 
     async def load_from_url_async(self, url: str, media_io: Any, **options: Any) -> Any:
         """As vLLM's, with the pixel cap."""
         self._cap_pixels(media_io)
-        return await super().load_from_url_async(url, media_io, **options)
+        with _own_refusals():
+            return await super().load_from_url_async(url, media_io, **options)
 
     def _cap_pixels(self, media_io: Any) -> None:
         """Look at a picture's size before its pixels are decoded, wherever it came from."""

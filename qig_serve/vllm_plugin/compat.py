@@ -11,12 +11,19 @@ from typing import Any
 
 
 def find(name: str, *modules: str) -> Any:
-    """`name` from the first of the modules that has it; ImportError if none does."""
+    """`name` from the first of the modules that has it; ImportError if none does.
+
+    A module that is there but lacks something it needs itself is an error of its own.
+    """
     for module in modules:
         try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
             continue
+        if hasattr(found, name):
+            return getattr(found, name)
     raise ImportError(f"vLLM has no {name} in {', '.join(modules)}")
 
 
