@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
-from qig_serve.formats import FORMAT_VERSION
+from qig_serve.formats import FORMAT_VERSION, QuantScheme
 from qig_serve.manifest import HASHES_FILE, read_quantization_config
+from qig_serve.offline.compressed_tensors import compress
 from qig_serve.offline.source_checkpoint import INDEX_FILE, PICKLE_SUFFIXES, SourceCheckpoint
 
 SHARD_BYTES = 2 << 30
@@ -114,6 +115,12 @@ class CheckpointWriter:
 
     def block_file(self, index: int) -> Path:
         """The shard of a finished block: where a resumed run reads it back from."""
+        path = self._block_path(index)
+        if not path.exists():  # a run that was killed while it published had renamed it
+            path = next(self.directory.glob(f"model-{index + 1:05d}-of-*.safetensors"), path)
+        return path
+
+    def _block_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"
 
     def write_block(
@@ -123,7 +130,7 @@ class CheckpointWriter:
 
         A tensor of a source tensor's own name (a norm's weight, a bias) replaces it as well.
         """
-        path = self.block_file(index)
+        path = self._block_path(index)
         partial = path.with_suffix(".tmp")
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with _disk_errors(path):
@@ -175,22 +182,37 @@ class CheckpointWriter:
         """A further file of the checkpoint, such as report.json."""
         _write_text(self.directory / name, text)
 
-    def publish(self, quantization_config: Mapping[str, Any]) -> Path:
-        """Copies what is untouched, writes config, index and hashes, and renames; the target."""
-        read_quantization_config(dict(quantization_config), "the new checkpoint")
+    def publish(
+        self,
+        quantization_config: Mapping[str, Any],
+        compressed_config: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Copies what is untouched, writes config, index and hashes, and renames; the target.
+
+        With `compressed_config` (compressed_tensors.quantization_config) the checkpoint is one of
+        compressed-tensors, and ours stands in config.json under "qig", for people.
+        """
+        ours = read_quantization_config(dict(quantization_config), "the new checkpoint")
         for stale in self.directory.glob("*.tmp"):
             stale.unlink()
         with _disk_errors(self.directory):
             shards = [self.block_file(i) for i in sorted(self._blocks)]
+            done_with: list[Path] = []
+            if compressed_config is not None:
+                done_with = shards  # kept to the end: a killed run is resumed from them
+                shards = [_compressed(path, ours.quant_scheme) for path in shards]
             shards += self._copy_untouched()
             self._write_index(shards)
             self._copy_other_files()
             config = json.loads((self.source.directory / "config.json").read_text("utf-8"))
-            config["quantization_config"] = dict(quantization_config)
+            config["quantization_config"] = dict(compressed_config or quantization_config)
+            if compressed_config is not None:
+                config["qig"] = dict(quantization_config)
             _write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
-            (self.directory / _STATE_FILE).unlink(missing_ok=True)
-            write_hashes(self.directory)
-            (self.directory / _LOCK_FILE).unlink()
+            skipped = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE, *done_with]
+            write_hashes(self.directory, skipped)
+            for path in skipped:
+                path.unlink(missing_ok=True)
             _sync(self.directory)
             try:
                 self.directory.rename(self.output)
@@ -233,7 +255,8 @@ class CheckpointWriter:
         total = 0
         for i, path in enumerate(shards, start=1):
             final = path.with_name(f"model-{i:05d}-of-{len(shards):05d}.safetensors")
-            path.rename(final)
+            if path != final:
+                path.rename(final)
             for name, nbytes in _tensor_bytes(final):
                 weight_map[name] = final.name
                 total += nbytes
@@ -256,18 +279,26 @@ class CheckpointWriter:
             _sync(target)
 
 
+def _compressed(path: Path, scheme: QuantScheme) -> Path:
+    """A block's shard in the form of compressed-tensors, beside it."""
+    target = path.with_name(path.name.replace("block-", "compressed-"))
+    save_file(compress(load_file(path), scheme), target, metadata={"format": "pt"})
+    _sync(target)
+    return target
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_hashes(directory: Path) -> None:
-    """The manifest: sha256 of every file of a checkpoint but the manifest itself."""
+def write_hashes(directory: Path, skipped: Collection[Path] = ()) -> None:
+    """The manifest: sha256 of every file of a checkpoint but itself and `skipped`."""
     files = {
         path.relative_to(directory).as_posix(): file_sha256(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in (HASHES_FILE, _LOCK_FILE)
+        if path.is_file() and path.name != HASHES_FILE and path not in skipped
     }
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     _write_text(directory / HASHES_FILE, json.dumps(manifest, indent=1) + "\n")
