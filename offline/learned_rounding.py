@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qig_serve.formats import QuantScheme
+from qig_serve.offline.ranges import clipping
 from qig_serve.offline.rounding import RoundedLinear
 from qig_serve.packing import round_scale, scale_dtype
 
@@ -139,6 +140,13 @@ def learn_rounding(
                 least, best = value, candidate
     ratio = least / max(first, 1e-30)
     return {
-        name: replace(linear, report={**linear.report, "learned": ratio})
+        name: replace(
+            linear,
+            report={
+                **linear.report,
+                "learned": ratio,
+                **clipping(weights[name], linear.scale, linear.zero, scheme, learned[name].stored),
+            },
+        )
         for name, linear in best.items()
     }

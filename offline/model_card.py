@@ -44,6 +44,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def public_name(model: str) -> str:
+    """What to call a model elsewhere: org/name of a hub snapshot, or a directory's last part.
+
+    Where a model lay on the machine that quantized it is nobody's business.
+    """
+    path = Path(model)
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name if path.is_absolute() or path.is_dir() else model
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
@@ -120,8 +132,7 @@ def _metadata(
     base = report.model
     data: dict[str, Any] = {k: inherited[k] for k in _INHERITED if k in inherited}
     data |= {
-        # A path of the machine that quantized says nothing elsewhere: its last part does.
-        "base_model": Path(base).name if Path(base).is_absolute() else base,
+        "base_model": public_name(base),
         "base_model_relation": "quantized",
         "library_name": "vllm",
         "pipeline_tag": "image-text-to-text",
@@ -140,7 +151,7 @@ def _metadata(
     if evaluation is not None:
         own = next(v for k, v in evaluation["results"].items() if k != "fp")
         data["quantization"]["evaluation"] = {
-            "data": str(evaluation.get("data", "")),
+            "data": public_name(str(evaluation.get("data", ""))),
             "sha256": own.get("evaluation_sha256"),
             "questions": own["n"],
             "exact_match": round(own["exact_match"], 6),
@@ -155,9 +166,10 @@ def _recovery(report: QuantizationReport, evaluation: Mapping[str, Any] | None) 
         head, rows = recovery_rows(evaluation)
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        source = public_name(str(evaluation.get("data", "")))
         return (
-            f"Held-out questions: `{evaluation.get('data', '')}`. An answer counts when the whole "
-            "of it is the wanted one but for case and white space.\n\n" + table
+            f"Held-out questions: `{source}`. An answer counts when the whole of it is the wanted "
+            "one but for case and white space.\n\n" + table
         )
     figures = report.summary()
     told = ["No evaluation was run on this checkpoint. The calibration's own figures:", ""]
@@ -210,6 +222,7 @@ def model_card(
     scales = f"a group of {scheme.group_size}" if scheme.group_size else "an output channel"
     sizes = ", ".join(map(str, metadata["quantization"]["tensor_parallel_sizes"]))
     calibration = report.calibration
+    source = public_name(str(calibration.get("source", "nothing")))
     warnings = all_warnings(report)
     listed = "\n".join(f"- {line}" for line in warnings) if warnings else "None."
     installed = ", ".join(f"{k} {v}" for k, v in metadata["quantization"]["versions"].items())
@@ -244,7 +257,7 @@ Devices: {", ".join(DEVICES)}. Tensor-parallel sizes: {sizes}.
 | base model | {metadata["base_model"]} |
 | scheme | {report.scheme} |
 | method | {report.method} |
-| calibration | {calibration.get("samples", 0)} samples of {calibration.get("source", "nothing")} |
+| calibration | {calibration.get("samples", 0)} samples of {source} |
 | calibration sha256 | {calibration.get("sha256", "-")} |
 | seed | {calibration.get("seed", "-")} |
 | versions | {installed} |

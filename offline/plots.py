@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # picture is readable on white and on black.
 _INK = "#010203"
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-_MARKERS = ("o", "s", "^", "D")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":")
 
 STYLE = """
@@ -50,9 +50,11 @@ def figure(width: float = 9.0, height: float = 3.0) -> tuple[Figure, Any]:
 
 
 def series(axes: Any, number: int, x: Sequence[float], y: Sequence[float], label: str) -> None:
-    """Line `number` of a plot, with its own colour, marker and dash."""
+    """Line `number` of a plot: its marker and colour with dash are its own up to eight lines."""
     i = number % len(_SERIES)
-    axes.plot(x, y, color=_SERIES[i], marker=_MARKERS[i], ls=_DASHES[i], label=label, ms=4, lw=1.5)
+    dash = _DASHES[(i + number // len(_SERIES)) % len(_DASHES)]
+    marker = _MARKERS[number % len(_MARKERS)]
+    axes.plot(x, y, color=_SERIES[i], marker=marker, ls=dash, label=label, ms=4, lw=1.5)
 
 
 def finish(axes: Any, x: str, y: str) -> None:
@@ -145,6 +147,29 @@ def exponent_plot(report: QuantizationReport) -> str | None:
     )
 
 
+def clip_plot(report: QuantizationReport) -> str | None:
+    """Mean clip ratio of the linears across depth, a line a kind of linear."""
+    points = [
+        (block.index, name.rpartition(".")[2], float(linear["clip_ratio"]))
+        for block in report.blocks
+        for name, linear in block.linears.items()
+        if "clip_ratio" in linear
+    ]
+    if not points:
+        return None
+    fig, axes = figure(height=2.4)
+    for number, name in enumerate(dict.fromkeys(p[1] for p in points)):
+        own = [p for p in points if p[1] == name]
+        series(axes, number, [p[0] for p in own], [p[2] for p in own], name)
+    finish(axes, "block", "clip ratio")
+    values = [p[2] for p in points]
+    return svg(
+        fig,
+        f"Range over min-max range by linear and block, between {min(values):.2f} and "
+        f"{max(values):.2f}",
+    )
+
+
 def completeness_plot(report: QuantizationReport) -> str | None:
     """Relative error of the attribution integral across depth."""
     points = [
@@ -185,7 +210,7 @@ def token_share_plot(report: QuantizationReport) -> str | None:
     for number, modality in enumerate(modalities):
         before = [100 * _shares(b, modality, "before_clip") for b in blocks]
         after = [100 * _shares(b, modality, "after_clip") for b in blocks]
-        colour, marker = _SERIES[number % 4], _MARKERS[number % 4]
+        colour, marker = _SERIES[number % 4], _MARKERS[number % len(_MARKERS)]
         axes.plot(
             index,
             before,

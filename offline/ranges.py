@@ -72,6 +72,30 @@ def search_range(
     return scale, torch.cat([z for z in zeros if z is not None]).to(torch.uint8)
 
 
+def clipping(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """What the chosen ranges do to a weight [N, K], for the report.
+
+    `clip_ratio` is the mean over groups of the chosen scale over that of the min-max range (below
+    1 the range was drawn in); `clipped` the share of weights more than half a step outside it.
+    """
+    minmax, _ = minmax_params(weight, scheme, dtype)
+    groups = scale.shape[1]
+    codes = weight.float().reshape(len(weight), groups, -1) / scale.clamp(min=1e-30)[..., None]
+    if zero is not None:
+        codes = codes + zero.float()[..., None]
+    outside = (codes < scheme.qmin - 0.5) | (codes > scheme.qmax + 0.5)
+    return {
+        "clip_ratio": float((scale / minmax.clamp(min=1e-30)).mean()),
+        "clipped": float(outside.float().mean()),
+    }
+
+
 class _Best:
     """The best (scale, zero) so far of each group of a chunk of rows w [n, G, S]."""
 

@@ -25,6 +25,8 @@ class TokenShare(_Data):
     """Share of the importance before outliers are clipped, 0..1."""
     after_clip: float
     """Share of the token weights that the search used, 0..1."""
+    clipped: int = 0
+    """Tokens whose importance lay outside the quartile fences and was moved onto them."""
 
 
 class ModuleReport(_Data):
@@ -55,7 +57,8 @@ class BlockReport(_Data):
     index: int
     modules: list[ModuleReport] = Field(default_factory=list)
     linears: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Rounding, a linear: output error after each step as fractions of the output's energy."""
+    """Rounding, a linear: output error after each step as fractions of the output's energy, and
+    what the ranges cut off: `clip_ratio` and `clipped` of ranges.clipping."""
     output_error: float = 0.0
     """Mean squared error of the block's output in the quantized model over the mean square of
     the full-precision output, real tokens only."""

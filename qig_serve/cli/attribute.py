@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.explain import explain_sample
-    from qig_serve.offline.report import picture_page
+    from qig_serve.offline.report_page import picture_page
 
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:

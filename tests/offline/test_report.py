@@ -32,7 +32,7 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
             losses=[1.0, 0.5],
             completeness=0.004 * (index + 1),
             token_shares={
-                "image": TokenShare(tokens=36, before_clip=0.3, after_clip=0.6),
+                "image": TokenShare(tokens=36, before_clip=0.3, after_clip=0.6, clipped=9),
                 "text": TokenShare(tokens=20, before_clip=0.7, after_clip=0.4),
             },
             seconds={"capture": 0.1, "token_weights": 0.5, "search": 1.0},
@@ -49,7 +49,7 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
             "samples": 128,
             "sha256": "ab" * 32,
             "seed": 3,
-            "tokens": {"image": 4608, "text": 2000},
+            "tokens": {"image": 4608, "text": 2000, "special": 77},
         },
         "blocks": [
             BlockReport(
@@ -62,6 +62,7 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
                         "range": 0.05,
                         "compensation": 0.02,
                         "clip_ratio": 0.83,
+                        "clipped": 0.0125,
                     }
                 },
                 output_error=0.01 * (i + 1),
@@ -70,7 +71,7 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
             )
             for i in range(blocks)
         ],
-        "left_alone": ["vision_tower", "lm_head"],
+        "left_alone": ["vision_tower", "lm_head", "model.visual.merger", "mystery"],
         "seconds": 20.0,
         "producer": "qig-serve 0.1.0",
     }
@@ -155,11 +156,14 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     page = _Page()
     page.feed(text)
     assert page.loads == [] and page.silent == []
-    assert page.pictures == 6 + 2  # six plots, the image and its overlay
+    assert page.pictures == 7 + 2  # seven plots, the image and its overlay
     assert len(page.ids) == len(set(page.ids))
     assert "#010203" not in text and "url(http" not in text and "@import" not in text
-    for said in ("acme/tiny-vlm", "vision_tower", "ab" * 32, "after clipping", "0.83", "90.0%"):
+    for said in ("acme/tiny-vlm", "vision_tower", "ab" * 32, "after clipping", "90.0%"):
         assert said in text
+    assert "<td class=n>0.830</td><td class=n>1.25%</td>" in text  # clip ratio, weights clipped
+    assert "25.0% of the image tokens, 0.0% of the text tokens" in text  # on the quartile fences
+    assert "(77 in these samples) take no part" in text
 
 
 def test_references_inside_plots_resolve(tmp_path: Path) -> None:
@@ -235,8 +239,36 @@ def test_an_evaluation_can_be_added_later(tmp_path: Path) -> None:
     assert not list(late.glob("*.tmp"))
 
 
+def test_every_module_left_alone_has_a_reason(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
+    for module, reason in (
+        ("vision_tower", "small beside the decoder, and its errors reach every image"),
+        ("lm_head", "its errors go straight into the probabilities of the tokens"),
+        ("model.visual.merger", "small, and whatever is seen passes through it"),
+        ("mystery", "no linear of a decoder block"),
+    ):
+        assert f"<td>{module}</td><td>{reason}</td>" in text
+
+
+def test_min_max_ranges_are_said_to_clip_nothing(tmp_path: Path) -> None:
+    report = make_report()
+    for block in report.blocks:
+        block.linears.clear()
+    write_reports(report, tmp_path, CONFIG)
+    assert "Clip ratio 1 everywhere" in (tmp_path / "report.html").read_text()
+
+
+def test_a_hub_snapshot_is_called_by_its_name(tmp_path: Path) -> None:
+    snapshot = "/data/hub/models--acme--tiny-vlm/snapshots/0123"
+    write_reports(make_report(model=snapshot), tmp_path, CONFIG)
+    assert "base_model: acme/tiny-vlm\n" in (tmp_path / "README.md").read_text()
+
+
 def test_a_local_path_stays_out_of_the_card(tmp_path: Path) -> None:
-    write_reports(make_report(model="/home/me/models/secret-place"), tmp_path, CONFIG)
+    report = make_report(model="/home/me/models/secret-place")
+    report.recipe["calib"] = report.calibration["source"] = "/home/me/data.jsonl"
+    write_reports(report, tmp_path, CONFIG)
     card = (tmp_path / "README.md").read_text()
     assert "/home/me" not in card and "base_model: secret-place" in card
     assert "/home/me" not in (tmp_path / "report.html").read_text()
