@@ -43,15 +43,22 @@ def _refuse(message: str, url: object = None) -> Exception:
 
 
 @contextlib.contextmanager
-def _own_refusals() -> Iterator[None]:
-    """Lets a refusal through as it was raised; vLLM 0.26 makes "Invalid URL" (422) of it."""
+def _refusals() -> Iterator[None]:
+    """Lets a refusal through as it was raised (vLLM 0.26 makes "Invalid URL", 422, of it).
+
+    A picture that cannot be had is the request's fault too, where vLLM answers 500 or 501.
+    """
+    refusal = compat.validation_error()
     try:
         yield
-    except compat.validation_error():
+    except refusal:
         raise
     except Exception as error:
-        if isinstance(error.__cause__, compat.validation_error()):
+        if isinstance(error.__cause__, refusal):
             raise error.__cause__ from None
+        if isinstance(error, (aiohttp.ClientError, OSError, NotImplementedError)):
+            said = str(error) or type(error).__name__
+            raise _refuse(f"the picture cannot be loaded: {said}") from error
         raise
 
 
@@ -136,13 +143,13 @@ class GuardedMediaConnector(compat.media_connector()):  # type: ignore[misc]
     def load_from_url(self, url: str, media_io: Any, **options: Any) -> Any:
         """As vLLM's, with the pixel cap."""
         self._cap_pixels(media_io)
-        with _own_refusals():
+        with _refusals():
             return super().load_from_url(url, media_io, **options)
 
     async def load_from_url_async(self, url: str, media_io: Any, **options: Any) -> Any:
         """As vLLM's, with the pixel cap."""
         self._cap_pixels(media_io)
-        with _own_refusals():
+        with _refusals():
             return await super().load_from_url_async(url, media_io, **options)
 
     def _cap_pixels(self, media_io: Any) -> None:
@@ -154,15 +161,20 @@ class GuardedMediaConnector(compat.media_connector()):  # type: ignore[misc]
                 with Image.open(io.BytesIO(data)) as image:
                     width, height = image.size
             except OSError:  # not a picture: vLLM says what is wrong with it
-                return load_bytes(data)
-            except Image.DecompressionBombError as error:
-                raise _refuse(str(error)) from error
+                width = height = 0
+            except Exception as error:  # decoders raise anything about a stranger's bytes
+                raise _refuse(f"the picture cannot be read: {error}") from error
             if width * height > self._max_pixels:
                 raise _refuse(
                     f"the picture is {width} x {height}, more than the {self._max_pixels} pixels "
                     "that this server accepts (--max-image-pixels)"
                 )
-            return load_bytes(data)
+            try:
+                return load_bytes(data)
+            except (ValueError, compat.validation_error()):  # vLLM's own sentence, and 400
+                raise
+            except Exception as error:
+                raise _refuse(f"the picture cannot be decoded: {error}") from error
 
         media_io.load_bytes = load_small_enough
 

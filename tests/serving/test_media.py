@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -135,6 +137,20 @@ def test_allowed_domain_is_fetched_but_redirects_are_not_followed(
         )
 
 
+def test_what_cannot_be_fetched_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at the port: the request's fault, which vLLM would answer with 500."""
+    monkeypatch.setattr(media, "is_public", lambda address: True)
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(REFUSED, match="cannot be loaded"):
+            fetch(
+                GuardedMediaConnector(allowed_media_domains=["localhost"]),
+                f"http://localhost:{port}/a.png",
+            )
+
+
 @pytest.mark.parametrize("where", ["data", "file"])
 def test_pixel_cap_before_decoding(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,7 +186,27 @@ def test_files_only_under_the_allowed_path(tmp_path: Path) -> None:
         fetch(GuardedMediaConnector(), f"file://{outside}/a.png")
 
 
-@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "ftp://x/a.png", "a.png", ""])
+def test_whatever_a_decoder_raises_is_a_refusal() -> None:
+    """libavif's errors are RuntimeError and SyntaxError, which vLLM would answer with 500."""
+    buffer = io.BytesIO()
+    tiny_llava.picture(size=32).save(buffer, "AVIF")
+    refused = 0
+    for place in range(0, 300, 3):
+        data = bytearray(buffer.getvalue())
+        data[place] ^= 0xFF
+        try:
+            fetch(
+                GuardedMediaConnector(), f"data:image/avif;base64,{base64.b64encode(data).decode()}"
+            )
+        except REFUSED:
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["data:image/png;base64,AAAA", "data:image/png,abc", "ftp://x/a.png", "a.png", ""],
+)
 def test_nonsense(url: str) -> None:
     with pytest.raises(REFUSED, match=r"."):
         fetch(GuardedMediaConnector(), url)
