@@ -1,0 +1,352 @@
+"""Dockerfile.cpu executed step by step, without a Docker engine (slow; root and debootstrap).
+
+Every RUN and COPY step runs in order in a Debian root, and then the image is used: as compose.yaml
+runs it (read-only root, tmpfs, shared memory), without a network, as process 1. What stands in for
+the base image is Debian's own Python 3.11; nothing else is different.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "python3.11,python3.11-venv,python3.11-dev,python3-distutils,python3-lib2to3,ca-certificates"
+IGNORED = [ln.removeprefix("**/") for ln in (ROOT / ".dockerignore").read_text().split()]
+Done = subprocess.CompletedProcess[str]
+
+
+def _steps(path: Path) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile in order; comments dropped, continuation lines joined."""
+    lines = [ln for ln in path.read_text().splitlines() if not ln.lstrip().startswith("#")]
+    text = "\n".join(lines).replace("\\\n", " ")
+    pairs = [ln.strip().split(None, 1) for ln in text.splitlines() if ln.strip()]
+    return [(name.upper(), rest) for name, rest in pairs]
+
+
+@dataclass
+class Image:
+    """A Debian root and what the instructions said about how to run it."""
+
+    root: Path
+    build_mounts: list[str] = field(default_factory=list)
+    build_env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(
+        default_factory=lambda: {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
+    )
+    user: str = "0"
+    workdir: str = "/"
+    shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
+    health: list[str] = field(default_factory=list)
+    entrypoint: list[str] = field(default_factory=list)
+    cmd: list[str] = field(default_factory=list)
+
+    def in_root(self, argv: list[str], env: dict[str, str]) -> list[str]:
+        """argv inside the root as the image's user, with HOME as Docker sets it."""
+        users = [ln.split(":") for ln in (self.root / "etc/passwd").read_text().splitlines()]
+        home = next(u[5] for u in users if u[2] == self.user)
+        pairs = [f"{k}={v}" for k, v in ({"HOME": home} | self.env | env).items()]
+        inner = ["env", "-i", f"--chdir={self.workdir}", *pairs, *argv]
+        return ["chroot", f"--userspec={self.user}:{self.user}", str(self.root), *inner]
+
+    def command(
+        self, argv: list[str], mounts: list[str], env: dict[str, str], flags: tuple[str, ...]
+    ) -> list[str]:
+        """argv as process 1 of namespaces of its own, which the mounts do not outlive."""
+        script = ["set -e", f"mount -t proc proc {self.root}/proc", *mounts]
+        if "--net" in flags:
+            script.append("ip link set lo up")
+        script.append("exec " + shlex.join(self.in_root(argv, env)))
+        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", *flags]
+        return [*own, "sh", "-c", "\n".join(script)]
+
+    def build(self, argv: list[str]) -> None:
+        """Run one step of the build, with the build host's network and package sources."""
+        command = self.command(argv, self.build_mounts, self.build_env, ())
+        _checked(command, timeout=1200)
+
+    def execute(self, name: str, rest: str) -> None:
+        """Do what one instruction says; an unknown one fails the test."""
+        if name == "RUN":
+            self.build([*self.shell, rest])
+        elif name == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                self._copy(ROOT / source, self.root / target.lstrip("/"))
+        elif name == "ENV":
+            for key, value in re.findall(r"(\w+)=(\S+)", rest):
+                self.env[key] = value.replace("$PATH", self.env["PATH"])
+        elif name == "ARG":
+            key, _, value = rest.partition("=")
+            self.build_env.setdefault(key, value.strip('"'))
+        elif name == "SHELL":
+            self.shell = json.loads(rest)
+        elif name == "USER":
+            self.user = rest
+        elif name == "WORKDIR":
+            self.workdir = rest
+        elif name == "HEALTHCHECK":
+            self.health = json.loads(rest.split("CMD", 1)[1])
+        elif name == "ENTRYPOINT":
+            self.entrypoint = json.loads(rest)
+        elif name == "CMD":
+            self.cmd = json.loads(rest)
+        else:
+            assert name in ("FROM", "VOLUME", "EXPOSE"), f"unknown instruction {name}"
+
+    @staticmethod
+    def _copy(origin: Path, target: Path) -> None:
+        if origin.is_dir():
+            ignore = shutil.ignore_patterns(*IGNORED)
+            shutil.copytree(origin, target, symlinks=True, dirs_exist_ok=True, ignore=ignore)
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(origin, target)
+
+
+def _checked(command: list[str], timeout: float) -> Done:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def _pip_sources(root: Path) -> tuple[list[str], dict[str, str]]:
+    """This machine's pip settings as variables, and the mounts that their local folders need."""
+    done = _checked([sys.executable, "-m", "pip", "config", "list"], timeout=60)
+    env, mounts = {}, []
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition("=")
+        value = value.strip("'\"")
+        env["PIP_" + key.split(".")[-1].upper().replace("-", "_")] = value
+        for word in value.split():
+            path = Path(word.removeprefix("file://"))
+            # An index names its files relative to the folder above it.
+            path = path.parent if path.name == "simple" else path
+            if not path.is_absolute() or not path.exists():
+                continue
+            target = root / str(path).lstrip("/")
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.touch()
+            mounts.append(f"mount --bind -o ro {path} {target}")
+    return mounts, env
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    """The built image; what a build host gives (name resolution, package sources) is lent to it."""
+    if os.geteuid() != 0 or shutil.which("debootstrap") is None:
+        pytest.skip("needs root and debootstrap")
+    root = tmp_path_factory.mktemp("debian") / "root"
+    bootstrap = ["debootstrap", "--variant=minbase", f"--include={BASE}", "bookworm", str(root)]
+    _checked(bootstrap, timeout=1200)
+    image = Image(root)
+    image.build_mounts, image.build_env = _pip_sources(root)
+    for name in ("resolv.conf", "hosts"):
+        shutil.copy(Path("/etc", name), root / "etc" / name)
+    proxies = ("http_proxy", "https_proxy", "no_proxy")
+    image.build_env |= {k: v for k, v in os.environ.items() if k.lower() in proxies}
+    for name, rest in _steps(ROOT / "docker" / "Dockerfile.cpu"):
+        image.execute(name, rest)
+    yield image
+    # Gigabytes; every mount in it ended with its namespace.
+    shutil.rmtree(root)
+
+
+@dataclass
+class Composed:
+    """Runs the image as compose.yaml's service `cpu` does, with no network but loopback."""
+
+    image: Image
+    models: Path
+    service: dict[str, Any]
+
+    def command(self, argv: list[str], writable: bool = False) -> list[str]:
+        root, service = self.image.root, self.service
+        mounts = [
+            f"mount --bind {root} {root}",
+            f"mount -o remount,bind,ro {root}",
+            f"mount -t proc proc {root}/proc",
+            f"mount -t tmpfs -o size={service['shm_size'].removesuffix('b')} tmpfs {root}/dev/shm",
+        ]
+        for path in service["tmpfs"]:  # Docker's own options for them
+            options = "mode=1777,nosuid,nodev,noexec"
+            mounts.append(f"mount -t tmpfs -o {options} tmpfs {root}{path}")
+        mounts.append(f"mount --bind {self.models.parent / 'cache'} {root}/cache")
+        mounts.append(f"mount --bind {self.models} {root}/mnt")
+        assert service["read_only"] and "cache:/cache" in service["volumes"]
+        if not writable:
+            mounts.append(f"mount -o remount,bind,ro {root}/mnt")
+        full = [*self.image.entrypoint, *argv]
+        return self.image.command(full, mounts, {"VLLM_CPU_KVCACHE_SPACE": "1"}, ("--net",))
+
+    def run(self, argv: list[str], timeout: float = 600) -> Done:
+        return _checked(self.command(argv, writable=True), timeout)
+
+    def beside(self, process: int, argv: list[str]) -> Done:
+        """argv inside the namespaces of a running container, as `docker exec` runs it."""
+        enter = ["nsenter", f"--target={process}", "--mount", "--net", "--pid"]
+        command = [*enter, *self.image.in_root(argv, {})]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def composed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Composed:
+    """The image with an empty cache volume and a folder of models that the user may write."""
+    folder = tmp_path_factory.mktemp("volumes")
+    for name in ("models", "cache"):
+        (folder / name).mkdir()
+        os.chown(folder / name, int(image.user), int(image.user))
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.geteuid() and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o011)
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    return Composed(image, folder / "models", services["cpu"])
+
+
+def _child(process: subprocess.Popen[bytes]) -> int:
+    """Process 1 of the namespaces that `unshare` made, by its number out here."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while not (words := children.read_text().split()):
+        assert time.monotonic() < deadline, "unshare started nothing"
+        time.sleep(0.1)
+    return int(words[0])
+
+
+QUESTIONS = """
+import json, sys
+from qig_serve.demo.questions import samples
+from qig_serve.samples import data_url
+for s in samples("test", 8):
+    image = {"type": "image_url", "image_url": {"url": data_url(s.image)}}
+    content = [image, {"type": "text", "text": s.question}]
+    body = {"model": "qig", "messages": [{"role": "user", "content": content}], "temperature": 0}
+    print(json.dumps({"custom_id": s.id, "answer": s.answer, "body": body}))
+"""
+
+ASK = """
+import json, sys
+from openai import OpenAI
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+for line in sys.argv[1:]:
+    body = json.loads(line)
+    print(client.chat.completions.create(**body, max_tokens=64).choices[0].message.content)
+"""
+
+
+@pytest.fixture(scope="module")
+def questions(image: Image) -> list[dict[str, Any]]:
+    """Eight held-out questions with their answers, made by the package in the image."""
+    command = image.command(["python", "-c", QUESTIONS], [], {}, ("--net",))
+    return [json.loads(ln) for ln in _checked(command, timeout=120).stdout.splitlines()]
+
+
+def test_the_user_and_what_it_may_write(image: Image) -> None:
+    assert image.user == "10001"
+    probe = (
+        "id -u; id -G; for p in / /opt/qig-serve /opt/venv /etc /cache $HOME; do "
+        "test -w $p && echo writable $p; done; true"
+    )
+    done = _checked(image.command(["sh", "-c", probe], [], {}, ("--net",)), timeout=60)
+    assert done.stdout.split("\n")[:2] == ["10001", "10001"]
+    assert re.findall(r"writable (\S+)", done.stdout) == ["/cache", "/home/qig"]
+
+
+def test_entrypoint_and_default_command(image: Image) -> None:
+    version = [*image.entrypoint, "--version"]
+    done = _checked(image.command(version, [], {}, ("--net",)), timeout=60)
+    assert done.stdout.startswith("qig-serve ")
+    usage = [*image.entrypoint, *image.cmd]
+    assert "quantize" in _checked(image.command(usage, [], {}, ("--net",)), timeout=60).stdout
+
+
+def test_the_build_leaves_no_settings_of_its_host(image: Image) -> None:
+    assert not image.build_env.keys() & image.env.keys()
+    for name in ("etc/pip.conf", "root/.config/pip", "root/.cache/pip", "var/lib/apt/lists/lock"):
+        assert not (image.root / name).exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(composed: Composed) -> Path:
+    """The demonstration model, quantized by the image's `quantize`; a path inside it."""
+    model = composed.image.root / "opt/qig-serve/qig_serve/demo/model"
+    shutil.copytree(model, composed.models / "demo")
+    command = ["quantize", "/mnt/demo", "--scheme", "w4a8", "--method", "rtn"]
+    composed.run([*command, "--output", "/mnt/demo-w4a8"])
+    return Path("/mnt/demo-w4a8")
+
+
+def test_it_quantizes(composed: Composed, checkpoint: Path) -> None:
+    done = composed.run(["inspect", "--verify", str(checkpoint)])
+    assert "w4a8" in done.stdout
+    assert (composed.models / "demo-w4a8" / "config.json").stat().st_uid == 10001
+
+
+def test_it_serves_is_healthy_answers_and_stops(
+    composed: Composed, checkpoint: Path, questions: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    argv = [str(checkpoint) if word == "/model" else word for word in composed.service["command"]]
+    argv = [word.replace("${MODEL_NAME:-qig}", "qig") for word in argv]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(composed.command(argv), stdout=log, stderr=log)
+    said = tmp_path / "log"
+    try:
+        first = _child(server)
+        assert composed.beside(first, composed.image.health).returncode != 0
+        deadline = time.monotonic() + 600
+        while composed.beside(first, composed.image.health).returncode != 0:
+            assert server.poll() is None, said.read_text()[-4000:]
+            assert time.monotonic() < deadline, said.read_text()[-4000:]
+            time.sleep(2)
+        bodies = [json.dumps(q["body"]) for q in questions]
+        done = composed.beside(first, ["python", "-c", ASK, *bodies])
+        assert done.returncode == 0, done.stderr
+        answers = done.stdout.splitlines()
+        right = sum(a.strip() == q["answer"] for a, q in zip(answers, questions, strict=True))
+        assert right >= 5, list(zip(answers, [q["answer"] for q in questions], strict=True))
+        # Docker's stop: SIGTERM to process 1.
+        os.kill(first, signal.SIGTERM)
+        assert server.wait(timeout=90) == 0, said.read_text()[-4000:]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_it_runs_a_batch(
+    composed: Composed, checkpoint: Path, questions: list[dict[str, Any]]
+) -> None:
+    lines = [
+        {"custom_id": q["custom_id"], "method": "POST", "url": "/v1/chat/completions"}
+        | {"body": q["body"] | {"model": str(checkpoint), "max_tokens": 64}}
+        for q in questions
+    ]
+    batch = composed.models / "batch.jsonl"
+    batch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    composed.run(["generate", str(checkpoint), "-i", "/mnt/batch.jsonl", "-o", "/mnt/out.jsonl"])
+    rows = [json.loads(ln) for ln in (composed.models / "out.jsonl").read_text().splitlines()]
+    wanted = {q["custom_id"]: q["answer"] for q in questions}
+    assert {row["custom_id"] for row in rows} == wanted.keys()
+    right = 0
+    for row in rows:
+        message = row["response"]["body"]["choices"][0]["message"]
+        right += message["content"].strip() == wanted[row["custom_id"]]
+    assert right >= 5, rows
