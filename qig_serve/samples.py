@@ -15,12 +15,16 @@ import binascii
 import hashlib
 import io
 import json
+import struct
+import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps
 
 from qig_serve.errors import UserError
 
@@ -53,17 +57,56 @@ class Sample:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """The picture as RGB; UserError when it cannot be read."""
+    """The picture as RGB, as a person and the server see it; UserError when it cannot be read.
+
+    Turned as its EXIF data say, transparency on white, the first picture of an animation: vLLM
+    does the same. 16-bit greys keep their upper 8 bits, where vLLM and Pillow would cut at 255.
+    Refused besides what is damaged: more pixels than twice Pillow's limit (179 million), sides
+    more than 200 times as long as each other (a processor that makes the short side 336 would
+    make billions of pixels of 1 x 65535), and values without a known range (int32, float).
+    """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return _as_rgb(source, "the image in memory")
     name = f"the image {source}" if isinstance(source, Path) else "the data URL"
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large, or oddly encoded: read or refused below
+            with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+                return _as_rgb(image, name)
     except FileNotFoundError:
         raise UserError(f"{name} does not exist") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (Image.DecompressionBombError, *_UNREADABLE) as error:
         raise UserError(f"{name} cannot be read as an image: {error}") from None
+
+
+# What Pillow's decoders raise on damaged files. OSError covers UnidentifiedImageError.
+_UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError)
+_UNREADABLE += (struct.error, zlib.error)
+_LONGEST = 200
+
+
+def _as_rgb(image: Image.Image, name: str) -> Image.Image:
+    short, long = sorted(image.size)
+    if short == 0 or long > _LONGEST * short:
+        raise UserError(
+            f"{name} is {image.width} x {image.height} pixels: a side must not be longer than "
+            f"{_LONGEST} times the other"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.convert("RGB")  # a copy, which outlives the file
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"{name} has {'float' if image.mode == 'F' else '32-bit'} pixels, of which nobody "
+            "knows the range: convert it to 8 bits"
+        )
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def data_url(source: ImageSource) -> str:
