@@ -176,7 +176,8 @@ def evaluate_many(
 
     `reference` is a full-precision model directory, or a JSON file that `qig-serve evaluate`
     wrote on the same questions (then there are no logits, hence no KL), or None. KL is taken on
-    the first `kl_samples` questions; 0 leaves it out. UserError when an input is wrong.
+    the first `kl_samples` questions; 0 leaves it out. The engine "forced" tells answers by
+    teacher forcing (evaluation/forced.py). UserError when an input is wrong.
     """
     samples, say = list(samples), progress or _silent
     if not samples or any(not s.answer for s in samples):
@@ -213,10 +214,19 @@ def evaluate_many(
             divergences.update(compare(full, others, samples[:kl_samples], say))
     if full is not None and all(path.resolve() != full.resolve() for _, path in jobs):
         jobs.insert(0, (REFERENCE, full))
+    forced: dict[str, list[str]] = {}
+    if used == "forced":
+        if full is None:
+            raise UserError("answers can be forced only against a full-precision model directory")
+        from qig_serve.evaluation.forced import forced_answers
+
+        forced = forced_answers(full, jobs, samples, max_tokens, say)
     for name, directory in jobs:
         step = partial(say, f"{name}: answers ({used})")
         step(0, len(samples))
-        outputs[name] = list(generate(directory, samples, used, max_tokens, step))
+        outputs[name] = list(
+            forced.get(name) or generate(directory, samples, used, max_tokens, step)
+        )
         if full is not None and directory.resolve() == full.resolve():
             reference_outputs = outputs[name]
 

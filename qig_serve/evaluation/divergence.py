@@ -17,6 +17,7 @@ import torch
 
 from qig_serve.evaluation import Progress
 from qig_serve.evaluation.models import (
+    answer_length,
     answer_text,
     batches,
     load_model,
@@ -64,23 +65,11 @@ class _Batch:
     """Answer tokens of each sample."""
 
 
-def _answer_length(tokenizer: Any, prompt: str, whole: str) -> int:
-    """Tokens of `whole` from the first one that differs from those of `prompt` alone."""
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    same = 0
-    for a, b in zip(ids, alone, strict=False):
-        if a != b:
-            break
-        same += 1
-    return len(ids) - same
-
-
 def _plan(processor: Any, samples: Sequence[Sample]) -> list[_Batch]:
     prompts = [prompt_text(processor, s) for s in samples]
     texts = [p + answer_text(processor, s, p) for p, s in zip(prompts, samples, strict=True)]
     lengths = [
-        _answer_length(processor.tokenizer, p, t) for p, t in zip(prompts, texts, strict=True)
+        answer_length(processor.tokenizer, p, t) for p, t in zip(prompts, texts, strict=True)
     ]
     longest = max(lengths) + 1
     size = _LOGIT_BYTES // (longest * len(processor.tokenizer) * 4)

@@ -16,14 +16,14 @@ from typing import Any, Literal, cast
 from qig_serve.errors import UserError
 from qig_serve.samples import Sample, data_url, load_image
 
-Engine = Literal["auto", "vllm", "transformers"]
+Engine = Literal["auto", "vllm", "transformers", "forced"]
 
 _CONTEXT = 8192  # tokens of context that vLLM is asked for, where the model has more
 _CPU_SEQUENCES = 32
 _HTTP_AT_ONCE = 8
 
 
-def choose_engine(engine: Engine) -> Literal["vllm", "transformers"]:
+def choose_engine(engine: Engine) -> Literal["vllm", "transformers", "forced"]:
     """vLLM where it is installed; UserError when it is asked for and missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "auto":

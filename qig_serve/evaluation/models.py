@@ -127,6 +127,18 @@ def answer_text(processor: Any, sample: Sample, prompt: str) -> str:
     return answer + (tokenizer.eos_token or "")
 
 
+def answer_length(tokenizer: Any, prompt: str, whole: str) -> int:
+    """Tokens of `whole` from the first one that differs from those of `prompt` alone."""
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    same = 0
+    for a, b in zip(ids, alone, strict=False):
+        if a != b:
+            break
+        same += 1
+    return len(ids) - same
+
+
 def model_inputs(
     processor: Any, texts: Sequence[str], samples: Sequence[Sample], model: Any
 ) -> dict[str, Any]:
