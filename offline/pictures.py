@@ -41,6 +41,29 @@ class TokenPicture:
         weights = self.weights[layer]
         return float(weights[sorted(self.boxes)].sum() / weights.sum())
 
+    def to_json(self, completeness: Mapping[str, float]) -> dict[str, Any]:
+        """Tokens, their boxes and their weights, JSON-ready; `completeness`: layer -> error."""
+        return {
+            "name": self.name,
+            "tokens": [
+                {
+                    "text": text,
+                    "counted": bool(counted),
+                    "image": self.boxes[i][0] if i in self.boxes else None,
+                    "box": self.boxes[i][1] if i in self.boxes else None,
+                }
+                for i, (text, counted) in enumerate(zip(self.tokens, self.counted, strict=True))
+            ],
+            "layers": {
+                layer: {
+                    "image_share": self.image_share(layer),
+                    "completeness_error": completeness[layer],
+                    "weights": weights.tolist(),
+                }
+                for layer, weights in self.weights.items()
+            },
+        }
+
     def words(self, layer: str) -> list[tuple[str, float, bool, bool]]:
         """(word, its weight, whether it counts, whether it is of the answer) in order.
 

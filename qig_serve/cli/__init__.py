@@ -1,8 +1,6 @@
 """The `qig-serve` command: one file a subcommand, heavy imports inside the call.
 
 A subcommand is a module here with `HELP: str`, `add_arguments(parser)` and `run(args) -> int`.
-Exit statuses: 0 done; 1 the work was done and something failed (a hash, a line of a batch);
-2 the input was wrong, one sentence says what; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,16 +23,33 @@ COMMANDS = (
     "families",
     "convert",
     "demo",
+    "completion",
 )
 
+_EPILOG = """\
+exit statuses:
+  0    done
+  1    done, but something failed: a hash, a line of a batch, a request to a server
+  2    the input was wrong: one sentence on standard error says what, and what to do
+  130  interrupted; `quantize --resume` and `generate --resume` go on from there
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+for scripts: results go to standard output, everything else to standard error. --quiet leaves the
+errors alone, --json gives the figures. Colours and live bars are for terminals only (NO_COLOR
+takes the colours away there too).
+
+`qig-serve COMMAND --help` has the options and examples of a command.
+"""
+
+
+def make_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the subcommand asked for is imported, unless none was named."""
     from qig_serve import __version__
 
     parser = argparse.ArgumentParser(
         prog="qig-serve",
         description="Quantize vision-language models with QIG and serve them with vLLM.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qig-serve {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -62,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((w for w in words if not w.startswith("-")), None)
-    args = _parser(command).parse_args(words)
+    args = make_parser(command).parse_args(words)
 
     from qig_serve.errors import UserError
 

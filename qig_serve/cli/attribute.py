@@ -6,7 +6,7 @@ first meet them. HTML is one self-contained file; .png gives a plain picture.
 examples:
   qig-serve attribute my-model --image chart.png --prompt "What is the total?" -o chart.html
   qig-serve attribute my-model --image cat.jpg --prompt "Describe it." --answer "A cat." \\
-      --layers 0,7,15 --scheme w4a8 -o cat.png
+      --layers 0,7,15 --scheme w4a8 -o cat.png --json cat.json
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".html or .png"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the weights here")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -56,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     """Attribute and write the picture."""
     if args.output.suffix not in (".html", ".png"):
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
-    if not args.output.absolute().parent.is_dir():
-        raise UserError(f"the folder of {args.output} does not exist")
+    for path in (args.output, args.json):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist")
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
 
@@ -85,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
         picture_png(picture, args.output)
     else:
         args.output.write_text(picture_page(picture), encoding="utf-8")
+    if args.json:
+        from qig_serve.evaluate import write_json
+
+        write_json(args.json, picture.to_json(errors))
     if not args.quiet:
         for layer, error in errors.items():
             share = picture.image_share(layer)

@@ -5,13 +5,15 @@ Exit status 1 when a file or a tensor is not what it should be.
 examples:
   qig-serve inspect DIR
   qig-serve inspect DIR --verify
+  qig-serve inspect DIR --verify --json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its sha256 in the manifest"
     )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     wrong: list[str] = []
+    found = None
     if args.verify and args.directory.is_dir():
         # First: a damaged header keeps the rest from being read, and the hash says which file.
         wrong = verify(args.directory)
@@ -47,13 +51,41 @@ def run(args: argparse.Namespace) -> int:
         if not wrong:
             raise
     else:
-        _print_facts(console, found)
         wrong += found.problems
+    if args.json:
+        print(json.dumps(_record(found, wrong, args.verify), indent=2))
+        return 1 if wrong else 0
+    if found is not None:
+        _print_facts(console, found)
     for sentence in wrong:
         console.print(f"WRONG  {sentence}")
     if args.verify and not wrong:
         console.print("verified: every file is as it was written")
     return 1 if wrong else 0
+
+
+def _record(found: Inspection | None, wrong: list[str], verified: bool) -> dict[str, Any]:
+    """Facts and problems; the problems alone where the checkpoint cannot be read."""
+    record: dict[str, Any] = {"problems": wrong, "hashes_compared": verified}
+    if found is None:
+        return record
+    config = found.config
+    return record | {
+        "scheme": config.scheme,
+        "method": config.method,
+        "produced_by": config.produced_by,
+        "family": found.model_type,
+        "calibration": config.calibration.model_dump(mode="json") if config.calibration else None,
+        "bytes": found.nbytes,
+        "bytes_in_16_bits": found.bytes_in_16_bits,
+        "bits_a_weight": found.bits,
+        "tensor_parallel_sizes": config.tensor_parallel_sizes,
+        "linears": {
+            linear.name: {"out": linear.n, "in": linear.k, "bits_a_weight": linear.bits}
+            for linear in found.linears
+        },
+        "left_in_16_bits": found.left_alone(),
+    }
 
 
 def _print_facts(console: Console, found: Inspection) -> None:

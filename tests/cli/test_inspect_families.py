@@ -38,6 +38,17 @@ def test_facts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"vision_tower +\d+ KB", out)
 
 
+def test_facts_as_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint), "--verify", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["scheme"], record["problems"]) == ("w3a16", []) and record["hashes_compared"]
+    assert len(record["linears"]) == 14 and record["bits_a_weight"] == pytest.approx(3.1875)
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    assert main(["inspect", str(checkpoint), "--verify", "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert "model.safetensors: changed" in record["problems"][0] and "linears" not in record
+
+
 def test_a_changed_byte_names_the_file(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

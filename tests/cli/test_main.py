@@ -24,6 +24,25 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n    {name} " in out or f"\n    {name}\n" in out  # a long name has its own line
 
 
+def test_help_documents_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for status in ("0    done", "1    done, but", "2    the input was wrong", "130  interrupted"):
+        assert f"\n  {status}" in out
+
+
+def test_interruption_exits_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qig_serve.cli.families.run", interrupted)
+    assert main(["families"]) == 130
+    assert capsys.readouterr().err == "qig-serve families: interrupted\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

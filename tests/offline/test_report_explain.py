@@ -7,6 +7,7 @@ damages what the bright cell says far more than anything else.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +100,18 @@ def test_command_writes_page_and_png(
     page = (tmp_path / "o.html").read_text()
     assert "layer 1" in page and "&lt;color&gt;" in page and "<color>" not in page
     assert "% of the weight on the image" in capsys.readouterr().err
+    record = tmp_path / "o.json"
+    assert main([*base, "-o", str(tmp_path / "o.png"), "--layers", "0", "--json", str(record)]) == 0
+    told = json.loads(record.read_text())
+    layer = told["layers"]["layer 0"]
+    assert len(told["tokens"]) == len(layer["weights"]) and sum(layer["weights"]) == pytest.approx(
+        1
+    )
+    on_image = [w for t, w in zip(told["tokens"], layer["weights"], strict=True) if t["box"]]
+    assert len(on_image) == 36 and sum(on_image) == pytest.approx(layer["image_share"])
+    capsys.readouterr()
     assert main([*base, "-o", str(tmp_path / "o.png"), "--layers", "0", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
     with Image.open(tmp_path / "o.png") as image:
         assert image.width > 800
     for words, says in (
