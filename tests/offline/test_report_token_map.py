@@ -93,6 +93,59 @@ def _qwen2_vl() -> Built:
     return Qwen2VLModel(config), SimpleNamespace(image_processor=images), config
 
 
+def _qwen2_5_vl() -> Built:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    config = Qwen2_5_VLConfig(
+        # Windows of 4 x 4 merged patches: the tower reorders them, and puts them back.
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=5,
+    )
+    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 16, max_pixels=28 * 28 * 60)
+    return Qwen2_5_VLModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _qwen3_vl() -> Built:
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        text_config={
+            **TEXT,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=5,
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=16, min_pixels=32 * 32 * 16, max_pixels=32 * 32 * 60
+    )
+    return Qwen3VLModel(config), SimpleNamespace(image_processor=images), config
+
+
 def _internvl() -> Built:
     from transformers import InternVLConfig, InternVLModel
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -130,6 +183,22 @@ def _idefics3() -> Built:
     return Idefics3Model(config), SimpleNamespace(image_processor=images, image_seq_len=16), config
 
 
+def _smolvlm() -> Built:
+    from transformers import SmolVLMConfig, SmolVLMModel
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    config = SmolVLMConfig(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=5,
+        scale_factor=2,
+    )
+    images = SmolVLMImageProcessorPil(
+        size={"longest_edge": 192}, max_image_size={"longest_edge": 64}
+    )
+    return SmolVLMModel(config), SimpleNamespace(image_processor=images, image_seq_len=16), config
+
+
 def _gemma3() -> Built:
     from transformers import Gemma3Config, Gemma3Model
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -150,8 +219,11 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "llava-onevision": lambda: _llava_onevision(9),
     "llava-onevision-shrunk": lambda: _llava_onevision(2),
     "qwen2-vl": _qwen2_vl,
+    "qwen2.5-vl": _qwen2_5_vl,
+    "qwen3-vl": _qwen3_vl,
     "internvl": _internvl,
     "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
     "gemma3": _gemma3,
 }
 
