@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qig_serve.errors import UserError
 from qig_serve.offline.attribution import quantize_activation_ste
+from qig_serve.offline.disk import disk_errors
 
 
 class Store:
@@ -33,20 +35,24 @@ class Store:
         if self._folder is None:
             self._tensors[index] = tensor.to("cpu")
         else:
-            torch.save(tensor.to("cpu"), self._folder / f"{self._name}-{index}.pt")
+            path = self._path(self._folder, index)
+            with disk_errors(path):
+                save_file({"tensor": tensor.to("cpu").contiguous()}, path)
 
     def get(self, index: int, device: torch.device | str) -> torch.Tensor:
         """The tensor of batch `index` on a device."""
         if self._folder is None:
             return self._tensors[index].to(device)
-        path = self._folder / f"{self._name}-{index}.pt"
-        return torch.load(path, map_location=device, weights_only=True)
+        return load_file(self._path(self._folder, index), device=str(device))["tensor"]
+
+    def _path(self, folder: Path, index: int) -> Path:
+        return folder / f"{self._name}-{index}.safetensors"
 
     def clear(self) -> None:
         """Forget all tensors."""
         self._tensors.clear()
         if self._folder is not None:
-            for path in self._folder.glob(f"{self._name}-*.pt"):
+            for path in self._folder.glob(f"{self._name}-*.safetensors"):
                 path.unlink()
 
 

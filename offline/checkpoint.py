@@ -15,31 +15,27 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION, QuantScheme
 from qig_serve.manifest import HASHES_FILE, read_quantization_config
 from qig_serve.offline.compressed_tensors import compress
+from qig_serve.offline.disk import ResumableError, disk_errors
 from qig_serve.offline.source_checkpoint import INDEX_FILE, PICKLE_SUFFIXES, SourceCheckpoint
 
 SHARD_BYTES = 2 << 30
 """Untouched tensors are copied in shards of about this size, so that memory stays flat."""
-_STATE_FILE = "state.json"
-_LOCK_FILE = "lock"
+_STATE_FILE = ".state.json"
+_LOCK_FILE = ".lock"
+"""Hidden: a run killed right after it was published leaves them in the finished checkpoint."""
 _WEIGHT_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", *PICKLE_SUFFIXES)
 _OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html")
-
-
-class ResumableError(UserError):
-    """A failure that says nothing against the work done so far: `--resume` goes on from it."""
 
 
 class CheckpointWriter:
@@ -75,7 +71,7 @@ class CheckpointWriter:
             )
         if resume and not existed:
             raise UserError(f"there is no unfinished run to resume beside {self.output}")
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / _LOCK_FILE).open("w")
         try:
@@ -101,6 +97,8 @@ class CheckpointWriter:
         keep = error is not None and bool(self._blocks) and not about_input
         if not self._published and not keep:
             shutil.rmtree(self.directory, ignore_errors=True)
+        elif not self._published:
+            self._remove_partial_files()
         self._lock.close()
 
     # --- blocks ----------------------------------------------------------------------------------
@@ -131,12 +129,9 @@ class CheckpointWriter:
         A tensor of a source tensor's own name (a norm's weight, a bias) replaces it as well.
         """
         path = self._block_path(index)
-        partial = path.with_suffix(".tmp")
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with _disk_errors(path):
-            save_file(ready, partial, metadata={"format": "pt"})
-            _sync(partial)
-            partial.rename(path)
+        with disk_errors(path):
+            _save_shard(ready, path)
         names = {*replaced, *(n for n in tensors if n in self.source)}
         self._blocks[index] = {"sha256": file_sha256(path), "replaced": sorted(names)}
         self._save_state()
@@ -193,9 +188,8 @@ class CheckpointWriter:
         compressed-tensors, and ours stands in config.json under "qig", for people.
         """
         ours = read_quantization_config(dict(quantization_config), "the new checkpoint")
-        for stale in self.directory.glob("*.tmp"):
-            stale.unlink()
-        with _disk_errors(self.directory):
+        self._remove_partial_files()
+        with disk_errors(self.directory):
             shards = [self.block_file(i) for i in sorted(self._blocks)]
             done_with: list[Path] = []
             if compressed_config is not None:
@@ -209,20 +203,31 @@ class CheckpointWriter:
             if compressed_config is not None:
                 config["qig"] = dict(quantization_config)
             _write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
-            skipped = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE, *done_with]
-            write_hashes(self.directory, skipped)
-            for path in skipped:
-                path.unlink(missing_ok=True)
+            state = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE]
+            write_hashes(self.directory, [*state, *done_with])
+            for path in done_with:
+                path.unlink()
             _sync(self.directory)
             try:
                 self.directory.rename(self.output)
             except OSError as error:
                 if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise UserError(f"{self.output} appeared during the run") from None
+                    raise ResumableError(
+                        f"{self.output} appeared during the run: move it away, and run again with "
+                        "--resume"
+                    ) from None
                 raise
         self._published = True
+        # Only now: until the rename they are what a killed run is resumed from.
+        for path in state:
+            (self.output / path.name).unlink(missing_ok=True)
         _sync(self.output.parent)
         return self.output
+
+    def _remove_partial_files(self) -> None:
+        """What a write that failed, or a killed run, has left half done."""
+        for path in self.directory.rglob("*.tmp"):
+            path.unlink()
 
     def _copy_untouched(self) -> list[Path]:
         replaced = {name for block in self._blocks.values() for name in block["replaced"]}
@@ -232,8 +237,7 @@ class CheckpointWriter:
 
         def flush() -> None:
             path = self.directory / f"rest-{len(shards):05d}.safetensors"
-            save_file(part, path, metadata={"format": "pt"})
-            _sync(path)
+            _save_shard(part, path)
             shards.append(path)
 
         for name in self.source:
@@ -275,16 +279,24 @@ class CheckpointWriter:
             if target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            _sync(target)
+            partial = target.with_name(target.name + ".tmp")
+            shutil.copyfile(path, partial)
+            _sync(partial)
+            partial.rename(target)
 
 
 def _compressed(path: Path, scheme: QuantScheme) -> Path:
     """A block's shard in the form of compressed-tensors, beside it."""
     target = path.with_name(path.name.replace("block-", "compressed-"))
-    save_file(compress(load_file(path), scheme), target, metadata={"format": "pt"})
-    _sync(target)
+    _save_shard(compress(load_file(path), scheme), target)
     return target
+
+
+def _save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    partial = path.with_suffix(".tmp")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    _sync(partial)
+    partial.rename(path)
 
 
 def file_sha256(path: Path) -> str:
@@ -349,7 +361,7 @@ def _differences(stored: Any, now: Mapping[str, Any], keys: list[str]) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
-    with _disk_errors(path):
+    with disk_errors(path):
         partial.write_text(text, encoding="utf-8")
         _sync(partial)
         partial.rename(path)
@@ -361,25 +373,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a read-only place in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResumableError(
-                f"the disk is full ({path}): free some space and run again with --resume"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        raise
-    except SafetensorError as error:
-        # It reports what the system said in words of its own.
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise ResumableError(
-                f"the disk is full ({path}): free some space and run again with --resume"
-            ) from None
-        raise

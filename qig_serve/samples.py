@@ -81,7 +81,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
 # What Pillow's decoders raise on damaged files. OSError covers UnidentifiedImageError.
 _UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError)
-_UNREADABLE += (struct.error, zlib.error)
+_UNREADABLE += (RuntimeError, struct.error, zlib.error)
 _LONGEST = 200
 
 
