@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from PIL import Image
 
@@ -127,3 +128,15 @@ def test_command_writes_page_and_png(
 def test_a_missing_picture_is_named(planted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.png does not exist"):
         explain_sample(planted, [tmp_path / "none.png"], "What?", None, _layers(0))
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_family_maps_its_tokens_to_pixels(family: str, tmp_path: Path) -> None:
+    """From the processor of the family to the overlay: no picture is left out of a report."""
+    model = tiny_models.tiny_model(family, tmp_path / family)
+    path = tmp_path / "wide.png"
+    Image.effect_noise((150, 90), 80).save(path)  # tiles, where a family has them
+    picture, _ = explain_sample(model, [path], "What?", "white", _layers(0), steps=1)
+    heat = heat_map(picture.weights["layer 0"], picture.boxes, 0, (90, 150))
+    # All the weight of image tokens is on the picture but for those without pixels and the crop.
+    assert 0.5 < heat.mean() / picture.image_share("layer 0") < 1.1
