@@ -27,6 +27,11 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     Registers the plugin and sets the process up as vLLM's own command line does. UserError for a
     flag that would run code from a checkpoint; vLLM's parser exits with 2 for one it refuses.
     """
+    from qig_serve.serving.describe import unsupported_version
+
+    if version := unsupported_version():
+        raise UserError(version)
+
     from qig_serve.vllm_plugin import compat, register
 
     register()
@@ -73,10 +78,11 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
     args.middleware = [*args.middleware, MIDDLEWARE]
     report = describe(directory, model_dtype(directory, args.dtype), args.tensor_parallel_size)
     if report.problems:
-        raise UserError(f"{directory} cannot be served here: {report.problems[0]}")
-    print(f"{directory}: {report.manifest.scheme}, quantized with {report.manifest.method}")
-    for kernel, count in report.kernels.items():
-        print(f"{count} layers: {kernel} ({report.device})", flush=True)
+        raise UserError(
+            f"{directory} cannot be served here: {report.problems[0]} "
+            f"(`qig-serve doctor {directory}` says more)"
+        )
+    print("\n".join(report.lines()), flush=True)
 
     from qig_serve.vllm_plugin import compat
 

@@ -1,10 +1,12 @@
-"""What a checkpoint is and which kernel serves which layer: for /v1/quantization and `doctor`.
+"""What a checkpoint is and which kernel serves which layer.
 
-Reads config.json and the headers of the safetensors files only.
+For the start-up log, `doctor` and /v1/quantization, which say the same. Reads config.json and the
+headers of the safetensors files only.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections import Counter
@@ -15,13 +17,16 @@ from typing import Any
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.formats import QUANT_METHOD, QuantScheme, unsupported_shape
+from qig_serve.formats import QUANT_METHOD, QuantScheme, tensor_specs, unsupported_shape
 from qig_serve.manifest import QuantizationConfig, read_quantization_config
+from qig_serve.vllm_plugin import SUPPORTED_VLLM, check_vllm_version
 
 _ROW_PARALLEL = ("o_proj", "down_proj")
 """Linears whose inputs tensor parallelism splits; it splits the outputs of the others."""
 
 _SIZES = (1, 2, 4, 8)
+
+_SHOWN = 3  # problems; usually the same one in every layer
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,17 @@ class Report:
 
     manifest: QuantizationConfig
     device: str
+    dtype: torch.dtype
+    """Of the activations."""
     layers: tuple[LayerReport, ...]
     quantized_bytes: int
+    """As stored."""
     other_bytes: int
+    memory_bytes: int
+    """Weights in one device's memory, the quantized ones in the kernels' own layout."""
+    device_bytes: int
+    """Memory of the device."""
+    tensor_parallel_size: int
     tensor_parallel_sizes: tuple[int, ...]
     """Sizes up to 8 that split every quantized layer and the attention heads evenly."""
     kv_bytes_per_token: int | None
@@ -58,7 +71,42 @@ class Report:
     @property
     def problems(self) -> list[str]:
         """Why the checkpoint cannot be served here; empty if it can."""
-        return [f"{layer.name}: {layer.problem}" for layer in self.layers if layer.problem]
+        problems = []
+        if self.tensor_parallel_size not in self.tensor_parallel_sizes:
+            problems.append(
+                f"tensor parallel size {self.tensor_parallel_size} does not fit "
+                f"(these do: {_listed(self.tensor_parallel_sizes)})"
+            )
+        if self.memory_bytes > self.device_bytes:
+            problems.append(
+                f"the weights take {_gib(self.memory_bytes)} of each device's memory, and it has "
+                f"{_gib(self.device_bytes)}: use more devices (--tensor-parallel-size)"
+            )
+        return problems + [f"{x.name}: {x.problem}" for x in self.layers if x.problem]
+
+    def lines(self) -> list[str]:
+        """For people: device, versions, kernels, sizes, memory, and why not."""
+        stored = (
+            f"{_gib(self.quantized_bytes)} in {len(self.layers)} quantized layers, "
+            f"{_gib(self.other_bytes)} in 16 bits"
+        )
+        needed = f"{_gib(self.memory_bytes)} of weights"
+        if self.kv_bytes_per_token is not None:
+            needed += f" and {self.kv_bytes_per_token / 1024:g} KiB of KV cache a token"
+        rows = [
+            ("checkpoint", f"{self.manifest.scheme}, quantized with {self.manifest.method}"),
+            ("device", f"{self.device}, computing in {str(self.dtype).removeprefix('torch.')}"),
+            ("vLLM", f"{_vllm_version()} (supported: {SUPPORTED_VLLM})"),
+            ("tensor parallel", f"{_listed(self.tensor_parallel_sizes)} (largest looked at: 8)"),
+            ("weights stored", stored),
+            ("memory needed", f"{needed}; a device has {_gib(self.device_bytes)}"),
+        ]
+        rows += [("kernel", f"{kernel}: {count} layers") for kernel, count in self.kernels.items()]
+        problems = self.problems
+        rows += [("cannot be served", problem) for problem in problems[:_SHOWN]]
+        if len(problems) > _SHOWN:
+            rows.append(("", f"and {len(problems) - _SHOWN} more (doctor --json lists them)"))
+        return [f"{name:16}  {text}" for name, text in rows]
 
     def as_json(self) -> dict[str, Any]:
         """For HTTP and `--json`."""
@@ -73,13 +121,44 @@ class Report:
             "calibration": m.calibration.model_dump() if m.calibration else None,
             "recipe": m.recipe,
             "summary": m.summary,
+            "vllm": _vllm_version(),
+            "vllm_supported": SUPPORTED_VLLM,
             "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "weight_bytes": {"quantized": self.quantized_bytes, "other": self.other_bytes},
+            "memory_bytes": {"needed": self.memory_bytes, "device": self.device_bytes},
+            "tensor_parallel_size": self.tensor_parallel_size,
             "tensor_parallel_sizes": list(self.tensor_parallel_sizes),
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kernels": self.kernels,
             "layers": [asdict(layer) for layer in self.layers],
+            "problems": self.problems,
         }
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 10 << 30 else f"{size / (1 << 20):.1f} MiB"
+
+
+def _listed(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sizes)) or "none"
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def unsupported_version() -> str | None:
+    """One sentence if vLLM is missing or not of a supported version, or else None."""
+    try:
+        check_vllm_version(_vllm_version())
+    except ModuleNotFoundError as error:
+        return f"serving needs vLLM ({SUPPORTED_VLLM}), which does not import: {error}"
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -125,14 +204,18 @@ def model_dtype(directory: Path, asked: str = "auto") -> torch.dtype:
 def describe(directory: Path, dtype: torch.dtype, tensor_parallel_size: int = 1) -> Report:
     """The checkpoint in `directory`, served here in `dtype` over so many devices.
 
-    UserError if it is no qig checkpoint or its files cannot be read.
+    UserError if it is no qig checkpoint, its files cannot be read, or vLLM is not a supported one.
     """
+    if version := unsupported_version():
+        raise UserError(version)
+    from vllm.platforms import current_platform
+
     from qig_serve.vllm_plugin.linear import device_capability, kernel_backend, kernel_name
 
     manifest = read_manifest(directory)
     scheme = manifest.quant_scheme
     backend, capability = kernel_backend(), device_capability()
-    layers, quantized, other = [], 0, 0
+    layers, quantized, other, memory = [], 0, 0, 0
     for name, (shape, size) in sorted(tensor_headers(directory).items()):
         prefix, _, suffix = name.rpartition(".")
         if suffix not in ("weight_packed", "weight_scale", "weight_zero_point"):
@@ -146,12 +229,42 @@ def describe(directory: Path, dtype: torch.dtype, tensor_parallel_size: int = 1)
         possible, reason = backend.can_implement(scheme, *part, dtype, capability)
         kernel = kernel_name(scheme, *part, dtype)
         layers.append(LayerReport(prefix, n, k, kernel, None if possible else reason))
+        if possible:
+            memory += part[0] * _bytes_of_rows(scheme, part[1], dtype) // _ROWS
     device = "cpu" if capability is None else f"cuda {capability[0]}.{capability[1]}"
     config = read_config(directory)
     text = config.get("text_config") or config
     sizes = tuple(t for t in _SIZES if _splits(scheme, layers, text, t))
     kv = _kv_bytes_per_token(text, dtype)
-    return Report(manifest, device, tuple(layers), quantized, other, sizes, kv)
+    return Report(
+        manifest=manifest,
+        device=device,
+        dtype=dtype,
+        layers=tuple(layers),
+        quantized_bytes=quantized,
+        other_bytes=other,
+        memory_bytes=memory + other,
+        device_bytes=current_platform.get_device_total_memory(),
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_sizes=sizes,
+        kv_bytes_per_token=kv,
+    )
+
+
+_ROWS = 256  # a multiple of every kernel's block of output channels
+
+
+@functools.cache
+def _bytes_of_rows(scheme: QuantScheme, k: int, dtype: torch.dtype) -> int:
+    """Bytes in memory of _ROWS output channels with K inputs, as the kernels keep them."""
+    from qig_serve.vllm_plugin.linear import kernel_backend
+
+    tensors = {}
+    for suffix, spec in tensor_specs(scheme, _ROWS, k).items():
+        stored = dtype if spec.dtype == "model" else getattr(torch, spec.dtype)
+        tensors[suffix] = torch.ones(spec.shape, dtype=stored)
+    prepared = kernel_backend().prepare(scheme, tensors, dtype)
+    return sum(tensor.nbytes for tensor in prepared.values())
 
 
 def _shard(name: str, n: int, k: int, size: int) -> tuple[int, int]:

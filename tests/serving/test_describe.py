@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ pytest.importorskip("vllm")
 import tiny_llava
 import torch
 
-from qig_serve.cli import doctor
+from qig_serve.cli import doctor, main
 from qig_serve.errors import UserError
 from qig_serve.serving.describe import describe, model_dtype, read_manifest
 
@@ -37,6 +38,10 @@ def test_report(checkpoints: dict[str, Path], scheme: str, bits: float) -> None:
     assert report.quantized_bytes == weights * bits / 8 + scales
     assert report.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2  # k and v, layers, heads, size, bytes
     assert report.tensor_parallel_sizes == (1, 2)
+    bits_in_memory = {"w3a16": 4.25, "w4a8": report.quantized_bytes * 8 / weights}[scheme]
+    in_memory = (report.memory_bytes - report.other_bytes) * 8 / weights
+    assert bits_in_memory <= in_memory < 9
+    assert report.device_bytes > 1 << 30
     json.dumps(report.as_json())
 
 
@@ -47,6 +52,31 @@ def test_fp32_takes_the_reference(checkpoints: dict[str, Path]) -> None:
 def test_uneven_split_is_a_problem(checkpoints: dict[str, Path]) -> None:
     report = describe(checkpoints["w3a16"], torch.bfloat16, tensor_parallel_size=4)
     assert any("o_proj: w3a16 needs an input size" in problem for problem in report.problems)
+
+
+def test_too_little_memory_is_a_problem(checkpoints: dict[str, Path]) -> None:
+    report = describe(checkpoints["w4a8"], torch.bfloat16)
+    assert not report.problems
+    small = dataclasses.replace(report, device_bytes=report.memory_bytes - 1)
+    assert "use more devices (--tensor-parallel-size)" in small.problems[0]
+    assert "cannot be served" in small.lines()[-1]
+
+
+def test_unsupported_vllm_is_one_sentence(
+    checkpoints: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.25.1")
+    for command in ("doctor", "serve"):
+        assert main([command, str(checkpoints["w4a8"])]) == 2
+        sentence = capsys.readouterr().err.strip().splitlines()[-1]
+        assert sentence == (
+            f"qig-serve {command}: qig-serve supports vllm>=0.26,<0.34, but vLLM 0.25.1 is "
+            "installed: install a supported version, or remove qig-serve from this environment"
+        )
 
 
 def test_dtype_is_the_checkpoints_unless_asked(checkpoints: dict[str, Path]) -> None:
@@ -102,4 +132,5 @@ def test_doctor(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
         assert words in text
     status, text = run_doctor(capsys, directory, "--json")
     assert status == 0, text
-    assert json.loads(text)["scheme"] == "w3a16" and json.loads(text)["vllm"]
+    assert json.loads(text) == describe(checkpoints["w3a16"], torch.bfloat16).as_json()
+    assert json.loads(text)["vllm"] and not json.loads(text)["problems"]
