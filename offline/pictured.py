@@ -25,6 +25,8 @@ class PicturedWeights:
     chosen: dict[tuple[int, int], Sample]
     """(batch, row) -> sample."""
     weights: dict[tuple[int, int], dict[str, torch.Tensor]] = field(default_factory=dict)
+    unmapped: list[str] = field(default_factory=list)
+    """Why a sample has no picture: for the report's warnings."""
 
     @classmethod
     def choose(
@@ -50,7 +52,7 @@ class PicturedWeights:
             kept[f"layer {index}"] = weights[b][row].float().cpu()
 
     def pictures(self, config: Any, processor: Any) -> list[TokenPicture]:
-        """The pictures; none for families whose image tokens cannot be mapped to pixels."""
+        """The pictures; `unmapped` says which could not be made."""
         made = []
         for (b, row), weights in self.weights.items():
             batch, sample = self.batches[b], self.chosen[b, row]
@@ -69,7 +71,8 @@ class PicturedWeights:
                     int(answer[0]) if len(answer) else length,
                     weights,
                 )
-            except UserError:
+            except UserError as error:
+                self.unmapped.append(f"No picture of sample {sample.id}: {error}")
                 continue
             made.append(picture)
         return made

@@ -339,12 +339,14 @@ def publish(
         summary=report.summary(),
     ).model_dump(mode="json")
     card = loaded.directory / "README.md"
+    pictures = pictured.pictures(loaded.config, loaded.processor)
+    report.warnings += pictured.unmapped
     write_reports(
         report,
         writer.directory,
         config,
         card if card.is_file() else None,
-        pictured.pictures(loaded.config, loaded.processor),
+        pictures,
     )
     compressed = None
     if recipe.format == "compressed-tensors":
