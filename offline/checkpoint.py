@@ -38,6 +38,11 @@ _WEIGHT_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", *PICKLE
 _OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html")
 
 
+def partial_directory(output: Path) -> Path:
+    """Where an unfinished run for `output` lies, hidden beside it."""
+    return output.parent / f".{output.name}.partial"
+
+
 class CheckpointWriter:
     """Context manager for one checkpoint in the making.
 
@@ -56,7 +61,7 @@ class CheckpointWriter:
         """`fingerprint` is what must be the same for a run to be resumed: JSON-ready data."""
         self.source = source
         self.output = Path(output)
-        self.directory = self.output.parent / f".{self.output.name}.partial"
+        self.directory = partial_directory(self.output)
         # Through JSON once, so that what is compared is what was stored.
         self._fingerprint = json.loads(json.dumps(dict(fingerprint)))
         self._blocks: dict[int, dict[str, Any]] = {}

@@ -12,6 +12,8 @@ on the command line win over the file, and both over the defaults of the method.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -79,14 +81,26 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("say where the checkpoint goes: --output DIR")
 
     from qig_serve.evaluate import load_samples
+    from qig_serve.offline.checkpoint import partial_directory
     from qig_serve.offline.pipeline import quantize
 
     # Read before the work begins: a mistyped file must not cost a run.
     questions = load_samples(args.evaluate, args.evaluate_n) if args.evaluate else []
-    quantize(args.model, args.output, recipe, resume=args.resume, quiet=args.quiet)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        quantize(args.model, args.output, recipe, resume=args.resume, quiet=args.quiet)
+    except (KeyboardInterrupt, SystemExit):
+        if partial_directory(args.output).exists():
+            print("the finished blocks are kept: go on with --resume", file=sys.stderr)
+        raise
     if questions:
         _evaluate(args, questions)
     return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written is left; exit status 143."""
+    raise SystemExit(128 + number)
 
 
 def _evaluate(args: argparse.Namespace, questions: list[Any]) -> None:
