@@ -16,7 +16,7 @@ from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.offline import adapter
 from qig_serve.offline.calibration import make_batches
-from qig_serve.offline.convert import convert
+from qig_serve.offline.convert import convert, convert_config, convert_tensor
 from qig_serve.offline.sentencepiece_tokenizer import build
 from qig_serve.samples import sample_from_parts
 
@@ -265,3 +265,183 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\x0a\xff not a model")
     with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model"):
         build(path)
+
+
+# Of the published config.json files, what the conversion looks at. The 8B sizes are InternVL2-8B's
+# and InternVL2.5-8B's alike, whose index says how many bytes there are.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
+    "8B": (
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+        },
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "norm_type": "layer_norm",
+            "qk_normalization": False,
+            "qkv_bias": True,
+        },
+        16_150_730_752,
+    ),
+    "26B": (
+        {
+            "hidden_size": 6144,
+            "intermediate_size": 16384,
+            "num_attention_heads": 48,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"factor": 3.0, "type": "dynamic"},
+        },
+        {
+            "hidden_size": 3200,
+            "intermediate_size": 12800,
+            "num_attention_heads": 25,
+            "num_hidden_layers": 45,
+            "norm_type": "rms_norm",
+            "qk_normalization": True,
+            "qkv_bias": False,
+        },
+        None,
+    ),
+}
+
+
+def published_config(size: str) -> dict[str, Any]:
+    llm, vision, _ = PUBLISHED[size]
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": 448,
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internlm2-chat",
+        "torch_dtype": "bfloat16",
+        "use_thumbnail": True,
+        "llm_config": {
+            "architectures": ["InternLM2ForCausalLM"],
+            "bias": False,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "model_type": "internlm2",
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000,
+            "tie_word_embeddings": False,
+            "vocab_size": 92553,
+            **llm,
+        },
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "hidden_act": "gelu",
+            "image_size": 448,
+            "layer_norm_eps": 1e-06,
+            "model_type": "intern_vit_6b",
+            "patch_size": 14,
+            **vision,
+        },
+    }
+
+
+def published_index(size: str) -> dict[str, tuple[int, ...]]:
+    """Names of model.safetensors.index.json -> shapes."""
+    llm, vision, _ = PUBLISHED[size]
+    c, m, vocab = llm["hidden_size"], llm["intermediate_size"], 92553
+    kv = c // llm["num_attention_heads"] * llm["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "language_model.model.tok_embeddings.weight": (vocab, c),
+        "language_model.model.norm.weight": (c,),
+        "language_model.output.weight": (vocab, c),
+    }
+    for i in range(llm["num_hidden_layers"]):
+        layer = {
+            "attention.wo": (c, c),
+            "attention.wqkv": (c + 2 * kv, c),
+            "attention_norm": (c,),
+            "feed_forward.w1": (m, c),
+            "feed_forward.w2": (c, m),
+            "feed_forward.w3": (m, c),
+            "ffn_norm": (c,),
+        }
+        shapes |= {f"language_model.model.layers.{i}.{n}.weight": s for n, s in layer.items()}
+    v, w = vision["hidden_size"], vision["intermediate_size"]
+    shapes |= {
+        "mlp1.0.weight": (4 * v,),
+        "mlp1.0.bias": (4 * v,),
+        "mlp1.1.weight": (c, 4 * v),
+        "mlp1.1.bias": (c,),
+        "mlp1.3.weight": (c, c),
+        "mlp1.3.bias": (c,),
+        "vision_model.embeddings.class_embedding": (1, 1, v),
+        "vision_model.embeddings.patch_embedding.weight": (v, 3, 14, 14),
+        "vision_model.embeddings.patch_embedding.bias": (v,),
+        "vision_model.embeddings.position_embedding": (1, 1025, v),
+    }
+    for i in range(vision["num_hidden_layers"]):
+        layer = {
+            "attn.proj.weight": (v, v),
+            "attn.proj.bias": (v,),
+            "attn.qkv.weight": (3 * v, v),
+            "ls1": (v,),
+            "ls2": (v,),
+            "mlp.fc1.weight": (w, v),
+            "mlp.fc1.bias": (w,),
+            "mlp.fc2.weight": (v, w),
+            "mlp.fc2.bias": (v,),
+            "norm1.weight": (v,),
+            "norm2.weight": (v,),
+        }
+        if vision["qk_normalization"]:
+            layer |= {"attn.q_norm.weight": (v,), "attn.k_norm.weight": (v,)}
+        if vision["qkv_bias"]:
+            layer["attn.qkv.bias"] = (3 * v,)
+        if vision["norm_type"] == "layer_norm":
+            layer |= {"norm1.bias": (v,), "norm2.bias": (v,)}
+        shapes |= {f"vision_model.encoder.layers.{i}.{n}": s for n, s in layer.items()}
+    return shapes
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_every_published_tensor_has_its_place(size: str) -> None:
+    """Names and shapes alone: the published ones become exactly those of transformers' port."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    index, config = published_index(size), convert_config(published_config(size), "config.json")
+    if nbytes := PUBLISHED[size][2]:
+        assert sum(2 * torch.Size(shape).numel() for shape in index.values()) == nbytes
+    text = config["text_config"]
+    converted: dict[str, tuple[int, ...]] = {}
+    for name, shape in index.items():
+        tensor = torch.empty(shape, device="meta")
+        parts = convert_tensor(
+            name, tensor, text["num_attention_heads"], text["num_key_value_heads"]
+        )
+        for target, part in parts:
+            assert target not in converted
+            converted[target] = tuple(part.shape)
+    moved = (
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    )
+    got = {}
+    for name, shape in converted.items():
+        (old, new), *_ = [m for m in moved if name.startswith(m[0])]
+        got[new + name.removeprefix(old)] = shape
+    model_type = config.pop("model_type")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **config))
+    assert got == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert config["image_seq_length"] == 256
+    rope = model.config.text_config.rope_parameters
+    assert (rope["rope_type"], rope["rope_theta"]) == ("dynamic", 1000000)
