@@ -18,6 +18,7 @@ from qig_serve.errors import UserError
 from qig_serve.offline.adapter import LoadedModel
 from qig_serve.offline.calibration import CalibrationBatch
 from qig_serve.offline.capture import ModuleCall, first_output
+from qig_serve.offline.ranks import ALONE, Ranks
 
 TEXT, IMAGE = 1, 2
 MODALITIES = {"text": TEXT, "image": IMAGE}
@@ -47,7 +48,9 @@ def answer_loss(logits: torch.Tensor, ids: torch.Tensor, answer_mask: torch.Tens
     )
 
 
-def model_gradients(loaded: LoadedModel, batches: Sequence[CalibrationBatch]) -> AnswerGradients:
+def model_gradients(
+    loaded: LoadedModel, batches: Sequence[CalibrationBatch], ranks: Ranks = ALONE
+) -> AnswerGradients:
     """Gradients at every group's loss module: loads the whole model, which nothing else does."""
     from transformers import AutoModelForImageTextToText
 
@@ -62,7 +65,7 @@ def model_gradients(loaded: LoadedModel, batches: Sequence[CalibrationBatch]) ->
 
     layers = list(model.get_submodule(loaded.arch.decoder).layers)
     modules = sorted({group.loss_module for group in loaded.arch.groups})
-    return answer_gradients(model, forward, batches, layers, modules)
+    return answer_gradients(model, forward, batches, layers, modules, ranks)
 
 
 def answer_gradients(
@@ -71,14 +74,15 @@ def answer_gradients(
     batches: Sequence[CalibrationBatch],
     layers: Sequence[nn.Module],
     modules: Sequence[str],
+    ranks: Ranks = ALONE,
 ) -> AnswerGradients:
     """One backward pass of the whole model a batch.
 
     `forward(b)` gives the logits [B, T, V] of batch b; `layers` are the decoder blocks and
     `modules` names inside a block at whose outputs gradients are taken, kept as "{block}.{name}".
-    UserError when no batch has an answer.
+    UserError when no batch of any process has an answer.
     """
-    if not any(bool(batch.answer_mask.any()) for batch in batches):
+    if not any(ranks.total(sum(int(batch.answer_mask.sum()) for batch in batches))):
         raise UserError(
             "these token weights come from the gradient of the answer loss, but no calibration "
             "sample has an answer: use another method, or data with answers"
@@ -126,20 +130,23 @@ def answer_gradients(
 
 
 def modality_means(
-    magnitude: dict[int, torch.Tensor], batches: Sequence[CalibrationBatch]
+    magnitude: dict[int, torch.Tensor],
+    batches: Sequence[CalibrationBatch],
+    ranks: Ranks = ALONE,
 ) -> dict[int, float]:
-    """Mean gradient magnitude of each modality's real tokens over all samples.
+    """Mean gradient magnitude of each modality's real tokens over the samples of all processes.
 
     Modality code -> mean; a modality without tokens is absent.
     """
     means = {}
     for code in MODALITIES.values():
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for b, values in magnitude.items():
             batch = batches[b]
             mask = (batch.token_mask & (batch.modality == code)).cpu()
             total += float(values[mask].double().sum())
             count += int(mask.sum())
+        total, count = ranks.total(total, count)
         if count:
             means[code] = total / count
     return means

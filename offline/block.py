@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def round_block(
     results: Sequence[GroupResult],
     streams: Streams,
     where: str,
+    seconds: dict[str, float] | None = None,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
     """Quantizes every linear of `groups`; the block's weights become the dequantized ones.
 
@@ -61,7 +63,8 @@ def round_block(
     linear's statistics see what the linears before it, in this block too, have already lost.
     `original` is the block before equalization; its inputs, divided by a group's columns, are what
     the equalized linear would see in full precision. `results` are those of `equalize_group`, or
-    empty where nothing was searched: then real tokens count alike.
+    empty where nothing was searched: then real tokens count alike. `seconds` is filled with the
+    wall time of gathering statistics.
 
     Returns the packed tensors and the rounding report, a linear each.
     """
@@ -76,16 +79,24 @@ def round_block(
         if recipe.needs_statistics:
             result = results[i] if results else None
             first = group.linears[0]
+            started = time.monotonic()
             stats = _statistics(block, original, first, linears, result, streams, where)
-        for name in group.linears:
+            if seconds is not None:
+                spent = time.monotonic() - started
+                seconds["statistics"] = seconds.get("statistics", 0.0) + spent
+        for k, name in enumerate(group.linears):
             weight = linears[name].weight
             check_finite(weight, f"{where}, {name}, weight")
             if stats is None:
                 rounded[name] = _nearest(weight, streams)
             else:
-                rounded[name] = round_linear(
-                    weight, stats, scheme, streams.dtype, options, f"{where}, {name}"
-                )
+                # Each process rounds some of the linears, and all of them get the same codes.
+                source, found = k % streams.ranks.size, None
+                if streams.ranks.rank == source:
+                    found = round_linear(
+                        weight, stats, scheme, streams.dtype, options, f"{where}, {name}"
+                    )
+                rounded[name] = _share(found, source, streams)
             weight.copy_(rounded[name].dequantized())
     if recipe.effort == "high":
         rounded = _learn(block, original, rounded, equalized, results, streams)
@@ -134,6 +145,15 @@ def _learn(
     return learned
 
 
+def _share(found: RoundedLinear | None, source: int, streams: Streams) -> RoundedLinear:
+    """What process `source` found, on every process."""
+    if streams.ranks.size > 1:
+        shared = streams.ranks.share(None if found is None else found.to("cpu"), source)
+        found = None if shared is None else shared.to(streams.device)
+    assert found is not None  # the source process has it
+    return found
+
+
 def _nearest(weight: torch.Tensor, streams: Streams) -> RoundedLinear:
     scheme = streams.scheme
     scale, zero = minmax_params(weight, scheme, scale_dtype(scheme, streams.dtype))
@@ -167,4 +187,4 @@ def _statistics(
             x_fp = (x_fp / columns if columns is not None else x_fp)[mask]
         weights = mask.float() if result is None else result.token_weights[b]
         accumulator.accumulate(x_q[mask], x_fp, weights[mask])
-    return accumulator.finish()
+    return accumulator.finish(streams.ranks)

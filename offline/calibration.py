@@ -12,11 +12,13 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from qig_serve.errors import UserError
+from qig_serve.offline.ranks import ALONE, Ranks
 from qig_serve.offline.sources import load_samples
 from qig_serve.samples import Sample, load_image, sample_sha256
 
@@ -71,13 +73,20 @@ def make_batches(
     *,
     batch_tokens: int = 2048,
     max_length: int = 2048,
+    ranks: Ranks = ALONE,
 ) -> list[CalibrationBatch]:
     """Batches of at most `batch_tokens` tokens (at least one sample each), longest first.
 
-    UserError names the sample that is longer than `max_length` (images are never cut), that
-    cannot be rendered, or whose picture cannot be read.
+    With several processes, those of this one: the samples are dealt out by length, and there must
+    be one for each. UserError names the sample that is longer than `max_length` (images are never
+    cut), that cannot be rendered, or whose picture cannot be read.
     """
-    groups: dict[tuple[Any, ...], list[_Encoded]] = {}
+    if len(samples) < ranks.size:
+        raise UserError(
+            f"{ranks.size} processes for {len(samples)} calibration samples: start no more "
+            "processes than there are samples"
+        )
+    encodings: list[_Encoded] = []
     for sample in samples:
         encoded = _encode(sample, processor, image_token_id)
         if len(encoded.modality) > max_length:
@@ -85,11 +94,12 @@ def make_batches(
                 f"calibration sample {sample.id} is {len(encoded.modality)} tokens long, more than "
                 f"{max_length}: leave it out, shrink its images, or raise --max-length"
             )
-        groups.setdefault(encoded.key, []).append(encoded)
+        encodings.append(encoded)
+    encodings.sort(key=lambda e: (-e.key[0], str(e.key)))
     batches = []
-    for key in sorted(groups, key=lambda k: (-k[0], str(k))):
+    for key, alike in groupby(ranks.part(encodings), key=lambda e: e.key):
         size = max(1, batch_tokens // key[0])
-        group = groups[key]
+        group = list(alike)
         batches += [_collate(group[i : i + size]) for i in range(0, len(group), size)]
     return batches
 

@@ -82,6 +82,7 @@ def equalize_group(
         streams.dtype,
         recipe.loss,
         where,
+        streams.ranks,
     )
     chosen = best(losses) if recipe.equalize == "search" else len(candidates) - 1
     captured.clear()

@@ -10,6 +10,7 @@ from torch import nn
 
 from qig_serve.offline.architectures import SmoothingGroup
 from qig_serve.offline.capture import ModuleCall, Store, catch_call, check_finite, run_module
+from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.streams import Streams
 
 
@@ -34,9 +35,9 @@ class ModuleParts:
     masks: list[torch.Tensor]
     """Real tokens of the parts, bool [B, T]."""
     act_mean: torch.Tensor
-    """mean |X_c| over real tokens, [C]."""
+    """mean |X_c| over the real tokens of all processes, [C]."""
     act_max: torch.Tensor
-    """max |X_c| over real tokens, [C]."""
+    """max |X_c| over the same tokens, [C]."""
 
     def clear(self) -> None:
         """Forget all activations."""
@@ -72,15 +73,19 @@ def inner_names(group: SmoothingGroup) -> list[str]:
     return [n.removeprefix(group.loss_module).removeprefix(".") for n in group.linears]
 
 
+def wants_quantized(recipe: QuantRecipe) -> bool:
+    """Whether a search needs what the quantized prefix gives in place of its input."""
+    attributes = recipe.token_weights == "qig" and recipe.baseline == "quantized"
+    return attributes or recipe.search_input == "quantized"
+
+
 @torch.no_grad()
 def capture_parts(
     block: nn.Module, group: SmoothingGroup, streams: Streams, where: str
 ) -> ModuleParts:
     """Runs the block up to the group's loss module on what the search needs."""
     recipe, module = streams.recipe, block.get_submodule(group.loss_module)
-    attributes = recipe.token_weights == "qig" and recipe.baseline == "quantized"
-    wants_quantized = attributes or recipe.search_input == "quantized"
-    found = [("x", streams.fp), *([("xq", streams.quantized)] if wants_quantized else [])]
+    found = [("x", streams.fp), *([("xq", streams.quantized)] if wants_quantized(recipe) else [])]
     stores = {name: streams.new_store(f"{group.name}-{name}") for name, _ in found}
     masks = [streams.mask(b) for b in range(len(streams))]
     calls: list[ModuleCall] = []
@@ -111,7 +116,9 @@ def capture_parts(
         real = x[mask].float().abs()  # [tokens, C]
         total, tokens = total.to(x.device) + real.sum(0), tokens + len(real)
         peak = torch.maximum(peak.to(x.device), real.amax(0))
-    act_mean = total / max(tokens, 1)
+    streams.ranks.sum(total)
+    streams.ranks.maximum(peak)
+    act_mean = total / max(streams.ranks.total(tokens)[0], 1)
     return ModuleParts(
         tokenwise, calls, stores["x"], stores.get("xq"), targets, masks, act_mean, peak
     )

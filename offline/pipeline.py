@@ -6,7 +6,8 @@
 
 Two streams of hidden states go through the decoder side by side, that of the original model and
 that of the quantized prefix (streams.py). One block is resident at a time (twice: as it was and as
-it becomes), and one batch of samples at a time passes it.
+it becomes), and one batch of samples at a time passes it. Several processes (torchrun) share the
+samples, see ranks.py: all go through this loop, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from qig_serve import __version__
@@ -31,6 +31,7 @@ from qig_serve.offline import adapter, compressed_tensors
 from qig_serve.offline.adapter import BlockInputs, LoadedModel
 from qig_serve.offline.baselines import AnswerGradients, model_gradients
 from qig_serve.offline.block import round_block
+from qig_serve.offline.block_files import load_written, read_progress, write_block
 from qig_serve.offline.calibration import (
     CalibrationBatch,
     calibration_sha256,
@@ -39,16 +40,21 @@ from qig_serve.offline.calibration import (
     token_counts,
 )
 from qig_serve.offline.capture import Store, check_finite
-from qig_serve.offline.checkpoint import CheckpointWriter, tensor_parallel_sizes
+from qig_serve.offline.checkpoint import CheckpointWriter, ResumableError, tensor_parallel_sizes
 from qig_serve.offline.equalize import GroupResult, equalize_group
+from qig_serve.offline.estimate import Estimate, dry_run, heaviest
 from qig_serve.offline.pictured import PicturedWeights
 from qig_serve.offline.progress import RunProgress, device_bytes, host_bytes
+from qig_serve.offline.ranks import ALONE, Ranks, joined, local_rank
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.report import write_reports
 from qig_serve.offline.report_data import REPORT_FILE, BlockReport, QuantizationReport
 from qig_serve.offline.streams import Streams
-from qig_serve.packing import unpack_linear
 from qig_serve.samples import sample_sha256
+
+LOG_FILE = "quantize.log"
+"""The run's progress, in the hidden directory beside the output and then in the checkpoint."""
+ACTIVATIONS = "activations"
 
 
 def quantize(
@@ -61,15 +67,25 @@ def quantize(
 ) -> QuantizationReport:
     """Quantizes a Hugging Face model directory and writes the checkpoint to `output`.
 
-    The same recipe, samples and seed give the same bytes. UserError, with nothing left behind,
-    when model, data or recipe are wrong; an interrupted run goes on with `resume`.
+    The same recipe, samples, seed and number of processes give the same bytes. UserError, with
+    nothing left behind, when model, data or recipe are wrong; an interrupted run goes on with
+    `resume`. Under torchrun the processes share the samples, and all return the report.
     """
     recipe = recipe or QuantRecipe(calib="demo")
-    started = time.monotonic()
     if not recipe.quant_scheme.servable:
         raise UserError(f"{recipe.scheme} is for comparisons only: no server can load it")
+    with joined() as ranks:
+        return _quantize(Path(model), Path(output), recipe, ranks, resume, quiet)
+
+
+def _quantize(
+    model: Path, output: Path, recipe: QuantRecipe, ranks: Ranks, resume: bool, quiet: bool
+) -> QuantizationReport:
+    started = time.monotonic()
+    if ranks.size > 1 and recipe.effort == "high":
+        raise UserError("effort high learns on one batch at a time: run it in one process")
     torch.manual_seed(recipe.seed)
-    device = pick_device(recipe.device)
+    device = pick_device(recipe.device, ranks)
     loaded = adapter.load(model, device=device)
     check_shapes(loaded, recipe.quant_scheme)
     samples = load_samples(
@@ -81,6 +97,7 @@ def quantize(
         loaded.image_token_id,
         batch_tokens=recipe.batch_tokens,
         max_length=recipe.max_length,
+        ranks=ranks,
     )
     info = CalibrationInfo(
         source=recipe.calib,
@@ -88,6 +105,8 @@ def quantize(
         sha256=calibration_sha256(samples),
         seed=recipe.seed,
     )
+    counts = token_counts(batches)
+    tokens = dict(zip(counts, map(int, ranks.total(*counts.values())), strict=True))
     report = QuantizationReport(
         model=str(model),
         family=loaded.arch.name,
@@ -96,7 +115,7 @@ def quantize(
         recipe=recipe.recorded(),
         calibration={
             **info.model_dump(),
-            "tokens": token_counts(batches),
+            "tokens": tokens,
             # So that an evaluation can tell which of its questions were calibrated on.
             "sample_sha256": [sample_sha256(s) for s in samples],
         },
@@ -108,43 +127,105 @@ def quantize(
         "model": loaded.source.fingerprint(),
         "data": info.sha256,
         "recipe": recipe.recorded(),
+        "run": {"processes": ranks.size},  # sums depend on it in the last bits
     }
     with ExitStack() as stack:
-        writer = stack.enter_context(CheckpointWriter(loaded.source, output, fingerprint, resume))
-        progress = stack.enter_context(RunProgress(loaded.num_blocks, device, quiet))
+        writer = None
+        if ranks.writes:
+            writer = CheckpointWriter(loaded.source, output, fingerprint, resume)
+            stack.enter_context(writer)
+        log = None if writer is None else writer.directory / LOG_FILE
+        progress = stack.enter_context(
+            RunProgress(loaded.num_blocks, device, quiet or not ranks.writes, log)
+        )
+        progress.line(
+            f"calibration: {len(samples)} samples of {tokens['image']} image, {tokens['text']} "
+            f"text and {tokens['special']} template tokens"
+            + (f", shared by {ranks.size} processes" if ranks.size > 1 else "")
+        )
+        folder = stack.enter_context(offload_folder(recipe, writer, ranks))
+        if not ranks.share(writer.finished if writer is not None else 0):
+            estimate = look_ahead(loaded, recipe, batches, ranks, folder, progress)
+            report.estimate = asdict(estimate)
         gradients = None
-        if recipe.token_weights in ("modality", "gradient"):
-            progress.line("a backward pass of the whole model, for gradients of the answer loss")
-            gradients = model_gradients(loaded, batches)
-        pictured = PicturedWeights.choose(samples, batches, loaded.num_blocks)
-        with offload_folder(recipe, writer) as folder:
-            streams = first_streams(loaded, recipe, batches, folder)
-            quantize_blocks(loaded, streams, gradients, writer, progress, report, pictured)
+        if recipe.needs_model_gradients:
+            progress.line(
+                f"token weights by {recipe.token_weights} need a backward pass of the whole model, "
+                "the only step that holds all of it in memory"
+            )
+            gradients = model_gradients(loaded, batches, ranks)
+        own = {name for batch in batches for name in batch.ids}
+        pictured = PicturedWeights.choose(
+            [s for s in samples if s.id in own], batches, loaded.num_blocks
+        )
+        streams = first_streams(loaded, recipe, batches, folder, ranks)
+        quantize_blocks(loaded, streams, gradients, writer, progress, report, pictured)
+        ranks.agree()
         report.seconds = time.monotonic() - started
-        publish(loaded, writer, report, info, recipe, pictured)
-        progress.line(f"wrote {output} in {report.seconds:.0f} s")
+        if writer is not None:
+            progress.line(f"all blocks done in {report.seconds:.0f} s")
+            progress.close_log()
+            shutil.rmtree(writer.directory / ACTIVATIONS, ignore_errors=True)
+            publish(loaded, writer, report, info, recipe, pictured)
+            progress.line(f"wrote {output} in {time.monotonic() - started:.0f} s")
     return report
 
 
+def look_ahead(
+    loaded: LoadedModel,
+    recipe: QuantRecipe,
+    batches: Sequence[CalibrationBatch],
+    ranks: Ranks,
+    folder: Path | None,
+    progress: RunProgress,
+) -> Estimate:
+    """The dry run on the longest samples, and what the run will take, printed."""
+    longest = heaviest(batches)[0]
+    progress.line(
+        f"dry run of one block on the longest sample, {longest.ids[0]}: "
+        f"{longest.token_mask.shape[1]} tokens"
+    )
+
+    def streams(chosen: Sequence[CalibrationBatch], dry: QuantRecipe) -> Streams:
+        return first_streams(loaded, dry, chosen, folder, ranks)
+
+    estimate = dry_run(loaded, recipe, batches, streams)
+    progress.line(estimate.line(loaded.num_blocks, loaded.device))
+    return estimate
+
+
 @contextmanager
-def offload_folder(recipe: QuantRecipe, writer: CheckpointWriter) -> Iterator[Path | None]:
-    """Where activations wait with `offload` disk; gone before the checkpoint is published."""
-    folder = writer.directory / "activations"
-    shutil.rmtree(folder, ignore_errors=True)  # a killed run leaves its own
-    if recipe.offload == "ram":
+def offload_folder(
+    recipe: QuantRecipe, writer: CheckpointWriter | None, ranks: Ranks
+) -> Iterator[Path | None]:
+    """Where activations of this process wait with `offload` disk; gone afterwards."""
+    parent = None
+    if writer is not None:
+        parent = writer.directory / ACTIVATIONS
+        shutil.rmtree(parent, ignore_errors=True)  # a killed run leaves its own
+    parent = ranks.share(parent)
+    if recipe.offload == "ram" or parent is None:
         yield None
         return
-    folder.mkdir()
+    folder = parent / str(ranks.rank)
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a recipe; "auto" is a GPU if there is one. UserError when it is not there."""
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of a recipe; "auto" is a GPU if there is one. UserError when it is not there.
+
+    Each of several processes of a machine takes a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"device {name} cannot serve {ranks.size} processes: say cuda")
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -169,8 +250,10 @@ def first_streams(
     recipe: QuantRecipe,
     batches: Sequence[CalibrationBatch],
     folder: Path | None,
+    ranks: Ranks = ALONE,
 ) -> Streams:
     """Both streams before block 0: what embeddings, vision tower and projector make of samples."""
+    loaded.model.to(loaded.device)
     inputs: list[BlockInputs] = []
     fp, quantized = Store(folder, "fp"), Store(folder, "quantized")
     for b, batch in enumerate(batches):
@@ -180,22 +263,29 @@ def first_streams(
         quantized.put(b, before.hidden)
         inputs.append(replace(before, hidden=before.hidden[:0]))  # the stores keep it
     loaded.model.to("cpu")  # from here on the device holds one block
-    return Streams(recipe, loaded.dtype, loaded.device, batches, inputs, fp, quantized, 0, folder)
+    return Streams(
+        recipe, loaded.dtype, loaded.device, batches, inputs, fp, quantized, 0, folder, ranks
+    )
 
 
 def quantize_blocks(
     loaded: LoadedModel,
     streams: Streams,
     gradients: AnswerGradients | None,
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     progress: RunProgress,
     report: QuantizationReport,
     pictured: PicturedWeights,
 ) -> None:
-    """The loop over the decoder. Blocks that an interrupted run has written are only passed."""
-    first = writer.finished
+    """The loop over the decoder. Blocks that an interrupted run has written are only passed.
+
+    `writer` is None in the processes that do not write.
+    """
+    ranks = streams.ranks
+    first = ranks.share(writer.finished if writer is not None else 0)
     if first:
-        report.blocks, report.fallbacks = read_progress(writer, first)
+        if writer is not None:
+            report.blocks, report.fallbacks = read_progress(writer, first)
         progress.line(f"going on after block {first}/{loaded.num_blocks}")
     for index in range(loaded.num_blocks):
         progress.block(index)
@@ -205,13 +295,16 @@ def quantize_blocks(
         where = f"layer {index}"
         if index < first:
             progress.step("passing", 0.0)
-            load_written(loaded, block, index, writer, streams.scheme)
+            if writer is not None:
+                load_written(loaded, block, index, writer, streams.scheme)
+            for parameter in block.parameters():
+                ranks.spread(parameter.data)
             streams.advance(original, block, linears_of(loaded, block), where)
             continue
 
         results: list[GroupResult] = []
         groups = loaded.arch.groups
-        searched = groups if needs_groups(streams.recipe) else ()
+        searched = groups if streams.recipe.needs_groups else ()
         for i, group in enumerate(searched):
             progress.step(f"equalization of {group.name}", 0.75 * i / len(searched))
             results.append(equalize_group(block, group, streams, gradients, index))
@@ -220,8 +313,10 @@ def quantize_blocks(
         tensors, rounding = round_block(
             block, original, loaded.arch.groups, results, streams, where
         )
-        progress.step("writing", 0.9)
-        write_block(loaded, block, index, tensors, results, writer)
+        count_fallbacks(results, report, streams.recipe, progress)
+        if writer is not None:
+            progress.step("writing", 0.9)
+            write_block(loaded, block, index, tensors, results, writer)
         progress.step("advancing", 0.92)
         done = BlockReport(
             index=index,
@@ -233,8 +328,8 @@ def quantize_blocks(
             device_bytes=device_bytes(streams.device),
         )
         report.blocks.append(done)
-        report.fallbacks += [text for r in results for text in r.fallbacks]
-        writer.write_text(REPORT_FILE, report.model_dump_json())
+        if writer is not None:
+            writer.write_text(REPORT_FILE, report.model_dump_json())
         ratio = [f"{m.name} {m.loss / max(m.loss_rtn, 1e-30):.2f}" for m in done.modules]
         complete = [f"{m.completeness:.1%}" for m in done.modules if m.completeness is not None]
         text = f"output error {done.output_error:.2e}"
@@ -243,70 +338,31 @@ def quantize_blocks(
         progress.block_done(text, first)
 
 
-def needs_groups(recipe: QuantRecipe) -> bool:
-    """Whether anything is searched or weighed: round-to-nearest alone needs no activations."""
-    return recipe.equalize != "none" or recipe.token_weights != "uniform"
+def count_fallbacks(
+    results: Sequence[GroupResult],
+    report: QuantizationReport,
+    recipe: QuantRecipe,
+    progress: RunProgress,
+) -> None:
+    """Prints and counts the steps of a block that took a simpler way.
+
+    ResumableError at the first block that has any, unless the recipe allows them: blocks before
+    it are kept, and the run can go on with permission.
+    """
+    found = [text for r in results for text in r.fallbacks]
+    report.fallbacks += found
+    for text in found:
+        progress.line(f"fallback {len(report.fallbacks)}: {text}")
+    if found and not recipe.allow_fallbacks:
+        raise ResumableError(
+            f"{len(found)} steps fell back to a simpler way, the first: {found[0]}. Run again with "
+            "--allow-fallbacks to accept that"
+        )
 
 
 def linears_of(loaded: LoadedModel, block: nn.Module) -> list[nn.Module]:
     """The quantized linears of a block."""
     return [block.get_submodule(n) for group in loaded.arch.groups for n in group.linears]
-
-
-def write_block(
-    loaded: LoadedModel,
-    block: nn.Module,
-    index: int,
-    packed: Mapping[str, Mapping[str, torch.Tensor]],
-    results: Sequence[GroupResult],
-    writer: CheckpointWriter,
-) -> None:
-    """Packed linears and the 16-bit parameters that folding changed, by their checkpoint names."""
-    tensors = {
-        loaded.source_name(index, f"{name}.{suffix}"): tensor
-        for name, parts in packed.items()
-        for suffix, tensor in parts.items()
-    }
-    parameters = dict(block.named_parameters())
-    for name in sorted({name for r in results for name in r.changed}):
-        source_name = loaded.source_name(index, name)
-        tensors[source_name] = parameters[name].to(loaded.source.tensor(source_name).dtype)
-    writer.write_block(
-        index, tensors, [loaded.source_name(index, f"{name}.weight") for name in packed]
-    )
-
-
-def load_written(
-    loaded: LoadedModel,
-    block: nn.Module,
-    index: int,
-    writer: CheckpointWriter,
-    scheme: QuantScheme,
-) -> None:
-    """Makes a block what a finished block of an interrupted run was, bit by bit."""
-    written = load_file(writer.block_file(index))
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            source_name = loaded.source_name(index, name)
-            stem = source_name.removesuffix(".weight")
-            tensors = {
-                n.removeprefix(f"{stem}."): t
-                for n, t in written.items()
-                if n.startswith(f"{stem}.weight_")
-            }
-            if source_name in written:
-                parameter.copy_(written[source_name])
-            elif tensors and name.endswith(".weight"):
-                parameter.copy_(unpack_linear(tensors, scheme))
-
-
-def read_progress(writer: CheckpointWriter, first: int) -> tuple[list[BlockReport], list[str]]:
-    """What an interrupted run reported about its finished blocks."""
-    path = writer.directory / REPORT_FILE
-    if not path.is_file():
-        return [], []
-    report = QuantizationReport.model_validate_json(path.read_text(encoding="utf-8"))
-    return report.blocks[:first], report.fallbacks
 
 
 def publish(
@@ -317,12 +373,7 @@ def publish(
     recipe: QuantRecipe,
     pictured: PicturedWeights,
 ) -> None:
-    """Refuses silent fallbacks, then publishes the checkpoint with its reports."""
-    if report.fallbacks and not recipe.allow_fallbacks:
-        raise UserError(
-            f"{len(report.fallbacks)} steps fell back to a simpler way, the first: "
-            f"{report.fallbacks[0]}. Run again with --allow-fallbacks to accept that"
-        )
+    """Publishes the checkpoint with its reports."""
     scheme = recipe.quant_scheme
     config = QuantizationConfig(
         quant_method="qig",

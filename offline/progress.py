@@ -1,14 +1,21 @@
-"""Progress of a run: a live bar on a terminal, plain lines elsewhere, nothing if quiet."""
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere, nothing if quiet.
+
+A log file gets the plain lines in every case, with the time and the steps inside a block.
+"""
 
 from __future__ import annotations
 
 import resource
 import time
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qig_serve.offline.checkpoint import ResumableError
 
 
 def host_bytes() -> int:
@@ -21,10 +28,21 @@ def device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-class RunProgress:
-    """Blocks are the units; a step names what is being done inside one."""
+def gibibytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB"
 
-    def __init__(self, blocks: int, device: torch.device, quiet: bool = False) -> None:
+
+class RunProgress:
+    """Blocks are the units; a step names what is being done inside one.
+
+    Lines are appended to the file `log`, if one is given, until `close_log`.
+    """
+
+    def __init__(
+        self, blocks: int, device: torch.device, quiet: bool = False, log: Path | None = None
+    ) -> None:
+        self._log = None if log is None else log.open("a", encoding="utf-8", buffering=1)
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._device = device
         self._blocks = blocks
@@ -55,10 +73,29 @@ class RunProgress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+        if error is not None:
+            self._write(f"stopped: {str(error) or type(error).__name__}")
+        self.close_log()
 
     def line(self, text: str) -> None:
         """A line that stays."""
         self._console.print(text, markup=False)
+        self._write(text)
+
+    def close_log(self) -> None:
+        """The log is complete: what follows goes to the terminal only."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _write(self, text: str) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+        except OSError as error:
+            name, self._log = self._log.name, None
+            raise ResumableError(f"{name} cannot be written: {error.strerror}") from None
 
     def block(self, index: int) -> None:
         """Block `index` begins (blocks below it are done)."""
@@ -67,6 +104,7 @@ class RunProgress:
 
     def step(self, text: str, done: float) -> None:
         """What is being done in the block, and which fraction of the block is done."""
+        self._write(f"block {self._block + 1}/{self._blocks}: {text}")
         self._bar.update(
             self._task,
             description=f"block {self._block}: {text}",
@@ -87,7 +125,7 @@ class RunProgress:
 
     def memory(self) -> str:
         """Peak memory so far, for people."""
-        text = f"{host_bytes() / 2**30:.1f} GiB host"
+        text = f"{gibibytes(host_bytes())} host"
         if device := device_bytes(self._device):
-            text += f", {device / 2**30:.1f} GiB device"
+            text += f", {gibibytes(device)} device"
         return text

@@ -47,8 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
-EXECUTION_FIELDS = frozenset({"device", "offload"})
-"""Fields that say where a run happens, and not what it computes."""
+EXECUTION_FIELDS = frozenset({"device", "offload", "allow_fallbacks"})
+"""Fields that say where a run happens and when it fails, and not what it computes."""
 
 
 class QuantRecipe(BaseModel):
@@ -183,6 +183,21 @@ class QuantRecipe(BaseModel):
             or self.polish_sweeps > 0
             or self.effort == "high"
         )
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether anything is searched or weighed: round-to-nearest alone needs no activations."""
+        return self.equalize != "none" or self.token_weights != "uniform"
+
+    @property
+    def needs_model_gradients(self) -> bool:
+        """Whether token weights come from a backward pass of the whole model."""
+        return self.token_weights in ("modality", "gradient")
+
+    @property
+    def candidates(self) -> int:
+        """Choices of scales that a search tries, round to nearest among them."""
+        return {"search": self.grid, "smoothquant": 2, "none": 1}[self.equalize]
 
     def recorded(self) -> dict[str, Any]:
         """What the checkpoint says: all but EXECUTION_FIELDS."""

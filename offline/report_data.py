@@ -86,6 +86,8 @@ class QuantizationReport(_Data):
     warnings: list[str] = Field(default_factory=list)
     fallbacks: list[str] = Field(default_factory=list)
     """Steps that had to take a simpler way; a run with any fails unless allow_fallbacks."""
+    estimate: dict[str, float] = Field(default_factory=dict)
+    """What the dry run foretold: seconds, and peaks of host_bytes, disk_bytes, device_bytes."""
     seconds: float = 0.0
     producer: str = ""
 

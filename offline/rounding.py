@@ -18,7 +18,8 @@ import torch
 from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline import compensation as comp
-from qig_serve.offline.ranges import search_range
+from qig_serve.offline.ranges import clipping, search_range
+from qig_serve.offline.ranks import ALONE, Ranks
 from qig_serve.packing import dequantize, minmax_params, quantize, scale_dtype
 
 RangeSearch = Literal["minmax", "mse", "energy", "conditional", "hessian"]
@@ -93,8 +94,16 @@ class StatsAccumulator:
         self._weight += float(weights.double().sum())
         self._tokens += int(keep.sum())
 
-    def finish(self) -> LinearStats:
-        """The statistics, divided by the sum of token weights. ValueError when that is zero."""
+    def finish(self, ranks: Ranks = ALONE) -> LinearStats:
+        """The statistics of all processes, divided by the sum of token weights.
+
+        ValueError when that is zero.
+        """
+        self._weight, tokens = ranks.total(self._weight, self._tokens)
+        self._tokens = int(tokens)
+        ranks.sum(self._hessian)
+        if self._cross is not None:
+            ranks.sum(self._cross)
         if not self._weight > 0:
             raise ValueError("no token with a positive weight was accumulated")
         cross = None if self._cross is None else self._cross / self._weight
@@ -161,6 +170,11 @@ class RoundedLinear:
     report: dict[str, Any]
     """Output error after each step: see `round_linear`."""
 
+    def to(self, device: torch.device | str) -> RoundedLinear:
+        """The same on another device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return RoundedLinear(self.codes.to(device), self.scale.to(device), zero, self.report)
+
     def dequantized(self) -> torch.Tensor:
         """The weight [N, K] in fp32 that the codes stand for."""
         return dequantize(self.codes, self.scale, self.zero)
@@ -180,7 +194,8 @@ def round_linear(
     `output_energy` = tr(W H W^T) and, as fractions of it, tr((T - Q) H (T - Q)^T) of
     round-to-nearest with min-max ranges ("rtn") and after each step ("range", "compensation",
     "rounds", "refit", "polish"); T is W, or the shifted target where compensation is GPTAQ or
-    Qronos. UserError names the linear when weight or statistics are not finite.
+    Qronos; and what `ranges.clipping` says. UserError names the linear when weight or statistics
+    are not finite.
     """
     options = options or RoundingOptions()
     stored = scale_dtype(scheme, dtype)
@@ -240,6 +255,7 @@ def round_linear(
         if options.scale_refit:
             scale = comp.refit_scales(target, stats.hessian, codes, scale, zero, stored)
         record("polish", codes, scale)
+    report |= clipping(w, scale, zero, scheme, stored)
     return RoundedLinear(codes, scale, zero, report)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.capture import ModuleCall, quantized_activations, run_module
+from qig_serve.offline.ranks import ALONE, Ranks
 from qig_serve.packing import fake_quantize, scale_dtype
 
 Loss = Literal["mae", "mse"]
@@ -97,9 +98,13 @@ def evaluate_candidates(
     dtype: torch.dtype,
     loss: Loss,
     where: str,
+    ranks: Ranks = ALONE,
 ) -> list[float]:
-    """The loss of each candidate, a weighted mean over tokens. `where` is for error messages."""
-    losses = []
+    """The loss of each candidate, a weighted mean over the tokens of all processes.
+
+    `batches` are those of this process; `where` is for error messages.
+    """
+    sums: list[float] = []
     for candidate in candidates:
         weights = quantized_weights(module, linears, candidate.columns, scheme, dtype)
         total = weight = torch.zeros((), dtype=torch.float64)
@@ -111,7 +116,9 @@ def evaluate_candidates(
                 # Read once a candidate, so that nothing waits for a GPU.
                 total = total.to(value.device) + value
                 weight = weight.to(value.device) + batch.token_weights.sum()
-        losses.append(float(total / weight))
+        sums += [float(total), float(weight)]
+    sums = ranks.total(*sums)
+    losses = [total / weight for total, weight in zip(sums[::2], sums[1::2], strict=True)]
     if not all(torch.isfinite(torch.tensor(losses))):
         raise UserError(
             f"{where}: the search met NaN or infinity. Check that the model works in full "

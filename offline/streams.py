@@ -23,6 +23,7 @@ from qig_serve.offline.capture import (
     first_output,
     quantized_activations,
 )
+from qig_serve.offline.ranks import ALONE, Ranks
 from qig_serve.offline.recipe import QuantRecipe
 
 
@@ -43,6 +44,8 @@ class Streams:
     """The block at hand."""
     folder: Path | None = None
     """Where activations wait if not in host memory."""
+    ranks: Ranks = ALONE
+    """The processes that share the samples; the batches are those of this one."""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -81,7 +84,7 @@ class Streams:
 
         `linears` are those of the quantized block that see int8 inputs under w4a8. Returns the
         mean squared error between the streams over the mean square of the full-precision one,
-        real tokens only.
+        real tokens of all processes only.
         """
         error, energy = 0.0, 0.0
         for b in range(len(self)):
@@ -98,4 +101,5 @@ class Streams:
             self.fp.put(b, full)
             self.quantized.put(b, other)
         self.index += 1
+        error, energy = self.ranks.total(error, energy)
         return error / max(energy, 1e-30)

@@ -64,11 +64,13 @@ def weigh_tokens(
     if source == "uniform":
         raw = [mask.float() for mask in masks]
     elif source == "modality":
-        means = modality_means(magnitude, streams.batches)
+        means = modality_means(magnitude, streams.batches, streams.ranks)
         raw = [modality_importance(means, streams.modality(b), m) for b, m in enumerate(masks)]
     elif source == "gradient":
         raw = [
-            magnitude[b].to(mask.device) * mask if b in magnitude else torch.zeros(mask.shape)
+            magnitude[b].to(mask.device) * mask
+            if b in magnitude
+            else torch.zeros_like(mask, dtype=torch.float32)
             for b, mask in enumerate(masks)
         ]
     elif source == "attention":
@@ -80,20 +82,23 @@ def weigh_tokens(
         raw = captured.to_batches([a.importance for a in parts], masks)
         integral = sum(float(a.integral.double().sum()) for a in parts)
         difference = sum(float(a.difference.double().sum()) for a in parts)
+        integral, difference = streams.ranks.total(integral, difference)
     clip = recipe.iqr and source in ("gradient", "attention", "perturbation", "qig")
-    weights, empty = [], 0
+    weights, outliers, empty = [], [], 0
     for importance, mask in zip(raw, masks, strict=True):
         clipped = clip_outliers(importance, mask) if clip else importance
         normalized, without = normalize(clipped, mask)
         weights.append(normalized)
+        outliers.append(clipped != importance)
         empty += without
-    result = TokenWeights(weights, _token_shares(streams, raw, weights))
+    (without_any,) = streams.ranks.total(empty)
+    result = TokenWeights(weights, _token_shares(streams, raw, weights, outliers))
     if source == "qig":
         result.completeness = completeness(integral, difference)
-    if empty:
+    if without_any:
         result.fallbacks.append(
-            f"layer {index}, {group.name}: {empty} samples without {source} importance got "
-            "uniform token weights"
+            f"layer {index}, {group.name}: {without_any:.0f} samples without {source} importance "
+            "got uniform token weights"
         )
     return result
 
@@ -139,19 +144,27 @@ def _attention(block: nn.Module, streams: Streams, b: int) -> torch.Tensor:
 
 
 def _token_shares(
-    streams: Streams, raw: list[torch.Tensor], weights: list[torch.Tensor]
+    streams: Streams,
+    raw: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    outliers: list[torch.Tensor],
 ) -> dict[str, TokenShare]:
-    """Share of importance and of token weight by modality, over all samples."""
+    """Share of importance and of token weight by modality, over the samples of all processes."""
     shares = {}
     before, _ = zip(*(normalize(u, streams.mask(b)) for b, u in enumerate(raw)), strict=True)
-    samples = sum(len(u) for u in raw)
     for name, code in MODALITIES.items():
         chosen = [streams.mask(b) & (streams.modality(b) == code) for b in range(len(streams))]
+        samples, tokens, first, last, clipped = streams.ranks.total(
+            sum(len(u) for u in raw),
+            sum(int(m.sum()) for m in chosen),
+            sum(float(u[m].sum()) for u, m in zip(before, chosen, strict=True)),
+            sum(float(u[m].sum()) for u, m in zip(weights, chosen, strict=True)),
+            sum(int(u[m].sum()) for u, m in zip(outliers, chosen, strict=True)),
+        )
         shares[name] = TokenShare(
-            tokens=sum(int(m.sum()) for m in chosen),
-            before_clip=sum(float(u[m].sum()) for u, m in zip(before, chosen, strict=True))
-            / samples,
-            after_clip=sum(float(u[m].sum()) for u, m in zip(weights, chosen, strict=True))
-            / samples,
+            tokens=int(tokens),
+            before_clip=first / samples,
+            after_clip=last / samples,
+            clipped=int(clipped),
         )
     return shares

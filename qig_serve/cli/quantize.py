@@ -5,6 +5,9 @@ examples:
   qig-serve quantize MODEL --recipe paper-w4a8 --calib demo --output DIR
   qig-serve quantize MODEL --scheme w4a8 --method awq --calib data.jsonl --print-recipe
 
+Several GPUs share the samples of one run:
+  torchrun --nproc-per-node N -m qig_serve quantize MODEL --calib calibration.jsonl --output DIR
+
 Every option below --recipe is a field of the recipe: a recipe file holds the same names. Values
 on the command line win over the file, and both over the defaults of the method.
 """
@@ -12,6 +15,7 @@ on the command line win over the file, and both over the defaults of the method.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -69,7 +73,18 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run the command. Of several processes only the first one prints."""
+    from qig_serve.errors import UserError
+
+    try:
+        return _run(args)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            return 2
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
     from qig_serve.errors import UserError
     from qig_serve.offline.recipe import make_recipe
 
@@ -79,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.output is None:
         raise UserError("say where the checkpoint goes: --output DIR")
+
+    if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 
     from qig_serve.evaluate import load_samples
     from qig_serve.offline.checkpoint import partial_directory

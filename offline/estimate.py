@@ -1,0 +1,213 @@
+"""Before hours of work: a dry run of one block on the longest samples, and what it foretells.
+
+The dry run does all that a block is put through, once, on the samples that are longest and on
+those that make the fullest batch, with two exponents instead of the whole grid. It ends in a
+sentence where memory does not suffice or an input is wrong; its times and peaks, scaled to all
+samples and blocks, are the estimate.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qig_serve.errors import UserError
+from qig_serve.offline.adapter import LoadedModel
+from qig_serve.offline.block import round_block
+from qig_serve.offline.calibration import CalibrationBatch
+from qig_serve.offline.equalize import equalize_group
+from qig_serve.offline.parts import inner_names, wants_quantized
+from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
+from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.search import quantized_weights
+from qig_serve.offline.streams import Streams
+
+_DRY_GRID = 2
+FirstStreams = Callable[[Sequence[CalibrationBatch], QuantRecipe], Streams]
+"""Runs what comes before the decoder on some batches."""
+
+
+@dataclass
+class BlockSeconds:
+    """Wall time of one block: what grows with the tokens that pass it, and what does not."""
+
+    capture: float = 0.0
+    token_weights: float = 0.0
+    search: float = 0.0
+    """Forward passes of all exponents of the recipe's grid."""
+    statistics: float = 0.0
+    advance: float = 0.0
+    load: float = 0.0
+    candidates: float = 0.0
+    """Quantizing the weights for every exponent."""
+    rounding: float = 0.0
+
+    @property
+    def per_token(self) -> float:
+        """What is in proportion to the tokens of the samples."""
+        return self.capture + self.token_weights + self.search + self.statistics + self.advance
+
+    @property
+    def fixed(self) -> float:
+        """What is not."""
+        return self.load + self.candidates + self.rounding
+
+    def scaled(self, factor: float) -> float:
+        """One block with `factor` times the tokens."""
+        return self.per_token * factor + self.fixed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take."""
+
+    seconds: float
+    host_bytes: int
+    """Peak resident memory."""
+    disk_bytes: int
+    """Activations on disk; 0 with `offload` ram."""
+    device_bytes: int
+    """Peak memory allocated on the GPU; 0 on a CPU."""
+
+    def line(self, blocks: int, device: torch.device) -> str:
+        """For people."""
+        text = f"estimate: about {duration(self.seconds)} for {blocks} blocks"
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        text += f", {gibibytes(self.host_bytes)} of {gibibytes(total)} host memory"
+        if self.host_bytes > total:
+            text += " (too much: use --offload disk)"
+        if self.disk_bytes:
+            text += f", {gibibytes(self.disk_bytes)} of disk beside the output"
+        if device.type == "cuda":
+            present = torch.cuda.get_device_properties(device).total_memory
+            text += f", {gibibytes(self.device_bytes)} of {gibibytes(present)} device memory"
+        return text
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def heaviest(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+    """The batch of the longest sample, and the one with most tokens if that is another."""
+    longest = max(batches, key=lambda b: b.token_mask.shape[1])
+    fullest = max(batches, key=lambda b: b.token_mask.numel())
+    return (
+        [longest]
+        if fullest.token_mask.numel() == longest.token_mask.numel()
+        else [
+            longest,
+            fullest,
+        ]
+    )
+
+
+def dry_run(
+    loaded: LoadedModel,
+    recipe: QuantRecipe,
+    batches: Sequence[CalibrationBatch],
+    first_streams: FirstStreams,
+) -> Estimate:
+    """One block on the heaviest batches; UserError where memory or an input does not do.
+
+    Gradients of the whole model and learned rounding are left out of it, and of the estimate.
+    """
+    chosen = heaviest(batches)
+    tokens = sum(b.token_mask.numel() for b in chosen)
+    try:
+        started = _now(loaded.device)
+        dry = recipe.model_copy(
+            update={
+                "grid": min(recipe.grid, _DRY_GRID),
+                "effort": "normal",
+                "token_weights": "uniform"
+                if recipe.needs_model_gradients
+                else recipe.token_weights,
+            }
+        )
+        streams = first_streams(chosen, dry)
+        before = _now(loaded.device) - started
+        seconds = time_block(loaded, streams, recipe.candidates)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise UserError(
+            f"the dry run on calibration sample {chosen[0].ids[0]} "
+            f"({chosen[0].token_mask.shape[1]} tokens) ran out of memory on {loaded.device}: lower "
+            f"--batch-tokens (now {recipe.batch_tokens}) or --max-length, or use smaller images"
+        ) from None
+    everything = sum(b.token_mask.numel() for b in batches)
+    factor = everything / tokens
+    waiting = everything * bytes_a_token(loaded, recipe)
+    on_disk = recipe.offload == "disk"
+    return Estimate(
+        seconds=before * factor + loaded.num_blocks * seconds.scaled(factor),
+        host_bytes=host_bytes() + (0 if on_disk else waiting),
+        disk_bytes=waiting if on_disk else 0,
+        device_bytes=device_bytes(loaded.device),
+    )
+
+
+def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockSeconds:
+    """Puts block 0 through everything; the search is scaled to `candidates` exponents."""
+    device, seconds = loaded.device, BlockSeconds()
+    started = _now(device)
+    original = loaded.block(0)
+    block = copy.deepcopy(original)
+    seconds.load = _now(device) - started
+    results = []
+    for group in loaded.arch.groups if streams.recipe.needs_groups else ():
+        started = _now(device)
+        module = block.get_submodule(group.loss_module)
+        quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
+        once = _now(device) - started
+        results.append(equalize_group(block, group, streams, None, 0))
+        report = results[-1].report
+        seconds.capture += report.seconds["capture"]
+        seconds.token_weights += report.seconds["token_weights"]
+        forward = max(0.0, report.seconds["search"] / len(report.losses) - once)
+        seconds.search += candidates * forward
+        seconds.candidates += candidates * once
+    parts: dict[str, float] = {}
+    started = _now(device)
+    round_block(block, original, loaded.arch.groups, results, streams, "layer 0", parts)
+    seconds.statistics = parts.get("statistics", 0.0)
+    seconds.rounding = _now(device) - started - seconds.statistics
+    started = _now(device)
+    linears = [block.get_submodule(n) for g in loaded.arch.groups for n in g.linears]
+    streams.advance(original, block, linears, "layer 0")
+    seconds.advance = _now(device) - started
+    return seconds
+
+
+def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
+    """What waits on the host for every token: both streams, and a group's inputs and targets."""
+    hidden = int(loaded.text_config.hidden_size)
+    widest = 0
+    for group in loaded.arch.groups if recipe.needs_groups else ():
+        n = k = hidden
+        if group.loss_module in group.linears:
+            n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))
+        widest = max(widest, n + k * (2 if wants_quantized(recipe) else 1))
+    return 4 * (2 * hidden + widest)  # fp32
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in texts
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
