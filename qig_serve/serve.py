@@ -76,7 +76,12 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
 
     args = parse_flags(directory, flags)
     args.middleware = [*args.middleware, MIDDLEWARE]
-    report = describe(directory, model_dtype(directory, args.dtype), args.tensor_parallel_size)
+    report = describe(
+        directory,
+        model_dtype(directory, args.dtype),
+        args.tensor_parallel_size,
+        split_vision_tower=args.mm_encoder_tp_mode != "data" and not args.language_model_only,
+    )
     if report.problems:
         raise UserError(
             f"{directory} cannot be served here: {report.problems[0]} "

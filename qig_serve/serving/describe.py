@@ -201,9 +201,15 @@ def model_dtype(directory: Path, asked: str = "auto") -> torch.dtype:
     return dtype
 
 
-def describe(directory: Path, dtype: torch.dtype, tensor_parallel_size: int = 1) -> Report:
+def describe(
+    directory: Path,
+    dtype: torch.dtype,
+    tensor_parallel_size: int = 1,
+    split_vision_tower: bool = True,
+) -> Report:
     """The checkpoint in `directory`, served here in `dtype` over so many devices.
 
+    split_vision_tower: whether tensor parallelism splits it too, as vLLM does by default.
     UserError if it is no qig checkpoint, its files cannot be read, or vLLM is not a supported one.
     """
     if version := unsupported_version():
@@ -234,7 +240,8 @@ def describe(directory: Path, dtype: torch.dtype, tensor_parallel_size: int = 1)
     device = "cpu" if capability is None else f"cuda {capability[0]}.{capability[1]}"
     config = read_config(directory)
     text = config.get("text_config") or config
-    sizes = tuple(t for t in _SIZES if _splits(scheme, layers, text, t))
+    tower = _vision_heads(config) if split_vision_tower else 0
+    sizes = tuple(t for t in _SIZES if tower % t == 0 and _splits(scheme, layers, text, t))
     kv = _kv_bytes_per_token(text, dtype)
     return Report(
         manifest=manifest,
@@ -270,6 +277,17 @@ def _bytes_of_rows(scheme: QuantScheme, k: int, dtype: torch.dtype) -> int:
 def _shard(name: str, n: int, k: int, size: int) -> tuple[int, int]:
     """[N, K] of one device's part of a linear."""
     return (n, k // size) if name.endswith(_ROW_PARALLEL) else (n // size, k)
+
+
+def _vision_heads(config: dict[str, Any]) -> int:
+    """Attention heads of the vision tower, which vLLM splits; 0 where that need not work out.
+
+    vLLM keeps InternVL's tower whole where its heads do not divide.
+    """
+    vision = config.get("vision_config") or {}
+    if "intern" in str(config.get("model_type")):
+        return 0
+    return int(vision.get("num_attention_heads") or vision.get("num_heads") or 0)
 
 
 def _splits(

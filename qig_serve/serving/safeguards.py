@@ -178,10 +178,12 @@ def _page(scope: Scope) -> Response:
 
 def _report(app: Any) -> Report:
     config = app.state.engine_client.vllm_config
+    tower = config.model_config.multimodal_config
     return describe(
         Path(config.model_config.model),
         config.model_config.dtype,
         config.parallel_config.tensor_parallel_size,
+        split_vision_tower=not (tower.language_model_only or tower.mm_encoder_tp_mode == "data"),
     )
 
 

@@ -54,6 +54,20 @@ def test_uneven_split_is_a_problem(checkpoints: dict[str, Path]) -> None:
     assert any("o_proj: w3a16 needs an input size" in problem for problem in report.problems)
 
 
+def test_heads_of_the_vision_tower_must_divide(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((checkpoints["w4a8"] / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(checkpoints["w4a8"] / "model.safetensors")
+    report = describe(tmp_path, torch.bfloat16, 2)
+    assert report.tensor_parallel_sizes == (1,)
+    assert report.problems == ["tensor parallel size 2 does not fit (these do: 1)"]
+    whole = describe(tmp_path, torch.bfloat16, 2, split_vision_tower=False)
+    assert whole.tensor_parallel_sizes == (1, 2) and not whole.problems
+
+
 def test_too_little_memory_is_a_problem(checkpoints: dict[str, Path]) -> None:
     report = describe(checkpoints["w4a8"], torch.bfloat16)
     assert not report.problems
