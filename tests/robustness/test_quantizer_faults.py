@@ -58,16 +58,6 @@ def write(source: Path, output: Path, resume: bool = False) -> None:
         writer.publish(CONFIG)
 
 
-def finish(run: Callable[[bool], None], output: Path) -> bool:
-    """Brings a killed run to its end, as its user would; whether there was a run to resume."""
-    if output.exists():
-        assert not runs.partial_of(output).exists()
-        return True
-    resume = runs.partial_of(output).exists()
-    assert runs.forked(lambda: run(resume)) == 0
-    return resume
-
-
 def test_killed_before_every_change_on_disk(small_source: Path, tmp_path: Path) -> None:
     """Files are opened, renamed and removed some fifty times in a run; it is killed at each."""
     whole = tmp_path / "whole"
@@ -85,7 +75,8 @@ def test_killed_before_every_change_on_disk(small_source: Path, tmp_path: Path) 
         status = runs.forked(killed)
         assert status in (0, -9)
         assert not output.exists() or runs.tree(output) == wanted
-        finish(lambda resume, output=output: write(small_source, output, resume), output)
+        if not output.exists():
+            write(small_source, output, resume=runs.partial_of(output).exists())
         assert runs.tree(output) == wanted, f"killed before change {number}"
         assert runs.vouched(output)
         assert not list(tmp_path.glob(".*"))
@@ -97,9 +88,8 @@ def test_a_file_copied_by_half_is_copied_again(small_source: Path, tmp_path: Pat
     output = tmp_path / "out"
 
     def killed() -> None:
-        runs.die_at(output.parent, 1_000_000)
-        original = os.fsync
-        sys.modules["os"].fsync = lambda fd: _die_if_copying(fd, original)  # type: ignore[attr-defined]
+        fsync = os.fsync
+        os.fsync = lambda fd: _die_if_copying(fd, fsync)  # type: ignore[assignment]
         write(small_source, output)
 
     assert runs.forked(killed) == -signal.SIGKILL
@@ -150,7 +140,9 @@ def resumed(source: Path, output: Path, wanted: dict[str, str], told: Counter[st
     before = blocks_of(runs.partial_of(output))
     told[f"{len(before)} blocks done"] += not output.exists()
     told["already published"] += output.exists()
-    finish(lambda resume: runs.quantize(source, output, resume), output)
+    if not output.exists():
+        resume = runs.partial_of(output).exists()
+        assert runs.forked(lambda: runs.quantize(source, output, resume)) == 0
     assert runs.tree(output) == wanted and runs.vouched(output)
     after = blocks_of(output)
     told["finished blocks done again"] += sum(after[i] != inode for i, inode in before.items())
@@ -225,21 +217,18 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Resize]]:
     place.mkdir()
 
     def mount(*options: str) -> bool:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", *options, "tmpfs", place], capture_output=True
-        )
-        return done.returncode == 0
+        words = ["mount", "-t", "tmpfs", *options, "tmpfs", place]
+        return subprocess.run(words, capture_output=True).returncode == 0
+
+    def resize(kilobytes: int) -> None:
+        assert mount("-o", f"remount,size={kilobytes}k")
 
     if not mount("-o", "size=64k"):
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        yield place, lambda kilobytes: assert_true(mount("-o", f"remount,size={kilobytes}k"))
+        yield place, resize
     finally:
         subprocess.run(["umount", place], check=True)
-
-
-def assert_true(value: bool) -> None:
-    assert value
 
 
 def unfinished(output: Path) -> list[str]:
