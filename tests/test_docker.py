@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -28,24 +29,156 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_compose_lint_passes() -> None:
-    done = _run(BIN / "compose-lint", DOCKER / "compose.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_compose_lint_passes(tmp_path: Path) -> None:
+    # With MODEL_DIR filled in, or the rules about mounts are not looked at.
+    text = re.sub(r"\$\{MODEL_DIR:[^}]+\}", "/models/m", (DOCKER / "compose.yaml").read_text())
+    (tmp_path / "compose.yaml").write_text(text)
+    for path in (DOCKER / "compose.yaml", tmp_path / "compose.yaml"):
+        done = _run(BIN / "compose-lint", path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "not evaluated" not in done.stdout + done.stderr
 
 
-def test_kubernetes_schema() -> None:
-    done = _run(
-        BIN / "kubernetes-validate", "--strict", "-k", "1.34", DOCKER / "k8s" / "qig-serve.yaml"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
 
 
-def test_compose_has_both_profiles_and_prometheus() -> None:
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
-    assert {p for s in services.values() for p in s["profiles"]} == {"gpu", "cpu"}
-    assert services["prometheus"]["profiles"] == ["gpu", "cpu"]
+def test_compose_has_both_profiles_and_prometheus(services: dict[str, Any]) -> None:
+    assert {name: s["profiles"] for name, s in services.items()} == {
+        "gpu": ["gpu"],
+        "cpu": ["cpu"],
+        "prometheus": ["gpu", "cpu"],
+    }
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu"])
+def test_compose_servers_are_confined(services: dict[str, Any], name: str) -> None:
+    server = services[name]
+    assert not server.keys() & {"ipc", "pid", "privileged", "network_mode", "user", "healthcheck"}
+    assert server["shm_size"] == "8gb" and server["read_only"] and server["cap_drop"] == ["ALL"]
+    model, cache = server["volumes"]
+    assert model.endswith(":/model:ro") and cache == "cache:/cache"
+    # The key comes from the shell that starts it, never from the file.
+    assert server["environment"] == {"VLLM_API_KEY": "${VLLM_API_KEY:-}"}
+    assert all(port.startswith("127.0.0.1:") for port in server["ports"])
+    # What is compiled must be loaded from a place that is not noexec, as Docker's tmpfs is.
+    dockerfile = (DOCKER.parent / server["build"]["dockerfile"]).read_text()
+    caches = re.findall(r"^\s+(?:\w+_CACHE_\w+|HF_HOME)=(\S+)", dockerfile, re.M)
+    assert len(caches) >= 3 and all(c.startswith("/cache/") for c in caches)
+
+
+def test_prometheus_finds_the_server_and_knows_its_key(services: dict[str, Any]) -> None:
+    job = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"][0]
+    host, port = job["static_configs"][0]["targets"][0].split(":")
     for name in ("gpu", "cpu"):
-        assert "ipc" not in services[name] and services[name]["shm_size"]
+        assert services[name]["networks"]["default"]["aliases"] == [host]
+        command = services[name]["command"]
+        assert command[command.index("--port") + 1] == port
+    script = services["prometheus"]["entrypoint"][-1]
+    assert f'"$$VLLM_API_KEY" > {job["authorization"]["credentials_file"]} ' in script
+    assert services["prometheus"]["tmpfs"] == ["/run/key:mode=1777"]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_images_are_not_root_and_start_slowly(name: str) -> None:
+    text = (DOCKER / name).read_text()
+    assert re.findall(r"^USER (.+)$", text, re.M) == ["10001"]
+    assert text.index("USER 10001") > text.rindex("\nRUN ")
+    start = re.search(r"^HEALTHCHECK .*--start-period=(\d+)s", text, re.M)
+    assert start and int(start[1]) >= 900
+    assert 'ENTRYPOINT ["qig-serve"]' in text and 'VOLUME ["/cache"]' in text
+    # A layer keeps what an ARG or ENV was given.
+    names = re.findall(r"^ARG (\w+)|^(?:ENV)?\s+([A-Z_]+)=", text, re.M)
+    assert not [n for pair in names for n in pair if re.search("KEY|TOKEN|SECRET|PASSWORD", n)]
+
+
+def test_the_build_sees_no_secrets_or_rubbish() -> None:
+    ignored = (DOCKER.parent / ".dockerignore").read_text().split()
+    assert {".git", ".venv", ".demo", "**/.env", "**/__pycache__"} <= {*ignored}
+
+
+# --- Kubernetes ----------------------------------------------------------------------------------
+
+
+def _validate(path: Path, version: str) -> subprocess.CompletedProcess[str]:
+    # The schemas come with the package: nothing is fetched.
+    return _run(BIN / "kubernetes-validate", "--strict", "-k", version, path)
+
+
+@pytest.mark.parametrize("version", ["1.27", "1.37"])
+def test_kubernetes_schema(version: str) -> None:
+    done = _validate(DOCKER / "k8s" / "qig-serve.yaml", version)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("replicas: 2", "replicas: two"),
+        ("maxUnavailable: 1\n  selector", "maxUnavailible: 1\n  selector"),
+        ("containerPort: 8000", "port: 8000"),
+    ],
+)
+def test_the_schema_check_can_fail(right: str, wrong: str, tmp_path: Path) -> None:
+    text = (DOCKER / "k8s" / "qig-serve.yaml").read_text()
+    assert right in text
+    (tmp_path / "broken.yaml").write_text(text.replace(right, wrong))
+    assert _validate(tmp_path / "broken.yaml", "1.37").returncode != 0
+
+
+def test_kubernetes_objects_belong_together() -> None:
+    text = (DOCKER / "k8s" / "qig-serve.yaml").read_text()
+    objects = {o["kind"]: o for o in yaml.safe_load_all(text)}
+    assert objects.keys() == {"Deployment", "Service", "PodDisruptionBudget"}
+    deployment, template = objects["Deployment"]["spec"], objects["Deployment"]["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    for selector in (
+        deployment["selector"]["matchLabels"],
+        objects["Service"]["spec"]["selector"],
+        objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+    ):
+        assert selector.items() <= labels.items()
+    (server,) = template["spec"]["containers"]
+    port = server["ports"][0]["name"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert server[probe]["httpGet"] == {"path": "/health", "port": port}
+    start = server["startupProbe"]
+    assert start["periodSeconds"] * start["failureThreshold"] >= 1800
+    mounts = [m["name"] for m in server["volumeMounts"]]
+    assert sorted(mounts) == sorted(v["name"] for v in template["spec"]["volumes"])
+    assert template["spec"]["securityContext"]["runAsUser"] == 10001
+
+
+# As of the chart's values.schema.json. The schema allows keys that it does not know, so a misspelt
+# one would be passed over in silence: hence a list of those that we use.
+STACK_KEYS = {
+    "name": str,
+    "repository": str,
+    "tag": str,
+    "modelURL": str,
+    "replicaCount": int,
+    "requestCPU": int,
+    "requestMemory": str,
+    "requestGPU": int,
+    "pvcStorage": str,
+    "pvcAccessMode": list,
+    "vllmConfig": dict,
+}
+STACK_VLLM_KEYS = {
+    "maxModelLen": int,
+    "tensorParallelSize": int,
+    "enablePrefixCaching": bool,
+    "extraArgs": list,
+}
+
+
+def test_production_stack_values() -> None:
+    values = yaml.safe_load((DOCKER / "k8s" / "production-stack-values.yaml").read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    assert {k: type(v) for k, v in model.items()} == STACK_KEYS
+    assert {k: type(v) for k, v in model["vllmConfig"].items()} == STACK_VLLM_KEYS
+    assert "--allowed-media-domains" in model["vllmConfig"]["extraArgs"]
 
 
 def test_base_image_is_a_supported_vllm() -> None:

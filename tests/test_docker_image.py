@@ -179,7 +179,9 @@ class Composed:
     models: Path
     service: dict[str, Any]
 
-    def command(self, argv: list[str], writable: bool = False) -> list[str]:
+    def command(
+        self, argv: list[str], writable: bool = False, env: dict[str, str] | None = None
+    ) -> list[str]:
         root, service = self.image.root, self.service
         mounts = [
             f"mount --bind {root} {root}",
@@ -195,8 +197,8 @@ class Composed:
         assert service["read_only"] and "cache:/cache" in service["volumes"]
         if not writable:
             mounts.append(f"mount -o remount,bind,ro {root}/mnt")
-        full = [*self.image.entrypoint, *argv]
-        return self.image.command(full, mounts, {"VLLM_CPU_KVCACHE_SPACE": "1"}, ("--net",))
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
+        return self.image.command([*self.image.entrypoint, *argv], mounts, env, ("--net",))
 
     def run(self, argv: list[str], timeout: float = 600) -> Done:
         return _checked(self.command(argv, writable=True), timeout)
@@ -246,10 +248,21 @@ for s in samples("test", 8):
 ASK = """
 import json, sys
 from openai import OpenAI
-client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="open sesame")
 for line in sys.argv[1:]:
     body = json.loads(line)
     print(client.chat.completions.create(**body, max_tokens=64).choices[0].message.content)
+"""
+
+SCRAPE = """
+import sys, urllib.error, urllib.request
+for key in sys.argv[1:]:
+    request = urllib.request.Request("http://127.0.0.1:8000/metrics")
+    request.add_header("Authorization", "Bearer " + key)
+    try:
+        print(urllib.request.urlopen(request).read().decode())
+    except urllib.error.HTTPError as error:
+        print("refused", error.code)
 """
 
 
@@ -306,9 +319,10 @@ def test_it_serves_is_healthy_answers_and_stops(
 ) -> None:
     argv = [str(checkpoint) if word == "/model" else word for word in composed.service["command"]]
     argv = [word.replace("${MODEL_NAME:-qig}", "qig") for word in argv]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(composed.command(argv), stdout=log, stderr=log)
+    command = composed.command(argv, env={"VLLM_API_KEY": "open sesame"})
     said = tmp_path / "log"
+    with said.open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         first = _child(server)
         assert composed.beside(first, composed.image.health).returncode != 0
@@ -323,6 +337,9 @@ def test_it_serves_is_healthy_answers_and_stops(
         answers = done.stdout.splitlines()
         right = sum(a.strip() == q["answer"] for a, q in zip(answers, questions, strict=True))
         assert right >= 5, list(zip(answers, [q["answer"] for q in questions], strict=True))
+        # As Prometheus asks, with compose.yaml's key and without.
+        scraped = composed.beside(first, ["python", "-c", SCRAPE, "", "open sesame"]).stdout
+        assert scraped.startswith("refused 401") and "vllm:" in scraped and "qig_" in scraped
         # Docker's stop: SIGTERM to process 1.
         os.kill(first, signal.SIGTERM)
         assert server.wait(timeout=90) == 0, said.read_text()[-4000:]
