@@ -23,11 +23,13 @@ class Factor:
     """The damped Hessian H_d [K, K] in the order of quantization, factored.
 
     `order` [K] int64 is the order; `upper` [K, K] fp32 is the upper triangular U with
-    H_d[order][:, order]^-1 = U^T U, the factor that GPTQ's updates read row by row.
+    H_d[order][:, order]^-1 = U^T U, the factor that GPTQ's updates read row by row. `raised` is how
+    many times the damping had to grow tenfold.
     """
 
     order: torch.Tensor
     upper: torch.Tensor
+    raised: int = 0
 
     def conditional_energy(self) -> torch.Tensor:
         """What an error in column k costs once later columns have made up for it, [K].
@@ -71,7 +73,7 @@ def factorize(
             r = lower.flip(0, 1)
             eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
             upper = torch.linalg.solve_triangular(r, eye, upper=True)
-            return Factor(order, upper.float())
+            return Factor(order, upper.float(), power)
     raise ArithmeticError("the Hessian is not positive semi-definite")
 
 

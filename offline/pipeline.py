@@ -15,10 +15,11 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -163,7 +164,9 @@ def _quantize(
         ranks.agree()
         report.seconds = time.monotonic() - started
         if writer is not None:
-            progress.line(f"all blocks done in {report.seconds:.0f} s")
+            progress.line(
+                f"all blocks done in {report.seconds:.0f} s, {len(report.fallbacks)} fallbacks"
+            )
             progress.close_log()
             shutil.rmtree(writer.directory / ACTIVATIONS, ignore_errors=True)
             publish(loaded, writer, report, info, recipe, pictured)
@@ -313,7 +316,7 @@ def quantize_blocks(
         tensors, rounding = round_block(
             block, original, loaded.arch.groups, results, streams, where
         )
-        count_fallbacks(results, report, streams.recipe, progress)
+        count_fallbacks(index, results, rounding, report, streams.recipe, progress)
         if writer is not None:
             progress.step("writing", 0.9)
             write_block(loaded, block, index, tensors, results, writer)
@@ -339,24 +342,32 @@ def quantize_blocks(
 
 
 def count_fallbacks(
+    index: int,
     results: Sequence[GroupResult],
+    rounding: Mapping[str, Mapping[str, Any]],
     report: QuantizationReport,
     recipe: QuantRecipe,
     progress: RunProgress,
 ) -> None:
-    """Prints and counts the steps of a block that took a simpler way.
+    """Prints and counts the steps of block `index` that took a simpler way.
 
     ResumableError at the first block that has any, unless the recipe allows them: blocks before
     it are kept, and the run can go on with permission.
     """
     found = [text for r in results for text in r.fallbacks]
+    found += [
+        f"layer {index}, {name}: {linear['damping_raised']} times the damping asked for, for the "
+        "Hessian to be positive definite"
+        for name, linear in rounding.items()
+        if "damping_raised" in linear
+    ]
     report.fallbacks += found
     for text in found:
         progress.line(f"fallback {len(report.fallbacks)}: {text}")
     if found and not recipe.allow_fallbacks:
         raise ResumableError(
             f"{len(found)} steps fell back to a simpler way, the first: {found[0]}. Run again with "
-            "--allow-fallbacks to accept that"
+            "--allow-fallbacks to accept that, and with --resume if a block was finished"
         )
 
 

@@ -194,7 +194,8 @@ def round_linear(
     `output_energy` = tr(W H W^T) and, as fractions of it, tr((T - Q) H (T - Q)^T) of
     round-to-nearest with min-max ranges ("rtn") and after each step ("range", "compensation",
     "rounds", "refit", "polish"); T is W, or the shifted target where compensation is GPTAQ or
-    Qronos; and what `ranges.clipping` says. UserError names the linear when weight or statistics
+    Qronos; what `ranges.clipping` says; and "damping_raised", the factor by which damping had to
+    grow, if it had to. UserError names the linear when weight or statistics
     are not finite.
     """
     options = options or RoundingOptions()
@@ -213,6 +214,8 @@ def round_linear(
 
     energy = float(comp.objective(w, stats.hessian).double().sum())
     report: dict[str, Any] = {"output_energy": energy, "tokens": stats.tokens}
+    if factor is not None and factor.raised:
+        report["damping_raised"] = 10**factor.raised
 
     def record(step: str, codes: torch.Tensor, scale: torch.Tensor) -> None:
         error = comp.objective(target - dequantize(codes, scale, zero), stats.hessian)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,48 @@ def test_silent_fallbacks_fail_the_run(model_dir: Path, calib: str, tmp_path: Pa
     allowed = recipe(str(data), token_weights="gradient", allow_fallbacks=True)
     report = pipeline.quantize(model_dir, tmp_path / "b", allowed, quiet=True)
     assert len(report.fallbacks) == 8 and "layer 0" in report.fallbacks[0]
+
+
+def test_fallbacks_are_printed_and_can_be_allowed_later(
+    model_dir: Path,
+    calib: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At the block that has them, with the blocks before it kept."""
+    from qig_serve.offline import compensation
+
+    factorize, calls = compensation.factorize, []
+
+    def hard(*args: Any) -> Any:
+        calls.append(1)
+        return replace(factorize(*args), raised=2 if len(calls) == 12 else 0)
+
+    monkeypatch.setattr(compensation, "factorize", hard)
+    fields = {"method": "gptq", "offload": "disk"}
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"1 steps fell .* layer 1, mlp.down_proj: 100 times"):
+        pipeline.quantize(model_dir, out, recipe(calib, **fields), quiet=True)
+    assert not out.exists() and (tmp_path / ".out.partial").is_dir()
+    log = (tmp_path / ".out.partial" / pipeline.LOG_FILE).read_text()
+    assert "fallback 1: layer 1, mlp.down_proj" in log and "stopped: 1 steps fell back" in log
+    assert not (tmp_path / ".out.partial" / pipeline.ACTIVATIONS / "0").exists()
+
+    calls[:] = [1] * 8  # neither the dry run nor layer 0 is done again
+    allowed = recipe(calib, allow_fallbacks=True, **fields)
+    capsys.readouterr()
+    report = pipeline.quantize(model_dir, out, allowed, resume=True)
+    printed = capsys.readouterr().err
+    assert "going on after block 1/2" in printed and "dry run" not in printed
+    assert printed.count("fallback 1: layer 1") == 1 and "s, 1 fallbacks" in printed
+    assert (
+        report.fallbacks
+        == QuantizationReport.model_validate_json((out / "report.json").read_text()).fallbacks
+    )
+    assert len(report.fallbacks) == 1
+    log = (out / pipeline.LOG_FILE).read_text()  # of both runs
+    assert log.count("calibration: 8 samples") == 2 and log.count("block 1/2  output error") == 1
 
 
 def copy_of(model_dir: Path, target: Path) -> Path:
