@@ -34,7 +34,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = start_server(checkpoint, tmp_path_factory.mktemp("server"))
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    started = start_server(checkpoint, tmp_path_factory.mktemp("server"), *tools)
     yield started
     if started.process.poll() is None:
         started.stop()

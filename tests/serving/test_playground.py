@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ import aiohttp
 import pytest
 import tiny_llava
 from aiohttp import web
+from server_process import Server
 
 from qig_serve import serving
+from qig_serve.demo import questions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -34,11 +37,18 @@ class Api:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.fail = False
+        self.keyed = False
+        """Whether requests need what the browser has; a cookie stands in for the password."""
 
     async def page(self, _: web.Request) -> web.Response:
-        return web.Response(text=PAGE.read_text(), content_type="text/html")
+        answer = web.Response(text=PAGE.read_text(), content_type="text/html")
+        if self.keyed:
+            answer.set_cookie("key", "secret")
+        return answer
 
-    async def models(self, _: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> web.Response:
+        if self.keyed and "key" not in request.cookies:
+            return web.json_response({}, status=401)
         return web.json_response({"data": [{"id": MODEL}]})
 
     async def quantization(self, _: web.Request) -> web.Response:
@@ -197,6 +207,62 @@ def test_paste_a_picture_and_ask(tmp_path: Path) -> None:
             await tab.until("document.getElementById('answer').className === 'error'")
             answer = await tab.run("document.getElementById('answer').textContent")
             assert answer == "400: the picture is too large"
+            assert tab.errors == []
+
+            api.keyed = True
+            await tab.call("Page.navigate", url=server)
+            await tab.until("document.getElementById('curl')?.textContent.includes('$API_KEY')")
+            python = await tab.run("document.getElementById('python').textContent")
+            compile(python, "python", "exec")
+            assert 'api_key=os.environ["API_KEY"]' in python and "base64" not in python
+
+    asyncio.run(go())
+
+
+DROP = """
+(async () => {
+  const blob = await (await fetch("%s")).blob();
+  const data = new DataTransfer();
+  data.items.add(new File([blob], "scene.png", { type: "image/png" }));
+  const drop = document.getElementById("drop");
+  drop.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+})()
+"""
+
+
+@pytest.mark.slow
+def test_drop_a_picture_before_the_real_server(server: Server, tmp_path: Path) -> None:
+    """The answer comes in pieces, and is the one that the Python shown on the page gets."""
+    sample = next(s for s in questions.samples("test", 200) if s.type == "caption")
+
+    async def go() -> None:
+        async with browser(tmp_path / "profile") as tab:
+            await tab.call("Page.enable")
+            await tab.call("Page.navigate", url=server.url)
+            await tab.until("document.getElementById('model')?.textContent.includes('w4a8 ·')")
+            await tab.run(DROP % tiny_llava.data_url(sample.image))
+            await tab.until("document.querySelector('#drop img')?.complete")
+            await tab.run(
+                "window.lengths = new Set(); const a = document.getElementById('answer');"
+                "new MutationObserver(() => lengths.add(a.textContent.length))"
+                ".observe(a, { childList: true });"
+                f"const q = document.getElementById('question'); q.value = {sample.question!r};"
+                "q.oninput(); document.getElementById('ask').click()"
+            )
+            await tab.until("document.getElementById('speed').textContent.includes('tokens/s')")
+            answer = await tab.run("document.getElementById('answer').textContent")
+            assert answer.startswith("a ") and await tab.run("lengths.size") > 3
+            await tab.run("document.querySelector('details').open = true")
+            sample.image.save(tmp_path / "scene.png")
+            python = await tab.run("document.getElementById('python').textContent")
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", python, cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+            )
+            printed, _ = await process.communicate()
+            assert printed.decode().strip() == answer.strip()
+            shot = await tab.call("Page.captureScreenshot", format="png")
+            target = Path(os.environ.get("QIG_SCREENSHOTS", tmp_path)) / "server.png"
+            target.write_bytes(base64.b64decode(shot["data"]))
             assert tab.errors == []
 
     asyncio.run(go())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,16 +107,58 @@ def test_structured_outputs(client: openai.OpenAI) -> None:
     assert json.loads(answer.choices[0].message.content)["colour"] in ("red", "blue")
     choice = ask(client, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
     assert choice.choices[0].message.content in ("yes", "no")
+    regex = ask(client, extra_body={"structured_outputs": {"regex": "row [1-6] column [1-6]"}})
+    assert re.fullmatch("row [1-6] column [1-6]", regex.choices[0].message.content)
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    """A tool that is named, one that is required, and none; also as a stream."""
+    parameters = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "paint", "parameters": parameters}}]
+    named = {"type": "function", "function": {"name": "paint"}}
+    for choice in (named, "required"):
+        answer = ask(client, tools=tools, tool_choice=choice, max_tokens=100)
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.name == "paint"
+        assert json.loads(call.function.arguments)["colour"] in ("red", "blue")
+    events = ask(client, tools=tools, tool_choice=named, max_tokens=100, stream=True)
+    deltas = [call for e in events if e.choices for call in e.choices[0].delta.tool_calls or []]
+    pieces = [delta.function.arguments or "" for delta in deltas]
+    assert json.loads("".join(pieces))["colour"] in ("red", "blue")
+    for choice in ("auto", "none"):
+        free = ask(client, tools=tools, tool_choice=choice).choices[0].message
+        assert not free.tool_calls and free.content
 
 
 def test_completions(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model="tiny", prompt="how many", max_tokens=4, temperature=0)
-    assert answer.usage is not None and answer.usage.completion_tokens > 0
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "how many", "max_tokens": 4}
+    asked |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    answer = client.completions.create(**asked, logprobs=2)
+    assert answer.usage.completion_tokens == 4
+    assert all(len(top) >= 2 for top in answer.choices[0].logprobs.top_logprobs)
+    events = client.completions.create(**asked, stream=True)
+    assert "".join(event.choices[0].text for event in events) == answer.choices[0].text
 
 
 def test_responses(client: openai.OpenAI) -> None:
-    answer = client.responses.create(model="tiny", input="how many", max_output_tokens=4)
-    assert answer.output
+    url = tiny_llava.data_url(tiny_llava.picture())
+    content = [
+        {"type": "input_image", "image_url": url, "detail": "auto"},
+        {"type": "input_text", "text": "What?"},
+    ]
+    asked: dict[str, Any] = {"model": "tiny", "input": [{"role": "user", "content": content}]}
+    asked |= {"max_output_tokens": TOKENS, "temperature": 0}
+    answer = client.responses.create(**asked)
+    assert answer.output_text == ask(client).choices[0].message.content
+    events = list(client.responses.create(**asked, stream=True))
+    pieces = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(pieces) == answer.output_text
+    assert client.responses.create(model="tiny", input="how many", max_output_tokens=4).output
 
 
 def test_models_and_the_refusal_of_others(client: openai.OpenAI) -> None:
@@ -134,6 +177,9 @@ def test_tokenize_and_detokenize(server: Server) -> None:
     ids = tokens.json()["tokens"]
     text = httpx.post(f"{server.url}/detokenize", json={"model": "tiny", "tokens": ids})
     assert text.json()["prompt"].split() == ["how", "many"]
+    messages = [{"role": "user", "content": "how many"}]
+    chat = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "messages": messages})
+    assert chat.json()["count"] > len(ids)
 
 
 def test_version_health_and_metrics(server: Server, client: openai.OpenAI) -> None:
@@ -156,6 +202,24 @@ def test_quantization_route(server: Server, checkpoint: Path) -> None:
     assert sum(report["kernels"].values()) == len(names) and not any(
         layer["problem"] for layer in report["layers"]
     )
+
+
+def test_doctor_and_the_log_say_the_same(server: Server, checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qig_serve", "doctor", checkpoint, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    report = httpx.get(f"{server.url}/v1/quantization").json()
+    assert json.loads(done.stdout) == report
+    assert report["problems"] == [] and report["tensor_parallel_sizes"]
+    for kernel, count in report["kernels"].items():
+        assert f"{kernel}: {count} layers" in server.output
+    for row in ("device", "vLLM", "tensor parallel", "memory needed"):
+        assert f"\n{row:16}  " in server.output
 
 
 def test_playground_page(server: Server) -> None:
