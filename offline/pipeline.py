@@ -317,10 +317,7 @@ def quantize_blocks(
             block, original, loaded.arch.groups, results, streams, where
         )
         count_fallbacks(index, results, rounding, report, streams.recipe, progress)
-        if writer is not None:
-            progress.step("writing", 0.9)
-            write_block(loaded, block, index, tensors, results, writer)
-        progress.step("advancing", 0.92)
+        progress.step("advancing", 0.9)
         done = BlockReport(
             index=index,
             modules=[r.report for r in results],
@@ -332,7 +329,10 @@ def quantize_blocks(
         )
         report.blocks.append(done)
         if writer is not None:
+            progress.step("writing", 0.98)
+            # The report first: a block that is written counts as done, and is not reported again.
             writer.write_text(REPORT_FILE, report.model_dump_json())
+            write_block(loaded, block, index, tensors, results, writer)
         ratio = [f"{m.name} {m.loss / max(m.loss_rtn, 1e-30):.2f}" for m in done.modules]
         complete = [f"{m.completeness:.1%}" for m in done.modules if m.completeness is not None]
         text = f"output error {done.output_error:.2e}"
@@ -361,7 +361,7 @@ def count_fallbacks(
         for name, linear in rounding.items()
         if "damping_raised" in linear
     ]
-    report.fallbacks += found
+    report.fallbacks += [text for text in found if text not in report.fallbacks]
     for text in found:
         progress.line(f"fallback {len(report.fallbacks)}: {text}")
     if found and not recipe.allow_fallbacks:
