@@ -80,6 +80,7 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
         directory,
         model_dtype(directory, args.dtype),
         args.tensor_parallel_size,
+        args.pipeline_parallel_size,
         split_vision_tower=args.mm_encoder_tp_mode != "data" and not args.language_model_only,
     )
     if report.problems:

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
     add("--dtype", default="auto", help="as for serve; default %(default)s")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
+    add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
     add("--json", action="store_true", help="print everything as JSON")
 
 
@@ -32,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
 
     read_manifest(args.directory)
     dtype = model_dtype(args.directory, args.dtype)
-    report = describe(args.directory, dtype, args.tensor_parallel_size)
+    report = describe(args.directory, dtype, args.tensor_parallel_size, args.pipeline_parallel_size)
     print(json.dumps(report.as_json(), indent=2) if args.json else "\n".join(report.lines()))
     return 1 if report.problems else 0

@@ -54,7 +54,10 @@ class Report:
     """As stored."""
     other_bytes: int
     memory_bytes: int
-    """Weights in one device's memory, the quantized ones in the kernels' own layout."""
+    """Weights in one device's memory, the quantized ones in the kernels' own layout.
+
+    Not more than this: what is in 16 bits is counted whole.
+    """
     device_bytes: int
     """Memory of the device."""
     tensor_parallel_size: int
@@ -75,12 +78,14 @@ class Report:
         if self.tensor_parallel_size not in self.tensor_parallel_sizes:
             problems.append(
                 f"tensor parallel size {self.tensor_parallel_size} does not fit "
-                f"(these do: {_listed(self.tensor_parallel_sizes)})"
+                f"(these do: {_listed(self.tensor_parallel_sizes)}); "
+                "--pipeline-parallel-size splits by layers instead"
             )
         if self.memory_bytes > self.device_bytes:
             problems.append(
                 f"the weights take {_gib(self.memory_bytes)} of each device's memory, and it has "
-                f"{_gib(self.device_bytes)}: use more devices (--tensor-parallel-size)"
+                f"{_gib(self.device_bytes)}: use more devices (--tensor-parallel-size, "
+                "--pipeline-parallel-size)"
             )
         return problems + [f"{x.name}: {x.problem}" for x in self.layers if x.problem]
 
@@ -205,6 +210,7 @@ def describe(
     directory: Path,
     dtype: torch.dtype,
     tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
     split_vision_tower: bool = True,
 ) -> Report:
     """The checkpoint in `directory`, served here in `dtype` over so many devices.
@@ -250,7 +256,7 @@ def describe(
         layers=tuple(layers),
         quantized_bytes=quantized,
         other_bytes=other,
-        memory_bytes=memory + other,
+        memory_bytes=memory // pipeline_parallel_size + other,
         device_bytes=current_platform.get_device_total_memory(),
         tensor_parallel_size=tensor_parallel_size,
         tensor_parallel_sizes=sizes,

@@ -183,6 +183,7 @@ def _report(app: Any) -> Report:
         Path(config.model_config.model),
         config.model_config.dtype,
         config.parallel_config.tensor_parallel_size,
+        config.parallel_config.pipeline_parallel_size,
         split_vision_tower=not (tower.language_model_only or tower.mm_encoder_tp_mode == "data"),
     )
 

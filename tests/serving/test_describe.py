@@ -63,7 +63,10 @@ def test_heads_of_the_vision_tower_must_divide(
     (tmp_path / "model.safetensors").symlink_to(checkpoints["w4a8"] / "model.safetensors")
     report = describe(tmp_path, torch.bfloat16, 2)
     assert report.tensor_parallel_sizes == (1,)
-    assert report.problems == ["tensor parallel size 2 does not fit (these do: 1)"]
+    assert report.problems == [
+        "tensor parallel size 2 does not fit (these do: 1); "
+        "--pipeline-parallel-size splits by layers instead"
+    ]
     whole = describe(tmp_path, torch.bfloat16, 2, split_vision_tower=False)
     assert whole.tensor_parallel_sizes == (1, 2) and not whole.problems
 
@@ -71,8 +74,10 @@ def test_heads_of_the_vision_tower_must_divide(
 def test_too_little_memory_is_a_problem(checkpoints: dict[str, Path]) -> None:
     report = describe(checkpoints["w4a8"], torch.bfloat16)
     assert not report.problems
+    two = describe(checkpoints["w4a8"], torch.bfloat16, pipeline_parallel_size=2)
+    assert 0 <= 2 * two.memory_bytes - two.other_bytes - report.memory_bytes + 1 <= 1
     small = dataclasses.replace(report, device_bytes=report.memory_bytes - 1)
-    assert "use more devices (--tensor-parallel-size)" in small.problems[0]
+    assert "use more devices (--tensor-parallel-size, --pipe" in small.problems[0]
     assert "cannot be served" in small.lines()[-1]
 
 
