@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +245,14 @@ def convert_tokenizer(directory: Path) -> Any:
     )
 
 
-def convert(source_dir: Path | str, output: Path | str) -> Path:
+def convert(
+    source_dir: Path | str,
+    output: Path | str,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
     """Rewrite a published InternVL2 directory; the new directory.
 
+    `progress` is told what is done, how many tensors of it, and of how many.
     One shard in memory at a time, written beside `output` and renamed at the end. UserError when
     the source is no such model or the output exists; nothing is left behind then.
     """
@@ -267,7 +272,7 @@ def convert(source_dir: Path | str, output: Path | str) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _write_tensors(source, partial, config["text_config"])
+        _write_tensors(source, partial, config["text_config"], progress)
         _write_configs(partial, config, original, tokenizer)
         for name in ("LICENSE", "README.md"):
             if (source_dir / name).is_file():
@@ -280,7 +285,12 @@ def convert(source_dir: Path | str, output: Path | str) -> Path:
     return output
 
 
-def _write_tensors(source: SourceCheckpoint, directory: Path, text: dict[str, Any]) -> None:
+def _write_tensors(
+    source: SourceCheckpoint,
+    directory: Path,
+    text: dict[str, Any],
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
     heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
     files: list[Path] = []
     shard: dict[str, torch.Tensor] = {}
@@ -293,7 +303,10 @@ def _write_tensors(source: SourceCheckpoint, directory: Path, text: dict[str, An
         files.append(path)
         names[path] = list(shard)
 
-    for name in source:
+    all_names = list(source)
+    for done, name in enumerate(all_names, start=1):
+        if progress is not None:
+            progress("converting", done, len(all_names))
         tensor = source.tensor(name)
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{name} in {source.directory} holds NaN or infinity")

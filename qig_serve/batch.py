@@ -48,11 +48,12 @@ def generate(
     max_tokens: int | None = None,
     resume: bool = False,
     flags: Sequence[str] = (),
+    quiet: bool = False,
 ) -> Totals:
     """Answer every request of `source` into `output`, rows in the order in which they finish.
 
-    flags: of `vllm serve`. UserError for input that is wrong as a whole; EngineDied if the engine
-    died, after which `resume` continues.
+    flags: of `vllm serve`; quiet: no progress bar. UserError for input that is wrong as a whole;
+    EngineDied if the engine died, after which `resume` continues.
     """
     from qig_serve.serve import parse_flags, set_environment
     from qig_serve.serving.describe import read_manifest
@@ -68,13 +69,15 @@ def generate(
     results = Results(output, resume)
     try:
         return asyncio.run(
-            _run(args, batch_io.read_requests(source, prompt, defaults), source, results)
+            _run(args, batch_io.read_requests(source, prompt, defaults), source, results, quiet)
         )
     finally:
         results.close()
 
 
-async def _run(args: Any, requests: Iterator[Request], source: Path, results: Results) -> Totals:
+async def _run(
+    args: Any, requests: Iterator[Request], source: Path, results: Results, quiet: bool
+) -> Totals:
     import httpx
 
     from qig_serve.serving import media  # noqa: F401  registers the media connector
@@ -86,7 +89,7 @@ async def _run(args: Any, requests: Iterator[Request], source: Path, results: Re
         await compat.app_state_initializer()(engine, app.state, args, tasks)
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         transport = httpx.ASGITransport(app=app)
-        with _ProgressBar(batch_io.count_requests(source)) as progress:
+        with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
             async with httpx.AsyncClient(
                 transport=transport,
                 base_url="http://batch",
@@ -158,7 +161,7 @@ class _Runner:
 class _ProgressBar:
     """A progress bar on stderr with requests and tokens a second; called with the totals."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -176,6 +179,7 @@ class _ProgressBar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            disable=quiet,
         )
         self._task = self._bar.add_task("", total=total, rates="")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -111,14 +111,19 @@ def inspect(directory: Path) -> Inspection:
     return found
 
 
-def verify(directory: Path) -> list[str]:
-    """Every file against its sha256: what is wrong, a sentence a file; empty when all is well."""
+def verify(directory: Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
+    """Every file against its sha256: what is wrong, a sentence a file; empty when all is well.
+
+    `progress` is told what is done, how many files of it, and of how many.
+    """
     manifest = _read_json(directory / HASHES_FILE)
     hashes = manifest.get("files")
     if not isinstance(hashes, dict) or not hashes:
         raise UserError(f"{directory / HASHES_FILE} lists no files")
     wrong = []
-    for name, expected in sorted(hashes.items()):
+    for done, (name, expected) in enumerate(sorted(hashes.items()), start=1):
+        if progress is not None:
+            progress("hashing", done, len(hashes))
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts:
             wrong.append(f"{name}: the manifest names a file outside of the directory")

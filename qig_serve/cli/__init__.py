@@ -31,7 +31,7 @@ exit statuses:
   0    done
   1    done, but something failed: a hash, a line of a batch, a request to a server
   2    the input was wrong: one sentence on standard error says what, and what to do
-  130  interrupted; `quantize --resume` and `generate --resume` go on from there
+  130  interrupted (143: terminated); `quantize --resume` and `generate --resume` go on from there
 
 for scripts: results go to standard output, everything else to standard error. --quiet leaves the
 errors alone, --json gives the figures. Colours and live bars are for terminals only (NO_COLOR

@@ -5,6 +5,7 @@ and shapes: no code of the repository is run. Needs the memory of one 2 GB shard
 
 examples:
   qig-serve convert InternVL2-8B InternVL2-8B-hf
+  qig-serve convert InternVL2-8B InternVL2-8B-hf --quiet --json convert.json
 """
 
 from __future__ import annotations
@@ -19,12 +20,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="directory as published")
     parser.add_argument("output", type=Path, metavar="DIR", help="directory to write")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was done here")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert."""
+    from rich.console import Console
+
+    from qig_serve.errors import UserError
+    from qig_serve.evaluate import write_json
+    from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.convert import convert
 
-    convert(args.source, args.output)
-    print(f"wrote {args.output}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"the folder of {args.json} does not exist")
+    with progress_bars(Console(stderr=True), args.quiet, unit="tensors") as progress:
+        convert(args.source, args.output, progress)
+    if args.json:
+        write_json(args.json, {"source": str(args.source), "output": str(args.output)})
+    if not args.quiet:
+        print(f"wrote {args.output}")
     return 0

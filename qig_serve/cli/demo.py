@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run_options = parser.add_argument_group("run")
     run_options.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    run_options.add_argument("--quiet", action="store_true", help="print nothing but errors")
     run_options.add_argument(
         "--workdir", type=Path, default=Path(".demo"), help="checkpoints and logs (default: .demo)"
     )
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "run":
         from qig_serve.demo.run import run_demo
 
-        run_demo(args.workdir, args.json, args.questions, args.samples)
+        run_demo(args.workdir, args.json, args.questions, args.samples, args.quiet)
         return 0
     if args.output is None:
         raise UserError(f"demo {args.action} needs --output DIR")

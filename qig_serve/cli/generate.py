@@ -34,10 +34,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="the question for every picture of a folder, or of a CSV file without one")
     add("--max-tokens", type=int, metavar="N", help="for requests that do not say")
     add("--resume", action="store_true", help="skip what the output file already answers")
+    add("--json", type=Path, metavar="FILE", help="write counts, tokens and seconds here")
+    add("--quiet", action="store_true", help="print nothing but errors")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the batch."""
+    import dataclasses
+    import os
+
     from qig_serve.batch import EngineDied, generate
     from qig_serve.errors import UserError
 
@@ -47,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
     args, flags = after.parse_known_args(args.flags)
     if args.input is None or args.output is None:
         raise UserError("say what to read with -i and where to write with -o")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"the folder of {args.json} does not exist")
+    if args.quiet:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     try:
         totals = generate(
             args.directory,
@@ -56,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             resume=args.resume,
             flags=flags,
+            quiet=args.quiet,
         )
     except EngineDied as died:
         print(
@@ -64,9 +74,14 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    print(
-        f"{args.output}: {totals.done} rows written, {totals.failed} of them errors, "
-        f"{totals.skipped} were there already",
-        file=sys.stderr,
-    )
+    if args.json:
+        from qig_serve.evaluate import write_json
+
+        write_json(args.json, dataclasses.asdict(totals))
+    if not args.quiet or totals.failed:
+        print(
+            f"{args.output}: {totals.done} rows written, {totals.failed} of them errors, "
+            f"{totals.skipped} were there already",
+            file=sys.stderr,
+        )
     return 1 if totals.failed else 0

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="compare every file with its sha256 in the manifest"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no facts: problems only")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from qig_serve.errors import UserError
+    from qig_serve.evaluation.table import progress_bars
     from qig_serve.inspection import inspect, verify
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     found = None
     if args.verify and args.directory.is_dir():
         # First: a damaged header keeps the rest from being read, and the hash says which file.
-        wrong = verify(args.directory)
+        with progress_bars(Console(stderr=True), args.quiet, unit="files") as progress:
+            wrong = verify(args.directory, progress)
     try:
         found = inspect(args.directory)
     except UserError:
@@ -55,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_record(found, wrong, args.verify), indent=2))
         return 1 if wrong else 0
-    if found is not None:
+    if found is not None and not args.quiet:
         _print_facts(console, found)
     for sentence in wrong:
         console.print(f"WRONG  {sentence}")
-    if args.verify and not wrong:
+    if args.verify and not wrong and not args.quiet:
         console.print("verified: every file is as it was written")
     return 1 if wrong else 0
 
@@ -91,11 +94,14 @@ def _record(found: Inspection | None, wrong: list[str], verified: bool) -> dict[
 def _print_facts(console: Console, found: Inspection) -> None:
     from rich.table import Table
 
+    from qig_serve.offline.tensor_parallel import told_sizes
+
     config, scheme = found.config, found.config.quant_scheme
     weights = f"{scheme.bits}-bit weights, " + (
         f"groups of {scheme.group_size}" if scheme.group_size else "one scale an output channel"
     )
     activations = f"{scheme.activation_bits}-bit" if scheme.activation_bits else "16-bit"
+    refused = config.summary.get("tensor_parallel_refused", {})
     facts = [
         ("scheme", f"{scheme.name}: {weights}, {activations} activations"),
         ("method", f"{config.method}, by {config.produced_by or 'an unknown producer'}"),
@@ -109,7 +115,7 @@ def _print_facts(console: Console, found: Inspection) -> None:
             "quantized",
             f"{len(found.linears)} linears, {found.bits:.3f} bits a weight with scales and zeros",
         ),
-        ("tensor parallel", ", ".join(str(size) for size in config.tensor_parallel_sizes)),
+        ("tensor parallel", told_sizes(config.tensor_parallel_sizes, refused)),
     ]
     if config.calibration is not None:
         c = config.calibration

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face model")
     parser.add_argument("--output", type=Path, metavar="DIR", help="checkpoint to write")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupted run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument(
         "--print-recipe", action="store_true", help="print the recipe as YAML, and do nothing"
@@ -95,10 +96,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise UserError("say where the checkpoint goes: --output DIR")
 
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"the folder of {args.json} does not exist")
     if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 
-    from qig_serve.evaluate import load_samples
+    from qig_serve.evaluate import load_samples, write_json
     from qig_serve.offline.checkpoint import partial_directory
     from qig_serve.offline.pipeline import quantize
 
@@ -106,13 +109,16 @@ def _run(args: argparse.Namespace) -> int:
     questions = load_samples(args.evaluate, args.evaluate_n) if args.evaluate else []
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        quantize(args.model, args.output, recipe, resume=args.resume, quiet=args.quiet)
+        report = quantize(args.model, args.output, recipe, resume=args.resume, quiet=args.quiet)
     except (KeyboardInterrupt, SystemExit):
         if partial_directory(args.output).exists():
             print("the finished blocks are kept: go on with --resume", file=sys.stderr)
         raise
-    if questions:
-        _evaluate(args, questions)
+    results = _evaluate(args, questions) if questions else None
+    if args.json and os.environ.get("RANK", "0") == "0":
+        record = report.model_dump(mode="json", exclude={"blocks", "recipe"})
+        record |= {"output": str(args.output), "summary": report.summary(), "evaluation": results}
+        write_json(args.json, record)
     return 0
 
 
@@ -121,8 +127,11 @@ def _terminate(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _evaluate(args: argparse.Namespace, questions: list[Any]) -> None:
-    """Puts the comparison with full precision into the checkpoint's report and card."""
+def _evaluate(args: argparse.Namespace, questions: list[Any]) -> dict[str, Any]:
+    """Puts the comparison with full precision into the checkpoint's report and card.
+
+    Returns it: "fp" and "quantized" -> EvaluationResult.to_json.
+    """
     from rich.console import Console
 
     from qig_serve.evaluate import evaluate_many
@@ -138,3 +147,4 @@ def _evaluate(args: argparse.Namespace, questions: list[Any]) -> None:
     add_evaluation(args.output, {"data": args.evaluate, "results": records})
     if not args.quiet:
         Console().print(results_table(results))
+    return records

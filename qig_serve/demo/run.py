@@ -32,8 +32,13 @@ START_SECONDS = 600
 SERVER_OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4")
 
 
-def run_demo(workdir: Path, json_path: Path | None, questions: int, samples: int) -> dict[str, Any]:
-    """Run every step with visible progress; returns (and writes to `json_path`) the figures."""
+def run_demo(
+    workdir: Path, json_path: Path | None, questions: int, samples: int, quiet: bool = False
+) -> dict[str, Any]:
+    """Run every step with visible progress unless `quiet`.
+
+    Returns (and writes to `json_path`) the figures.
+    """
     from rich.console import Console
 
     from qig_serve.demo import MODEL_DIR
@@ -42,12 +47,12 @@ def run_demo(workdir: Path, json_path: Path | None, questions: int, samples: int
 
     if json_path is not None:
         json_path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(quiet=quiet)
     started = time.monotonic()
-    checkpoints = _quantize_all(console, workdir, MODEL_DIR, samples)
+    checkpoints = _quantize_all(console, workdir, MODEL_DIR, samples, quiet)
 
     console.rule(f"[bold]Evaluating on {questions} held-out questions")
-    with progress_bars(console, quiet=False) as progress:
+    with progress_bars(console, quiet) as progress:
         results = evaluate_many(
             [(_name(*key), path) for key, path in checkpoints.items()],
             MODEL_DIR,
@@ -77,7 +82,7 @@ def _name(scheme: str, method: str) -> str:
 
 
 def _quantize_all(
-    console: Any, workdir: Path, model: Path, samples: int
+    console: Any, workdir: Path, model: Path, samples: int, quiet: bool
 ) -> dict[tuple[str, str], Path]:
     """Both schemes by both methods; checkpoints of an earlier demonstration are replaced."""
     from qig_serve.offline.pipeline import quantize
@@ -94,7 +99,7 @@ def _quantize_all(
             recipe = QuantRecipe.model_validate(
                 {"scheme": scheme, "method": method, "calib": "demo", "samples": samples}
             )
-            quantize(model, output, recipe)
+            quantize(model, output, recipe, quiet=quiet)
             checkpoints[scheme, method] = output
     return checkpoints
 

@@ -43,7 +43,7 @@ def write_task(samples: Sequence[Sample], directory: Path, max_tokens: int = 160
         for number, (sample, question) in enumerate(rows):
             name = f"{number:06}.png"
             load_image(sample.images[0]).save(data / name)
-            row = {"file_name": name, "id": sample.id, "type": sample.type}
+            row: dict[str, Any] = {"file_name": name, "id": sample.id, "type": sample.type}
             file.write(json.dumps(row | {"question": question, "answer": sample.answer}) + "\n")
     # A split of a dataset without split folders is called train.
     shared: dict[str, Any] = {
@@ -65,8 +65,8 @@ def write_task(samples: Sequence[Sample], directory: Path, max_tokens: int = 160
             }
         ],
     }
-    greedy = {"until": [], "do_sample": False, "temperature": 0}
-    harnesses = {
+    greedy: dict[str, Any] = {"until": [], "do_sample": False, "temperature": 0}
+    harnesses: dict[str, dict[str, Any]] = {
         "lm_eval": {
             "doc_to_image": ["image"],
             "generation_kwargs": greedy | {"max_gen_toks": max_tokens},

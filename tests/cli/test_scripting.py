@@ -1,0 +1,80 @@
+"""--quiet and --json, for scripts; no colours where there is no terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import tiny_llava
+
+from qig_serve.cli import COMMANDS, main, make_parser
+from qig_serve.offline.checkpoint import write_hashes
+
+# What does not work through data: it prints a text, or it is a server.
+SHORT = {"doctor", "families", "completion", "serve"}
+
+
+def _subparsers() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in make_parser(None)._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+@pytest.mark.parametrize("name", [c for c in COMMANDS if c not in SHORT])
+def test_every_long_command_can_be_quiet_and_give_json(name: str) -> None:
+    flags = {flag for a in _subparsers()[name]._actions for flag in a.option_strings}
+    assert {"--quiet", "--json"} <= flags
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava.build(tmp_path_factory.mktemp("tiny") / "source")
+
+
+def test_quantize_writes_its_figures_and_nothing_else(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "q.json"
+    command = ["quantize", str(source), "--method", "rtn", "--calib", "demo", "--samples", "2"]
+    command += ["--output", str(tmp_path / "out"), "--json", str(record), "--quiet"]
+    assert main(command) == 0
+    assert capfd.readouterr() == ("", "")
+    told = json.loads(record.read_text())
+    assert (told["scheme"], told["method"], told["evaluation"]) == ("w3a16", "rtn", None)
+    assert told["summary"]["blocks"] == 2 and told["warnings"] == [] and "blocks" not in told
+    # A mistake is told all the same, before the work begins.
+    assert main([*command[:-2], str(tmp_path / "no" / "q.json"), "--quiet"]) == 2
+    assert "does not exist" in capfd.readouterr().err
+
+
+def test_inspect_is_quiet_about_what_is_well(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_llava.quantize(source, tmp_path / "w4a8", "w4a8")
+    write_hashes(directory)
+    assert main(["inspect", str(directory), "--verify", "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+    (directory / "generation_config.json").unlink()
+    assert main(["inspect", str(directory), "--verify", "--quiet"]) == 1
+    assert capfd.readouterr().out == "WRONG  generation_config.json: missing\n"
+
+
+def test_no_colours_without_a_terminal(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_llava.quantize(source, tmp_path / "w4a8", "w4a8")
+    write_hashes(directory)
+    data = tmp_path / "d"
+    for command in (
+        ["demo", "questions", "--n", "2", "--output", str(data)],
+        ["inspect", str(directory), "--verify"],
+        ["families"],
+        ["evaluate", str(source), "--data", str(data / "test.jsonl"), "--engine", "transformers"]
+        + ["--max-tokens", "1"],
+        ["quantize", str(source), "--method", "rtn", "--calib", "demo", "--samples", "1"]
+        + ["--output", str(tmp_path / "out")],
+    ):
+        assert main(command) == 0
+        shown = capfd.readouterr()
+        assert (shown.out or shown.err) and "\x1b" not in shown.out + shown.err, command
