@@ -321,27 +321,6 @@ def write_hashes(directory: Path, skipped: Collection[Path] = ()) -> None:
     _write_text(directory / HASHES_FILE, json.dumps(manifest, indent=1) + "\n")
 
 
-def tensor_parallel_sizes(text_config: Any, k_multiple: int, limit: int = 16) -> list[int]:
-    """Powers of two over which the decoder's linears can be sharded.
-
-    Query heads are shared out, key/value heads shared out or repeated; the inputs of o and down
-    are cut, so each part must be a multiple of `k_multiple` (a group).
-    """
-    heads = int(text_config.num_attention_heads)
-    kv_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
-    sizes = []
-    size = 1
-    while size <= limit:
-        shared = kv_heads % size == 0 or size % kv_heads == 0
-        inputs = (heads * head_dim, int(text_config.intermediate_size))
-        cut = all(k % size == 0 and (k // size) % k_multiple == 0 for k in inputs)
-        if heads % size == 0 and shared and cut:
-            sizes.append(size)
-        size *= 2
-    return sizes
-
-
 def _tensor_bytes(path: Path) -> Iterator[tuple[str, int]]:
     """(name, bytes) of a shard's tensors, from its header."""
     with path.open("rb") as file:

@@ -11,6 +11,7 @@ import yaml
 
 from qig_serve.formats import get_scheme
 from qig_serve.offline.report_data import QuantizationReport
+from qig_serve.offline.tensor_parallel import told_sizes
 
 DEVICES = ("cpu", "cuda")
 """Where the checkpoint can be served: vLLM's CPU kernels, or Triton kernels on NVIDIA GPUs."""
@@ -220,7 +221,8 @@ def model_card(
         else "16-bit activations"
     )
     scales = f"a group of {scheme.group_size}" if scheme.group_size else "an output channel"
-    sizes = ", ".join(map(str, metadata["quantization"]["tensor_parallel_sizes"]))
+    refused = quantization_config.get("summary", {}).get("tensor_parallel_refused", {})
+    sizes = told_sizes(metadata["quantization"]["tensor_parallel_sizes"], refused)
     calibration = report.calibration
     source = public_name(str(calibration.get("source", "nothing")))
     warnings = all_warnings(report)

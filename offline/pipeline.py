@@ -41,7 +41,7 @@ from qig_serve.offline.calibration import (
     token_counts,
 )
 from qig_serve.offline.capture import Store, check_finite
-from qig_serve.offline.checkpoint import CheckpointWriter, ResumableError, tensor_parallel_sizes
+from qig_serve.offline.checkpoint import CheckpointWriter, ResumableError
 from qig_serve.offline.equalize import GroupResult, equalize_group
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
 from qig_serve.offline.pictured import PicturedWeights
@@ -51,6 +51,7 @@ from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.report import write_reports
 from qig_serve.offline.report_data import REPORT_FILE, BlockReport, QuantizationReport
 from qig_serve.offline.streams import Streams
+from qig_serve.offline.tensor_parallel import SIZES, refused_sizes
 from qig_serve.samples import sample_sha256
 
 LOG_FILE = "quantize.log"
@@ -386,6 +387,7 @@ def publish(
 ) -> None:
     """Publishes the checkpoint with its reports."""
     scheme = recipe.quant_scheme
+    refused = refused_sizes(loaded.config, scheme.k_multiple)
     config = QuantizationConfig(
         quant_method="qig",
         format_version=FORMAT_VERSION,
@@ -396,9 +398,12 @@ def publish(
         method=recipe.method,
         produced_by=report.producer,
         calibration=info,
-        tensor_parallel_sizes=tensor_parallel_sizes(loaded.text_config, scheme.k_multiple),
+        tensor_parallel_sizes=[size for size in SIZES if size not in refused],
         recipe=recipe.recorded(),
-        summary=report.summary(),
+        summary={
+            **report.summary(),
+            "tensor_parallel_refused": {str(size): why for size, why in refused.items()},
+        },
     ).model_dump(mode="json")
     card = loaded.directory / "README.md"
     pictures = pictured.pictures(loaded.config, loaded.processor)

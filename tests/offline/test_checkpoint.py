@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from qig_serve.offline.checkpoint import (
     CheckpointWriter,
     ResumableError,
     file_sha256,
-    tensor_parallel_sizes,
 )
 from qig_serve.offline.source_checkpoint import INDEX_FILE, SourceCheckpoint
 
@@ -237,23 +235,3 @@ def test_fingerprint_sees_the_model(source_dir: Path) -> None:
     assert before == SourceCheckpoint(source_dir).fingerprint()
     (source_dir / "config.json").write_text('{"model_type": "other"}')
     assert SourceCheckpoint(source_dir).fingerprint() != before
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv", "hidden", "intermediate", "sizes"),
-    [
-        (28, 4, 3584, 18944, [1, 2, 4]),  # Qwen2-VL-7B
-        (32, 8, 4096, 14336, [1, 2, 4, 8, 16]),  # InternVL2-8B
-        (4, 2, 256, 768, [1, 2]),
-    ],
-)
-def test_tensor_parallel_sizes(
-    heads: int, kv: int, hidden: int, intermediate: int, sizes: list[int]
-) -> None:
-    config = SimpleNamespace(
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-    )
-    assert tensor_parallel_sizes(config, 128) == sizes
