@@ -127,7 +127,7 @@ class _Runner:
 
     async def _work(self, requests: Iterator[Request]) -> None:
         for request in requests:  # shared: each takes the next
-            if request.line in self.results.finished:
+            if self.results.has(request):
                 self.totals.skipped += 1
                 self.progress(self.totals)
                 continue

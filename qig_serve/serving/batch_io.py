@@ -56,13 +56,15 @@ def read_requests(path: Path, prompt: str | None, body: dict[str, Any]) -> Itera
         requests = _from_jsonl(path)
     seen: set[str] = set()
     for request in requests:
+        if request.custom_id in seen:  # without the id: a row's custom_id is one request's alone
+            message = f"custom_id {request.custom_id!r} was used by an earlier line"
+            yield Request(request.line, None, error=message)
+            continue
+        if request.custom_id is not None:
+            seen.add(request.custom_id)
         if request.body is None:
             yield request
-        elif request.custom_id in seen:
-            message = f"custom_id {request.custom_id!r} was used by an earlier line"
-            yield Request(request.line, request.custom_id, error=message)
         else:
-            seen.add(request.custom_id or "")
             yield Request(request.line, request.custom_id, request.url, body | request.body)
 
 
@@ -229,7 +231,8 @@ class Results:
         """UserError if the file exists and `resume` is not asked for, or cannot be written."""
         self.path = path
         self.kind: Literal["csv", "jsonl"] = "csv" if path.suffix.lower() == ".csv" else "jsonl"
-        self.finished: set[int] = set()
+        self._answered: set[str] = set()  # custom_ids
+        self._refused: set[int] = set()  # lines that have none
         if path.exists() and not resume:
             raise UserError(f"{path} exists: continue it with --resume, or name another file")
         try:
@@ -243,8 +246,20 @@ class Results:
             self._csv.writerow(CSV_COLUMNS)
             self._file.flush()
 
+    def has(self, request: Request) -> bool:
+        """Whether a run before this one wrote the request's row."""
+        if request.custom_id is None:
+            return request.line in self._refused
+        return request.custom_id in self._answered
+
+    def _note(self, custom_id: str | None, line: int) -> None:
+        if custom_id:
+            self._answered.add(custom_id)
+        else:
+            self._refused.add(line)
+
     def _take_up(self) -> None:
-        """Note the lines that have rows, and cut off a row that a killed run left unfinished."""
+        """Note what has a row, and cut off a row that a killed run left unfinished."""
         whole = 0
         with self.path.open("rb") as file:
             if self.kind == "csv":
@@ -254,7 +269,8 @@ class Results:
                     if not raw.endswith(b"\n"):
                         break
                     try:
-                        self.finished.add(int(json.loads(raw)["line"]))
+                        row = json.loads(raw)
+                        self._note(row["custom_id"], int(row["line"]))
                     except (ValueError, KeyError, TypeError):
                         raise UserError(
                             f"{self.path}: byte {whole}: not a row of this command's output; "
@@ -275,7 +291,7 @@ class Results:
                 if whole == 0 and tuple(row) != CSV_COLUMNS:
                     raise UserError(f"{self.path}: not this command's output: other columns")
                 if whole:
-                    self.finished.add(int(row[1]))
+                    self._note(row[0], int(row[1]))
                 whole = i + 1
         return whole
 

@@ -15,6 +15,7 @@ from qig_serve.serving import batch_io
 from qig_serve.serving.batch_io import Request, Results
 
 GOOD = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
+BAD = GOOD | {"custom_id": "bad"}
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -29,10 +30,10 @@ def lines(path: Path, *rows: Any) -> Path:
         ([1, 2], "a JSON object is wanted, not list"),
         ({"body": {}}, "custom_id is missing"),
         (GOOD | {"custom_id": 3}, "custom_id is missing or not a string"),
-        (GOOD | {"method": "GET"}, "only POST"),
-        (GOOD | {"url": "http://elsewhere/"}, "does not start with /v1/"),
-        (GOOD | {"body": "x"}, "body is missing"),
-        (GOOD | {"body": {"stream": True}}, "stream is not possible"),
+        (BAD | {"method": "GET"}, "only POST"),
+        (BAD | {"url": "http://elsewhere/"}, "does not start with /v1/"),
+        (BAD | {"body": "x"}, "body is missing"),
+        (BAD | {"body": {"stream": True}}, "stream is not possible"),
     ],
 )
 def test_bad_line_is_an_error_row_with_its_number(tmp_path: Path, row: Any, message: str) -> None:
@@ -52,10 +53,12 @@ def test_bytes_that_are_no_text_are_an_error_row(tmp_path: Path) -> None:
 
 
 def test_repeated_custom_id_is_an_error(tmp_path: Path) -> None:
-    path = lines(tmp_path / "in.jsonl", GOOD, GOOD)
-    first, second = batch_io.read_requests(path, None, {})
+    path = lines(tmp_path / "in.jsonl", GOOD, GOOD, GOOD | {"method": "GET"})
+    first, *others = batch_io.read_requests(path, None, {})
     assert first.error is None
-    assert second.error == "custom_id 'a' was used by an earlier line"
+    for other in others:
+        assert other.error == "custom_id 'a' was used by an earlier line"
+        assert other.custom_id is None
 
 
 def test_defaults_do_not_override(tmp_path: Path) -> None:
@@ -128,10 +131,23 @@ def test_resume_after_a_kill_loses_and_repeats_nothing(tmp_path: Path, suffix: s
         torn.write_bytes(content[:cut])
         results = Results(torn, resume=True)
         for i in range(1, 4):
-            if i not in results.finished:
+            if not results.has(Request(i, f"id{i}")):
                 results.write(row(i, f'line {i}\nsaid "ä"'))
         results.close()
         assert torn.read_bytes() == content, cut
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_finished_requests_are_known_by_their_id(tmp_path: Path, suffix: str) -> None:
+    """A picture that joins the folder before the run is resumed moves the lines of the others."""
+    results = Results(tmp_path / f"out.{suffix}", resume=False)
+    results.write(row(1))
+    results.write(batch_io.error_row(Request(3, None), "not JSON"))
+    results.close()
+    results = Results(tmp_path / f"out.{suffix}", resume=True)
+    assert results.has(Request(2, "id1")) and not results.has(Request(1, "new"))
+    assert results.has(Request(3, None)) and not results.has(Request(1, None))
+    results.close()
 
 
 def test_csv_output(tmp_path: Path) -> None:
