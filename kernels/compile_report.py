@@ -32,8 +32,7 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Bytes of shared memory a program can have, by compute capability (CUDA programming guide)."""
 MAX_INTEGER = {"w3a16": 1.2, "w4a8": 0.7}
-"""Integer instructions a weight in the main loop of a decode tile of at most MAX_BLOCK_M tokens."""
-MAX_BLOCK_M = 32
+"""Integer instructions a weight in the main loop of a decode tile."""
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INTEGER = re.compile(
@@ -50,7 +49,6 @@ class Compiled:
     target: int
     dtype: str
     tile: str
-    block_m: int
     registers: int
     shared: int
     stack: int
@@ -73,8 +71,7 @@ class Compiled:
             if not self.tensor_core:
                 found.append(f"{where}: no tensor-core instruction")
             most = MAX_INTEGER[self.kernel.split("_")[0]]
-            bounded = "decode" in self.kernel and self.block_m <= MAX_BLOCK_M
-            if bounded and self.integer_per_weight > most:
+            if "decode" in self.kernel and self.integer_per_weight > most:
                 found.append(f"{where}: {self.integer_per_weight:.2f} integer a weight > {most}")
         return found
 
@@ -156,7 +153,6 @@ def _count(
     dtype: str,
     tile: str,
     weights: float | None = None,
-    block_m: int = 0,
 ) -> Compiled:
     instructions, labels, usage = disassemble(compiled.asm["cubin"])
     loop = main_loop(instructions, labels)
@@ -168,7 +164,6 @@ def _count(
         target=target,
         dtype=dtype,
         tile=tile,
-        block_m=block_m,
         registers=usage["REG"],
         shared=compiled.metadata.shared,
         stack=usage["STACK"],
@@ -224,7 +219,7 @@ def compile_tile(
     shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
     if tile.regime == "dequantize":
         shape = "128x128 4w"
-    return _count(compiled, name, target, dtype, shape, weights, tile.block_m)
+    return _count(compiled, name, target, dtype, shape, weights)
 
 
 def compile_quantizers(target: int, dtype: str = "bf16") -> Iterator[Compiled]:

@@ -268,7 +268,8 @@ def w3a16_decode_kernel(
     unit = tl.minimum(unit, TILES - 1)  # a last half-filled tile reads what it will not store
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane_ptrs = lanes_ptr + (unit * 3072 + row % 64 * 16)[:, None] + tl.arange(0, 16)[None, :]
-    x_ptrs = x_ptr + tokens[None, :].to(tl.int64) * K + tl.arange(0, 128)[:, None]
+    rows_read = tl.minimum(tokens, M - 1)[None, :].to(tl.int64)
+    x_ptrs = x_ptr + rows_read * K + tl.arange(0, 128)[:, None]
     in_range = (tokens < M)[None, :]
 
     acc_lo = tl.zeros([ROWS, BLOCK_M], tl.float32)
@@ -280,7 +281,7 @@ def w3a16_decode_kernel(
         w_lo, w_hi = _unpack(
             lane_ptrs + group * TILES * 3072, word_lo, word_hi, ROWS, DTYPE, False, USE_PTX
         )
-        x = tl.load(x_ptrs + group * 128, mask=in_range, other=0.0)  # [128, BLOCK_M]
+        x = launch.load_tokens(x_ptrs + group * 128, in_range, BLOCK_M)  # [128, BLOCK_M]
         acc_lo += tl.dot(w_lo, x) * _scale_of(word_lo, DTYPE)
         acc_hi += tl.dot(w_hi, x) * _scale_of(word_hi, DTYPE)
 
@@ -328,7 +329,8 @@ def w3a16_prefill_kernel(
     unit = tl.minimum(unit, TILES - 1)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     lane_ptrs = lanes_ptr + (unit * 3072 + row % 64 * 16)[:, None] + tl.arange(0, 16)[None, :]
-    x_ptrs = x_ptr + tokens[None, :].to(tl.int64) * K + tl.arange(0, 128)[:, None]
+    rows_read = tl.minimum(tokens, M - 1)[None, :].to(tl.int64)
+    x_ptrs = x_ptr + rows_read * K + tl.arange(0, 128)[:, None]
     in_range = (tokens < M)[None, :]
 
     acc_lo = tl.zeros([ROWS, BLOCK_M], tl.float32)
@@ -339,7 +341,7 @@ def w3a16_prefill_kernel(
             lane_ptrs + group * TILES * 3072, tl.load(words), tl.load(words + 64),
             ROWS, DTYPE, True, USE_PTX,
         )  # fmt: skip
-        x = tl.load(x_ptrs + group * 128, mask=in_range, other=0.0)
+        x = launch.load_tokens(x_ptrs + group * 128, in_range, BLOCK_M)
         acc_lo = tl.dot(w_lo, x, acc_lo)
         acc_hi = tl.dot(w_hi, x, acc_hi)
     _store_half(out_ptr, acc_lo, bias_ptr, rows, tokens, M, N, HAS_BIAS)

@@ -88,12 +88,13 @@ def _sum_of_products(
     # A last half-filled tile reads some row twice rather than past the end.
     rows = tl.minimum(tile * BLOCK_N, N_PAD - BLOCK_N) + tl.arange(0, BLOCK_N)
     nibble_ptrs = nibbles_ptr + rows[:, None] * 64 + tl.arange(0, 64)[None, :]
-    code_ptrs = codes_ptr + tokens[None, :].to(tl.int64) * K + tl.arange(0, 128)[:, None]
+    rows_read = tl.minimum(tokens, M - 1)[None, :].to(tl.int64)
+    code_ptrs = codes_ptr + rows_read * K + tl.arange(0, 128)[:, None]
     in_range = (tokens < M)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for block in tl.range(block_first, block_last, num_stages=STAGES):
         weights = _unpack(tl.load(nibble_ptrs + block * N_PAD * 64), BLOCK_N, USE_PTX)
-        codes = tl.load(code_ptrs + block * 128, mask=in_range, other=0)  # [128, BLOCK_M]
+        codes = launch.load_tokens(code_ptrs + block * 128, in_range, BLOCK_M)  # [128, BLOCK_M]
         acc = tl.dot(weights, codes, acc, out_dtype=tl.int32)
     return acc
 

@@ -14,17 +14,19 @@ from qig_serve.kernels import compile_report, tuning
 from qig_serve.kernels.tuning import Tile
 
 
-def decode_tile(scheme: str, target: int) -> Tile:
-    return tuning.tile_table()[f"sm_{target}", scheme, "default"][0][1]
+def decode_tile(scheme: str, target: int, tokens: int = 1) -> Tile:
+    rows = tuning.tile_table()[f"sm_{target}", scheme, "default"]
+    return next(tile for most, tile in rows if tokens <= most)
 
 
 @pytest.mark.parametrize(
-    ("target", "instruction"), [(90, "wgmma"), (80, "mma"), (100, "tcgen05"), (120, "mma")]
+    ("target", "tokens", "instruction"),
+    [(90, 1, "wgmma"), (90, 64, "wgmma"), (80, 1, "mma"), (100, 1, "tcgen05"), (120, 1, "mma")],
 )
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-def test_decode_tiles_stay_lean(scheme: str, target: int, instruction: str) -> None:
-    """The tile that one token takes: no spills, tensor cores, integer operations a weight."""
-    compiled = compile_report.compile_tile(scheme, target, decode_tile(scheme, target))
+def test_decode_tiles_stay_lean(scheme: str, target: int, tokens: int, instruction: str) -> None:
+    """No spills, tensor cores, integer operations a weight; all tiles of all targets are slow."""
+    compiled = compile_report.compile_tile(scheme, target, decode_tile(scheme, target, tokens))
     assert compiled.problems() == []
     assert compiled.tensor_core.split()[0] == instruction
 
