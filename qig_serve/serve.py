@@ -18,6 +18,11 @@ from qig_serve.serving.limits import Limits
 DRAIN_SECONDS = 30
 """How long SIGTERM waits for requests that are running, unless --shutdown-timeout says else."""
 
+SEQUENCES_A_REQUEST = 128
+"""Answers (`n`), and prompts, that one request may ask for; vLLM's 16,384 and 1,024 let one
+request keep all others waiting for minutes. VLLM_MAX_N_SEQUENCES and VLLM_MAX_COMPLETION_PROMPTS
+say else."""
+
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
 
@@ -62,6 +67,9 @@ def set_environment(limits: Limits) -> None:
     os.environ["VLLM_MEDIA_CONNECTOR"] = "qig"
     os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(limits.max_image_pixels)
+    os.environ.setdefault("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", str(limits.max_body_mb))
+    for name in ("VLLM_MAX_N_SEQUENCES", "VLLM_MAX_COMPLETION_PROMPTS"):
+        os.environ.setdefault(name, str(SEQUENCES_A_REQUEST))
 
 
 def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:

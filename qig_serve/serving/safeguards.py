@@ -11,6 +11,7 @@ import binascii
 import functools
 import hmac
 import importlib.resources
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +75,36 @@ class Safeguards:
             return
         if _stopping or self.running >= self.max_queued:
             reason = "the server is stopping" if _stopping else f"{self.running} requests are ahead"
-            refusal = _error(503, f"{reason}: try again later")
-            refusal.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-            await refusal(scope, receive, send)
+            busy = _error(503, f"{reason}: try again later")
+            busy.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+            await busy(scope, receive, send)
             return
         body = _CountedBody(receive, self.max_body)
+        answer = _HeldFault(send)
+        refusal: Response | None = None
 
         async def send_unless_refused(message: Message) -> None:
             if not body.too_large:  # whatever the application makes of its body breaking off
-                await send(message)
+                await answer.send(message)
 
         self.running += 1
         try:
             await self.app(scope, body.receive, send_unless_refused)
         except _TooLarge:
             pass
+        except Exception as error:
+            if not _in_validation(error):
+                await answer.release()
+                raise
+            refusal = _error(400, f"the request body is not valid: {error}")
         finally:
             self.running -= 1
         if body.too_large:
-            await self._too_large()(scope, receive, send)
+            refusal = self._too_large()
+        if refusal is not None:
+            await refusal(scope, receive, send)
+        else:
+            await answer.release()
 
     def _too_large(self) -> Response:
         return _error(400, f"the request body is over {self.max_body >> 20} MiB (--max-body-mb)")
@@ -114,6 +126,38 @@ class _CountedBody:
             self.too_large = True
             raise _TooLarge
         return message
+
+
+class _HeldFault:
+    """Sends an answer on, but keeps a 500 until it is known whose fault it was."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._held: list[Message] = []
+
+    async def send(self, message: Message) -> None:
+        """Send or keep."""
+        if self._held or message.get("status") == 500:
+            self._held.append(message)
+        else:
+            await self._send(message)
+
+    async def release(self) -> None:
+        """Send what was kept."""
+        for message in self._held:
+            await self._send(message)
+
+
+def _in_validation(error: Exception) -> bool:
+    """Whether the body was still being validated: it is at fault, and not the server.
+
+    vLLM's validators look into fields before their types are checked, and fail in any way.
+    """
+    return any(
+        frame.f_code.co_name == "request_body_to_args"
+        and frame.f_globals["__name__"] == "fastapi.dependencies.utils"
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _error(status: int, message: str) -> JSONResponse:

@@ -12,7 +12,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import fastapi
 import httpx
+import pydantic
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -152,6 +154,43 @@ def test_body_limit_when_the_application_hides_the_break() -> None:
         async with client(make_app(swallow)) as http:
             refused = await http.post("/v1/completions", content=chunks())
             assert refused.status_code == 400 and "over 1 MiB" in refused.text
+
+    asyncio.run(run())
+
+
+class Careless(pydantic.BaseModel):
+    """A body whose validator looks before it checks."""
+
+    options: dict[str, Any]
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def look_inside(cls, data: Any, handler: Callable[[Any], Any]) -> Any:
+        data["options"].get("a")
+        return handler(data)
+
+
+def test_body_that_breaks_its_own_validation() -> None:
+    """400, where the framework answers 500; a fault of the application stays one."""
+
+    app = fastapi.FastAPI()
+    app.state.args = Namespace(api_key=None)
+    app.add_middleware(Safeguards)
+
+    @app.post("/v1/completions")
+    async def complete(body: Careless) -> Any:
+        return body.options.nothing  # type: ignore[attr-defined]
+
+    async def run() -> None:
+        async with client(app) as http:
+            refused = await http.post("/v1/completions", json={"options": "text"})
+            assert refused.status_code == 400
+            assert "'str' object has no attribute 'get'" in refused.json()["error"]["message"]
+            with pytest.raises(AttributeError, match="nothing"):
+                await http.post("/v1/completions", json={"options": {}})
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            assert (await http.post("/v1/completions", json={"options": {}})).status_code == 500
 
     asyncio.run(run())
 
