@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from qig_serve.errors import UserError
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model, load_processor, model_dtype
 from qig_serve.evaluation.statistics import exact_match
-from qig_serve.samples import Sample, sample_from_parts, sample_sha256
+from qig_serve.samples import Sample, data_url, sample_from_parts, sample_sha256
 
 
 def _questions(n: int = 8) -> list[Sample]:
@@ -197,6 +198,30 @@ def test_failed_requests_are_counted_and_not_scored(server: str) -> None:
     assert (record["n"], record["failed"], record["exact_match"]) == (7, 1, 1.0)
     assert record["n_by_type"] == {"even": 4, "odd": 3}
     assert "no threes" in record["failures"][0] and record["answers"][3]["output"] is None
+
+
+def test_a_server_as_reference_for_another(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Full precision on another machine: its answers are kept, and the next run is held to them."""
+    data, full, low = (tmp_path / name for name in ("q.jsonl", "full.json", "low.json"))
+    with data.open("w") as file:
+        for sample in _questions():
+            picture = {"type": "image_url", "image_url": {"url": data_url(sample.images[0])}}
+            content = [picture, {"type": "text", "text": sample.question}]
+            messages = [{"role": "user", "content": content}]
+            line = {"id": sample.id, "type": sample.type, "messages": messages}
+            file.write(json.dumps(line | {"answer": sample.answer}) + "\n")
+    ask = ["evaluate", "--server", server, "--data", str(data)]
+    assert main([*ask, "--json", str(full)]) == 1  # a request failed
+    shown = capsys.readouterr()
+    assert re.search(r"failed requests +│ +1 │", shown.out)
+    assert re.search(r"questions +│ +7 │", shown.out)
+    assert "failed request: sample 3: " in shown.err and "no threes" in shown.err
+    assert "1 of 8 requests failed and are not scored" in shown.err
+    assert main([*ask, "--reference", str(full), "--json", str(low), "--quiet"]) == 1
+    record = json.loads(low.read_text())
+    assert record["paired"]["n"] == 7 and record["agreement"] == 1  # question 3 has no answer
 
 
 def test_a_server_that_is_not_there() -> None:
