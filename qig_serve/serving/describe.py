@@ -65,6 +65,8 @@ class Report:
     """Sizes up to 8 that split every quantized layer and the attention heads evenly."""
     kv_bytes_per_token: int | None
     """KV cache a token, over all devices; None if config.json does not tell."""
+    recovery: dict[str, Any] | None
+    """What `quantize --evaluate` found, full precision and this checkpoint; None without it."""
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -100,6 +102,7 @@ class Report:
             needed += f" and {self.kv_bytes_per_token / 1024:g} KiB of KV cache a token"
         rows = [
             ("checkpoint", f"{self.manifest.scheme}, quantized with {self.manifest.method}"),
+            ("recovery", _recovery_in_words(self.recovery)),
             ("device", f"{self.device}, computing in {str(self.dtype).removeprefix('torch.')}"),
             ("vLLM", f"{_vllm_version()} (supported: {SUPPORTED_VLLM})"),
             ("tensor parallel", f"{_listed(self.tensor_parallel_sizes)} (largest looked at: 8)"),
@@ -126,6 +129,7 @@ class Report:
             "calibration": m.calibration.model_dump() if m.calibration else None,
             "recipe": m.recipe,
             "summary": m.summary,
+            "recovery": self.recovery,
             "vllm": _vllm_version(),
             "vllm_supported": SUPPORTED_VLLM,
             "device": self.device,
@@ -261,7 +265,47 @@ def describe(
         tensor_parallel_size=tensor_parallel_size,
         tensor_parallel_sizes=sizes,
         kv_bytes_per_token=kv,
+        recovery=_read_recovery(directory),
     )
+
+
+def _read_recovery(directory: Path) -> dict[str, Any] | None:
+    """The evaluation in the checkpoint's report.json, in short; UserError if it is damaged."""
+    path = directory / "report.json"
+    if not path.exists():
+        return None
+    try:
+        evaluation = json.loads(path.read_text("utf-8")).get("evaluation")
+        if evaluation is None:
+            return None
+        results = evaluation["results"]
+        ((_, own),) = ((name, r) for name, r in results.items() if name != "fp")
+        return {
+            "data": evaluation["data"],
+            "questions": own["n"],
+            "exact_match": own["exact_match"],
+            "exact_match_full_precision": results["fp"]["exact_match"],
+            "kl_mean": (own.get("kl") or {}).get("kl_mean"),
+            "top1": (own.get("kl") or {}).get("top1"),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a report of this version ({type(error).__name__}: {error}); "
+            f"try `qig-serve inspect --verify {directory}`"
+        ) from None
+
+
+def _recovery_in_words(recovery: dict[str, Any] | None) -> str:
+    if recovery is None or recovery["exact_match"] is None:
+        return "not measured (qig-serve quantize --evaluate)"
+    words = (
+        f"{recovery['exact_match']:.1%} exact match, full precision "
+        f"{recovery['exact_match_full_precision']:.1%}, on {recovery['questions']} questions"
+    )
+    if recovery["kl_mean"] is not None:
+        words += f"; KL {recovery['kl_mean']:.2g} nats a token, top-1 agreement "
+        words += f"{recovery['top1']:.1%}"
+    return words
 
 
 _ROWS = 256  # a multiple of every kernel's block of output channels

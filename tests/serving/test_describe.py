@@ -71,6 +71,30 @@ def test_heads_of_the_vision_tower_must_divide(
     assert whole.tensor_parallel_sizes == (1, 2) and not whole.problems
 
 
+def test_recovery_is_the_reports(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(checkpoints["w4a8"] / name)
+    assert describe(tmp_path, torch.bfloat16).recovery is None
+    full = {"n": 200, "exact_match": 0.9}
+    own = full | {"exact_match": 0.88, "kl": {"kl_mean": 0.0057, "top1": 0.995}}
+    evaluation = {"data": "demo", "results": {"fp": full, "quantized": own}}
+    (tmp_path / "report.json").write_text(json.dumps({"evaluation": evaluation}))
+    report = describe(tmp_path, torch.bfloat16)
+    assert report.as_json()["recovery"] == {
+        "data": "demo",
+        "questions": 200,
+        "exact_match": 0.88,
+        "exact_match_full_precision": 0.9,
+        "kl_mean": 0.0057,
+        "top1": 0.995,
+    }
+    words = "88.0% exact match, full precision 90.0%, on 200 questions; KL 0.0057 nats a token"
+    assert any(words in line for line in report.lines())
+    (tmp_path / "report.json").write_text('{"evaluation": {}}')
+    with pytest.raises(UserError, match=r"report\.json: not a report of this version"):
+        describe(tmp_path, torch.bfloat16)
+
+
 def test_too_little_memory_is_a_problem(checkpoints: dict[str, Path]) -> None:
     report = describe(checkpoints["w4a8"], torch.bfloat16)
     assert not report.problems
