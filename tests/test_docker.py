@@ -98,6 +98,13 @@ def test_the_build_sees_no_secrets_or_rubbish() -> None:
     assert {".git", ".venv", ".demo", "**/.env", "**/__pycache__"} <= {*ignored}
 
 
+def test_the_cuda_image_installs_locked_versions() -> None:
+    lock = (DOCKER / "requirements-cpu.lock").read_text().split()
+    installed = re.findall(r"\S+==\S+", (DOCKER / "Dockerfile").read_text())
+    assert len(installed) == 3 and {*installed} <= {*lock}
+    assert not re.search(r"pip install.*[<>]", (DOCKER / "Dockerfile").read_text())
+
+
 # --- Kubernetes ----------------------------------------------------------------------------------
 
 
