@@ -320,7 +320,8 @@ def fetching(
 ) -> Iterator[Server]:
     """A server that fetches from all these names: only the address check is in the way."""
     fake = Path(__file__).parent / "fake_internet"
-    settings = {"names": NAMES, "public": PUBLIC, "log": str(internet.log)}
+    public = [PUBLIC, internet.public_port]
+    settings = {"names": NAMES, "public": public, "log": str(internet.log)}
     domains = [*NAMES, *WRITTEN, *(host.strip("[]") for host in WRITTEN if host[0] == "[")]
     with pytest.MonkeyPatch.context() as patch:
         inherited = os.environ.get("PYTHONPATH")

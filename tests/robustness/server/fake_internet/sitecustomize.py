@@ -1,8 +1,9 @@
 """Python imports this at start in a server that a test starts: an internet that lies.
 
 Names resolve to what QIG_TEST_INTERNET says, in turn where it gives several answers; connections
-to its public address arrive at the test's own listener; every address that is connected to is
-written down. The guard under test is not touched: it sees these answers as the system's.
+to its public address and port arrive at the test's own listener, others end here; every address
+that is connected to is written down. The guard under test is not touched: it sees these answers as
+the system's.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ async def resolve(
         return await _resolve(self, host, port, family)
     addresses = answers[_asked[host] % len(answers)]
     _asked[host] += 1
+    if not addresses:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     return [
         {
             "hostname": host,
@@ -54,8 +57,8 @@ def connect(self: socket.socket, address: Any) -> None:
     if self.family == socket.AF_UNIX or self.type == socket.SOCK_DGRAM:
         return _connect(self, address)
     _note("connect", *address[:2])
-    if address[0] == _SETTINGS["public"]:
-        address = ("127.0.0.1", *address[1:])
+    if list(address[:2]) == _SETTINGS["public"]:
+        address = ("127.0.0.1", address[1])
     elif address[0] not in ("127.0.0.1", "::1"):
         raise OSError(f"this test has no way to {address[0]}")
     return _connect(self, address)
