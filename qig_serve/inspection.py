@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qig_serve import decoder_checks
 from qig_serve.errors import UserError
 from qig_serve.formats import QUANT_METHOD, tensor_specs
 from qig_serve.manifest import HASHES_FILE, QuantizationConfig, read_quantization_config
 
+INDEX_FILE = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _SPEC_DTYPES = {"int32": ("I32",), "uint8": ("U8",), "float32": ("F32",)}
 _MODEL_DTYPES = ("F16", "BF16", "F32")
@@ -63,7 +65,7 @@ class Inspection:
     tensors: dict[str, StoredTensor]
     linears: list[QuantizedLinear]
     problems: list[str] = field(default_factory=list)
-    """What is wrong with the tensors, one sentence each."""
+    """What is wrong with index and tensors, one sentence each."""
 
     @property
     def nbytes(self) -> int:
@@ -104,11 +106,30 @@ def inspect(directory: Path) -> Inspection:
         raise UserError(f"{path} has no quantization_config of qig: this is not a qig checkpoint")
     manifest = read_quantization_config(quantization, str(path))
     tensors: dict[str, StoredTensor] = {}
+    twice: list[str] = []
     for shard in sorted(directory.glob("*.safetensors")):
-        tensors |= dict(_header(shard))
-    found = Inspection(directory, str(config.get("model_type")), manifest, tensors, [])
+        for name, tensor in _header(shard):
+            if name in tensors:
+                twice.append(f"{name}: in two shards, {tensors[name].file} and {tensor.file}")
+            tensors[name] = tensor
+    found = Inspection(directory, str(config.get("model_type")), manifest, tensors, [], twice)
+    _check_index(found)
     _collect_linears(found)
+    linears = {linear.name: (linear.n, linear.k) for linear in found.linears}
+    suffixes = tensor_specs(manifest.quant_scheme, 1, manifest.quant_scheme.k_multiple)
+    found.problems += decoder_checks.problems(config, manifest, tensors, linears, suffixes)
     return found
+
+
+def require_sound(directory: Path) -> None:
+    """UserError, one sentence, unless the checkpoint can be loaded: headers only, no hashes."""
+    found = inspect(directory)
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
+        raise UserError(
+            f"{directory} cannot be loaded: {found.problems[0]}{more}; see `qig-serve inspect "
+            f"--verify {directory}`"
+        )
 
 
 def verify(directory: Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
@@ -179,24 +200,39 @@ def _collect_linears(found: Inspection) -> None:
 
 
 def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """(name, tensor) of a safetensors file; UserError that names the file when it is damaged."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise UserError(f"{path} is damaged: its header is longer than the file")
-        raw = file.read(length)
-    end = 0
+    """(name, tensor) of a safetensors file; UserError that names the file when it is damaged.
+
+    safetensors itself refuses headers over 100 MB, tensors that overlap or leave gaps, and files
+    that are longer or shorter than described.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        for name, entry in json.loads(raw).items():
-            if name == "__metadata__":
-                continue
-            end = max(end, int(entry["data_offsets"][1]))
-            yield name, StoredTensor(path.name, str(entry["dtype"]), tuple(entry["shape"]))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path} is damaged: its header cannot be read") from None
-    if 8 + length + end != size:
-        raise UserError(f"{path} is damaged: {size} bytes where {8 + length + end} are described")
+        with safe_open(path, framework="np") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                tensor = shard.get_slice(name)
+                yield name, StoredTensor(path.name, tensor.get_dtype(), tuple(tensor.get_shape()))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None
+
+
+def _check_index(found: Inspection) -> None:
+    """The index, which tells vLLM what to read, against what the shards hold."""
+    path = found.directory / INDEX_FILE
+    if not path.is_file():
+        return
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{path} has no weight_map: download it again")
+    for name, file in sorted(weight_map.items()):
+        if not isinstance(file, str) or PurePosixPath(file).name != file:
+            found.problems.append(f"{INDEX_FILE} names {file!r}, which is not a file beside it")
+        elif not (found.directory / file).is_file():
+            found.problems.append(f"{INDEX_FILE} names the shard {file}, which is missing")
+        elif name not in found.tensors or found.tensors[name].file != file:
+            found.problems.append(f"{INDEX_FILE} names the tensor {name}, which is not in {file}")
+    for name in sorted(found.tensors.keys() - weight_map.keys()):
+        found.problems.append(f"{name}: in {found.tensors[name].file}, but not in {INDEX_FILE}")
 
 
 def _sha256(path: Path) -> str:
@@ -209,7 +245,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: this is not a qig checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object")

@@ -40,6 +40,10 @@ class QuantizationConfig(BaseModel):
     group_size: int | None
     ignore: list[str]
     """Modules left in 16 bits: names in the checkpoint, matched as dotted prefixes."""
+    model_type: str = ""
+    architectures: list[str] = Field(default_factory=list)
+    """Those of config.json when it was quantized, so that another one beside the tensors is seen;
+    empty means unknown."""
     method: str = "rtn"
     produced_by: str = ""
     """Not "producer": vLLM takes that for ModelOpt's and expects an object."""

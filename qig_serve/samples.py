@@ -75,13 +75,24 @@ def load_image(source: ImageSource) -> Image.Image:
                 return _as_rgb(image, name)
     except FileNotFoundError:
         raise UserError(f"{name} does not exist") from None
-    except (Image.DecompressionBombError, *_UNREADABLE) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{name} cannot be read as an image: {error}") from None
 
 
 # What Pillow's decoders raise on damaged files. OSError covers UnidentifiedImageError.
-_UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError)
-_UNREADABLE += (RuntimeError, struct.error, zlib.error)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 _LONGEST = 200
 
 

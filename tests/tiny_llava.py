@@ -147,7 +147,13 @@ def quantize(source: Path, directory: Path, scheme_name: str) -> Path:
         "scheme": scheme_name,
         "bits": scheme.bits,
         "group_size": scheme.group_size,
-        "ignore": ["vision_tower", "multi_modal_projector", "language_model.lm_head"],
+        "ignore": [
+            "vision_tower",
+            "multi_modal_projector",
+            "language_model.lm_head",
+            "language_model.model.embed_tokens",
+            "language_model.model.norm",
+        ],
         "method": "rtn",
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))

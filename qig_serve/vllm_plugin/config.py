@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from qig_serve.formats import QUANT_METHOD
+from qig_serve.inspection import require_sound
 from qig_serve.manifest import read_quantization_config
 
 _registered = False
@@ -53,6 +55,17 @@ class QigConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> QigConfig:
         """Parse `quantization_config`; UserError with one sentence if it is not one."""
         return cls(config)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Refuses a directory whose tensors are not what config.json says: UserError.
+
+        vLLM calls this with its configuration made and no memory taken yet.
+        """
+        directory = Path(model_name)
+        if any(directory.glob("*.safetensors")):  # not so for a name on a hub
+            require_sound(directory)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add the names that vLLM's modules have to those that the checkpoint's have.

@@ -1,0 +1,102 @@
+"""Whether a checkpoint's tensors are those that its config.json and its manifest speak of.
+
+From names, shapes and dtypes alone, so that a wrong checkpoint is refused before memory is taken:
+vLLM would fill what is missing with zeros, and stop at an assertion on what does not fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from qig_serve.manifest import QuantizationConfig
+
+_LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.*)")
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+def problems(
+    config: Mapping[str, Any],
+    manifest: QuantizationConfig,
+    names: Collection[str],
+    linears: Mapping[str, tuple[int, int]],
+    suffixes: Collection[str],
+) -> Iterator[str]:
+    """What does not fit, a sentence each.
+
+    `config` is config.json, `names` those of all stored tensors, `linears` the quantized ones with
+    their [N, K], `suffixes` the tensors that the scheme stores of one.
+    """
+    yield from _another_architecture(config, manifest)
+    layers: dict[int, set[str]] = {}
+    decoders = {m[1] for n in linears if (m := _LAYER.fullmatch(n + "."))}
+    for name in sorted(names):
+        module, _, leaf = name.rpartition(".")
+        place = _LAYER.fullmatch(name)
+        if module in linears and leaf.startswith("weight") and leaf not in suffixes:
+            yield f"{name}: {manifest.scheme} stores no such tensor of a quantized linear"
+        elif leaf in _PARTS and module not in linears:
+            yield f"{name}: there is no {module}.weight_packed beside it"
+        elif place and place[1] in decoders:
+            layers.setdefault(int(place[2]), set()).add(place[3])
+        elif not manifest.is_ignored(name):
+            yield (
+                f"{name}: neither in a decoder block nor listed in the manifest as left in 16 bits"
+            )
+    for module in manifest.ignore:
+        if not any(n == module or n.startswith(module + ".") for n in names):
+            yield f"{module}: listed as left in 16 bits, but no tensor is of it"
+    text = _text_config(config)
+    yield from _uneven_layers(layers, text.get("num_hidden_layers"))
+    yield from _other_sizes(text, linears)
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _another_architecture(config: Mapping[str, Any], manifest: QuantizationConfig) -> Iterator[str]:
+    claimed = {
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+    }
+    recorded = {"model_type": manifest.model_type, "architectures": manifest.architectures}
+    for key, value in recorded.items():
+        if value and value != claimed[key]:
+            yield f"config.json: {key} is {claimed[key]!r}, but {value!r} was quantized"
+
+
+def _uneven_layers(layers: Mapping[int, set[str]], count: Any) -> Iterator[str]:
+    if isinstance(count, int) and layers and set(layers) != set(range(count)):
+        yield (
+            f"config.json: num_hidden_layers is {count}, but the blocks stored are "
+            f"{min(layers)} to {max(layers)}, {len(layers)} of them"
+        )
+    every = set().union(*layers.values())
+    for index, names in sorted(layers.items()):
+        for name in sorted(every - names):
+            yield f"decoder block {index} has no {name}, which other blocks have"
+
+
+def _other_sizes(text: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Of the first linear whose inputs or outputs are not as many as config.json says."""
+    hidden, inner = text.get("hidden_size"), text.get("intermediate_size")
+    wanted = {
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+        "o_proj": (hidden, None),
+    }
+    wanted |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), (None, hidden))
+    if isinstance(size := text.get("head_dim"), int):
+        for names, key in (("q", "num_attention_heads"), ("kv", "num_key_value_heads")):
+            if isinstance(heads := text.get(key), int):
+                wanted |= dict.fromkeys((f"{n}_proj" for n in names), (heads * size, hidden))
+    for name, shape in sorted(linears.items()):
+        sizes = wanted.get(name.rpartition(".")[2], (None, None))
+        if any(isinstance(w, int) and w != s for w, s in zip(sizes, shape, strict=True)):
+            asked = " x ".join("any" if w is None else str(w) for w in sizes)
+            yield f"{name}: {shape[0]} x {shape[1]}, but config.json asks for {asked}"
+            return
