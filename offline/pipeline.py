@@ -395,6 +395,8 @@ def publish(
         bits=scheme.bits,
         group_size=scheme.group_size,
         ignore=report.left_alone,
+        model_type=loaded.config.model_type,
+        architectures=loaded.config.architectures or [],
         method=recipe.method,
         produced_by=report.producer,
         calibration=info,
