@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,7 @@ def main() -> int:
         with running(directory, Path(folder) / "server.log", flags) as (url, pid):
             outcome = asyncio.run(load(url, pid, args.clients, args.seconds))
     if args.json:
-        args.json.write_text(json.dumps(asdict(outcome)))
+        args.json.write_text(json.dumps(vars(outcome)))
     return report(outcome, args.clients, args.seconds, args.warm_up)
 
 

@@ -110,18 +110,15 @@ def test_decompression_bombs(server: Server) -> None:
     bomb = Image.new("1", (20_000, 20_000))
     lying = bytearray(encoded(Image.new("RGB", (8, 8)), "BMP"))
     lying[18:26] = (20_000).to_bytes(4, "little") * 2
+    urls = {
+        "png": as_url(encoded(bomb, "PNG")),
+        "tiff": as_url(encoded(bomb, "TIFF", compression="group4")),
+        "bmp": as_url(bytes(lying)),
+        "long": as_url(encoded(Image.new("1", (65_535, 6_000)), "PNG")),
+    }
     began = time.monotonic()
-    all_refused(
-        server,
-        {
-            "png": as_url(encoded(bomb, "PNG")),
-            "gif": as_url(encoded(bomb, "GIF")),
-            "tiff": as_url(encoded(bomb, "TIFF", compression="group4")),
-            "bmp": as_url(bytes(lying)),
-            "long": as_url(encoded(Image.new("1", (65_535, 6_000)), "PNG")),
-        },
-    )
-    assert time.monotonic() - began < 20
+    all_refused(server, urls)
+    assert time.monotonic() - began < 10
     assert_still_right(server.url)
 
 
