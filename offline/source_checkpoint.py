@@ -1,7 +1,9 @@
 """Reads a source model's safetensors, a tensor at a time, and refuses what is broken, by name.
 
-Opening reads headers only. Names are the files' own: transformers renames modules from version to
-version, published checkpoints keep their tensors' names.
+Opening reads headers only. Tensors are read into memory of their own and not mapped: pages of a
+mapped file stay resident while it is open, so that the process would grow with the model. Names
+are the files' own: transformers renames modules from version to version, published checkpoints
+keep their tensors' names.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,14 +26,40 @@ SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
 class SourceCheckpoint:
     """The weights of a Hugging Face directory: names, shapes, and lazily the tensors."""
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self._files = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, BufferedReader] = {}
         self._file_of: dict[str, str] = {}
+        self._entries: dict[str, _Entry] = {}
         for name in self._shard_names():
             self._add_shard(name)
         missing = [n for n in self._wanted if n not in self._file_of]
@@ -74,19 +103,27 @@ class SourceCheckpoint:
     def _add_shard(self, name: str) -> None:
         path = self.directory / name
         try:
-            shard = self._files.enter_context(safe_open(path, framework="pt"))
+            with safe_open(path, framework="pt") as shard:  # checks the header against the file
+                tensors = list(shard.keys())
+            file = self._files.enter_context(path.open("rb"))
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"the shard {path} is damaged ({str(error).rstrip('.')}): download it again"
             ) from None
-        self._open[name] = shard
-        for tensor in shard.keys():  # noqa: SIM118 - not a dict
+        self._open[name] = file
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for tensor in tensors:
             if tensor in self._file_of:
                 raise UserError(
                     f"the tensor {tensor} is in two shards of {self.directory}, "
                     f"{self._file_of[tensor]} and {name}"
                 )
             self._file_of[tensor] = name
+            entry = header[tensor]
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            self._entries[tensor] = _Entry(entry["dtype"], shape, 8 + length + start, end - start)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -96,18 +133,25 @@ class SourceCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its header."""
-        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
+        return self._entries[name].shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, read now; UserError when it is absent or cannot be read."""
         if name not in self._file_of:
             raise UserError(f"{self.directory} has no tensor {name}")
+        entry, file = self._entries[name], self._open[self._file_of[name]]
+        where = f"{name} in {self.directory / self._file_of[name]} cannot be read"
+        if entry.dtype not in _DTYPES:
+            raise UserError(f"{where}: its type {entry.dtype} is not that of a model's weights")
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         try:
-            return self._open[self._file_of[name]].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{name} in {self.directory / self._file_of[name]} cannot be read: {error}"
-            ) from None
+            file.seek(entry.start)
+            got = file.readinto(raw.numpy())
+        except OSError as error:
+            raise UserError(f"{where}: {error}") from None
+        if got != entry.nbytes:
+            raise UserError(f"{where}: the file has become shorter since it was opened")
+        return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def fingerprint(self) -> str:
         """sha256 of config.json and, of every shard, header, size, and 4 KiB of each 16 MiB.

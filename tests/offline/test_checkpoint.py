@@ -235,3 +235,32 @@ def test_fingerprint_sees_the_model(source_dir: Path) -> None:
     assert before == SourceCheckpoint(source_dir).fingerprint()
     (source_dir / "config.json").write_text('{"model_type": "other"}')
     assert SourceCheckpoint(source_dir).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.bool],
+    ids=str,
+)
+def test_tensors_are_read_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, 7, generator=generator)
+    tensors = {"a": values.to(dtype), "empty": torch.zeros(0, 4).to(dtype), "one": values[0, 0, 0].clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = SourceCheckpoint(tmp_path)
+    for name, tensor in tensors.items():
+        got = source.tensor(name)
+        assert got.dtype == tensor.dtype and source.shape(name) == tuple(tensor.shape)
+        assert got.shape == tensor.shape
+        assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+    # A mapped file would stay resident, and the process grow with the model.
+    assert str(tmp_path / "model.safetensors") not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_cut_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(50_000)}, path)
+    source = SourceCheckpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"w in .*model\.safetensors cannot be read.*shorter"):
+        source.tensor("w")
