@@ -1,0 +1,163 @@
+"""What a quantization costs: one decoder block of real size, timed and extrapolated.
+
+    python tests/benchmarks/bench_block.py [--scheme w3a16 --method qig --tokens 64 --json FILE]
+
+A block with the sizes of Qwen2.5-VL-7B's decoder (or others: --hidden, --intermediate, ...) and
+random weights goes through all that `qig-serve quantize` does to a block, on a few random tokens.
+What grows with the tokens is scaled to a run of --run-samples samples of --run-tokens tokens, what
+does not is taken as it is, and both are multiplied by --blocks: the arithmetic of the estimate
+that `quantize` prints. The vision tower and reading from disk are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from qig_serve.offline.adapter import BlockInputs
+from qig_serve.offline.architectures import get_architecture
+from qig_serve.offline.calibration import IMAGE, TEXT, CalibrationBatch
+from qig_serve.offline.capture import Store
+from qig_serve.offline.estimate import duration, time_block
+from qig_serve.offline.pipeline import pick_device
+from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
+from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.streams import Streams
+
+# What is in proportion to the tokens, then what is not.
+STEPS = {
+    "capture": "capture inputs and targets",
+    "token_weights": "token weights",
+    "search": "forward passes of the grid",
+    "statistics": "Hessians",
+    "advance": "advance both streams",
+    "candidates": "quantize weights, the grid",
+    "rounding": "round and pack",
+}
+
+
+def random_block(args: argparse.Namespace, device: torch.device) -> Any:
+    """A Qwen2 decoder layer in fp32 and its rotary embedding."""
+    from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+    config = Qwen2Config(
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        num_hidden_layers=1,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        block = Qwen2DecoderLayer(config, layer_idx=0)
+    block = block.to_empty(device=device).eval().requires_grad_(False)
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return block, Qwen2RotaryEmbedding(config).to(device)
+
+
+def random_streams(
+    recipe: QuantRecipe, rotary: Any, args: argparse.Namespace, device: torch.device
+) -> Streams:
+    """One batch of --samples random samples, three quarters of their tokens an image's."""
+    b, t = args.samples, args.tokens
+    hidden = torch.randn(b, t, args.hidden, device=device)
+    modality = torch.full((b, t), TEXT, dtype=torch.int8)
+    modality[:, : 3 * t // 4] = IMAGE
+    mask = torch.ones(b, t, dtype=torch.bool)
+    batch = CalibrationBatch({}, mask, modality, torch.zeros_like(mask), ("random",))
+    places = torch.arange(t, device=device)[None].expand(b, -1)
+    kwargs = {"position_embeddings": rotary(hidden, places), "attention_mask": None}
+    full, quantized = Store(), Store()
+    full.put(0, hidden)
+    quantized.put(0, hidden)
+    inputs = [BlockInputs(hidden[:0], (kwargs,))]
+    return Streams(recipe, torch.bfloat16, device, [batch], inputs, full, quantized)
+
+
+def machine(device: torch.device) -> str:
+    """What it ran on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
+    name = names[0] if names else platform.processor()
+    return (
+        f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    )
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scheme", default="w3a16")
+    parser.add_argument("--method", default="qig")
+    parser.add_argument("--device", default="auto")
+    for name, size in {
+        "hidden": 3584,
+        "intermediate": 18944,
+        "heads": 28,
+        "kv-heads": 4,
+        "samples": 1,
+        "tokens": 64,
+        "blocks": 28,
+        "run-samples": 128,
+        "run-tokens": 1024,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = pick_device(args.device)
+    recipe = QuantRecipe(scheme=args.scheme, method=args.method, calib="random")
+    block, rotary = random_block(args, device)
+    loaded: Any = SimpleNamespace(
+        arch=get_architecture("qwen2_5_vl"), device=device, block=lambda index: block
+    )
+    streams = random_streams(recipe.model_copy(update={"grid": 2}), rotary, args, device)
+    with torch.no_grad():
+        seconds = time_block(loaded, streams, recipe.candidates)
+    factor = args.run_samples * args.run_tokens / (args.samples * args.tokens)
+    total = args.blocks * seconds.scaled(factor)
+
+    parameters = sum(p.numel() for p in block.parameters())
+    print(
+        f"{args.scheme} {args.method}, block of {parameters / 1e6:.0f}M weights, {machine(device)}"
+    )
+    print(f"{'':28} {f'{args.samples} x {args.tokens} tokens':>16} {'a block of the run':>19}")
+    for name, text in STEPS.items():
+        spent = getattr(seconds, name)
+        fixed = name in ("candidates", "rounding")
+        print(f"{text:28} {spent:14.2f} s {duration(spent if fixed else spent * factor):>19}")
+    print(
+        f"{args.run_samples} samples of {args.run_tokens} tokens through {args.blocks} blocks: "
+        f"about {duration(total)}; peak {gibibytes(host_bytes())} host"
+        + (f", {gibibytes(device_bytes(device))} device" if device.type == "cuda" else "")
+    )
+    if args.json:
+        result = {
+            **{k: v for k, v in vars(args).items() if k != "json"},
+            "machine": machine(device),
+            "seconds": dataclasses.asdict(seconds),
+            "run_seconds": total,
+            "host_bytes": host_bytes(),
+            "device_bytes": device_bytes(device),
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
