@@ -1,4 +1,4 @@
-"""What the launchers of w3a16 and w4a8 share: tile order, split of K, workspace, counters."""
+"""What w3a16 and w4a8 share: tile order, loads of x, split of K, workspace, counters."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ def grouped(
 def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, BLOCK_M: tl.constexpr) -> tl.tensor:
     """x [128, BLOCK_M] at ptrs, whose rows past M are row M - 1 again; they are never stored.
 
-    A narrow tile does not read them: at M = 1 sixteen times the row would take a quarter of what
-    the L2 cache can deliver. A wide one reads them rather than spend 0.1 integer instructions a
-    weight on a mask for every load.
+    A narrow tile does not read them: at M = 1 they would add a third to the bytes that reach an
+    SM. A wide one does, rather than spend 0.1 integer instructions a weight on masks.
     """
     if BLOCK_M < 64:
         return tl.load(ptrs, mask=in_range, other=0)
@@ -61,18 +60,29 @@ def split_k(tile: Tile, output_tiles: int, blocks: int, device: torch.device) ->
     return -(-blocks // a_split), a_split
 
 
-def workspace(
-    splits: int, output_tiles: int, tile: Tile, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | None:
-    """Uninitialized partial sums [tile, split, BLOCK_M, BLOCK_N], or None if K is not split.
+def workspace_size(tile: Tile, device: torch.device) -> int:
+    """Most partial sums (4 bytes each) that a launch with the tile can have, for any N, K and M.
 
-    From the caching allocator on every call: counted by memory profiling, private to the stream,
-    and part of a CUDA graph's own pool under capture.
+    split_k splits only until there are programs_per_sm programs an SM, and each has one tile.
+    """
+    if tile.regime != "split_k":
+        return 0
+    return multiprocessors(device) * tile.programs_per_sm * tile.block_m * tile.block_n
+
+
+def partial_sums(
+    workspace: torch.Tensor, splits: int, output_tiles: int, tile: Tile, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """[tile, split, BLOCK_M, BLOCK_N] of a 4-byte dtype in the workspace; None if K is not split.
+
+    ValueError if the workspace is too small.
     """
     if splits == 1:
         return None
-    size = (output_tiles, splits, tile.block_m, tile.block_n)
-    return torch.empty(size, dtype=dtype, device=device)
+    wanted = output_tiles * splits * tile.block_m * tile.block_n
+    if wanted > workspace.numel():
+        raise ValueError(f"{wanted} partial sums do not fit a workspace of {workspace.numel()}")
+    return workspace.view(dtype)
 
 
 def counters(n: int, device: torch.device) -> torch.Tensor:

@@ -39,6 +39,23 @@ def _architecture(device: torch.device) -> str:
     return architecture
 
 
+@functools.cache
+def workspace(device: torch.device) -> torch.Tensor:
+    """int32 scratch for the partial sums of every linear on a device, whatever its tile.
+
+    `prepare` allocates it, so that it is there before vLLM's memory profiling and outside of any
+    CUDA graph's pool. Launches follow one another on one stream, as vLLM's do: they share it.
+    """
+    architecture = _architecture(device)
+    sizes = [
+        launch.workspace_size(tile, device)
+        for (name, _, _), rows in tuning.tile_table().items()
+        if name == architecture
+        for _, tile in rows
+    ]
+    return torch.empty(max(sizes), dtype=torch.int32, device=device)
+
+
 def can_implement(
     scheme: QuantScheme,
     n: int,
@@ -74,13 +91,15 @@ def prepare(scheme: QuantScheme, tensors: Prepared, dtype: torch.dtype) -> Prepa
     """The checkpoint's tensors of one linear (formats.tensor_specs) in the kernels' layout.
 
     w3a16: weight_lanes, scale_zero; w4a8: weight_nibbles, channel_scale (layout.py); and counters,
-    int32 zeros that every launch leaves at zero. On the tensors' own device.
+    int32 zeros that every launch leaves at zero. On the tensors' own device, whose `workspace`
+    exists afterwards.
     """
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     if scheme.name == "w3a16":
         prepared = layout.repack_w3a16(packed, scale, tensors["weight_zero_point"], dtype)
     else:
         prepared = layout.repack_w4a8(packed, scale)
+    workspace(packed.device)
     return {**prepared, "counters": launch.counters(packed.shape[0], packed.device)}
 
 
@@ -116,14 +135,16 @@ def run(
 ) -> torch.Tensor:
     """`linear` of x [M, K] with a tile of one's own: for tuning, tests and warming up."""
     p = prepared
+    scratch = torch.empty(launch.workspace_size(tile, x.device), dtype=torch.int32, device=x.device)
     if scheme.name == "w3a16":
         return w3a16.linear(
-            x, p["weight_lanes"], p["scale_zero"], p["counters"], bias, n, tile, use_ptx(x)
-        )
+            x, p["weight_lanes"], p["scale_zero"], p["counters"], scratch, bias, n, tile,
+            use_ptx(x),
+        )  # fmt: skip
     codes, token_scale = quantize_activation.quantize(x)
     return w4a8.linear(
-        codes, token_scale, p["weight_nibbles"], p["channel_scale"], p["counters"], bias, n,
-        x.dtype, tile, use_ptx(x),
+        codes, token_scale, p["weight_nibbles"], p["channel_scale"], p["counters"], scratch, bias,
+        n, x.dtype, tile, use_ptx(x),
     )  # fmt: skip
 
 
@@ -202,7 +223,10 @@ def _w3a16_linear(
     if m == 0:
         return x.new_empty(0, n)
     tile = tuning.select(get_scheme("w3a16"), _architecture(x.device), n, k, m)
-    return w3a16.linear(_ready(x), weight_lanes, scale_zero, counters, bias, n, tile, use_ptx(x))
+    return w3a16.linear(
+        _ready(x), weight_lanes, scale_zero, counters, workspace(x.device), bias, n, tile,
+        use_ptx(x),
+    )  # fmt: skip
 
 
 def _w4a8_linear_quantized(
@@ -220,8 +244,8 @@ def _w4a8_linear_quantized(
         return codes.new_empty(0, n, dtype=dtype)
     tile = tuning.select(get_scheme("w4a8"), _architecture(codes.device), n, k, m)
     return w4a8.linear(
-        _ready(codes), token_scale, weight_nibbles, channel_scale, counters, bias, n, dtype, tile,
-        use_ptx(codes),
+        _ready(codes), token_scale, weight_nibbles, channel_scale, counters,
+        workspace(codes.device), bias, n, dtype, tile, use_ptx(codes),
     )  # fmt: skip
 
 

@@ -371,6 +371,7 @@ def linear(
     lanes: torch.Tensor,
     scale_zero: torch.Tensor,
     counters: torch.Tensor,
+    workspace: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
     tile: Tile,
@@ -378,8 +379,8 @@ def linear(
 ) -> torch.Tensor:
     """x [M, K] contiguous, layout.repack_w3a16's tensors, bias [N] or None -> [M, N] of x's dtype.
 
-    counters: int32 zeros, one an output tile (launch.counters); left at zero. use_ptx=False takes
-    the pure Triton twin.
+    counters: int32 zeros, one an output tile (launch.counters); left at zero. workspace: int32
+    scratch of launch.workspace_size(tile). use_ptx=False takes the pure Triton twin.
     """
     m, k = x.shape
     tiles = lanes.shape[1]
@@ -400,9 +401,9 @@ def linear(
         return out
     tiles_m = triton.cdiv(m, tile.block_m)
     splits, a_split = launch.split_k(tile, tiles_n * tiles_m, k // 128, x.device)
-    workspace = launch.workspace(splits, tiles_n * tiles_m, tile, torch.float32, x.device)
+    partials = launch.partial_sums(workspace, splits, tiles_n * tiles_m, tile, torch.float32)
     w3a16_decode_kernel[(tiles_n, splits, tiles_m)](
-        x, lanes, scale_zero, bias, out, workspace, counters, m, n, k, tiles, a_split,
+        x, lanes, scale_zero, bias, out, partials, counters, m, n, k, tiles, a_split,
         SPLIT=splits > 1, **shape, **options,
     )  # fmt: skip
     return out

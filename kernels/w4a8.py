@@ -168,6 +168,7 @@ def linear(
     nibbles: torch.Tensor,
     channel_scale: torch.Tensor,
     counters: torch.Tensor,
+    workspace: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
     dtype: torch.dtype,
@@ -177,7 +178,8 @@ def linear(
     """codes int8 [M, K] contiguous, token_scale fp32 [M], layout.repack_w4a8's tensors -> [M, N].
 
     bias [N] or None; the result is of `dtype`. counters: int32 zeros, one an output tile
-    (launch.counters); left at zero. use_ptx=False takes the pure Triton twin.
+    (launch.counters); left at zero. workspace: int32 scratch of launch.workspace_size(tile).
+    use_ptx=False takes the pure Triton twin.
     """
     m, k = codes.shape
     n_pad = nibbles.shape[1]
@@ -194,9 +196,9 @@ def linear(
         )
         return out
     splits, a_split = launch.split_k(tile, tiles_n * tiles_m, k // 128, codes.device)
-    workspace = launch.workspace(splits, tiles_n * tiles_m, tile, torch.int32, codes.device)
+    partials = launch.partial_sums(workspace, splits, tiles_n * tiles_m, tile, torch.int32)
     w4a8_decode_kernel[(tiles_n, splits, tiles_m)](
-        *tensors, workspace, counters, m, n, k, n_pad, a_split,
+        *tensors, partials, counters, m, n, k, n_pad, a_split,
         SPLIT=splits > 1, **shape, **options,
     )  # fmt: skip
     return out

@@ -52,6 +52,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    poison(ops.workspace(DEVICE).view(torch.float32))  # allocated once, used by all
     yield
 
 
@@ -93,18 +94,23 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) ->
     assert error < tolerance, f"relative error {error:.2e}"
 
 
+def workspace(tile: Tile) -> torch.Tensor:
+    return torch.empty(launch.workspace_size(tile, DEVICE), dtype=torch.int32, device=DEVICE)
+
+
 def run(
     scheme: str, case: Linear, n: int, bias: torch.Tensor | None, tile: Tile, use_ptx: bool
 ) -> torch.Tensor:
     p, x = case.prepared, case.x
     if scheme == "w3a16":
         return w3a16.linear(
-            x, p["weight_lanes"], p["scale_zero"], p["counters"], bias, n, tile, use_ptx
-        )
+            x, p["weight_lanes"], p["scale_zero"], p["counters"], workspace(tile), bias, n, tile,
+            use_ptx,
+        )  # fmt: skip
     codes, token_scale = quantize_activation.quantize(x)
     return w4a8.linear(
-        codes, token_scale, p["weight_nibbles"], p["channel_scale"], p["counters"], bias, n,
-        x.dtype, tile, use_ptx,
+        codes, token_scale, p["weight_nibbles"], p["channel_scale"], p["counters"],
+        workspace(tile), bias, n, x.dtype, tile, use_ptx,
     )  # fmt: skip
 
 
@@ -153,8 +159,8 @@ def test_w4a8_integer_product_is_exact(tile: Tile, use_ptx: bool) -> None:
     ones = torch.ones(m, device=DEVICE)
     sixteenth = torch.full_like(case.prepared["channel_scale"], 1 / 16)
     got = w4a8.linear(
-        codes, ones, case.prepared["weight_nibbles"], sixteenth, case.prepared["counters"], None,
-        n, torch.float32, tile, use_ptx,
+        codes, ones, case.prepared["weight_nibbles"], sixteenth, case.prepared["counters"],
+        workspace(tile), None, n, torch.float32, tile, use_ptx,
     )  # fmt: skip
     expected = reference.int_product(codes.cpu(), case.stored["weight_packed"].cpu())
     assert torch.equal(got.cpu().to(torch.int64), expected)
@@ -170,6 +176,50 @@ def test_split_sums_do_not_depend_on_order(scheme: str) -> None:
     assert torch.equal(first, again)
     case.x = case.x[:2].contiguous()
     assert torch.equal(run(scheme, case, n, None, TILES["split"], not INTERPRETED), first[:2])
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_decode_allocates_nothing_but_its_output(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partial sums go to the workspace that `prepare` left, before memory was profiled."""
+    m, n, k = 3, 130, 1024
+    case = make(scheme, m, n, k, torch.bfloat16)
+    scratch = ops.workspace(DEVICE)
+    before = scratch.clone()
+    codes, token_scale = quantize_activation.quantize(case.x)
+    allocated: list[torch.Size] = []
+    empty = torch.empty
+
+    def recorded(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        allocated.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    p = case.prepared
+    if scheme == "w3a16":
+        torch.ops.qig.w3a16_linear(
+            case.x, p["weight_lanes"], p["scale_zero"], p["counters"], None, n
+        )
+    else:
+        torch.ops.qig.w4a8_linear_quantized(
+            codes, token_scale, p["weight_nibbles"], p["channel_scale"], p["counters"], None, n,
+            torch.bfloat16,
+        )  # fmt: skip
+    assert allocated == [(m, n)]
+    assert ops.workspace(DEVICE) is scratch
+    assert not torch.equal(scratch, before), "K was not split: the test shows nothing"
+
+
+def test_a_small_workspace_is_refused() -> None:
+    case = make("w3a16", 3, 130, 1024, torch.bfloat16)
+    p, small = case.prepared, torch.empty(8, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="partial sums do not fit a workspace of 8"):
+        w3a16.linear(
+            case.x, p["weight_lanes"], p["scale_zero"], p["counters"], small, None, 130,
+            TILES["split"], not INTERPRETED,
+        )  # fmt: skip
 
 
 def test_leading_dimensions_and_no_rows() -> None:

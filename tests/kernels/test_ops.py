@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES, get_scheme
-from qig_serve.kernels import ops, tuning
+from qig_serve.kernels import launch, ops, tuning
+from qig_serve.kernels.tuning import Tile
 
 W3A16, W4A8 = get_scheme("w3a16"), get_scheme("w4a8")
 HOPPER = (9, 0)
@@ -94,6 +96,46 @@ def test_tiles_cover_every_number_of_tokens() -> None:
         for m in (1, 16, 17, 64, 65, 8192, 100_000):
             tile = tuning.select(get_scheme(name), architecture, 4608, 3584, m)
             assert tile.regime != "split_k" or m <= tuning.DECODE_ROWS
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 84, 132])
+def test_no_launch_needs_more_than_the_workspace(
+    multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """splits * output tiles stay within workspace_size, for every tuned tile and odd shapes."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    device = torch.device("cpu")
+    tiles = {t for rows in tuning.tile_table().values() for _, t in rows if t.regime == "split_k"}
+    assert len(tiles) > 3
+    shapes = [(n, k) for layer in tuning.LAYER_SHAPES.values() for n, k in layer.values()]
+    split = 0
+    for tile in tiles:
+        for n, k in [*shapes, (1, 128), (129, 384), (152064, 3584), (300, 18944)]:
+            for m in (1, 17, 64):
+                output_tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
+                splits, _ = launch.split_k(tile, output_tiles, k // 128, device)
+                if splits > 1:
+                    split += 1
+                    needed = splits * output_tiles * tile.block_m * tile.block_n
+                    assert needed <= launch.workspace_size(tile, device), (tile, n, k, m)
+    assert split > 10
+
+
+def test_warm_up_compiles_every_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, with CUDA's calls taken out: each tile once, at its bucket's smallest M."""
+    compiled: list[tuple[Tile, int]] = []
+    monkeypatch.setattr(ops, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(ops, "_compile", lambda s, n, k, dtype, d, *key: compiled.append(key))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    for scheme in (W3A16, W4A8):
+        compiled.clear()
+        ops.warm_up(scheme, 4608, 3584, torch.bfloat16, torch.device("cuda", 0))
+        buckets = tuning.buckets(scheme, "sm_90", 4608, 3584)
+        assert [tile for tile, _ in compiled] == [tile for _, tile in buckets]
+        for tile, m in compiled:
+            assert tuning.select(scheme, "sm_90", 4608, 3584, m) == tile
+            assert m == 1 or tuning.select(scheme, "sm_90", 4608, 3584, m - 1) != tile
 
 
 def test_tuning_without_a_gpu_fails_in_one_sentence() -> None:

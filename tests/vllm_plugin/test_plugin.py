@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -139,3 +140,79 @@ def test_missing_scales_are_noticed() -> None:
         layer.register_parameter(name, parameter)
     with pytest.raises(ValueError, match=r"m\.q_proj\.weight_scale: .* inspect --verify"):
         method.process_weights_after_loading(layer)
+
+
+def stored_layer(method: QigLinearMethod, n: int, k: int) -> torch.nn.Module:
+    """A layer as vLLM's loader leaves it: random codes and positive scales."""
+    layer = torch.nn.Module()
+    layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, torch.bfloat16
+    for name, spec in tensor_specs(method.scheme, n, k).items():
+        if spec.dtype == "int32":
+            data = torch.randint(-(1 << 31), 1 << 31, spec.shape, dtype=torch.int32)
+        elif spec.dtype == "uint8":
+            data = torch.randint(0, 8, spec.shape, dtype=torch.uint8)
+        else:
+            dtype = torch.bfloat16 if spec.dtype == "model" else getattr(torch, spec.dtype)
+            data = torch.rand(spec.shape).to(dtype) + 0.5
+        layer.register_parameter(name, torch.nn.Parameter(data, requires_grad=False))
+    return layer
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before vLLM profiles memory: every shape warmed up, one workspace for all layers.
+
+    The GPU's kernels are handed CPU tensors here, so that only the compiling is missing.
+    """
+    from qig_serve.kernels import launch, ops, tuning
+
+    monkeypatch.setattr("qig_serve.vllm_plugin.linear.kernel_backend", lambda: ops)
+    warmed: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(ops, "warm_up", lambda *arguments: warmed.append(arguments))
+    ops.workspace.cache_clear()
+    for name, n, k in (("qkv_proj", 300, 256), ("down_proj", 128, 384)):
+        config = QigConfig.from_config(quantization_config(scheme))
+        method = QigLinearMethod(config, f"m.{name}")
+        layer = stored_layer(method, n, k)
+        method.process_weights_after_loading(layer)
+        assert warmed[-1] == (method.scheme, n, k, torch.bfloat16, torch.device("cpu"))
+        assert ops.workspace.cache_info().currsize == 1, "one workspace, whatever the layer"
+        names = {name for name, _ in layer.named_parameters()}
+        assert "qig_counters" in names and "weight_packed" not in names
+    device = torch.device("cpu")
+    largest = max(
+        launch.workspace_size(tile, device)
+        for (architecture, _, _), rows in tuning.tile_table().items()
+        if architecture == ops.INTERPRETER_ARCHITECTURE
+        for _, tile in rows
+    )
+    assert ops.workspace(device).numel() == largest > 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "n", "k", "reason"),
+    [
+        ((7, 5), 256, 256, "need compute capability 8.0 or newer, this one has 7.5"),
+        ((9, 0), 1 << 20, 1 << 12, "must stay below 2^31"),
+        (None, 256, 256, "need a CUDA device, and none was found"),
+    ],
+)
+def test_what_the_gpu_kernels_refuse_stops_the_load_with_the_reason(
+    capability: tuple[int, int] | None,
+    n: int,
+    k: int,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qig_serve.kernels import ops
+
+    linear = "qig_serve.vllm_plugin.linear"
+    monkeypatch.setattr(f"{linear}.kernel_backend", lambda: ops)
+    monkeypatch.setattr(f"{linear}.device_capability", lambda: capability)
+    method = QigLinearMethod(QigConfig.from_config(quantization_config()), "m.layers.3.o_proj")
+    with pytest.raises(ValueError, match=r"^m\.layers\.3\.o_proj: .*" + re.escape(reason)):
+        method.create_weights(
+            torch.nn.Module(), k, [n], k, n, torch.bfloat16, weight_loader=lambda *_: None
+        )
