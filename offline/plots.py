@@ -185,8 +185,12 @@ def completeness_plot(report: QuantizationReport) -> str | None:
         own = [p for p in points if p[1] == name]
         series(axes, number, [p[0] for p in own], [100 * p[2] for p in own], name)
     axes.set_ylim(bottom=0)
-    finish(axes, "block", "error, %")
     worst = max(p[2] for p in points)
+    if (
+        worst > 1
+    ):  # a small difference F(X) - F(X0) makes a huge relative error: one must not hide all
+        axes.set_yscale("symlog", linthresh=1)
+    finish(axes, "block", "error, %")
     return svg(
         fig,
         f"Error of the attribution integral by module and block; the largest is {worst:.2%}",
