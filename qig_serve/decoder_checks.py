@@ -47,12 +47,13 @@ def problems(
     for module in manifest.ignore:
         if not any(n == module or n.startswith(module + ".") for n in names):
             yield f"{module}: listed as left in 16 bits, but no tensor is of it"
-    text = _text_config(config)
+    text = text_config(config)
     yield from _uneven_layers(layers, text.get("num_hidden_layers"))
     yield from _other_sizes(text, linears)
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that is the decoder's; all of it in older files."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 

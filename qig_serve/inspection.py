@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -100,7 +101,7 @@ def inspect(directory: Path) -> Inspection:
     path = directory / "config.json"
     if not directory.is_dir():
         raise UserError(f"the directory {directory} does not exist")
-    config = _read_json(path)
+    config = read_json(path)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{path} has no quantization_config of qig: this is not a qig checkpoint")
@@ -121,8 +122,11 @@ def inspect(directory: Path) -> Inspection:
     return found
 
 
-def require_sound(directory: Path) -> None:
-    """UserError, one sentence, unless the checkpoint can be loaded: headers only, no hashes."""
+def require_sound(directory: Path) -> Inspection:
+    """What is in a checkpoint that can be loaded; UserError, one sentence, where it cannot.
+
+    From headers only, no hashes.
+    """
     found = inspect(directory)
     if found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
@@ -130,6 +134,7 @@ def require_sound(directory: Path) -> None:
             f"{directory} cannot be loaded: {found.problems[0]}{more}; see `qig-serve inspect "
             f"--verify {directory}`"
         )
+    return found
 
 
 def verify(directory: Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
@@ -137,7 +142,7 @@ def verify(directory: Path, progress: Callable[[str, int, int], None] | None = N
 
     `progress` is told what is done, how many files of it, and of how many.
     """
-    manifest = _read_json(directory / HASHES_FILE)
+    manifest = read_json(directory / HASHES_FILE)
     hashes = manifest.get("files")
     if not isinstance(hashes, dict) or not hashes:
         raise UserError(f"{directory / HASHES_FILE} lists no files")
@@ -150,7 +155,7 @@ def verify(directory: Path, progress: Callable[[str, int, int], None] | None = N
             wrong.append(f"{name}: the manifest names a file outside of the directory")
             continue
         path = directory / relative
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, where pathlib raises, for names no file can have
             wrong.append(f"{name}: missing")
         elif _sha256(path) != expected:
             wrong.append(f"{name}: changed since the checkpoint was written")
@@ -221,13 +226,13 @@ def _check_index(found: Inspection) -> None:
     path = found.directory / INDEX_FILE
     if not path.is_file():
         return
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{path} has no weight_map: download it again")
     for name, file in sorted(weight_map.items()):
         if not isinstance(file, str) or PurePosixPath(file).name != file:
             found.problems.append(f"{INDEX_FILE} names {file!r}, which is not a file beside it")
-        elif not (found.directory / file).is_file():
+        elif not os.path.isfile(found.directory / file):
             found.problems.append(f"{INDEX_FILE} names the shard {file}, which is missing")
         elif name not in found.tensors or found.tensors[name].file != file:
             found.problems.append(f"{INDEX_FILE} names the tensor {name}, which is not in {file}")
@@ -240,7 +245,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError that names the file for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import json
-import struct
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qig_serve.decoder_checks import text_config
 from qig_serve.errors import UserError
 from qig_serve.formats import QUANT_METHOD, QuantScheme, tensor_specs, unsupported_shape
+from qig_serve.inspection import read_json, require_sound
 from qig_serve.manifest import QuantizationConfig, read_quantization_config
 from qig_serve.vllm_plugin import SUPPORTED_VLLM, check_vllm_version
 
@@ -173,23 +175,17 @@ def unsupported_version() -> str | None:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json; UserError if there is none or it cannot be read."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{directory}: no config.json there; give the directory that `qig-serve quantize` wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return config
+        )
+    return read_json(path)
 
 
 def read_manifest(directory: Path) -> QuantizationConfig:
     """The checkpoint's manifest; UserError if the directory is no qig checkpoint."""
     quantization = read_config(directory).get("quantization_config")
-    if not quantization or quantization.get("quant_method") != QUANT_METHOD:
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise UserError(
             f"{directory}: not quantized by qig-serve (config.json has no quantization_config with "
             f"quant_method {QUANT_METHOD!r}); run `qig-serve quantize` on it first"
@@ -202,11 +198,13 @@ def model_dtype(directory: Path, asked: str = "auto") -> torch.dtype:
     names = {"half": "float16", "float": "float32"}
     if asked == "auto":
         config = read_config(directory)
-        text = config.get("text_config") or {}
+        text = text_config(config)
         found = [c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype")]
         asked = next((name for name in found if name), "bfloat16")
         asked = "float16" if asked == "float32" else asked  # as vLLM does
-    dtype: torch.dtype = getattr(torch, names.get(asked, asked))
+    dtype = getattr(torch, names.get(str(asked), str(asked)), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{directory / 'config.json'}: there is no dtype {asked!r}")
     return dtype
 
 
@@ -228,19 +226,20 @@ def describe(
 
     from qig_serve.vllm_plugin.linear import device_capability, kernel_backend, kernel_name
 
-    manifest = read_manifest(directory)
+    stored = require_sound(directory)
+    manifest = stored.config
     scheme = manifest.quant_scheme
     backend, capability = kernel_backend(), device_capability()
     layers, quantized, other, memory = [], 0, 0, 0
-    for name, (shape, size) in sorted(tensor_headers(directory).items()):
+    for name, tensor in sorted(stored.tensors.items()):
         prefix, _, suffix = name.rpartition(".")
         if suffix not in ("weight_packed", "weight_scale", "weight_zero_point"):
-            other += size
+            other += tensor.nbytes
             continue
-        quantized += size
+        quantized += tensor.nbytes
         if suffix != "weight_packed":
             continue
-        n, k = shape[0], shape[1] * 32 // scheme.bits
+        n, k = tensor.shape[0], tensor.shape[1] * 32 // scheme.bits
         part = _shard(prefix, n, k, tensor_parallel_size)
         possible, reason = backend.can_implement(scheme, *part, dtype, capability)
         kernel = kernel_name(scheme, *part, dtype)
@@ -249,7 +248,7 @@ def describe(
             memory += part[0] * _bytes_of_rows(scheme, part[1], dtype) // _ROWS
     device = "cpu" if capability is None else f"cuda {capability[0]}.{capability[1]}"
     config = read_config(directory)
-    text = config.get("text_config") or config
+    text = text_config(config)
     tower = _vision_heads(config) if split_vision_tower else 0
     sizes = tuple(t for t in _SIZES if tower % t == 0 and _splits(scheme, layers, text, t))
     kv = _kv_bytes_per_token(text, dtype)
@@ -334,17 +333,23 @@ def _vision_heads(config: dict[str, Any]) -> int:
 
     vLLM keeps InternVL's tower whole where its heads do not divide.
     """
-    vision = config.get("vision_config") or {}
-    if "intern" in str(config.get("model_type")):
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict) or "intern" in str(config.get("model_type")):
         return 0
-    return int(vision.get("num_attention_heads") or vision.get("num_heads") or 0)
+    return _positive(vision, "num_attention_heads") or _positive(vision, "num_heads") or 0
+
+
+def _positive(config: Mapping[str, Any], key: str) -> int | None:
+    """A size in a configuration; None where it is not there or is no size."""
+    value = config.get(key)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _splits(
-    scheme: QuantScheme, layers: list[LayerReport], text: dict[str, Any], size: int
+    scheme: QuantScheme, layers: list[LayerReport], text: Mapping[str, Any], size: int
 ) -> bool:
-    heads = text.get("num_attention_heads", size)
-    kv_heads = text.get("num_key_value_heads") or heads
+    heads = _positive(text, "num_attention_heads") or size
+    kv_heads = _positive(text, "num_key_value_heads") or heads
     if heads % size or (kv_heads % size and size % kv_heads):
         return False
     for layer in layers:
@@ -357,34 +362,12 @@ def _splits(
     return True
 
 
-def _kv_bytes_per_token(text: dict[str, Any], dtype: torch.dtype) -> int | None:
-    try:
-        heads = text["num_attention_heads"]
-        head = text.get("head_dim") or text["hidden_size"] // heads
-        kv_heads = text.get("num_key_value_heads") or heads
-        return int(2 * text["num_hidden_layers"] * kv_heads * head * dtype.itemsize)
-    except (KeyError, TypeError):
+def _kv_bytes_per_token(text: Mapping[str, Any], dtype: torch.dtype) -> int | None:
+    heads, layers = _positive(text, "num_attention_heads"), _positive(text, "num_hidden_layers")
+    head = _positive(text, "head_dim")
+    if head is None and heads is not None and (hidden := _positive(text, "hidden_size")):
+        head = hidden // heads
+    if heads is None or layers is None or head is None:
         return None
-
-
-def tensor_headers(directory: Path) -> dict[str, tuple[list[int], int]]:
-    """Every tensor of the directory's safetensors files: name -> (shape, bytes)."""
-    tensors: dict[str, tuple[list[int], int]] = {}
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: no .safetensors files there")
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-        except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
-            raise UserError(
-                f"{path}: not a readable safetensors file ({error}); "
-                f"try `qig-serve inspect --verify {directory}`"
-            ) from None
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                tensors[name] = (entry["shape"], end - begin)
-    return tensors
+    kv_heads = _positive(text, "num_key_value_heads") or heads
+    return 2 * layers * kv_heads * head * dtype.itemsize
