@@ -110,14 +110,12 @@ def assert_same(one: Path, two: Path) -> None:
 
 
 CASE = {
-    "w4a8": {
-        "scheme": "w4a8",
-        "method": "qig+",
-        "grid": 3,
-        "range_rounds": 0,
-        "polish_sweeps": 0,
-        "offload": "disk",
-    }
+    "scheme": "w4a8",
+    "method": "qig+",
+    "grid": 3,
+    "range_rounds": 0,
+    "polish_sweeps": 0,
+    "offload": "disk",
 }
 CASES = {
     "w3a16-qig": {},
@@ -132,42 +130,50 @@ CASES = {
 }
 
 
-def check_cases(model: Path, calib: str, out: Path, cases: dict[str, dict[str, Any]]) -> None:
-    """And of what goes wrong, in the same group: all processes say the same."""
-    failing = {
+def check_case(model: Path, calib: str, out: Path, case: dict[str, Any]) -> None:
+    in_two_processes(model, out, {"two": fields(calib, **case)})
+    quantize(model, out / "one", QuantRecipe(**fields(calib, **case)), quiet=True)
+    assert_same(out / "one", out / "two")
+    log = (out / "two" / LOG_FILE).read_text()
+    assert "shared by 2 processes" in log and log.count("all blocks done") == 1
+    assert {p.name for p in out.iterdir()} == {"one", "two"}
+
+
+def test_two_processes_as_one(tiny_llava: Path, seven_samples: str, tmp_path: Path) -> None:
+    check_case(tiny_llava, seven_samples, tmp_path, CASE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_two_processes_every_method(
+    tiny_llava: Path, seven_samples: str, tmp_path: Path, case: dict[str, Any]
+) -> None:
+    check_case(tiny_llava, seven_samples, tmp_path, case)
+
+
+def test_what_fails_in_one_fails_in_all(
+    tiny_llava: Path, seven_samples: str, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    calib = seven_samples
+    cases = {
         "too-few": fields(calib, samples=1),
         "high": fields(calib, effort="high"),
-        # The longest sample is the first process's; the sentence is everybody's.
         "too-long": fields(calib, max_length=5),
+        "there": fields(calib),  # found by the first process alone
     }
-    (out / "there").mkdir()
-    whole = {name: fields(calib, **more) for name, more in cases.items()}
-    in_two_processes(model, out, {**whole, **failing, "there": fields(calib)})
-    for name, more in cases.items():
-        single = out / f"{name}-single"
-        quantize(model, single, QuantRecipe(**fields(calib, **more)), quiet=True)
-        assert_same(single, out / name)
-    log = (out / next(iter(cases)) / LOG_FILE).read_text()
-    assert "shared by 2 processes" in log and log.count("all blocks done") == 1
+    in_two_processes(tiny_llava, tmp_path, cases)
     for name, sentence in {
         "too-few": "2 processes for 1 calibration samples",
         "high": "run it in one process",
         "too-long": "more than 5",
-        "there": "exists already",  # found by the first process alone
+        "there": "exists already",
     }.items():
         for rank in (0, 1):
-            assert sentence in (out / f"{name}.{rank}.txt").read_text()
-    left = {p.name for p in out.iterdir() if p.is_dir()}
-    assert left == {*cases, *(f"{name}-single" for name in cases), "there"}
-
-
-def test_two_processes_as_one(tiny_llava: Path, seven_samples: str, tmp_path: Path) -> None:
-    check_cases(tiny_llava, seven_samples, tmp_path, CASE)
-
-
-@pytest.mark.slow
-def test_two_processes_every_method(tiny_llava: Path, seven_samples: str, tmp_path: Path) -> None:
-    check_cases(tiny_llava, seven_samples, tmp_path, CASES)
+            assert sentence in (tmp_path / f"{name}.{rank}.txt").read_text()
+    assert "PeerInputError" in (tmp_path / "there.1.txt").read_text()
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["there"]
+    assert not list((tmp_path / "there").iterdir())
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
