@@ -212,7 +212,7 @@ def read_config(directory: Path) -> Any:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         model_type = str(raw.get("model_type"))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if raw.get("quantization_config"):
         raise UserError(f"{directory} is quantized already: give the full-precision model")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from io import BufferedReader
@@ -88,13 +89,13 @@ class SourceCheckpoint:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             self._wanted = {str(k): str(v) for k, v in weight_map.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index} is not an index of safetensors: download it again") from None
         names = sorted(set(self._wanted.values()))
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(f"{index} names {name!r}, which is not a file beside it")
-            if not (self.directory / name).is_file():
+            if not os.path.isfile(self.directory / name):
                 raise UserError(
                     f"{index} names the shard {name}, which is missing: download it again"
                 )

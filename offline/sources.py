@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def _conversations(path: Path, folder: Path, n: int, seed: int) -> list[Sample]:
     """LLaVA and ShareGPT4V: [{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a list of conversations")
@@ -106,12 +107,12 @@ def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         raise UserError(f'{where}: no "conversations" list')
-    named = record.get("image", [])
-    files = [named] if isinstance(named, str) else list(named or [])
+    named = record.get("image") or []
+    files = named if isinstance(named, list) else [named]
     images: list[ImageSource] = []
     for name in files:
         path = folder / str(name)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{where}: the image {path} does not exist; see --image-folder")
         images.append(path)
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

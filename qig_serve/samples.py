@@ -11,10 +11,10 @@ Image paths are relative to the file; data URLs are allowed; nothing is fetched 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import json
+import os
 import struct
 import warnings
 import zlib
@@ -193,8 +193,8 @@ def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list
 def _parse_line(line: str, where: str, folder: Path, number: int) -> Sample:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise UserError(f'{where}: a sample needs a "messages" list in OpenAI chat form')
     answer = record.get("answer")
@@ -242,7 +242,7 @@ def _resolve(url: str, where: str, folder: Path) -> ImageSource:
     if url.startswith("data:"):
         try:
             data = base64.b64decode(url.partition(",")[2], validate=True)
-        except binascii.Error:
+        except ValueError:
             raise UserError(f"{where}: the data URL is not valid base64") from None
         if not data:
             raise UserError(f"{where}: the data URL holds no image")
@@ -250,7 +250,7 @@ def _resolve(url: str, where: str, folder: Path) -> ImageSource:
     if "://" in url and not url.startswith("file://"):
         raise UserError(f"{where}: {url} is on a network; give a file path or a data URL")
     path = folder / url.removeprefix("file://")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{where}: the image {path} does not exist")
     return path
 
