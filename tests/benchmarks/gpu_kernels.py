@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -269,30 +270,49 @@ def measure(
 
         expected = x.float() @ weight.float().t()
         error = float((ours().float() - expected).norm() / expected.norm())
-        us, cublas_us = tuning.time_microseconds(ours), tuning.time_microseconds(cublas)
-        floor = floor_microseconds(scheme_name, m, n, k, limit)
         rivals = time_rivals(scheme_name, weight, x, names=m in (1, 2048))
-        best = min((r["us"] for r in rivals.values() if "us" in r), default=None)
         kernels = kernels_of(ours)
         if not any("w3a16" in name or "w4a8" in name for name in kernels):
             raise RuntimeError(f"{scheme_name} {n}x{k} M={m} ran {kernels}, not our kernel")
-        rows.append(
-            {
-                "m": m, "us": us, "cublas_bf16_us": cublas_us, "limit_us": floor,
-                "fraction_of_limit": floor / us, "speedup_over_cublas": cublas_us / us,
-                "speedup_over_best_rival": best / us if best else None,
-                "relative_error": error, "kernels": kernels, "rivals": rivals,
-                "tile": str(
-                    tuning.select(scheme, ops._architecture(device), n, k, m)
-                ),
-            }
-        )  # fmt: skip
+        row = figures(
+            tuning.time_microseconds(ours),
+            tuning.time_microseconds(cublas),
+            floor_microseconds(scheme_name, m, n, k, limit),
+            rivals,
+        )
+        tile = tuning.select(scheme, ops._architecture(device), n, k, m)
+        rows.append({"m": m, **row, "relative_error": error, "kernels": kernels, "tile": str(tile)})
         print(
-            f"{scheme_name} {n}x{k} M={m}: {us:.1f} us, {floor / us:.0%} of the limit, "
-            f"{cublas_us / us:.2f}x cuBLAS bf16",
+            f"{scheme_name} {n}x{k} M={m}: {row['us']:.1f} us, {row['fraction_of_limit']:.0%} of "
+            f"the limit, {row['speedup_over_cublas']:.2f}x cuBLAS bf16",
             flush=True,
         )
     return rows
+
+
+def figures(
+    us: float, cublas_us: float, limit_us: float, rivals: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What is reported of one linear at one number of tokens, from the times."""
+    best = min((entry["us"] for entry in rivals.values() if "us" in entry), default=None)
+    return {
+        "us": us,
+        "cublas_bf16_us": cublas_us,
+        "limit_us": limit_us,
+        "fraction_of_limit": limit_us / us,
+        "speedup_over_cublas": cublas_us / us,
+        "speedup_over_best_rival": best / us if best else None,
+        "rivals": rivals,
+    }
+
+
+def write(result: dict[str, Any], folder: Path) -> Path:
+    """kernels-<card>.json and .png in the folder; the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernels-{result['card'].replace(' ', '-')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, path.with_suffix(".png"))
+    return path
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -362,7 +382,7 @@ def main() -> int:
     limit = limits()
     result: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
-        "date": subprocess.run(["date", "-u", "+%F"], capture_output=True, text=True).stdout[:10],
+        "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(), "commit": commit(), "limits": limit,
         "compile_problems": problems, "sanitizer": shutil.which("compute-sanitizer") is not None,
         "linears": [],
@@ -375,11 +395,7 @@ def main() -> int:
                 result["linears"].append(
                     dict(model=model, layer=layer, scheme=scheme, n=n, k=k, rows=rows)
                 )
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"kernels-{result['card'].replace(' ', '-')}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, stem.with_suffix(".png"))
-    print(f"wrote {stem}.json and .png")
+    print(f"wrote {write(result, options.out)} and the plot beside it")
     return 0
 
 
