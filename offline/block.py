@@ -44,6 +44,7 @@ def rounding_options(recipe: QuantRecipe) -> RoundingOptions:
         damp_by=recipe.damp_by,
         scale_refit=recipe.scale_refit,
         polish_sweeps=recipe.polish_sweeps,
+        validate_shift=recipe.validate_shift,
     )
 
 
@@ -173,7 +174,9 @@ def _statistics(
     columns = None if result is None else result.columns
     linear, reference = linears[name], original.get_submodule(name)
     cross = streams.recipe.compensation in ("gptaq", "qronos")
-    accumulator = StatsAccumulator(linear.in_features, cross, streams.device)
+    accumulator = StatsAccumulator(
+        linear.in_features, cross, streams.device, halves=streams.recipe.validate_shift
+    )
     for b in range(len(streams)):
         with quantized_activations(list(linears.values()), streams.quantizes_activations):
             hidden = streams.quantized.get(b, streams.device)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
+from qig_serve.offline.sources import CAPTIONS
 
 Method = Literal["qig", "qig+", "mbq", "awq", "awq-clip", "smoothquant", "gptq", "rtn"]
 RangeSearch = Literal["minmax", "mse", "energy", "conditional", "hessian"]
@@ -65,7 +66,9 @@ class QuantRecipe(BaseModel):
     method: Method = Field(default="qig", description="a set of defaults for the fields below")
 
     calib: str = Field(
-        default="", description="calibration data: a JSONL file, a LLaVA JSON, a folder, or 'demo'"
+        default=CAPTIONS,
+        description="calibration data: a JSONL file, a LLaVA JSON, a folder of captioned images, "
+        "hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, or 'demo'",
     )
     image_folder: str | None = Field(
         default=None, description="where the images of a LLaVA JSON lie"
@@ -120,6 +123,11 @@ class QuantRecipe(BaseModel):
     compensation: Compensation = Field(
         default="none", description="error compensation while rounding"
     )
+    validate_shift: bool = Field(
+        default=False,
+        description="apply as much of qronos' target shift, with as much damping, as lowers the "
+        "error on samples that it was not fitted to",
+    )
     act_order: bool = Field(
         default=True, description="compensate in descending order of input energy"
     )
@@ -157,6 +165,8 @@ class QuantRecipe(BaseModel):
         scheme = SCHEMES.get(str(values.get("scheme", "w3a16")))
         if scheme is not None and scheme.activation_bits is not None:
             filled["baseline"] = "quantized"
+        if values.get("compensation", "qronos") != "qronos":
+            filled.pop("validate_shift", None)  # it is a part of qronos
         return {**filled, **values}
 
     @model_validator(mode="after")
@@ -166,6 +176,8 @@ class QuantRecipe(BaseModel):
             raise ValueError(
                 f"baseline quantized needs quantized activations, which {self.scheme} has not"
             )
+        if self.validate_shift and self.compensation != "qronos":
+            raise ValueError(f"validate_shift needs compensation qronos, not {self.compensation}")
         return self
 
     @property

@@ -37,6 +37,8 @@ class LinearStats:
     """sum_t lambda_t (x_fp - x_q)_t x_q,t^T, fp32 [K, K], for GPTAQ and Qronos; else None."""
     tokens: int = 0
     """Tokens with a positive weight."""
+    halves: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    """(hessian, cross) of every other batch and of the rest: their sums are the two above."""
     _factors: dict[tuple[float, bool, bool], comp.Factor] = field(default_factory=dict, repr=False)
 
     @property
@@ -53,11 +55,24 @@ class LinearStats:
 
 
 class StatsAccumulator:
-    """Sums LinearStats over batches of tokens."""
+    """Sums LinearStats over batches of tokens; with `halves`, two sets of batches apart."""
 
-    def __init__(self, k: int, cross: bool = False, device: torch.device | str = "cpu") -> None:
-        self._hessian = torch.zeros(k, k, device=device)
-        self._cross = torch.zeros(k, k, device=device) if cross else None
+    def __init__(
+        self,
+        k: int,
+        cross: bool = False,
+        device: torch.device | str = "cpu",
+        halves: bool = False,
+    ) -> None:
+        if halves and not cross:
+            raise ValueError("halves are for the target shift: they need cross=True")
+
+        def zeros() -> list[torch.Tensor]:
+            return [torch.zeros(k, k, device=device) for _ in range(2 if halves else 1)]
+
+        self._hessians = zeros()
+        self._crosses = zeros() if cross else []
+        self._batches = 0
         self._weight = 0.0
         self._tokens = 0
 
@@ -85,12 +100,14 @@ class StatsAccumulator:
         # The root, because it enters twice: H = (sqrt(lambda) X)^T (sqrt(lambda) X).
         root = weights[keep].sqrt()[:, None]
         left = x_q[keep] * root
-        self._hessian.addmm_(left.T, left)
-        if self._cross is not None:
+        part = self._batches % len(self._hessians)
+        self._batches += 1
+        self._hessians[part].addmm_(left.T, left)
+        if self._crosses:
             if x_fp is None:
                 raise ValueError("the accumulator was made with cross=True: x_fp is needed")
             delta = (x_fp.float() - x_q)[keep] * root
-            self._cross.addmm_(delta.T, left)
+            self._crosses[part].addmm_(delta.T, left)
         self._weight += float(weights.double().sum())
         self._tokens += int(keep.sum())
 
@@ -101,13 +118,22 @@ class StatsAccumulator:
         """
         self._weight, tokens = ranks.total(self._weight, self._tokens)
         self._tokens = int(tokens)
-        ranks.sum(self._hessian)
-        if self._cross is not None:
-            ranks.sum(self._cross)
+        for tensor in (*self._hessians, *self._crosses):
+            ranks.sum(tensor)
         if not self._weight > 0:
             raise ValueError("no token with a positive weight was accumulated")
-        cross = None if self._cross is None else self._cross / self._weight
-        return LinearStats(self._hessian / self._weight, cross, self._tokens)
+        for tensor in (*self._hessians, *self._crosses):
+            tensor.div_(self._weight)
+        hessian = self._hessians[0]
+        cross = self._crosses[0] if self._crosses else None
+        if len(self._hessians) == 1 or cross is None:
+            return LinearStats(hessian, cross, self._tokens)
+        return LinearStats(
+            hessian + self._hessians[1],
+            cross + self._crosses[1],
+            self._tokens,
+            tuple(zip(self._hessians, self._crosses, strict=True)),
+        )
 
 
 @dataclass(frozen=True)
@@ -131,6 +157,9 @@ class RoundingOptions:
     compensation.shifted_target."""
     shift_strength: float = 1.0
     """Fraction of the target shift of GPTAQ or Qronos that is applied."""
+    validate_shift: bool = False
+    """Choose strength and damping of Qronos' shift by cross-validation; needs
+    `LinearStats.halves`. See compensation.validated_target."""
     act_order: bool = True
     """Columns in descending order of energy; groups stay those of the stored layout."""
     damp: float = 0.01
@@ -203,17 +232,24 @@ def round_linear(
     _check_finite(name, weight, stats)
     w = weight.float()
     target = w
-    factor = None
+    factor = validated = None
     if options.compensation != "none" or options.range_search == "conditional":
         factor = stats.factor(options.damp, options.act_order, options.damp_by == "column")
     if factor is not None and options.compensation in ("gptaq", "qronos"):
         if stats.cross is None:
             raise ValueError(f"{name}: {options.compensation} needs LinearStats.cross")
         masked = options.compensation == "gptaq"
-        target = comp.shifted_target(w, stats.cross, factor, masked, options.shift_strength)
+        if options.validate_shift:
+            if masked or not stats.halves:
+                raise ValueError(f"{name}: validate_shift needs qronos and LinearStats.halves")
+            target, validated = comp.validated_target(w, stats.halves)
+        else:
+            target = comp.shifted_target(w, stats.cross, factor, masked, options.shift_strength)
 
     energy = float(comp.objective(w, stats.hessian).double().sum())
     report: dict[str, Any] = {"output_energy": energy, "tokens": stats.tokens}
+    if validated is not None:
+        report |= {"shift": validated.strength, "shift_damp": validated.damp}
     if factor is not None and factor.raised:
         report["damping_raised"] = 10**factor.raised
 
