@@ -256,5 +256,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return value
