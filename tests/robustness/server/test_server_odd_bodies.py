@@ -177,6 +177,7 @@ TOGETHER: list[dict[str, Any]] = [
     {"mm_processor_kwargs": {"size": {"height": 100_000, "width": 100_000}}},
     {"chat_template": "{{ messages.__class__.__mro__ }}"},
     {"chat_template": "{% for i in range(10**9) %}a{% endfor %}"},
+    {"chat_template_kwargs": {"chat_template": "{% for i in range(10**9) %}a{% endfor %}"}},
     {"chat_template_kwargs": {"messages": [], "tokenize": False}},
     {"documents": [{"title": "a"}], "reasoning_effort": "max"},
     {"vllm_xargs": {"a": 2**64}},
