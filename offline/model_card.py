@@ -172,8 +172,15 @@ def _recovery(report: QuantizationReport, evaluation: Mapping[str, Any] | None) 
             f"Held-out questions: `{source}`. An answer counts when the whole of it is the wanted "
             "one but for case and white space.\n\n" + table
         )
-    figures = report.summary()
     told = ["No evaluation was run on this checkpoint. The calibration's own figures:", ""]
+    told += calibration_figures(report)
+    told += ["", "`qig-serve evaluate DIR --reference MODEL --data SRC` measures the answers."]
+    return "\n".join(told)
+
+
+def calibration_figures(report: QuantizationReport) -> list[str]:
+    """What can be said without an evaluation, a line each."""
+    figures, told = report.summary(), []
     if "search_loss_over_rtn" in figures:
         told.append(
             f"- loss of the searched modules over round-to-nearest's: "
@@ -186,8 +193,7 @@ def _recovery(report: QuantizationReport, evaluation: Mapping[str, Any] | None) 
         )
     if "completeness_worst" in figures:
         told.append(f"- largest completeness error: {figures['completeness_worst']:.2%}")
-    told += ["", "`qig-serve evaluate DIR --reference MODEL --data SRC` measures the answers."]
-    return "\n".join(told)
+    return told
 
 
 def _serve(report: QuantizationReport, title: str) -> str:

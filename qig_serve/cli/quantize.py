@@ -103,8 +103,14 @@ def _run(args: argparse.Namespace) -> int:
 
     from qig_serve.evaluate import load_samples, write_json
     from qig_serve.offline.checkpoint import partial_directory
+    from qig_serve.offline.model_card import calibration_figures
     from qig_serve.offline.pipeline import quantize
 
+    if args.evaluate and recipe.format != "qig":
+        raise UserError(
+            f"--evaluate cannot read the form {recipe.format}: evaluate a checkpoint of the form "
+            "qig, whose numbers are the same"
+        )
     # Read before the work begins: a mistyped file must not cost a run.
     questions = load_samples(args.evaluate, args.evaluate_n) if args.evaluate else []
     signal.signal(signal.SIGTERM, _terminate)
@@ -115,7 +121,12 @@ def _run(args: argparse.Namespace) -> int:
             print("the finished blocks are kept: go on with --resume", file=sys.stderr)
         raise
     results = _evaluate(args, questions) if questions else None
-    if args.json and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if not questions and not args.quiet:
+        print("no evaluation was run (--evaluate SRC); on the calibration samples:")
+        print("\n".join(calibration_figures(report)))
+    if args.json:
         record = report.model_dump(mode="json", exclude={"blocks", "recipe"})
         record |= {"output": str(args.output), "summary": report.summary(), "evaluation": results}
         write_json(args.json, record)

@@ -48,6 +48,18 @@ def test_quantize_writes_its_figures_and_nothing_else(
     assert "does not exist" in capfd.readouterr().err
 
 
+def test_quantize_prints_the_calibration_figures_where_nothing_was_evaluated(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(source), "--method", "awq", "--calib", "demo", "--samples", "2"]
+    assert main([*command, "--grid", "2", "--output", str(tmp_path / "out")]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("no evaluation was run (--evaluate SRC); on the calibration samples:\n")
+    assert "loss of the searched modules over round-to-nearest's: " in out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "No evaluation was run" in card and out.splitlines()[1] in card
+
+
 def test_inspect_is_quiet_about_what_is_well(
     source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
