@@ -6,7 +6,8 @@ conversations.json              LLaVA / ShareGPT4V conversations, images in `ima
 folder                          images with captions: NAME.txt beside NAME.png, or one CSV with
                                 an image and a caption column
 hf:NAME?split=train&image=image&question=prompt&answer=caption
-                                a Hugging Face dataset and its columns
+                                a Hugging Face dataset and its columns; what CAPTIONS names is the
+                                default
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from urllib.parse import parse_qsl
 from qig_serve.errors import UserError
 from qig_serve.samples import ImageSource, Sample, load_image, read_samples, sample_from_parts
 
+CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
+"""Pairs of an image and a caption, the paper's kind of calibration data."""
 CAPTION_QUESTION = "Describe the image."
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _IMAGE_COLUMNS = ("image", "file_name", "file", "path", "filename")
@@ -202,7 +205,9 @@ def _hugging_face(source: str, n: int, seed: int) -> list[Sample]:
     try:
         import datasets
     except ImportError:
-        raise UserError("Hugging Face datasets need `pip install datasets`") from None
+        raise UserError(
+            f"{source} needs `pip install datasets`; or say with --calib which other data to use"
+        ) from None
     try:
         stream = datasets.load_dataset(
             name, options.get("config"), split=options["split"], streaming=True

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration import (
     calibration_sha256,
@@ -18,6 +21,8 @@ from qig_serve.offline.calibration import (
     make_batches,
     token_counts,
 )
+from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.sources import CAPTION_QUESTION, CAPTIONS
 from qig_serve.samples import Sample, sample_from_parts
 
 
@@ -209,6 +214,137 @@ def test_refused_sources(tmp_path: Path, make: Any, message: str) -> None:
 def test_text_only_on_request(tmp_path: Path) -> None:
     path = _write(tmp_path / "t.jsonl", '{"messages": [{"role": "user", "content": "Hi"}]}')
     assert len(load_samples(str(path), 4, text_only=True)) == 1
+
+
+class _Rows(list[dict[str, Any]]):
+    """Enough of an iterable dataset."""
+
+    def shuffle(self, seed: int, buffer_size: int) -> _Rows:
+        assert buffer_size >= 1000
+        return _Rows(self[seed:] + self[:seed])
+
+    def take(self, n: int) -> _Rows:
+        return _Rows(self[:n])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A hub with one dataset; what was asked of it."""
+    asked: list[tuple[Any, ...]] = []
+    red = Image.new("RGB", (40, 30), "red")
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> _Rows:
+        assert streaming
+        asked.append((name, config, split))
+        if name == "gone/gone":
+            raise FileNotFoundError("Dataset 'gone/gone' doesn't exist on the Hub")
+        return _Rows(
+            {
+                "picture": red,
+                "image": red,
+                "q": f"What {i}?",
+                "answer": [f"a{i}", "b"],
+                "caption": i,
+            }
+            for i in range(5)
+        )
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_hugging_face_columns_are_mapped(hub: list[tuple[Any, ...]]) -> None:
+    source = "hf:some/captions?split=val&config=en&image=picture&question=q&answer=answer"
+    samples = load_samples(source, 3, seed=1)
+    assert hub == [("some/captions", "en", "val")]
+    assert [s.answer for s in samples] == ["a1", "a2", "a3"]  # the first of several captions
+    assert [s.id for s in samples] == ["some/captions-0", "some/captions-1", "some/captions-2"]
+    parts = samples[0].messages[0]["content"]
+    assert [p["type"] for p in parts] == ["image", "text"] and parts[1]["text"] == "What 1?"
+    assert samples[0].images[0].size == (40, 30)
+    (caption,) = load_samples("hf:some/captions", 1)  # the usual names, and our question
+    assert hub[1] == ("some/captions", None, "train")
+    assert caption.answer == "0" and caption.messages[0]["content"][1]["text"] == CAPTION_QUESTION
+
+
+def test_image_caption_pairs_are_the_default(hub: list[tuple[Any, ...]]) -> None:
+    recipe = QuantRecipe()
+    assert recipe.samples == 128 and recipe.calib == CAPTIONS
+    with pytest.raises(UserError, match="no column 'question'; the columns are picture, image, q"):
+        load_samples(recipe.calib, recipe.samples)
+    assert hub == [("lmms-lab/COCO-Caption2017", None, "val")]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:some/captions?picture=x", "unknown option 'picture'; known: split, image"),
+        ("hf:some/captions?image=photo", r"no column 'photo'; .* hf:NAME\?image=COLUMN"),
+        ("hf:gone/gone", "hf:gone/gone cannot be read: Dataset .* doesn't exist"),
+    ],
+)
+def test_wrong_hugging_face_sources(hub: list[tuple[Any, ...]], source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_samples(source, 4)
+
+
+def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="needs `pip install datasets`; or say with --calib"):
+        load_samples("hf:some/captions", 4)
+
+
+# --- through the whole command -------------------------------------------------------------------
+
+
+def _quantize(model: Path, data: Path, output: Path, *words: str) -> int:
+    return main(
+        ["quantize", str(model), "--calib", str(data), "--output", str(output), "--quiet"]
+        + ["--grid", "2", "--device", "cpu", *words]
+    )
+
+
+def _line(name: str, images: int, words: str) -> str:
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": "a.png"}} for _ in range(images)
+    ]
+    content.append({"type": "text", "text": words})
+    message = {"role": "user", "content": content}
+    return json.dumps({"id": name, "messages": [message], "answer": "a red star"})
+
+
+def test_several_images_and_none_in_one_run(tiny_llava: Path, tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    lines = [_line("one", 1, "Describe"), _line("two", 2, "Compare"), _line("none", 0, "Hello?")]
+    data = _write(tmp_path / "mixed.jsonl", "\n".join(lines))
+    assert _quantize(tiny_llava, data, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration"]["samples"] == 3
+    assert report["calibration"]["tokens"]["image"] == 3 * 36
+    assert len(report["blocks"]) == 2 and not report["fallbacks"]
+
+
+def test_text_only_is_asked_for(
+    tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = _write(tmp_path / "text.jsonl", _line("none", 0, "Hello?"))
+    assert _quantize(tiny_llava, data, tmp_path / "out") == 2
+    assert "say --text-only" in capsys.readouterr().err
+    assert _quantize(tiny_llava, data, tmp_path / "out", "--text-only") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration"]["tokens"]["image"] == 0 < report["calibration"]["tokens"]["text"]
+
+
+def test_a_long_sample_ends_the_command_by_name(
+    tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _image(tmp_path / "a.png")
+    lines = [_line("short", 1, "Describe"), _line("the-long-one", 2, "Compare")]
+    data = _write(tmp_path / "mixed.jsonl", "\n".join(lines))
+    assert _quantize(tiny_llava, data, tmp_path / "out", "--max-length", "70") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "calibration sample the-long-one is" in line and "more than 70" in line
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "mixed.jsonl"}
 
 
 def _write(path: Path, text: str) -> Path:
