@@ -183,6 +183,15 @@ def test_the_flag_is_the_recipe_field(capsys: pytest.CaptureFixture[str]) -> Non
         make_recipe({"format": "gguf"})
 
 
+def test_no_evaluation_of_what_cannot_be_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["quantize", "m", "--output", str(output), "--format", "compressed-tensors"]
+    assert main([*command, "--evaluate", "demo"]) == 2
+    assert "--evaluate cannot read the form compressed-tensors" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_names_in_transformers_and_in_vllm(family: str) -> None:
     """The pattern names the decoder's linears under each library's names, and nothing else."""
