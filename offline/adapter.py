@@ -222,8 +222,9 @@ def read_config(directory: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a usable configuration: {error}") from None
+    except Exception as error:  # its classes raise anything about a stranger's values
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not a usable configuration: {told}") from None
 
 
 def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedModel:

@@ -108,7 +108,10 @@ def inspect(directory: Path) -> Inspection:
     manifest = read_quantization_config(quantization, str(path))
     tensors: dict[str, StoredTensor] = {}
     twice: list[str] = []
-    for shard in sorted(directory.glob("*.safetensors")):
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{directory}: no .safetensors files there")
+    for shard in shards:
         for name, tensor in _header(shard):
             if name in tensors:
                 twice.append(f"{name}: in two shards, {tensors[name].file} and {tensor.file}")

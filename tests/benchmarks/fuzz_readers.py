@@ -46,7 +46,11 @@ CONFIG = {
         "layer_types": ["full_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
-    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64, "image_size": 56},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+    },
     "image_token_index": 9,
 }
 QUANTIZATION = {

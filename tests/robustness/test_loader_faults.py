@@ -246,7 +246,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index-text": (lambda d: (d / INDEX_FILE).write_text("]["), "cannot be read"),
     "index-deep": (lambda d: (d / INDEX_FILE).write_text("[" * 100_000), "nested too deeply"),
     "two-shards": (twice, "in two shards"),
-    "no-shard": (lambda d: (d / SHARD).unlink(), "which is missing"),
+    "no-shard": (lambda d: (d / SHARD).unlink(), "no .safetensors files"),
     "empty-shard": (lambda d: (d / SHARD).write_bytes(b""), f"{SHARD} is damaged"),
     "cut-shard": (
         lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes()[:-100]),
