@@ -184,6 +184,12 @@ def _losses(report: QuantizationReport) -> str:
         for b in report.blocks
         for name, values in b.linears.items()
     ]
+    shifts = [
+        [b.index, name, _g(values["shift"]), _g(values["shift_damp"])]
+        for b in report.blocks
+        for name, values in b.linears.items()
+        if "shift" in values
+    ]
     outputs = [[b.index, _g(b.output_error)] for b in report.blocks]
     return _section(
         "Loss before and after",
@@ -201,6 +207,10 @@ def _losses(report: QuantizationReport) -> str:
             "Output error of the linears as a fraction of the output's energy, after each step.",
         ),
         _details("Errors of the linears", _table(["block", "linear", *steps], linears, 2)),
+        _details(
+            "Target shift of the compensation, chosen by cross-validation",
+            _table(["block", "linear", "strength", "damping"], shifts, 2),
+        ),
         _figure(
             plots.output_error_plot(report),
             "How far the hidden state of the quantized model has drifted after each block.",
@@ -317,6 +327,10 @@ def _cost(report: QuantizationReport) -> str:
     ]
     host = max((b.host_bytes for b in report.blocks), default=0)
     device = max((b.device_bytes for b in report.blocks), default=0)
+    foretold = ""
+    if guess := report.estimate:
+        foretold = f"<p>The dry run foretold {guess['seconds']:.0f} s, "
+        foretold += f"{_gib(int(guess['host_bytes']))} host memory.</p>"
     memory = f"<p>Peak memory: {_gib(host)} host"
     memory += f", {_gib(device)} on the GPU.</p>" if device else "; no GPU was used.</p>"
     per_block = [
@@ -327,6 +341,7 @@ def _cost(report: QuantizationReport) -> str:
         "Time and memory",
         _table(["seconds spent on", ""], rows),
         memory,
+        foretold,
         _details("By block", _table(["block", "seconds", "host", "GPU"], per_block)),
     )
 

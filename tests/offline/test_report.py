@@ -63,6 +63,8 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
                         "compensation": 0.02,
                         "clip_ratio": 0.83,
                         "clipped": 0.0125,
+                        "shift": 0.625,
+                        "shift_damp": 0.03,
                     }
                 },
                 output_error=0.01 * (i + 1),
@@ -73,6 +75,7 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
         ],
         "left_alone": ["vision_tower", "lm_head", "model.visual.merger", "mystery"],
         "seconds": 20.0,
+        "estimate": {"seconds": 17.0, "host_bytes": 1.5 * 2**30},
         "producer": "qig-serve 0.1.0",
     }
     return QuantizationReport(**{**values, **rest})
@@ -164,6 +167,8 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert "<td class=n>0.830</td><td class=n>1.25%</td>" in text  # clip ratio, weights clipped
     assert "25.0% of the image tokens, 0.0% of the text tokens" in text  # on the quartile fences
     assert "(77 in these samples) take no part" in text
+    assert "<td class=n>0.625</td><td class=n>0.03</td>" in text  # the target shift
+    assert "The dry run foretold 17 s, 1.50 GiB host memory" in text
 
 
 def test_references_inside_plots_resolve(tmp_path: Path) -> None:
