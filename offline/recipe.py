@@ -161,7 +161,7 @@ class QuantRecipe(BaseModel):
         """Fills what is not set from the method and the scheme."""
         if not isinstance(values, dict):
             return values
-        filled = dict(METHODS.get(values.get("method", "qig"), {}))
+        filled = dict(METHODS.get(str(values.get("method", "qig")), {}))
         scheme = SCHEMES.get(str(values.get("scheme", "w3a16")))
         if scheme is not None and scheme.activation_bits is not None:
             filled["baseline"] = "quantized"
