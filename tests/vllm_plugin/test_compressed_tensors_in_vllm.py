@@ -127,7 +127,14 @@ def test_logprobs_within_noise(
         limit_mm_per_prompt={"image": 1, "video": 0},
         seed=0,
     )
-    parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
+    # No special tokens, which come first: a random model may well answer with images.
+    parameters = SamplingParams(
+        temperature=0,
+        max_tokens=TOKENS,
+        ignore_eos=True,
+        logprobs=1,
+        allowed_token_ids=list(range(64, 320)),
+    )
     ((answer,),) = [a.outputs for a in llm.chat([_messages()], parameters, use_tqdm=False)]
     del llm
     tokens = list(answer.token_ids)
