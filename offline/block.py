@@ -187,7 +187,13 @@ def _statistics(
         if cross:
             hidden = streams.fp.get(b, streams.device)
             x_fp = catch_call(original, reference, hidden, streams.kwargs(b)).hidden
-            x_fp = (x_fp / columns if columns is not None else x_fp)[mask]
+            x_fp = x_fp / columns if columns is not None else x_fp
         weights = mask.float() if result is None else result.token_weights[b]
-        accumulator.accumulate(x_q[mask], x_fp, weights[mask])
+        parts = [mask]
+        if streams.recipe.validate_shift:  # the accumulator takes the two halves in turns
+            half = streams.batches[b].half.to(mask.device)[:, None]
+            parts = [mask & ~half, mask & half]
+        for part in parts:
+            fp = None if x_fp is None else x_fp[part]
+            accumulator.accumulate(x_q[part], fp, weights[part])
     return accumulator.finish(streams.ranks)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -42,6 +42,9 @@ class CalibrationBatch:
     """bool [B, T]: tokens of the wanted answer."""
     ids: tuple[str, ...]
     """Names of the samples."""
+    half: torch.Tensor
+    """bool [B]: which of two halves each belongs to, every other one by length. For choices that
+    are made on one half and judged on the other; the same for any number of processes."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _Encoded:
     modality: torch.Tensor  # [T]
     answer_mask: torch.Tensor  # [T]
     name: str
+    half: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -96,6 +100,7 @@ def make_batches(
             )
         encodings.append(encoded)
     encodings.sort(key=lambda e: (-e.key[0], str(e.key)))
+    encodings = [replace(e, half=bool(i % 2)) for i, e in enumerate(encodings)]
     batches = []
     for key, alike in groupby(ranks.part(encodings), key=lambda e: e.key):
         size = max(1, batch_tokens // key[0])
@@ -123,6 +128,7 @@ def _collate(group: Sequence[_Encoded]) -> CalibrationBatch:
         modality=modality,
         answer_mask=torch.stack([e.answer_mask for e in group]),
         ids=tuple(e.name for e in group),
+        half=torch.tensor([e.half for e in group]),
     )
 
 

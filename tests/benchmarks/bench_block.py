@@ -77,7 +77,8 @@ def random_streams(
     modality = torch.full((b, t), TEXT, dtype=torch.int8)
     modality[:, : 3 * t // 4] = IMAGE
     mask = torch.ones(b, t, dtype=torch.bool)
-    batch = CalibrationBatch({}, mask, modality, torch.zeros_like(mask), ("random",))
+    half = torch.arange(b) % 2 == 1
+    batch = CalibrationBatch({}, mask, modality, torch.zeros_like(mask), ("random",), half)
     places = torch.arange(t, device=device)[None].expand(b, -1)
     kwargs = {"position_embeddings": rotary(hidden, places), "attention_mask": None}
     full, quantized = Store(), Store()

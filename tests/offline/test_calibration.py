@@ -21,6 +21,7 @@ from qig_serve.offline.calibration import (
     make_batches,
     token_counts,
 )
+from qig_serve.offline.ranks import Ranks
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.sources import CAPTION_QUESTION, CAPTIONS
 from qig_serve.samples import Sample, sample_from_parts
@@ -40,7 +41,7 @@ def _image(path: Path, color: str = "red") -> Path:
     return path
 
 
-def _batches(samples: list[Sample], processor: Any, **options: int) -> Any:
+def _batches(samples: list[Sample], processor: Any, **options: Any) -> Any:
     return make_batches(samples, processor, processor.image_token_id, **options)
 
 
@@ -79,6 +80,15 @@ def test_same_length_samples_share_a_batch_without_padding(processor: Any, tmp_p
     assert [len(b.ids) for b in batches] == [1, 3, 2]
     assert batches[0].ids == ("long",)
     assert all(bool(b.inputs["attention_mask"].all()) for b in batches)
+    # Every other one by length is of the other half, whoever has it.
+    assert [b.half.tolist() for b in batches] == [[False], [True, False, True], [False, True]]
+    shared = [
+        half
+        for rank in (0, 1)
+        for b in _batches(samples, processor, ranks=Ranks(rank, 2))
+        for half in b.half.tolist()
+    ]
+    assert shared == [False] * 3 + [True] * 3
     assert sum(token_counts(batches).values()) == sum(b.token_mask.numel() for b in batches)
 
 

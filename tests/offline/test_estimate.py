@@ -19,7 +19,7 @@ from qig_serve.offline.report_data import QuantizationReport
 
 
 def recipe(calib: str) -> QuantRecipe:
-    return QuantRecipe(calib=calib, samples=7, grid=5, device="cpu")
+    return QuantRecipe(calib=calib, samples=7, grid=5, device="cpu", method="qig")
 
 
 def forbidden(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ def test_activations_a_token(tiny_llava: Path) -> None:
     the quantized prefix's inputs too."""
     loaded = load(tiny_llava)
     sizes = {
-        name: bytes_a_token(loaded, QuantRecipe(calib="demo", **more))
+        name: bytes_a_token(loaded, QuantRecipe(**{"calib": "demo", "method": "qig", **more}))
         for name, more in {
             "w3a16": {},
             "w4a8": {"scheme": "w4a8"},

@@ -25,7 +25,7 @@ from qig_serve.offline.report_data import REPORT_FILE, QuantizationReport
 
 
 def fields(calib: str, **more: Any) -> dict[str, Any]:
-    return {"calib": calib, "samples": 7, "grid": 5, "device": "cpu", **more}
+    return {"calib": calib, "samples": 7, "grid": 5, "device": "cpu", "method": "qig", **more}
 
 
 def _process(
@@ -118,15 +118,15 @@ CASE = {
     "offload": "disk",
 }
 CASES = {
-    "w3a16-qig": {},
-    "w4a8-qig": {"scheme": "w4a8"},
+    "w3a16-qig": {"method": "qig"},
+    "w4a8-qig": {"scheme": "w4a8", "method": "qig"},
     "w3a16-qig+": {"method": "qig+"},
     "w4a8-qig+": {"scheme": "w4a8", "method": "qig+"},
     **{f"w3a16-{m}": {"method": m} for m in ("rtn", "awq", "awq-clip", "mbq", "gptq")},
     "w4a8-smoothquant": {"scheme": "w4a8", "method": "smoothquant"},
-    "w3a16-gradient": {"token_weights": "gradient", "allow_fallbacks": True},
-    "w3a16-attention": {"token_weights": "attention"},
-    "w3a16-perturbation": {"token_weights": "perturbation"},
+    "w3a16-gradient": {"method": "qig", "token_weights": "gradient", "allow_fallbacks": True},
+    "w3a16-attention": {"method": "qig", "token_weights": "attention"},
+    "w3a16-perturbation": {"method": "qig", "token_weights": "perturbation"},
 }
 
 
@@ -192,7 +192,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 def test_torchrun(tiny_llava: Path, seven_samples: str, tmp_path: Path) -> None:
     """As people start it: one process prints, a mistake is one line and status 2."""
     words = [str(tiny_llava), "--calib", seven_samples, "--samples", "7", "--grid", "5"]
-    words += ["--device", "cpu"]
+    words += ["--device", "cpu", "--method", "qig"]
     done = torchrun(*words, "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("estimate: about") == 1
