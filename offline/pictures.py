@@ -159,26 +159,29 @@ def _place(picture: TokenPicture, layer: str, image: int) -> str:
 
 
 def picture_html(picture: TokenPicture) -> str:
-    """The sample as HTML: the images as given, then each layer's weights on them and the words."""
-    name = html.escape(picture.name)
-    parts = [f"<h3>{name}</h3>", '<div class="images">']
+    """The sample as HTML: the images as given, and beside them each layer's weights on them and on
+    the words."""
+    parts = [
+        f"<h3>{html.escape(picture.name)}</h3>",
+        '<p class="note">On the image yellow is much weight and dark blue little; the stronger a '
+        "word is shaded, the more. Template tokens, in small print, take no part; the answer is "
+        'underlined.</p><div class="layers"><figure><div class="images">',
+    ]
     for number, image in enumerate(picture.images):
-        shown = _fit(image)
-        parts.append(_img(shown, f"{picture.name}: image {number + 1} as it was given"))
-    parts.append("</div>")
+        parts.append(_img(_fit(image), f"{picture.name}: image {number + 1} as it was given"))
+    parts.append("</div><figcaption>as it was given</figcaption></figure>")
     for layer in picture.weights:
         parts.append('<figure><div class="images">')
         for number in range(len(picture.images)):
             alternative = f"{picture.name}, {layer}: token weights over image {number + 1}, "
             shown = overlay(picture, layer, number)
             parts.append(_img(shown, alternative + _place(picture, layer, number)))
-        parts.append(f'</div><p class="words">{_words_html(picture, layer)}</p>')
         parts.append(
-            f"<figcaption>{html.escape(layer)}: {picture.image_share(layer):.0%} of the weight on "
-            "the image (yellow is much, dark blue little), the rest on the words (the stronger a "
-            "word is shaded, the more). Template tokens, in small print, take no part; the answer "
-            "is underlined.</figcaption></figure>"
+            f"</div><figcaption>{html.escape(layer)}: {picture.image_share(layer):.0%} of the "
+            "weight on the image, the rest on the words</figcaption>"
+            f'<p class="words">{_words_html(picture, layer)}</p></figure>'
         )
+    parts.append("</div>")
     return "\n".join(parts)
 
 
@@ -205,6 +208,9 @@ def _words_html(picture: TokenPicture, layer: str) -> str:
 
 
 PICTURE_STYLE = """
+.layers { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(210px, 100%), 1fr)); }
+.layers figure { margin: 0; }
 .images { display: flex; flex-wrap: wrap; gap: 8px; }
 .images img { max-width: 100%; height: auto; }
 .words { line-height: 1.9; } .words span { padding: 2px 0; } .words small { opacity: 0.65; }
