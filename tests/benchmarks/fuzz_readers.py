@@ -73,7 +73,15 @@ QUANTIZATION = {
     "summary": {"blocks": 1},
 }
 QUANTIZED = CONFIG | {"quantization_config": QUANTIZATION}
-INDEX = {"metadata": {"total_size": 4}, "weight_map": {"lm_head.weight": "model.safetensors"}}
+DOWN = "model.layers.0.mlp.down_proj.weight"
+HEADER = {
+    f"{DOWN}_packed": {"dtype": "I32", "shape": [128, 24], "data_offsets": [0, 12288]},
+    f"{DOWN}_scale": {"dtype": "BF16", "shape": [128, 2], "data_offsets": [12288, 12800]},
+    f"{DOWN}_zero_point": {"dtype": "U8", "shape": [128, 2], "data_offsets": [12800, 13056]},
+    "lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [13056, 13060]},
+}
+WEIGHT_MAP = dict.fromkeys(HEADER, "model.safetensors")
+INDEX = {"metadata": {"total_size": 13060}, "weight_map": WEIGHT_MAP}
 HASHES = {"format_version": 1, "files": {"config.json": "00", "../x": "00"}}
 RECIPE = {"scheme": "w4a8", "method": "qig+", "samples": 4, "damp": 0.01, "iqr": True, "calib": "x"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
@@ -81,12 +89,11 @@ CONTENT = [IMAGE, {"type": "text", "text": "what?"}]
 SAMPLE = {"id": "7", "type": "t", "answer": "a", "messages": [{"role": "user", "content": CONTENT}]}
 TURNS = [{"from": "human", "value": "<image>hm?"}, {"from": "gpt", "value": "so"}]
 TALKS = [{"id": "1", "image": "x.png", "conversations": TURNS}]
-HEADER = {"lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
 
 
 def shard(header: bytes) -> bytes:
-    """A safetensors file with that header and four bytes of data."""
-    return len(header).to_bytes(8, "little") + header + bytes(4)
+    """A safetensors file with that header and the data of HEADER."""
+    return len(header).to_bytes(8, "little") + header + bytes(13060)
 
 
 def read_recipe(path: Path) -> None:
