@@ -208,10 +208,8 @@ class CheckpointWriter:
             if compressed_config is not None:
                 config["qig"] = dict(quantization_config)
             _write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
-            state = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE]
-            write_hashes(self.directory, [*state, *done_with])
-            for path in done_with:
-                path.unlink()
+            state = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE, *done_with]
+            write_hashes(self.directory, state)
             _sync(self.directory)
             try:
                 self.directory.rename(self.output)
