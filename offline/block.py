@@ -188,7 +188,8 @@ def _statistics(
             hidden = streams.fp.get(b, streams.device)
             x_fp = catch_call(original, reference, hidden, streams.kwargs(b)).hidden
             x_fp = x_fp / columns if columns is not None else x_fp
-        weights = mask.float() if result is None else result.token_weights[b]
+        weighted = result is not None and streams.recipe.weighted_rounding
+        weights = result.token_weights[b] if result and weighted else mask.float()
         parts = [mask]
         if streams.recipe.validate_shift:  # the accumulator takes the two halves in turns
             half = streams.batches[b].half.to(mask.device)[:, None]

@@ -36,15 +36,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "compensation": "gptq",
         "damp_by": "mean",
     },
+    # Searched ranges, refitted scales and polished codes lower the error on calibration samples
+    # further; on questions held out they did not lower KL.
     "qig+": {
         "equalize": "search",
         "token_weights": "qig",
         "search_input": "quantized",
-        "range_search": "conditional",
-        "range_rounds": 3,
         "compensation": "qronos",
-        "scale_refit": True,
-        "polish_sweeps": 1,
+        "validate_shift": True,
     },
 }
 
@@ -63,7 +62,7 @@ class QuantRecipe(BaseModel):
         description="form of the checkpoint; compressed-tensors: the same numbers for vLLM as it "
         "comes, 3-bit codes in 4 bits",
     )
-    method: Method = Field(default="qig", description="a set of defaults for the fields below")
+    method: Method = Field(default="qig+", description="a set of defaults for the fields below")
 
     calib: str = Field(
         default=CAPTIONS,
@@ -128,6 +127,9 @@ class QuantRecipe(BaseModel):
         description="apply as much of qronos' target shift, with as much damping, as lowers the "
         "error on samples that it was not fitted to",
     )
+    weighted_rounding: bool = Field(
+        default=True, description="let token weights weigh the statistics of rounding too"
+    )
     act_order: bool = Field(
         default=True, description="compensate in descending order of input energy"
     )
@@ -161,7 +163,7 @@ class QuantRecipe(BaseModel):
         """Fills what is not set from the method and the scheme."""
         if not isinstance(values, dict):
             return values
-        filled = dict(METHODS.get(str(values.get("method", "qig")), {}))
+        filled = dict(METHODS.get(str(values.get("method", "qig+")), {}))
         scheme = SCHEMES.get(str(values.get("scheme", "w3a16")))
         if scheme is not None and scheme.activation_bits is not None:
             filled["baseline"] = "quantized"

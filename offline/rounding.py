@@ -38,7 +38,7 @@ class LinearStats:
     tokens: int = 0
     """Tokens with a positive weight."""
     halves: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-    """(hessian, cross) of every other batch and of the rest: their sums are the two above."""
+    """(hessian, cross) of two halves of the samples: their sums are the two above."""
     _factors: dict[tuple[float, bool, bool], comp.Factor] = field(default_factory=dict, repr=False)
 
     @property

@@ -83,7 +83,9 @@ def calib(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def recipe(calib: str, **fields: Any) -> QuantRecipe:
-    return QuantRecipe(**{"calib": calib, "samples": 8, "grid": 5, "device": "cpu", **fields})
+    return QuantRecipe(
+        **{"calib": calib, "samples": 8, "grid": 5, "device": "cpu", "method": "qig", **fields}
+    )
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
