@@ -253,7 +253,7 @@ def main() -> None:
     atexit.register(end)
 
     flags = [f"-max_total_time={args.seconds}", "-max_len=4096", f"-artifact_prefix={work}/"]
-    atheris.Setup([sys.argv[0], *flags, "-rss_limit_mb=6000", "-timeout=20", str(corpus)], one)
+    atheris.Setup([sys.argv[0], *flags, "-rss_limit_mb=6000", "-timeout=120", str(corpus)], one)
     atheris.Fuzz()
 
 
