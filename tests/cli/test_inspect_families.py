@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
+from qig_serve.formats import SCHEMES
 from qig_serve.offline.checkpoint import write_hashes
 
 
@@ -125,6 +126,8 @@ def test_families_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert [row["model_type"] for row in rows] == list(ARCHITECTURES)
     assert all(len(row["quantized"]) == 7 for row in rows)
+    servable = [scheme.name for scheme in SCHEMES.values() if scheme.servable]
+    assert all(row["tested"] == servable for row in rows)  # what the tests of vLLM go through
     assert main(["families"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ARCHITECTURES)
