@@ -53,7 +53,9 @@ def model_gradients(
 ) -> AnswerGradients:
     """Gradients at every group's loss module: loads the whole model, which nothing else does."""
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # ours tells how far things are
     model = AutoModelForImageTextToText.from_pretrained(
         loaded.directory, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
     )

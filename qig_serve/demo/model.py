@@ -248,7 +248,9 @@ def load_model(directory: Path | str, dtype: Any = None) -> tuple[Any, Any]:
     """(model, processor) of a directory, offline."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
     model = AutoModelForImageTextToText.from_pretrained(
         directory, dtype=dtype or torch.bfloat16, local_files_only=True

@@ -23,8 +23,8 @@ from typing import Any
 from qig_serve.errors import UserError
 
 SCHEMES = ("w3a16", "w4a8")
-METHODS = ("rtn", "qig")
-SERVED = ("w3a16", "qig")
+METHODS = ("rtn", "qig", "qig+")
+SERVED = ("w3a16", "qig+")
 """The checkpoint that is put behind the server."""
 ASKED = 7
 """Index in the test split of the question that is asked over HTTP: the first caption."""
@@ -84,7 +84,7 @@ def _name(scheme: str, method: str) -> str:
 def _quantize_all(
     console: Any, workdir: Path, model: Path, samples: int, quiet: bool
 ) -> dict[tuple[str, str], Path]:
-    """Both schemes by both methods; checkpoints of an earlier demonstration are replaced."""
+    """Both schemes by all methods; checkpoints of an earlier demonstration are replaced."""
     from qig_serve.offline.pipeline import quantize
     from qig_serve.offline.recipe import QuantRecipe
 
