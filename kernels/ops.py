@@ -1,9 +1,9 @@
 """The GPU kernels as torch ops, and the four functions that the vLLM plugin calls.
 
     qig::w3a16_linear           x [M, K] -> [M, N]
-    qig::w4a8_linear            quantizes x [M, K] a token, then multiplies
-    qig::w4a8_linear_quantized  int8 codes [M, K] and fp32 scale [M] -> [M, N]
-    qig::quantize_activation, qig::rms_norm_quantize, qig::silu_mul_quantize
+    qig::quantize_activation    x [M, K] -> int8 codes [M, K], fp32 scale [M]
+    qig::w4a8_linear            codes and scale -> [M, N]
+    qig::rms_norm_quantize, qig::silu_mul_quantize: quantize_activation with what precedes it
 
 Each has a fake implementation, so torch.compile sees through; each depends on shapes alone, waits
 for nothing and searches nothing, so CUDA graphs capture it. The tile is looked up in tuning.py's
@@ -113,16 +113,18 @@ def linear(
 ) -> torch.Tensor:
     """x [..., K] times the prepared weight [N, K] transposed, plus bias [N]: [..., N]."""
     p = prepared
-    flat = x.reshape(-1, k)
+    flat = x if x.dim() == 2 else x.reshape(-1, k)
     if scheme.name == "w3a16":
         out = torch.ops.qig.w3a16_linear(
             flat, p["weight_lanes"], p["scale_zero"], p["counters"], bias, n
         )
     else:
+        codes, token_scale = torch.ops.qig.quantize_activation(flat)
         out = torch.ops.qig.w4a8_linear(
-            flat, p["weight_nibbles"], p["channel_scale"], p["counters"], bias, n
-        )
-    return out.reshape(*x.shape[:-1], n)
+            codes, token_scale, p["weight_nibbles"], p["channel_scale"], p["counters"], bias, n,
+            x.dtype,
+        )  # fmt: skip
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], n)
 
 
 def run(
@@ -229,7 +231,7 @@ def _w3a16_linear(
     )  # fmt: skip
 
 
-def _w4a8_linear_quantized(
+def _w4a8_linear(
     codes: torch.Tensor,
     token_scale: torch.Tensor,
     weight_nibbles: torch.Tensor,
@@ -247,20 +249,6 @@ def _w4a8_linear_quantized(
         _ready(codes), token_scale, weight_nibbles, channel_scale, counters,
         workspace(codes.device), bias, n, dtype, tile, use_ptx(codes),
     )  # fmt: skip
-
-
-def _w4a8_linear(
-    x: torch.Tensor,
-    weight_nibbles: torch.Tensor,
-    channel_scale: torch.Tensor,
-    counters: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-) -> torch.Tensor:
-    codes, token_scale = quantize_activation.quantize(x.contiguous())
-    return _w4a8_linear_quantized(
-        codes, token_scale, weight_nibbles, channel_scale, counters, bias, n, x.dtype
-    )
 
 
 def _quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,14 +284,9 @@ _OPS = (
         lambda x, weight_lanes, scale_zero, counters, bias, n: x.new_empty(x.shape[0], n),
     ),
     (
-        f"w4a8_linear(Tensor x, Tensor weight_nibbles, Tensor channel_scale, {_WEIGHT}) -> Tensor",
-        _w4a8_linear,
-        lambda x, weight_nibbles, channel_scale, counters, bias, n: x.new_empty(x.shape[0], n),
-    ),
-    (
-        "w4a8_linear_quantized(Tensor codes, Tensor token_scale, Tensor weight_nibbles, "
+        "w4a8_linear(Tensor codes, Tensor token_scale, Tensor weight_nibbles, "
         f"Tensor channel_scale, {_WEIGHT}, ScalarType dtype) -> Tensor",
-        _w4a8_linear_quantized,
+        _w4a8_linear,
         lambda codes, token_scale, weight_nibbles, channel_scale, counters, bias, n, dtype: (
             codes.new_empty(codes.shape[0], n, dtype=dtype)
         ),

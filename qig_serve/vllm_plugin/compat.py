@@ -89,3 +89,10 @@ def app_builder() -> Any:
 def app_state_initializer() -> Any:
     """(engine client, application state, args, supported tasks): a coroutine function."""
     return find("init_app_state", f"{_LAUNCHERS}.api_server.app_state", _API_SERVER)
+
+
+def inductor_pass() -> Any:
+    """The base class of passes that vLLM runs while Inductor compiles."""
+    return find(
+        "InductorPass", "vllm.compilation.passes.inductor_pass", "vllm.compilation.inductor_pass"
+    )

@@ -203,7 +203,7 @@ def test_decode_allocates_nothing_but_its_output(
             case.x, p["weight_lanes"], p["scale_zero"], p["counters"], None, n
         )
     else:
-        torch.ops.qig.w4a8_linear_quantized(
+        torch.ops.qig.w4a8_linear(
             codes, token_scale, p["weight_nibbles"], p["channel_scale"], p["counters"], None, n,
             torch.bfloat16,
         )  # fmt: skip
@@ -279,18 +279,6 @@ def test_silu_mul_quantize(dtype: torch.dtype) -> None:
     gate_up = torch.randn(5, 600).to(DEVICE, dtype)
     codes, scale = torch.ops.qig.silu_mul_quantize(gate_up)
     assert_codes_close(codes, scale, reference.silu_mul_quantize(gate_up))
-
-
-def test_prequantized_op_is_the_second_half_of_the_whole() -> None:
-    n, k = 77, 256
-    case = make("w4a8", 5, n, k, torch.bfloat16)
-    p = case.prepared
-    codes, scale = torch.ops.qig.quantize_activation(case.x)
-    got = torch.ops.qig.w4a8_linear_quantized(
-        codes, scale, p["weight_nibbles"], p["channel_scale"], p["counters"], case.bias, n,
-        torch.bfloat16,
-    )  # fmt: skip
-    assert torch.equal(got, ops.linear(SCHEMES["w4a8"], case.x, p, n, k, case.bias))
 
 
 def test_counters_suffice_for_every_tuned_tile() -> None:
