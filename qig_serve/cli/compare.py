@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             recipes = make_recipes(args.schemes, args.methods, args.calib, args.samples, seed)
             runs += _one_seed(args, seed, recipes, folder, full, messages)
             if args.json:  # after every seed, so that an interrupted run has told something
-                write_json(args.json, to_json(runs, full))
+                write_json(args.json, {"settings": _settings(args), **to_json(runs, full)})
     out = Console()
     out.print(summary_table(runs, full))
     for scheme in dict.fromkeys(r.scheme for r in runs):
@@ -135,6 +135,23 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot(runs, full, args.plot)
     return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on beside the model: the options, and versions."""
+    import torch
+    import transformers
+
+    from qig_serve import __version__
+
+    chosen = ("schemes", "methods", "seeds", "calib", "samples", "data", "n", "kl_samples")
+    return {
+        "model": Path(args.model).name,
+        **{name: getattr(args, name) for name in (*chosen, "max_tokens", "engine")},
+        "qig_serve": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _one_seed(
