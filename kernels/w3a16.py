@@ -1,45 +1,71 @@
 """W3A16: x [M, K] (bf16, fp16) times a dense 3-bit weight [N, K] transposed, groups of 128 along K.
 
-Checkpoint layout (formats.py), one group of a row, codes w0..w127, three words for 32 codes:
+    out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
-    | w31 ... w1 w0 |  96 bits, little-endian, then the next 32 codes
+Read on in this order: `lane_ptx` (a lane's five numbers, in PTX) and its twin `_code`, `_unpack`,
+`w3a16_decode_kernel`, `linear`.
 
-Kernel layout (layout.py), one group of 128 rows. Rows r and 64 + r share three 16-bit lanes for
-each kk = 0..15; `lo j` is the code of row r at k = 16 j + kk, `hi j` that of row 64 + r:
+Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
+first; 32 of them are three int32 words, and w10 and w21 lie across two words.
+
+    word 0                     word 1                    word 2
+    w0 w1 ... w9 w10(2 bits)   w10(1) w11 ... w21(1)     w21(2) w22 ... w31
+
+Kernel layout (layout.py): a tile is one group of 128 rows, and what a thread needs lies together.
+Rows r and 64 + r share three 16-bit lanes A, B, C for each kk = 0..15; `lo j` is the code of row r
+at k = 16 j + kk, `hi j` that of row 64 + r. Five fields fill bits 0-14; bit 15 of the three lanes
+together is the sixteenth code, hi7:
 
     bit     15     14-12  11-9   8-6    5-3    2-0
     lane A  hi7.0  lo4    lo3    lo2    lo1    lo0      weight_lanes int16 [G, N/128, 3, 64, 16]:
-    lane B  hi7.1  hi1    hi0    lo7    lo6    lo5      6 KiB a tile, contiguous
+    lane B  hi7.1  hi1    hi0    lo7    lo6    lo5      (lane, r, kk), 6 KiB a tile, contiguous
     lane C  hi7.2  hi6    hi5    hi4    hi3    hi2
 
     scale_zero int32 [G, N]: the scale's 16 bits, above them the zero point
 
-48 bits hold 16 codes: nothing is padded. A 32-bit register holds one lane of two neighbouring kk,
-which is exactly a register of the tensor core's left operand: a field is made a number in place,
-in both halves at once. Each `lo j` and `hi j` is a slice of 16 k, and the eight slices of a half
-are joined to one [64, 128] operand that lies in registers already.
+48 bits hold 16 codes: nothing is padded, 3.0 bits a code and 0.25 for scale and zero point. A
+32-bit register holds one lane of two neighbouring kk, which is exactly a register of the tensor
+core's left operand: a field is made a number in place, in both halves at once. Each `lo j` and
+`hi j` is a slice of 16 k, one step of the tensor core, and the eight slices of a half are joined
+to one [64, 128] operand that lies in registers already.
 
-A field at bits p..p+2 becomes a float by `(w & 7 << p) | magic`, one lop3: where the mantissa's
-lowest bit has weight 2^-p of the field's, magic's exponent makes the number 2^(b-p) + v exactly,
-b = 7 mantissa bits in bf16 and 10 in fp16. Fields 0 and 3 fit bf16's mantissa without a shift, 6
-and 9 after one shift by 6, 12 after a shift by 12, 11 or 10 in lanes A, B, C. That last choice
-puts the left-over bits at 3, 4, 5, so that three lop3 gather the sixteenth code. Then one packed
-addition takes 2^(b-p) + zero away, exactly: what reaches the tensor core is the integer
+From a field to a number, in one instruction: `(w & 7 << p) | magic`, a lop3, writes the field at
+bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and its
+last mantissa bit is worth 1, so p = 0 gives 128 + v; 0x4180 is 16 with a last bit worth 1/8, so
+p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16 and
+10 in fp16. bf16 has room for p = 0 to 4, so fields 0 and 3 need no shift, fields 6 and 9 come
+down by one shift by 6, and field 12 by a shift by 12, 11 or 10 in lanes A, B, C. That choice
+leaves bit 15 of the lanes at bits 3, 4, 5, where three lop3 gather the sixteenth code. Then one
+packed addition takes 2^(b-p) + zero away, exactly: what reaches the tensor core is the integer
 v - zero, within -7..7, and no sum of x is needed to correct for an offset.
 
-Operations for the 32 weights of two kk: 6 shifts, 15 + 3 lop3 (0.75 a weight), 16 packed
-additions (0.5, not on the integer pipe), and per row and group 1 + 4 to spread the zero point
-(0.16). make compile-report counts what the compiler made of it.
+Operations for the 32 weights in the three registers of two kk:
+
+    shifts, integer                              6      0.19 a weight
+    lop3: 15 fields, 3 for the sixteenth        18      0.56
+    packed additions, not on the integer pipe   16     (0.50)
+    zero point spread to 4 offsets a row         5 a row and group: 0.16
+    addresses, masks, buffers, loop                     0.15 to 0.27, by tile
+
+That is 1.05 to 1.18 integer instructions a weight; `make compile-report` counts them. The memory of
+an H200 delivers a weight every 1.58 integer operations (by arithmetic: 132 SMs of 64 lanes at 1.98
+GHz, 4.3 TB/s, 3.25 bits), so a shift, an and, a conversion and a subtraction each would not do.
 
 Why each regime has its shape:
 
-    decode, M <= 64   Bound by memory and issue slots. Tensor cores even at M = 1. W x^T, because
+    decode, M <= 64   Bound by memory and issue slots. Tensor cores even at M = 1: dot products on
+                      CUDA cores would take another operation a weight and token. W x^T, because
                       only the left operand is taken from registers. The group's sum of integer
                       weights is scaled in fp32 once: BLOCK_M / 128 operations a weight, and the
-                      weights are exact. K is split so that all SMs have work; partial sums
-                      go to an fp32 workspace and the last program of an output tile to arrive adds
-                      them in order, so the result does not depend on which was last and no second
-                      kernel is launched.
+                      weights are exact. K is split so that all SMs have work (qkv and o have 28 to
+                      48 tiles of 128 rows for 132 SMs); partial sums go to an fp32 workspace and
+                      the last program of an output tile to arrive adds them in order, so the result
+                      does not depend on which was last and no second kernel is launched.
+    its tiles         256 rows for 16 or 32 tokens: a thread of four warps then has 256 weights
+                      (128 registers) a group to share the loop's overhead. 64 tokens take eight
+                      warps, or sums and products (64 registers each) do not fit, and on Hopper
+                      only: elsewhere the operand x wants registers as well, and two tiles of 32
+                      unpack the weights twice instead of spilling.
     prefill, M > 64   Bound by the tensor cores: a tile's weights are unpacked once for BLOCK_M
                       = 128 tokens, and scaled in 16 bits (0.5 operations a weight more), because
                       taking the accumulator apart every group would stall the chain of wgmma.
