@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from qig_serve.errors import UserError
@@ -87,6 +88,7 @@ async def _run(
         tasks = await engine.get_supported_tasks()
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)
+        app.state.server = SimpleNamespace(should_exit=False)  # vLLM stops it if the engine dies
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         transport = httpx.ASGITransport(app=app)
         with _ProgressBar(batch_io.count_requests(source), quiet) as progress:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,25 +140,41 @@ def command(checkpoint: Path, *arguments: str | Path) -> list[str]:
     return [str(word) for word in own]
 
 
+@contextmanager
+def start(words: list[str], output: Path, rows: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, once it has written so many rows."""
+    with output.with_suffix(".log").open("wb") as log:
+        process = subprocess.Popen(words, env=environment(), stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        if output.exists() and output.read_bytes().count(b"\n") > rows:
+            break
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process
+
+
 @pytest.mark.slow
 def test_generate_kill_and_resume(checkpoint: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle, then --resume: no line lost, none twice."""
+    """The engine dies, then kill -9 in the middle: with --resume no line lost, none twice."""
     source = write_batch(tmp_path / "in.jsonl", 600, ignore_eos=True, max_tokens=24)
     with source.open("a") as file:
         file.write("nonsense\n")
     output = tmp_path / "out.jsonl"
     words = command(checkpoint, "-i", source, "-o", output)
-    process = subprocess.Popen(words, env=environment(), start_new_session=True)
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        if output.exists() and output.read_bytes().count(b"\n") > 40:
-            break
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with start(words, output, rows=40) as process:
+        children = ["ps", "--ppid", str(process.pid), "-o", "pid=,args="]
+        listed = subprocess.run(children, capture_output=True, text=True, check=True).stdout
+        (engine,) = [line.split()[0] for line in listed.splitlines() if "EngineCore" in line]
+        os.kill(int(engine), signal.SIGKILL)
+        assert process.wait(timeout=300) == 1
+    assert "run it again with --resume" in output.with_suffix(".log").read_text()
     before = output.read_bytes().count(b"\n")
-    assert 40 < before < 601
+    with start([*words, "--resume"], output, rows=before + 40) as process:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = output.read_bytes().count(b"\n")
+    assert 80 < before < 601
     done = subprocess.run(
         [*words, "--resume"], env=environment(), capture_output=True, text=True, timeout=900
     )
