@@ -82,7 +82,9 @@ class QuantRecipe(BaseModel):
     text_only: bool = Field(default=False, description="allow calibration without images")
 
     token_weights: TokenWeights = Field(
-        default="qig", description="how tokens are weighted in the losses"
+        default="qig",
+        description="how tokens are weighted in the losses; modality (mbq) and gradient need a "
+        "backward pass of the whole model, with all of it in memory",
     )
     iqr: bool = Field(default=True, description="clip token importance to the quartile fences")
     baseline: Literal["zero", "quantized"] = Field(

@@ -272,15 +272,23 @@ def test_learned_rounding_lowers_the_blocks_loss(
 
 
 def test_qig_never_runs_the_whole_model_backward(
-    model_dir: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path,
+    calib: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Only mbq does, and says so."""
+
     def forbidden(*args: Any) -> Any:
         raise AssertionError("a full-model backward pass")
 
     monkeypatch.setattr(pipeline, "model_gradients", forbidden)
-    pipeline.quantize(model_dir, tmp_path / "qig", recipe(calib), quiet=True)
+    pipeline.quantize(model_dir, tmp_path / "qig", recipe(calib))
+    assert "backward" not in capsys.readouterr().err
     with pytest.raises(AssertionError, match="full-model"):
-        pipeline.quantize(model_dir, tmp_path / "mbq", recipe(calib, method="mbq"), quiet=True)
+        pipeline.quantize(model_dir, tmp_path / "mbq", recipe(calib, method="mbq"))
+    assert "need a backward pass of the whole model" in capsys.readouterr().err
 
 
 def test_batches_bound_what_passes_a_block(
