@@ -42,6 +42,7 @@ from qig_serve.offline.calibration import (
 )
 from qig_serve.offline.capture import Store, check_finite
 from qig_serve.offline.checkpoint import CheckpointWriter, ResumableError
+from qig_serve.offline.disk import disk_errors
 from qig_serve.offline.equalize import GroupResult, equalize_group
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
 from qig_serve.offline.pictured import PicturedWeights
@@ -212,7 +213,8 @@ def offload_folder(
         yield None
         return
     folder = parent / str(ranks.rank)
-    folder.mkdir(parents=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
     try:
         yield folder
     finally:
@@ -410,13 +412,10 @@ def publish(
     card = loaded.directory / "README.md"
     pictures = pictured.pictures(loaded.config, loaded.processor)
     report.warnings += pictured.unmapped
-    write_reports(
-        report,
-        writer.directory,
-        config,
-        card if card.is_file() else None,
-        pictures,
-    )
+    with disk_errors(writer.directory):
+        write_reports(
+            report, writer.directory, config, card if card.is_file() else None, pictures
+        )
     compressed = None
     if recipe.format == "compressed-tensors":
         compressed = compressed_tensors.quantization_config(loaded.arch, scheme, report.left_alone)
