@@ -303,7 +303,7 @@ def checkpoint(composed: Composed) -> Path:
     """The demonstration model, quantized by the image's `quantize`; a path inside it."""
     model = composed.image.root / "opt/qig-serve/qig_serve/demo/model"
     shutil.copytree(model, composed.models / "demo")
-    command = ["quantize", "/mnt/demo", "--scheme", "w4a8", "--method", "rtn"]
+    command = ["quantize", "/mnt/demo", "--scheme", "w4a8", "--method", "rtn", "--calib", "demo"]
     composed.run([*command, "--output", "/mnt/demo-w4a8"])
     return Path("/mnt/demo-w4a8")
 
