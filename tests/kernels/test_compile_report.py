@@ -56,13 +56,21 @@ def test_every_kernel_for_every_target(target: int) -> None:
 
 @pytest.mark.slow
 def test_the_oldest_triton_compiles_every_kernel(oldest_triton: Path) -> None:
-    """3.6 moves some registers more for mma.sync (sm_80 ... 120), and nothing else may be worse."""
+    """3.6 moves registers around for mma.sync (sm_80 ... 120), and nothing else may be worse.
+
+    Below a tl.join it takes twice the operand width (kWidth 4), whose two halves of x lie in
+    registers that are no neighbours: a move a register of x. No tile avoids it; the excess is
+    bounded here. wgmma and tcgen05 read x from shared memory and are as lean as under 3.9.
+    """
     done = subprocess.run(
         [sys.executable, "-P", "-m", "qig_serve.kernels.compile_report", "--dtype", "bf16"],
         env={**os.environ, "PYTHONPATH": str(oldest_triton)}, capture_output=True, text=True,
     )  # fmt: skip
     assert "Triton 3.6" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
     assert "w4a8_prefill" in done.stdout and "sm_120" in done.stdout, done.stderr[-3000:]
-    problems = [line for line in done.stdout.splitlines() if ": " in line]
-    known = re.compile(r"sm_(80|86|89|120) .*integer a weight")
-    assert [line for line in problems if not known.search(line)] == []
+    most = {"w3a16": 2.2, "w4a8": 1.1}
+    known = re.compile(r"(w3a16|w4a8)_decode \w+ sm_(?:80|86|89|120) .*: (\S+) integer a weight")
+    for line in done.stdout.splitlines():
+        if ": " in line:
+            excess = known.match(line)
+            assert excess and float(excess[2]) <= most[excess[1]], line
