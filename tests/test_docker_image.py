@@ -128,7 +128,7 @@ def _checked(command: list[str], timeout: float) -> Done:
 
 def _pip_sources(root: Path) -> tuple[list[str], dict[str, str]]:
     """This machine's pip settings as variables, and the mounts that their local folders need."""
-    done = _checked([sys.executable, "-m", "pip", "config", "list"], timeout=60)
+    done = _checked([sys.executable, "-m", "pip", "config", "list"], timeout=300)
     env, mounts = {}, []
     for line in done.stdout.splitlines():
         key, _, value = line.partition("=")
@@ -200,14 +200,14 @@ class Composed:
         env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
         return self.image.command([*self.image.entrypoint, *argv], mounts, env, ("--net",))
 
-    def run(self, argv: list[str], timeout: float = 600) -> Done:
+    def run(self, argv: list[str], timeout: float = 900) -> Done:
         return _checked(self.command(argv, writable=True), timeout)
 
     def beside(self, process: int, argv: list[str]) -> Done:
         """argv inside the namespaces of a running container, as `docker exec` runs it."""
         enter = ["nsenter", f"--target={process}", "--mount", "--net", "--pid"]
         command = [*enter, *self.image.in_root(argv, {})]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ for key in sys.argv[1:]:
 def questions(image: Image) -> list[dict[str, Any]]:
     """Eight held-out questions with their answers, made by the package in the image."""
     command = image.command(["python", "-c", QUESTIONS], [], {}, ("--net",))
-    return [json.loads(ln) for ln in _checked(command, timeout=120).stdout.splitlines()]
+    return [json.loads(ln) for ln in _checked(command, timeout=300).stdout.splitlines()]
 
 
 def test_the_user_and_what_it_may_write(image: Image) -> None:
@@ -279,17 +279,17 @@ def test_the_user_and_what_it_may_write(image: Image) -> None:
         "id -u; id -G; for p in / /opt/qig-serve /opt/venv /etc /cache $HOME; do "
         "test -w $p && echo writable $p; done; true"
     )
-    done = _checked(image.command(["sh", "-c", probe], [], {}, ("--net",)), timeout=60)
+    done = _checked(image.command(["sh", "-c", probe], [], {}, ("--net",)), timeout=300)
     assert done.stdout.split("\n")[:2] == ["10001", "10001"]
     assert re.findall(r"writable (\S+)", done.stdout) == ["/cache", "/home/qig"]
 
 
 def test_entrypoint_and_default_command(image: Image) -> None:
     version = [*image.entrypoint, "--version"]
-    done = _checked(image.command(version, [], {}, ("--net",)), timeout=60)
+    done = _checked(image.command(version, [], {}, ("--net",)), timeout=300)
     assert done.stdout.startswith("qig-serve ")
     usage = [*image.entrypoint, *image.cmd]
-    assert "quantize" in _checked(image.command(usage, [], {}, ("--net",)), timeout=60).stdout
+    assert "quantize" in _checked(image.command(usage, [], {}, ("--net",)), timeout=300).stdout
 
 
 def test_the_build_leaves_no_settings_of_its_host(image: Image) -> None:
@@ -326,7 +326,7 @@ def test_it_serves_is_healthy_answers_and_stops(
     try:
         first = _child(server)
         assert composed.beside(first, composed.image.health).returncode != 0
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 900
         while composed.beside(first, composed.image.health).returncode != 0:
             assert server.poll() is None, said.read_text()[-4000:]
             assert time.monotonic() < deadline, said.read_text()[-4000:]
