@@ -69,7 +69,8 @@ class Image:
         self, argv: list[str], mounts: list[str], env: dict[str, str], flags: tuple[str, ...]
     ) -> list[str]:
         """argv as process 1 of namespaces of its own, which the mounts do not outlive."""
-        script = ["set -e", f"mount -t proc proc {self.root}/proc", *mounts]
+        script = ["set -e", *mounts, f"mount -t proc proc {self.root}/proc"]
+        script.append(f"mount -t sysfs -o ro sysfs {self.root}/sys")
         if "--net" in flags:
             script.append("ip link set lo up")
         script.append("exec " + shlex.join(self.in_root(argv, env)))
@@ -186,7 +187,6 @@ class Composed:
         mounts = [
             f"mount --bind {root} {root}",
             f"mount -o remount,bind,ro {root}",
-            f"mount -t proc proc {root}/proc",
             f"mount -t tmpfs -o size={service['shm_size'].removesuffix('b')} tmpfs {root}/dev/shm",
         ]
         for path in service["tmpfs"]:  # Docker's own options for them
