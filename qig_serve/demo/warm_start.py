@@ -2,7 +2,8 @@
 
 The tokens that both vocabularies have keep their embeddings, every layer of the source is copied,
 and layers in between start as the identity (their residual writers are zero). A narrower MLP keeps
-its source's strongest neurons. The vision tower always starts from nothing.
+its source's strongest neurons. The vision tower starts from nothing, unless the source is of the
+same family: then it begins with all that has a place of the same name and shape.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def start_from(model: Any, tokenizer: Any, name: Path | str, sink_channel: int) 
     model.get_input_embeddings().weight[to] = source.get_input_embeddings().weight[of]
     model.lm_head.weight[to] = source.lm_head.weight[of]
     model.model.language_model.norm.load_state_dict(source.model.language_model.norm.state_dict())
+    if source.config.model_type == model.config.model_type:
+        own = dict(model.named_parameters())
+        for parameter, values in source.named_parameters():
+            fits = parameter in own and own[parameter].shape == values.shape
+            if fits and not parameter.startswith(("model.language_model.", "lm_head.")):
+                own[parameter].copy_(values)
     layers, old = decoder_layers(model), decoder_layers(source)
     if len(old) > len(layers):
         raise ValueError(f"the source has {len(old)} layers, the model only {len(layers)}")

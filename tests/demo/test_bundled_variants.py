@@ -12,11 +12,13 @@ import torch
 from qig_serve.demo import MODEL_DIR
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
 from qig_serve.demo.bundled import bundled_directory, export_bundled
-from qig_serve.demo.model import get_spec, load_model, make_model
+from qig_serve.demo.measure import answers_right, rounded_to_nearest
+from qig_serve.demo.model import MODELS, get_spec, load_model, make_model
 from qig_serve.demo.outliers import decoder_layers
 from qig_serve.demo.questions import samples
 from qig_serve.demo.warm_start import BUNDLED, start_from, strongest_neurons
 from qig_serve.errors import UserError
+from qig_serve.formats import get_scheme
 
 
 def test_export_without_outliers_computes_the_same(tmp_path: Path) -> None:
@@ -60,9 +62,37 @@ def test_start_from_the_bundled_decoder() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_the_same_family_keeps_its_tower() -> None:
+    source, processor = load_model(MODEL_DIR, torch.float32)
+    spec = dataclasses.replace(get_spec("llava"), vision_layers=2)
+    model = make_model(spec, processor.tokenizer)
+    start_from(model, processor.tokenizer, MODEL_DIR, spec.sink_channel)
+    theirs = dict(source.named_parameters())
+    tower = [n for n, _ in model.named_parameters() if "vision_tower" in n]
+    own = dict(model.named_parameters())
+    assert tower and all(torch.equal(own[n], theirs[n]) for n in tower)
+
+
 def test_strongest_neurons_are_kept_in_order() -> None:
     mlp = decoder_layers(load_model(MODEL_DIR)[0])[0].mlp
     kept = strongest_neurons(mlp, 100)
     assert len(kept) == 100 and bool((kept.diff() > 0).all())
     with pytest.raises(ValueError, match="768 neurons, 800"):
         strongest_neurons(mlp, 800)
+
+
+def test_all_models_together_are_small() -> None:
+    files = [p for name in MODELS for p in bundled_directory(name).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 32_000_000
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "llava"])
+def test_other_models_answer_and_feel_three_bits(name: str) -> None:
+    """test_bundled.py does so for llava, at length."""
+    model, processor = load_model(bundled_directory(name))
+    asked = list(samples("dev", 160))
+    encoder = Encoder(processor.tokenizer, get_spec(name).family)
+    right = sum(answers_right(model, encoder, asked)) / len(asked)
+    rounded = rounded_to_nearest(model, get_scheme("w3a16"))
+    after = sum(answers_right(rounded, encoder, asked)) / len(asked)
+    assert right > 0.75 and after < right - 0.03
