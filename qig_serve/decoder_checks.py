@@ -12,7 +12,7 @@ from typing import Any
 
 from qig_serve.manifest import QuantizationConfig
 
-_LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.*)")
+_LAYER = re.compile(r"(.*\blayers)\.(\d{1,6})\.(.*)")
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
@@ -70,7 +70,7 @@ def _another_architecture(config: Mapping[str, Any], manifest: QuantizationConfi
 
 
 def _uneven_layers(layers: Mapping[int, set[str]], count: Any) -> Iterator[str]:
-    if isinstance(count, int) and layers and set(layers) != set(range(count)):
+    if isinstance(count, int) and layers and (len(layers), max(layers) + 1) != (count, count):
         yield (
             f"config.json: num_hidden_layers is {count}, but the blocks stored are "
             f"{min(layers)} to {max(layers)}, {len(layers)} of them"

@@ -270,6 +270,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "hidden-size": (text(hidden_size=512), "but config.json asks for"),
     "intermediate-size": (text(intermediate_size=640), "but config.json asks for"),
+    "endless-layers": (text(num_hidden_layers=1 << 60), "num_hidden_layers is 1152921504606846976"),
     "layers": (text(num_hidden_layers=3), "num_hidden_layers is 3, but the blocks stored"),
 }
 
