@@ -15,8 +15,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ from qig_serve.offline.disk import disk_errors
 from qig_serve.offline.equalize import GroupResult, equalize_group
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
 from qig_serve.offline.pictured import PicturedWeights
+from qig_serve.offline.placement import ACTIVATIONS, offload_folder, pick_device
 from qig_serve.offline.progress import RunProgress, device_bytes, host_bytes
-from qig_serve.offline.ranks import ALONE, Ranks, joined, local_rank
+from qig_serve.offline.ranks import ALONE, Ranks, joined
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.report import write_reports
 from qig_serve.offline.report_data import REPORT_FILE, BlockReport, QuantizationReport
@@ -57,7 +58,6 @@ from qig_serve.samples import sample_sha256
 
 LOG_FILE = "quantize.log"
 """The run's progress, in the hidden directory beside the output and then in the checkpoint."""
-ACTIVATIONS = "activations"
 
 
 def quantize(
@@ -197,47 +197,6 @@ def look_ahead(
     estimate = dry_run(loaded, recipe, batches, streams)
     progress.line(estimate.line(loaded.num_blocks, loaded.device))
     return estimate
-
-
-@contextmanager
-def offload_folder(
-    recipe: QuantRecipe, writer: CheckpointWriter | None, ranks: Ranks
-) -> Iterator[Path | None]:
-    """Where activations of this process wait with `offload` disk; gone afterwards."""
-    parent = None
-    if writer is not None:
-        parent = writer.directory / ACTIVATIONS
-        shutil.rmtree(parent, ignore_errors=True)  # a killed run leaves its own
-    parent = ranks.share(parent)
-    if recipe.offload == "ram" or parent is None:
-        yield None
-        return
-    folder = parent / str(ranks.rank)
-    with disk_errors(folder):
-        folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of a recipe; "auto" is a GPU if there is one. UserError when it is not there.
-
-    Each of several processes of a machine takes a GPU of its own.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks.size > 1 and name.startswith("cuda"):
-        if name != "cuda":
-            raise UserError(f"device {name} cannot serve {ranks.size} processes: say cuda")
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def check_shapes(loaded: LoadedModel, scheme: QuantScheme) -> None:
@@ -413,9 +372,7 @@ def publish(
     pictures = pictured.pictures(loaded.config, loaded.processor)
     report.warnings += pictured.unmapped
     with disk_errors(writer.directory):
-        write_reports(
-            report, writer.directory, config, card if card.is_file() else None, pictures
-        )
+        write_reports(report, writer.directory, config, card if card.is_file() else None, pictures)
     compressed = None
     if recipe.format == "compressed-tensors":
         compressed = compressed_tensors.quantization_config(loaded.arch, scheme, report.left_alone)

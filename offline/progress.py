@@ -48,6 +48,7 @@ class RunProgress:
         self._blocks = blocks
         self._block = 0
         self._start = time.monotonic()
+        self._begun = False
         self._live = self._console.is_terminal and not quiet
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -98,7 +99,9 @@ class RunProgress:
             raise ResumableError(f"{name} cannot be written: {error.strerror}") from None
 
     def block(self, index: int) -> None:
-        """Block `index` begins (blocks below it are done)."""
+        """Block `index` begins (blocks below it are done). The first to begin starts the clock."""
+        if not self._begun:
+            self._start, self._begun = time.monotonic(), True
         self._block = index
         self._bar.update(self._task, completed=index)
 

@@ -27,7 +27,7 @@ from qig_serve.offline.architectures import get_architecture
 from qig_serve.offline.calibration import IMAGE, TEXT, CalibrationBatch
 from qig_serve.offline.capture import Store
 from qig_serve.offline.estimate import duration, time_block
-from qig_serve.offline.pipeline import pick_device
+from qig_serve.offline.placement import pick_device
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.streams import Streams

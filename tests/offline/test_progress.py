@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
+
 import pytest
 import torch
 
+from qig_serve.offline.checkpoint import ResumableError
 from qig_serve.offline.progress import RunProgress, host_bytes
 
 
@@ -22,6 +26,47 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
     (line,) = captured.err.splitlines()
     assert line.startswith("block 2/4  output error 1e-3")
     assert "s left" in line and "GiB host" in line and "\x1b" not in line
+
+
+def test_time_left_counts_from_the_first_block(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading and the dry run are over: they say nothing about the blocks to come."""
+    clock = iter([0.0, 1000.0, 1010.0, 1030.0])
+    monkeypatch.setattr("qig_serve.offline.progress.time.monotonic", lambda: next(clock))
+    progress = RunProgress(4, torch.device("cpu"))
+    for index in (0, 1):
+        progress.block(index)
+        progress.block_done("done", first=0)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "10 s, 30 s left" in first and "30 s, 30 s left" in second
+
+
+def test_the_log_is_appended_to_and_tells_why_it_ends(tmp_path: Path) -> None:
+    log = tmp_path / "quantize.log"
+    with pytest.raises(KeyError), RunProgress(4, torch.device("cpu"), True, log) as progress:
+        progress.line("first")
+        raise KeyError("why")
+    with RunProgress(4, torch.device("cpu"), True, log) as progress:
+        progress.block(2)
+        progress.step("rounding", 0.5)
+        progress.close_log()
+        progress.line("to the terminal only")
+    lines = log.read_text().splitlines()
+    assert [line.split("  ", 1)[1] for line in lines] == [
+        "first",
+        "stopped: 'why'",
+        "block 3/4: rounding",
+    ]
+    assert all(datetime.fromisoformat(line[:19]).year >= 2026 for line in lines)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    progress = RunProgress(4, torch.device("cpu"), True, Path("/dev/full"))
+    with pytest.raises(ResumableError, match="/dev/full cannot be written: No space left"):
+        progress.line("text")
 
 
 def test_memory_is_measured_in_bytes() -> None:

@@ -1,0 +1,60 @@
+"""Where a run computes, and where its activations wait between blocks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qig_serve.errors import UserError
+from qig_serve.offline.checkpoint import CheckpointWriter
+from qig_serve.offline.disk import disk_errors
+from qig_serve.offline.ranks import ALONE, Ranks, local_rank
+from qig_serve.offline.recipe import QuantRecipe
+
+ACTIVATIONS = "activations"
+"""The folder beside the blocks, with one a process in it."""
+
+
+@contextmanager
+def offload_folder(
+    recipe: QuantRecipe, writer: CheckpointWriter | None, ranks: Ranks
+) -> Iterator[Path | None]:
+    """Where activations of this process wait with `offload` disk; gone afterwards."""
+    parent = None
+    if writer is not None:
+        parent = writer.directory / ACTIVATIONS
+        shutil.rmtree(parent, ignore_errors=True)  # a killed run leaves its own
+    parent = ranks.share(parent)
+    if recipe.offload == "ram" or parent is None:
+        yield None
+        return
+    folder = parent / str(ranks.rank)
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of a recipe; "auto" is a GPU if there is one. UserError when it is not there.
+
+    Each of several processes of a machine takes a GPU of its own.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"device {name} cannot serve {ranks.size} processes: say cuda")
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from None
+    return device
