@@ -188,6 +188,7 @@ class LoadedModel:
         return BlockInputs(calls[0][0], tuple(kwargs))
 
 
+_MOST_BLOCKS = 10_000  # transformers makes a list as long as what a stranger's file says
 _CACHE = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 
 
@@ -216,6 +217,10 @@ def read_config(directory: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error}") from None
     if raw.get("quantization_config"):
         raise UserError(f"{directory} is quantized already: give the full-precision model")
+    for part in (raw, raw.get("text_config")):
+        blocks = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(blocks, int) and blocks > _MOST_BLOCKS:
+            raise UserError(f"{path} asks for {blocks} decoder blocks: it is damaged")
     get_architecture(model_type)  # before transformers, whose message is about remote code
 
     from transformers import AutoConfig

@@ -172,3 +172,12 @@ def test_a_weight_that_is_no_number_is_named(
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"{message} .*NaN or infinity"):
         adapter.load(broken).block(1)
+
+
+def test_endless_decoders_are_not_built(model: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((broken / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1 << 60
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="asks for 1152921504606846976 decoder blocks"):
+        adapter.load(broken)
