@@ -138,6 +138,17 @@ def test_warm_up_compiles_every_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
             assert m == 1 or tuning.select(scheme, "sm_90", 4608, 3584, m - 1) != tile
 
 
+def test_a_bucket_is_compiled_once() -> None:
+    """Whether K is split depends on the token tiles: as many at a bucket's ends, so one launch
+    of warm_up, at the smallest M, compiles what the largest runs."""
+    for rows in tuning.tile_table().values():
+        smallest = 1
+        for most, tile in rows:
+            if tile.regime == "split_k":
+                assert -(-smallest // tile.block_m) == -(-int(most) // tile.block_m), tile
+                smallest = int(most) + 1
+
+
 def test_tuning_without_a_gpu_fails_in_one_sentence() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
