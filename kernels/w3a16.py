@@ -63,9 +63,9 @@ Why each regime has its shape:
                       does not depend on which was last and no second kernel is launched.
     its tiles         256 rows for 16 or 32 tokens: a thread of four warps then has 256 weights
                       (128 registers) a group to share the loop's overhead. 64 tokens take eight
-                      warps, or sums and products (64 registers each) do not fit, and on Hopper
-                      only: elsewhere the operand x wants registers as well, and two tiles of 32
-                      unpack the weights twice instead of spilling.
+                      warps, where sums and products are 64 registers each, and on Hopper only:
+                      mma.sync wants x in registers too and spills, sm_100 takes 2 instructions a
+                      weight; there two tiles of 32 tokens unpack every weight twice.
     prefill, M > 64   Bound by the tensor cores: a tile's weights are unpacked once for BLOCK_M
                       = 128 tokens, and scaled in 16 bits (0.5 operations a weight more), because
                       taking the accumulator apart every group would stall the chain of wgmma.
