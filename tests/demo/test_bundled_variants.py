@@ -11,9 +11,9 @@ import torch
 
 from qig_serve.demo import MODEL_DIR
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
-from qig_serve.demo.bundled import bundled_directory, export_bundled
+from qig_serve.demo.bundled import BUNDLED_MODELS, bundled_directory, export_bundled
 from qig_serve.demo.measure import answers_right, rounded_to_nearest
-from qig_serve.demo.model import MODELS, get_spec, load_model, make_model
+from qig_serve.demo.model import get_spec, load_model, make_model
 from qig_serve.demo.outliers import decoder_layers
 from qig_serve.demo.questions import samples
 from qig_serve.demo.warm_start import BUNDLED, start_from, strongest_neurons
@@ -44,6 +44,8 @@ def test_export_without_outliers_computes_the_same(tmp_path: Path) -> None:
 def test_export_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the models are llava, "):
         bundled_directory("clip")
+    with pytest.raises(UserError, match="demo train --model qwen2-vl"):
+        bundled_directory("qwen2-vl")
     with pytest.raises(UserError, match="exists already"):
         export_bundled("llava", tmp_path)
 
@@ -82,11 +84,11 @@ def test_strongest_neurons_are_kept_in_order() -> None:
 
 
 def test_all_models_together_are_small() -> None:
-    files = [p for name in MODELS for p in bundled_directory(name).iterdir()]
+    files = [p for name in BUNDLED_MODELS for p in bundled_directory(name).iterdir()]
     assert sum(path.stat().st_size for path in files) < 32_000_000
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "llava"])
+@pytest.mark.parametrize("name", [n for n in BUNDLED_MODELS if n != "llava"])
 def test_other_models_answer_and_feel_three_bits(name: str) -> None:
     """test_bundled.py does so for llava, at length."""
     model, processor = load_model(bundled_directory(name))
