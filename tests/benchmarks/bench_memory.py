@@ -3,14 +3,16 @@
     python tests/benchmarks/bench_memory.py
 
 Random LLaVA models of one width (hidden 1024, intermediate 2816: 25.7 MB a layer in bf16) with 4,
-8 and 16 layers, quantized each in a process of its own, with activations in host memory and on
-disk. A thread reads /proc/self/status every 5 ms:
+8 and 16 layers, with activations in host memory and on disk. Each is quantized in a process of its
+own, forked from one that has imported all, so that the interpreter weighs the same in each. There,
+a thread reads /proc/self/status every 20 ms:
 
     anonymous   RssAnon: memory that only this process has and that cannot be dropped
     resident    VmRSS: with it, pages of mapped files (libraries, safetensors), as `top` shows
 
-and torch counts the GPU's if there is one. glibc is told to map every matrix by itself, as it does
-with those of real models (above 32 MB); smaller ones would lie in a heap that has holes.
+and torch counts the GPU's if there is one. glibc maps matrices above 32 MB, which those of real
+models are, each by itself; here it is told to do so from 1 MB on, for in a heap they leave holes
+that are now larger and now smaller.
 
 The table says how much more than the smallest model the largest takes; above --limit (10%) the
 exit status is 1. Writes bench_memory.json and .png to --results.
@@ -21,31 +23,38 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText
+
+from qig_serve.offline.pipeline import quantize
+from qig_serve.offline.recipe import QuantRecipe, make_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "offline"))
+from tiny_models import FAMILIES, _tokenizer, chat_template, published_name
 
+matplotlib.use("Agg")
 LAYERS = (4, 8, 16)
 SAMPLES = 2
 HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 8
 KINDS = ("anonymous", "resident", "device")
+_MMAP = "MALLOC_MMAP_THRESHOLD_"
 
 
-def build_model(directory: Path, layers: int) -> Path:
+def build_model(directory: Path, layers: int, found: Any) -> None:
     """A random LLaVA with one shard a decoder layer, written a shard at a time."""
-    from tiny_models import FAMILIES, _tokenizer, chat_template, published_name
-    from transformers import AutoModelForImageTextToText
-
     tiny = FAMILIES["llava"]
     tokenizer = _tokenizer(tiny)
     config = tiny.config(tokenizer)
@@ -76,13 +85,11 @@ def build_model(directory: Path, layers: int) -> Path:
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return directory
+    found.put(sum(p.stat().st_size for p in directory.glob("*.safetensors")))
 
 
 def write_samples(directory: Path, count: int) -> Path:
     """Picture-and-answer samples."""
-    from PIL import Image
-
     lines = []
     for i in range(count):
         Image.new("RGB", (56, 56), (i * 37 % 256, 80, 160)).save(directory / f"{i}.png")
@@ -101,7 +108,7 @@ def write_samples(directory: Path, count: int) -> Path:
 class PeakMemory(threading.Thread):
     """Largest RssAnon and VmRSS of this process, in bytes, while it runs."""
 
-    def __init__(self, interval: float = 0.005) -> None:
+    def __init__(self, interval: float = 0.02) -> None:
         super().__init__(daemon=True)
         self._interval = interval
         self._stopped = threading.Event()
@@ -121,15 +128,8 @@ class PeakMemory(threading.Thread):
         return self.peak
 
 
-def measure(model: Path, output: Path, calib: Path, scheme: str, offload: str) -> dict[str, Any]:
-    """One quantization in this process."""
-    import matplotlib.pyplot  # noqa: F401 - the report's, so that no run pays for it at its end
-
-    from qig_serve.offline.pipeline import quantize
-    from qig_serve.offline.recipe import make_recipe
-
-    values = {"scheme": scheme, "calib": str(calib), "samples": SAMPLES, "grid": 2, "steps": 1}
-    recipe = make_recipe({**values, "offload": offload})
+def measure(model: Path, output: Path, recipe: QuantRecipe, found: Any) -> None:
+    """One quantization in this process; puts seconds and bytes into the queue `found`."""
     gc.collect()
     thread = PeakMemory()
     thread.start()
@@ -139,17 +139,27 @@ def measure(model: Path, output: Path, calib: Path, scheme: str, offload: str) -
     peak = thread.stop()
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     sizes = dict(zip(KINDS, (peak["RssAnon"], peak["VmRSS"], device), strict=True))
-    return {"seconds": round(seconds, 1), **sizes}
+    found.put({"seconds": round(seconds, 1), **sizes})
+
+
+def in_a_process(task: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a function in a forked process, which must not have used torch's threads before."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=task, args=(*arguments, queue))
+    process.start()
+    while process.is_alive() and queue.empty():
+        time.sleep(0.1)
+    if queue.empty() and process.exitcode:
+        raise SystemExit(f"{task.__name__} failed with status {process.exitcode}")
+    found = queue.get()
+    process.join()
+    return found
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Memory against layers, a line each for where activations wait."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure, axes = matplotlib.pyplot.subplots(figsize=(6, 4))
     style = {"ram": "-", "disk": "--"}
     for offload, line in style.items():
         chosen = [r for r in rows if r["offload"] == offload]
@@ -195,36 +205,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
     parser.add_argument("--scheme", default="w3a16")
+    parser.add_argument("--method", default="qig")
     parser.add_argument("--limit", type=float, default=0.1)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        model, output, calib, scheme, offload = args.one
-        print(json.dumps(measure(Path(model), Path(output), Path(calib), scheme, offload)))
-        return 0
+    if _MMAP not in os.environ:  # read by glibc when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, _MMAP: str(1 << 20)})
     rows = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         calib = write_samples(root, SAMPLES)
         for layers in args.layers:
-            model = build_model(root / f"model-{layers}", layers)
-            weights = sum(p.stat().st_size for p in model.glob("*.safetensors"))
+            model = root / f"model-{layers}"
+            weights = in_a_process(build_model, model, layers)
             for offload in ("ram", "disk"):
+                values = {"scheme": args.scheme, "method": args.method, "calib": str(calib)}
+                values |= {"samples": SAMPLES, "grid": 2, "steps": 1, "offload": offload}
                 output = root / f"{layers}-{offload}"
-                one = [str(model), str(output), str(calib), args.scheme, offload]
-                command = [sys.executable, __file__, "--one", *one]
-                environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-                done = subprocess.run(
-                    command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-                )
-                found = json.loads(done.stdout.splitlines()[-1])
+                found = in_a_process(measure, model, output, make_recipe(values))
                 rows.append({"layers": layers, "offload": offload, "weights": weights, **found})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     rows.sort(key=lambda r: (r["layers"], r["offload"]))
     flat = report(rows, args.limit)
     args.results.mkdir(parents=True, exist_ok=True)
-    result = {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "scheme": args.scheme, "rows": rows}
+    result = {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "rows": rows}
+    result |= {"scheme": args.scheme, "method": args.method}
     (args.results / "bench_memory.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, args.results / "bench_memory.png")
     return 0 if flat else 1
