@@ -57,9 +57,11 @@ def generate(
     EngineDied if the engine died, after which `resume` continues.
     """
     from qig_serve.serve import parse_flags, set_environment
+    from qig_serve.inspection import require_sound
     from qig_serve.serving.describe import read_manifest
 
     read_manifest(directory)
+    require_sound(directory)
     defaults: dict[str, Any] = {"max_tokens": max_tokens} if max_tokens else {}
     first = next(batch_io.read_requests(source, prompt, defaults), None)
     if first is None:

@@ -64,7 +64,7 @@ class QigConfig(QuantizationConfig):
         vLLM calls this with its configuration made and no memory taken yet.
         """
         directory = Path(model_name)
-        if any(directory.glob("*.safetensors")):  # not so for a name on a hub
+        if directory.is_dir():  # and no name on a hub
             require_sound(directory)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
