@@ -56,8 +56,8 @@ def generate(
     flags: of `vllm serve`; quiet: no progress bar. UserError for input that is wrong as a whole;
     EngineDied if the engine died, after which `resume` continues.
     """
-    from qig_serve.serve import parse_flags, set_environment
     from qig_serve.inspection import require_sound
+    from qig_serve.serve import parse_flags, set_environment
     from qig_serve.serving.describe import read_manifest
 
     read_manifest(directory)
