@@ -28,6 +28,7 @@ from qig_serve.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from qig_serve.evaluation.comparison import Run
     from qig_serve.offline.recipe import QuantRecipe
@@ -128,13 +129,22 @@ def run(args: argparse.Namespace) -> int:
             runs += _one_seed(args, seed, recipes, folder, full, messages)
             if args.json:  # after every seed, so that an interrupted run has told something
                 write_json(args.json, {"settings": _settings(args), **to_json(runs, full)})
-    out = Console()
-    out.print(summary_table(runs, full))
+    _print_whole(summary_table(runs, full))
     for scheme in dict.fromkeys(r.scheme for r in runs):
-        out.print(pairwise_table(runs, scheme))
+        _print_whole(pairwise_table(runs, scheme))
     if args.plot:
         plot(runs, full, args.plot)
     return 0
+
+
+def _print_whole(table: Table) -> None:
+    """Prints a table as wide as its figures are: cut to the terminal they would be lost."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    endless = Console(width=1000)
+    needed = Measurement.get(endless, endless.options, table).maximum
+    Console(width=max(needed, Console().width)).print(table)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

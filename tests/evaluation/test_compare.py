@@ -65,8 +65,11 @@ def test_a_stress_scheme_from_end_to_end(
     words += ["--data", "demo:dev", "--n", "8", "--max-tokens", "2", "--quiet"]
     words += ["--json", str(out), "--keep", str(kept), "--plot", str(tmp_path / "c.png")]
     assert _compare(str(twins[0]), *words) == 0
-    assert "w2a16-channel" in capsys.readouterr().out and (tmp_path / "c.png").exists()
+    printed = capsys.readouterr().out
+    assert "w2a16-channel" in printed and (tmp_path / "c.png").exists()
+    assert "same answer" in printed and "…" not in printed  # nothing is cut to the terminal
     record = json.loads(out.read_text())
+    assert record["settings"]["samples"] == 2 and record["settings"]["engine"] == "forced"
     (run,) = record["runs"]
     assert run["kl_mean"] > 0 and run["n"] == 8 and run["peak_bytes"] > 1 << 27
     assert record["full_precision"]["0"]["kl_mean"] == 0
