@@ -111,6 +111,7 @@ def test_structured_outputs(client: openai.OpenAI) -> None:
     assert re.fullmatch("row [1-6] column [1-6]", regex.choices[0].message.content)
 
 
+@pytest.mark.slow
 def test_tools(client: openai.OpenAI) -> None:
     """A tool that is named, one that is required, and none; also as a stream."""
     parameters = {
