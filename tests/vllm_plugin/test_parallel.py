@@ -91,8 +91,8 @@ def tokens(checkpoint: Path, batch: Path, folder: Path, *layout: str) -> dict[st
 
 
 PIPELINE_FAILS = pytest.mark.xfail(
-    reason="vLLM 0.32 on a CPU: the scheduler ends with KeyError in update_from_output, which "
-    "is what it makes of an execute_model that failed in a worker",
+    reason="vLLM 0.32 on a CPU: the scheduler ends with KeyError in update_from_output; the cause "
+    "has not been found",
     strict=False,
 )
 
