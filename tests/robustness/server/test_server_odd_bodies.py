@@ -284,7 +284,8 @@ def test_bodies_that_are_none(server: Server) -> None:
 
 def test_body_over_the_limit(server: Server) -> None:
     """With a length and without; the limit is 4 MiB here."""
-    body = json.dumps(plain_body(CHAT) | {"user": "x" * (4 << 20)}).encode()
+    plain = json.dumps(plain_body(CHAT)).encode()
+    body = plain + b" " * (4 << 20)  # blanks: vLLM has limits of its own for fields
 
     def pieces() -> Any:
         for start in range(0, len(body), 65536):
@@ -293,6 +294,6 @@ def test_body_over_the_limit(server: Server) -> None:
     for content in (body, pieces()):
         answer = httpx.post(server.url + CHAT, content=content, timeout=60)
         assert answer.status_code == 400 and "over 4 MiB" in answer.text
-    fits = json.dumps(plain_body(CHAT) | {"user": "x" * ((4 << 20) - 4096)}).encode()
+    fits = plain + b" " * ((4 << 20) - len(plain))
     assert httpx.post(server.url + CHAT, content=fits, timeout=60).status_code == 200
     assert_still_right(server.url)
