@@ -92,8 +92,8 @@ def assert_same(one: Path, two: Path) -> None:
         for m, n in zip(x.modules, y.modules, strict=True):
             # A last bit decides now and then how a scale is rounded to 16 bits.
             assert m.losses == pytest.approx(n.losses, rel=1e-2)
-            # A quotient of small differences under int8.
-            assert m.completeness == pytest.approx(n.completeness, rel=0.2, abs=1e-3)
+            if m.completeness is not None:  # a quotient of small differences under int8
+                assert m.completeness == pytest.approx(n.completeness, rel=0.2, abs=1e-3)
             for modality, share in m.token_shares.items():
                 assert share.tokens == n.token_shares[modality].tokens
                 assert share.after_clip == pytest.approx(
