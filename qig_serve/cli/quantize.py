@@ -111,11 +111,6 @@ def _run(args: argparse.Namespace) -> int:
             f"--evaluate cannot read the form {recipe.format}: evaluate a checkpoint of the form "
             "qig, whose numbers are the same"
         )
-    if args.evaluate and recipe.format != "qig":
-        raise UserError(
-            f"--evaluate cannot read the form {recipe.format}: evaluate a checkpoint of the form "
-            "qig, whose numbers are the same"
-        )
     # Read before the work begins: a mistyped file must not cost a run.
     questions = load_samples(args.evaluate, args.evaluate_n) if args.evaluate else []
     signal.signal(signal.SIGTERM, _terminate)

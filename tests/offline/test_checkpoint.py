@@ -245,7 +245,11 @@ def test_fingerprint_sees_the_model(source_dir: Path) -> None:
 def test_tensors_are_read_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 5, 7, generator=generator)
-    tensors = {"a": values.to(dtype), "empty": torch.zeros(0, 4).to(dtype), "one": values[0, 0, 0].clone()}
+    tensors = {
+        "a": values.to(dtype),
+        "empty": torch.zeros(0, 4).to(dtype),
+        "one": values[0, 0, 0].clone(),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     source = SourceCheckpoint(tmp_path)
     for name, tensor in tensors.items():
