@@ -47,7 +47,7 @@ def test_smoke(server: Server, client: openai.OpenAI) -> None:
     answer = ask(client, extra_body={"ignore_eos": True})
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == TOKENS
-    assert "layers: " in server.output and "w4a8" in server.output
+    assert "w4a8, quantized with rtn" in server.output and "kernel" in server.output
 
 
 def test_streaming_is_the_same_answer(client: openai.OpenAI) -> None:
