@@ -28,7 +28,6 @@ from qig_serve.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from qig_serve.evaluation.comparison import Run
     from qig_serve.offline.recipe import QuantRecipe
@@ -117,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
     from qig_serve.evaluate import EvaluationResult, write_json
     from qig_serve.evaluation.comparison import pairwise_table, plot, summary_table, to_json
+    from qig_serve.evaluation.table import print_whole
 
     messages = Console(stderr=True, quiet=args.quiet)
     runs: list[Run] = []
@@ -129,22 +129,13 @@ def run(args: argparse.Namespace) -> int:
             runs += _one_seed(args, seed, recipes, folder, full, messages)
             if args.json:  # after every seed, so that an interrupted run has told something
                 write_json(args.json, {"settings": _settings(args), **to_json(runs, full)})
-    _print_whole(summary_table(runs, full))
+    out = Console()
+    print_whole(out, summary_table(runs, full))
     for scheme in dict.fromkeys(r.scheme for r in runs):
-        _print_whole(pairwise_table(runs, scheme))
+        print_whole(out, pairwise_table(runs, scheme))
     if args.plot:
         plot(runs, full, args.plot)
     return 0
-
-
-def _print_whole(table: Table) -> None:
-    """Prints a table as wide as its figures are: cut to the terminal they would be lost."""
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    endless = Console(width=1000)
-    needed = Measurement.get(endless, endless.options, table).maximum
-    Console(width=max(needed, Console().width)).print(table)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         load_samples,
         write_json,
     )
-    from qig_serve.evaluation.table import progress_bars, results_table
+    from qig_serve.evaluation.table import print_whole, progress_bars, results_table
 
     samples = load_samples(args.data, args.n, args.seed)
     out, messages = Console(), Console(stderr=True)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             record["reference"] = results[REFERENCE].to_json(answers=True)
         write_json(args.json, record)
     if not args.quiet:
-        out.print(results_table(results))
+        print_whole(out, results_table(results))
     if result.calibration_overlap:
         messages.print(
             f"warning: {len(result.calibration_overlap)} of these questions were in the "

@@ -146,7 +146,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Any]) -> dict[str, Any]:
     from rich.console import Console
 
     from qig_serve.evaluate import evaluate_many
-    from qig_serve.evaluation.table import progress_bars, results_table
+    from qig_serve.evaluation.table import print_whole, progress_bars, results_table
     from qig_serve.offline.report import add_evaluation
 
     console = Console(stderr=True, quiet=args.quiet)
@@ -157,5 +157,5 @@ def _evaluate(args: argparse.Namespace, questions: list[Any]) -> dict[str, Any]:
     records = {name: result.to_json() for name, result in results.items()}
     add_evaluation(args.output, {"data": args.evaluate, "results": records})
     if not args.quiet:
-        Console().print(results_table(results))
+        print_whole(Console(), results_table(results))
     return records

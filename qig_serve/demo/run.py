@@ -43,7 +43,7 @@ def run_demo(
 
     from qig_serve.demo import MODEL_DIR
     from qig_serve.evaluate import evaluate_many, load_samples, write_json
-    from qig_serve.evaluation.table import progress_bars, results_table
+    from qig_serve.evaluation.table import print_whole, progress_bars, results_table
 
     if json_path is not None:
         json_path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def run_demo(
         asked = _ask(url, workdir / "picture.png", console)
 
     console.rule("[bold]What quantization cost")
-    console.print(results_table(results))
+    print_whole(console, results_table(results))
     record: dict[str, Any] = {"fp": results["fp"].to_json()}
     for scheme in SCHEMES:
         record[scheme] = {m: results[_name(scheme, m)].to_json() for m in METHODS}

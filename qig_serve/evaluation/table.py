@@ -111,3 +111,14 @@ def progress_bars(
             bars.update(seen[what], completed=done)  # type: ignore[arg-type]
 
         yield progress
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Prints a table as wide as its figures are: cut to the terminal they would be lost."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    endless = Console(width=1000)
+    needed = Measurement.get(endless, endless.options, table).maximum
+    wide = Console(file=console.file, quiet=console.quiet, width=max(needed, console.width))
+    wide.print(table)
