@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qig_serve.demo import MODEL_DIR
+from qig_serve.demo.model import load_model, save_model
 from qig_serve.evaluate import evaluate_many, load_samples
 
 pytestmark = [
@@ -16,10 +18,19 @@ pytestmark = [
 ]
 
 
-def test_vllm_and_transformers_answer_alike(twins: tuple[Path, Path]) -> None:
+def test_vllm_and_transformers_answer_alike(tmp_path: Path) -> None:
+    """On a trained model: an untrained one may answer in halves of characters, which vLLM holds
+    back and transformers shows as replacement characters."""
     import torch
 
-    full, noisy = twins
+    full, noisy = MODEL_DIR, tmp_path / "noisy"
+    model, processor = load_model(full)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "language_model.layers" in name and "proj.weight" in name:
+                weight.add_(torch.randn_like(weight) * 0.4 * weight.std())
+    save_model(model, processor, noisy)
     samples = load_samples("demo:dev", 24)
     before = (os.sched_getaffinity(0), torch.get_num_threads())
     told: set[tuple[str, int]] = set()
@@ -40,7 +51,7 @@ def test_vllm_and_transformers_answer_alike(twins: tuple[Path, Path]) -> None:
     for name in ("fp", "noisy"):
         pairs = zip(found["vllm"][name].answers, found["transformers"][name].answers, strict=True)
         same = sum(a.output == b.output for a, b in pairs)
-        # bf16 sums in another order: a near tie of an untrained model may fall either way.
+        # bf16 sums in another order: a near tie may fall either way.
         assert same >= 20, name
     outputs = [found["vllm"][n].answers for n in ("fp", "noisy")]
     assert outputs[0] != outputs[1]  # the second model was really loaded
