@@ -56,11 +56,12 @@ def test_every_kernel_for_every_target(target: int) -> None:
 
 @pytest.mark.slow
 def test_the_oldest_triton_compiles_every_kernel(oldest_triton: Path) -> None:
-    """3.6 moves registers around for mma.sync (sm_80 ... 120), and nothing else may be worse.
+    """3.6 takes more integer instructions, mostly for mma.sync; nothing else may be worse.
 
     Its SASS holds a move a register of x, as if below a tl.join it took twice the operand width
     (kWidth 4). None of the tiles tried avoids it; the excess is bounded here. wgmma and tcgen05
-    read x from shared memory: there 3.6 is as lean as 3.9, but for the widest tile on sm_90 (1.21).
+    read x from shared memory: there 3.6 is nearly as lean as 3.9 (1.21 for the widest w3a16 tile on
+    sm_90, 0.80 for w4a8 on sm_100).
     """
     done = subprocess.run(
         [sys.executable, "-P", "-m", "qig_serve.kernels.compile_report", "--dtype", "bf16"],
@@ -69,10 +70,8 @@ def test_the_oldest_triton_compiles_every_kernel(oldest_triton: Path) -> None:
     assert "Triton 3.6" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
     assert "w4a8_prefill" in done.stdout and "sm_120" in done.stdout, done.stderr[-3000:]
     most = {"w3a16": 2.2, "w4a8": 1.1}
-    known = re.compile(r"(w3a16|w4a8)_decode \w+ sm_(?:80|86|89|120) .*: (\S+) integer a weight")
+    known = re.compile(r"(w3a16|w4a8)_decode \w+ sm_\d+ .*: (\S+) integer a weight")
     for line in done.stdout.splitlines():
         if ": " in line:
-            if "w3a16_decode bf16 sm_90 64x256 8w 3s: 1.21 integer a weight" in line:
-                continue
             excess = known.match(line)
             assert excess and float(excess[2]) <= most[excess[1]], line
