@@ -93,7 +93,7 @@ def main() -> int:
                 check=True,
                 env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
             )
-            times.append(float(done.stdout.rpartition("SECONDS ")[2]))
+            times.append(float(done.stdout.rpartition("SECONDS ")[2].split()[0]))  # then vLLM logs
             rate = args.requests / times[-1]
             print(f"{name}: {times[-1]:.2f} s, {rate:.1f} requests/s", flush=True)
     ratio = statistics.median(seconds["chat"]) / statistics.median(seconds["generate"])

@@ -61,7 +61,7 @@ def test_the_oldest_triton_compiles_every_kernel(oldest_triton: Path) -> None:
     Its SASS holds a move a register of x, as if below a tl.join it took twice the operand width
     (kWidth 4). None of the tiles tried avoids it; the excess is bounded here. wgmma and tcgen05
     read x from shared memory: there 3.6 is nearly as lean as 3.9 (1.21 for the widest w3a16 tile on
-    sm_90, 0.80 for w4a8 on sm_100).
+    sm_90; 0.80 to 1.49 for w4a8 on sm_100).
     """
     done = subprocess.run(
         [sys.executable, "-P", "-m", "qig_serve.kernels.compile_report", "--dtype", "bf16"],
@@ -69,7 +69,7 @@ def test_the_oldest_triton_compiles_every_kernel(oldest_triton: Path) -> None:
     )  # fmt: skip
     assert "Triton 3.6" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
     assert "w4a8_prefill" in done.stdout and "sm_120" in done.stdout, done.stderr[-3000:]
-    most = {"w3a16": 2.2, "w4a8": 1.1}
+    most = {"w3a16": 2.2, "w4a8": 1.6}
     known = re.compile(r"(w3a16|w4a8)_decode \w+ sm_\d+ .*: (\S+) integer a weight")
     for line in done.stdout.splitlines():
         if ": " in line:
