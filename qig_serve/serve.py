@@ -23,6 +23,11 @@ SEQUENCES_A_REQUEST = 128
 request keep all others waiting for minutes. VLLM_MAX_N_SEQUENCES and VLLM_MAX_COMPLETION_PROMPTS
 say else."""
 
+CPU_CACHE_GIB = 4
+"""Memory for the KV cache on a CPU, or a quarter of what is free if that is less; vLLM would take
+(and touch, before it answers) nine tenths of the machine. --kv-cache-memory-bytes,
+--gpu-memory-utilization and VLLM_CPU_KVCACHE_SPACE say else."""
+
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
 
@@ -37,11 +42,16 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     if version := unsupported_version():
         raise UserError(version)
 
+    import psutil  # vLLM brings it
+
     from qig_serve.vllm_plugin import compat, register
 
     register()
     compat.cli_environment()()
     names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
+    if not names & {"--kv-cache-memory-bytes", "--gpu-memory-utilization"}:
+        space = min(CPU_CACHE_GIB, psutil.virtual_memory().available // 2**30 // 4)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, space)))
     words = ["serve", str(directory), *flags]
     if "--shutdown-timeout" not in names:
         words += ["--shutdown-timeout", str(DRAIN_SECONDS)]

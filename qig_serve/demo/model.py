@@ -90,7 +90,7 @@ MODELS: dict[str, ModelSpec] = {
         kv_heads=2,
         vision_hidden=192,
         vision_heads=3,
-        vision_layers=4,
+        vision_layers=2,
         vision_intermediate=768,
         seed=21,
     ),
