@@ -7,6 +7,7 @@ socket, so a batch understands what the server understands.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qig_serve.errors import UserError
-from qig_serve.serving import batch_io
+from qig_serve.serving import batch_io, in_process
 from qig_serve.serving.batch_io import Request, Results
 from qig_serve.serving.limits import Limits
 
@@ -68,6 +69,7 @@ def generate(
         raise UserError(f"{source}: no requests in it")
     set_environment(Limits())
     args = parse_flags(directory, flags)
+    args.disable_log_stats = True  # the progress bar says it, at no cost a token
     defaults["model"] = (args.served_model_name or [args.model])[0]
     results = Results(output, resume)
     try:
@@ -81,8 +83,6 @@ def generate(
 async def _run(
     args: Any, requests: Iterator[Request], source: Path, results: Results, quiet: bool
 ) -> Totals:
-    import httpx
-
     from qig_serve.serving import media  # noqa: F401  registers the media connector
     from qig_serve.vllm_plugin import compat
 
@@ -91,19 +91,14 @@ async def _run(
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM stops it if the engine dies
+        app.user_middleware.clear()  # logs, CORS, HTTP metrics: there is no connection
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
-        transport = httpx.ASGITransport(app=app)
         with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
-            async with httpx.AsyncClient(
-                transport=transport,
-                base_url="http://batch",
-                timeout=None,  # noqa: S113 - the engine's own: an answer takes what it takes
-            ) as client:
-                folder = source if source.is_dir() else source.parent
-                runner = _Runner(client, engine, folder, results, progress)
-                began = time.perf_counter()
-                await runner.run(requests, at_once)
-                runner.totals.seconds = time.perf_counter() - began
+            folder = source if source.is_dir() else source.parent
+            runner = _Runner(app, engine, folder, results, progress)
+            began = time.perf_counter()
+            await runner.run(requests, at_once)
+            runner.totals.seconds = time.perf_counter() - began
     return runner.totals
 
 
@@ -111,9 +106,9 @@ class _Runner:
     """Sends requests as fast as they are taken, and writes rows as they come."""
 
     def __init__(
-        self, client: Any, engine: Any, folder: Path, results: Results, progress: Any
+        self, app: Any, engine: Any, folder: Path, results: Results, progress: Any
     ) -> None:
-        self.client = client
+        self.app = app
         self.engine = engine
         self.folder = folder
         self.results = results
@@ -146,20 +141,22 @@ class _Runner:
         if request.body is None:
             return batch_io.error_row(request, request.error or "not a request")
         try:
-            body = await asyncio.to_thread(batch_io.embed_pictures, request.body, self.folder)
+            body = await asyncio.to_thread(_serialize, request.body, self.folder)
         except ValueError as error:
             return batch_io.error_row(request, str(error))
         request_id = uuid.uuid4().hex
-        response = await self.client.post(
-            request.url, json=body, headers={"X-Request-Id": request_id}
-        )
+        status, raw = await in_process.post(self.app, request.url, body, request_id)
         if self.engine.errored:  # not this request's fault: leave it to --resume
             raise EngineDied(f"the engine died at line {request.line}")
         try:
-            answer = response.json()
+            answer = json.loads(raw)
         except ValueError:
-            answer = response.text
-        return batch_io.result_row(request, response.status_code, request_id, answer)
+            answer = raw.decode(errors="replace")
+        return batch_io.result_row(request, status, request_id, answer)
+
+
+def _serialize(body: dict[str, Any], folder: Path) -> bytes:
+    return json.dumps(batch_io.embed_pictures(body, folder)).encode()
 
 
 class _ProgressBar:

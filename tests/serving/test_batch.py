@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import tiny_llava
 from server_process import ENGINE, environment
@@ -70,6 +69,8 @@ class Engine:
             return JSONResponse({"error": {"message": "seven", "code": 400}}, 400)
         if "number 8?" in question["text"]:
             return Response("not JSON", 500)
+        if "number 9?" in question["text"]:
+            raise RuntimeError("a fault in the application")
         assert image["image_url"]["url"].startswith("data:image/png;base64,")
         choice = {"message": {"content": question["text"]}}
         return JSONResponse({"choices": [choice], "usage": {"completion_tokens": 2}})
@@ -82,12 +83,10 @@ def run(engine: Engine, source: Path, output: Path, resume: bool = False) -> Tot
     results = batch_io.Results(output, resume)
 
     async def go() -> Totals:
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://batch") as client:
-            fake: Any = engine
-            runner = _Runner(client, fake, source.parent, results, lambda totals: None)
-            await runner.run(batch_io.read_requests(source, None, {"model": "m"}), 5)
-            return runner.totals
+        fake: Any = engine
+        runner = _Runner(app, fake, source.parent, results, lambda totals: None)
+        await runner.run(batch_io.read_requests(source, None, {"model": "m"}), 5)
+        return runner.totals
 
     try:
         return asyncio.run(go())
@@ -108,7 +107,8 @@ def test_every_line_gets_one_row(tmp_path: Path) -> None:
     assert rows[21]["error"]["message"].startswith("line 21: not JSON")
     assert rows[8]["error"]["message"].startswith("line 8: cannot read the picture")
     assert rows[9]["error"] == {"code": "500", "message": "line 9: not JSON"}
-    assert totals.done == 21 and totals.failed == 7 and totals.tokens == 2 * 14
+    assert rows[10]["error"] == {"code": "500", "message": "line 10: Internal Server Error"}
+    assert totals.done == 21 and totals.failed == 8 and totals.tokens == 2 * 13
 
 
 def test_resume_asks_only_for_what_is_missing(tmp_path: Path) -> None:
