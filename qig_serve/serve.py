@@ -43,6 +43,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
         raise UserError(version)
 
     import psutil  # vLLM brings it
+    from vllm.platforms import current_platform
 
     from qig_serve.vllm_plugin import compat, register
 
@@ -68,6 +69,11 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
         )
     args.model = args.model_tag or args.model
     command.validate(args)
+    if args.pipeline_parallel_size > 1 and args.enforce_eager and current_platform.is_cpu():
+        raise UserError(  # it would answer the first request with a KeyError
+            "--enforce-eager and --pipeline-parallel-size do not go together on a CPU: vLLM makes "
+            "the buffers between the stages when it compiles; leave --enforce-eager out"
+        )
     return args
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qig_serve.errors import UserError
+from qig_serve.serving.json_faults import find_fault
 
 URL = "/v1/chat/completions"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -93,6 +94,8 @@ def _parse_line(number: int, raw: bytes) -> Request:
         return Request(number, None, error=f"not JSON: {error}")
     if not isinstance(line, dict):
         return Request(number, None, error=f"a JSON object is wanted, not {type(line).__name__}")
+    if fault := find_fault(raw):
+        return Request(number, None, error=fault)
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         return Request(number, None, error="custom_id is missing or not a string")

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qig_serve.serving import media  # noqa: F401  registers the media connector in this process
 from qig_serve.serving.describe import Report, describe
+from qig_serve.serving.json_faults import find_fault
 from qig_serve.serving.limits import Limits
 
 HEALTH = "/health"
@@ -32,10 +33,6 @@ engine_died = False
 
 _stopping = False
 """Whether the server was told to stop and only finishes what is running."""
-
-
-class _TooLarge(Exception):
-    """The body went over the limit while it was read."""
 
 
 class Safeguards:
@@ -79,29 +76,35 @@ class Safeguards:
             busy.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
             await busy(scope, receive, send)
             return
-        body = _CountedBody(receive, self.max_body)
-        answer = _HeldFault(send)
-        refusal: Response | None = None
-
-        async def send_unless_refused(message: Message) -> None:
-            if not body.too_large:  # whatever the application makes of its body breaking off
-                await answer.send(message)
-
         self.running += 1
         try:
-            await self.app(scope, body.receive, send_unless_refused)
-        except _TooLarge:
-            pass
+            await self._answer(scope, receive, send)
+        finally:
+            self.running -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read_body(receive, self.max_body)
+        if body is None:  # the client hung up
+            return
+        if len(body) > self.max_body:
+            await self._too_large()(scope, receive, send)
+            return
+        if fault := find_fault(body):
+            await _error(400, f"the request body is not valid: {fault}")(scope, receive, send)
+            return
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def read() -> Message:
+            return unread.pop() if unread else await receive()
+
+        answer = _HeldFault(send)
+        try:
+            await self.app(scope, read, answer.send)
         except Exception as error:
             if not _in_validation(error):
                 await answer.release()
                 raise
             refusal = _error(400, f"the request body is not valid: {error}")
-        finally:
-            self.running -= 1
-        if body.too_large:
-            refusal = self._too_large()
-        if refusal is not None:
             await refusal(scope, receive, send)
         else:
             await answer.release()
@@ -110,22 +113,18 @@ class Safeguards:
         return _error(400, f"the request body is over {self.max_body >> 20} MiB (--max-body-mb)")
 
 
-class _CountedBody:
-    """A request body that breaks off where it is too large; for those that tell no length."""
-
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._left = limit
-        self.too_large = False
-
-    async def receive(self) -> Message:
-        """The next message; _TooLarge beyond the limit."""
-        message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            self.too_large = True
-            raise _TooLarge
-        return message
+async def _read_body(receive: Receive, limit: int) -> bytes | None:
+    """The whole body, or what of it goes over `limit` bytes; None if the client hangs up."""
+    pieces: list[bytes] = []
+    size, more = 0, True
+    while more and size <= limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        more = message.get("more_body", False)
+    return b"".join(pieces)
 
 
 class _HeldFault:

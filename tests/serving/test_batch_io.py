@@ -27,6 +27,7 @@ def lines(path: Path, *rows: Any) -> Path:
     ("row", "message"),
     [
         ("{nonsense", "not JSON"),
+        (r'{"custom_id": "\ud800", "body": {}}', "half of a surrogate pair"),
         ([1, 2], "a JSON object is wanted, not list"),
         ({"body": {}}, "custom_id is missing"),
         (GOOD | {"custom_id": 3}, "custom_id is missing or not a string"),

@@ -57,9 +57,11 @@ def web() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def guarded(
+    checkpoint: Path, web: int, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
-    settings = {"names": NAMES, "public": PUBLIC, "log": str(folder / "internet.log")}
+    settings = {"names": NAMES, "public": [PUBLIC, web], "log": str(folder / "internet.log")}
     flags = ["--api-key", KEY, "--allowed-media-domains", "cdn.test", "inside.test"]
     flags += ["--max-body-mb", "1", "--max-image-pixels", "5000"]
     flags += ["--max-queued-requests", str(QUEUE)]

@@ -136,26 +136,52 @@ def test_body_limit_with_and_without_a_length() -> None:
     asyncio.run(run())
 
 
-def test_body_limit_when_the_application_hides_the_break() -> None:
-    """A framework may turn a body that breaks off into its own answer; ours is sent."""
-
-    async def swallow(request: Request) -> Response:
-        try:
-            await request.body()
-        except Exception:
-            return JSONResponse({"detail": "error parsing the body"}, 422)
-        return Response()
-
-    async def chunks() -> AsyncIterator[bytes]:
-        for _ in range(17):
-            yield b"x" * 65536
-
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (rb'{"stop": ["a", "\ud800"]}', r"\ud800 is half of a surrogate pair"),
+        (rb'{"\uDC00": 1}', r"\udc00 is half of a surrogate pair"),
+        (b'{"a": {"b": [1, 18446744073709551616]}}', "a whole number beyond 64 bits"),
+        (b'{"a": -9223372036854775809}', "a whole number beyond 64 bits"),
+        (rb'{"a": "\ud83d\ude00", "b": 18446744073709551615, "c": 1e30}', None),
+        (rb'{"a": "\ud800"', None),
+    ],
+)
+def test_bodies_that_cannot_be_passed_on(body: bytes, fault: str | None) -> None:
     async def run() -> None:
-        async with client(make_app(swallow)) as http:
-            refused = await http.post("/v1/completions", content=chunks())
-            assert refused.status_code == 400 and "over 1 MiB" in refused.text
+        async with client(make_app(echo)) as http:
+            answer = await http.post("/v1/completions", content=body)
+            if fault is None:
+                assert answer.json()["bytes"] == len(body)
+            else:
+                assert answer.status_code == 400 and fault in answer.json()["error"]["message"]
 
     asyncio.run(run())
+
+
+def test_client_that_hangs_up_while_it_sends() -> None:
+    """Nothing reaches the application, and the place in the queue is free again."""
+    app = make_app(echo)
+    sent: list[Any] = []
+    messages = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await app(scope | {"query_string": b"", "root_path": ""}, receive, send)
+        async with client(app) as http:
+            assert (await http.post("/v1/completions", content=b"{}")).status_code == 200
+
+    asyncio.run(run())
+    assert not sent and not messages
 
 
 class Careless(pydantic.BaseModel):

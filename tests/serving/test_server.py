@@ -120,10 +120,12 @@ def test_tools(client: openai.OpenAI) -> None:
         "required": ["colour"],
         "additionalProperties": False,
     }
-    tools = [{"type": "function", "function": {"name": "paint", "parameters": parameters}}]
+    paint = {"name": "paint", "parameters": parameters, "strict": True}
+    tools = [{"type": "function", "function": paint}]
     named = {"type": "function", "function": {"name": "paint"}}
     for choice in (named, "required"):
         answer = ask(client, tools=tools, tool_choice=choice, max_tokens=100)
+        assert answer.choices[0].message.tool_calls, answer
         (call,) = answer.choices[0].message.tool_calls
         assert call.function.name == "paint"
         assert json.loads(call.function.arguments)["colour"] in ("red", "blue")
