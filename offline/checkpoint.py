@@ -298,6 +298,7 @@ def _compressed(path: Path, scheme: QuantScheme) -> Path:
 def _save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_suffix(".tmp")
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes 600, whatever the umask
     _sync(partial)
     partial.rename(path)
 

@@ -300,6 +300,7 @@ def _write_tensors(
     def flush() -> None:
         path = directory / f"part-{len(files):05d}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes 600
         files.append(path)
         names[path] = list(shard)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def _quantize(source_dir: Path, output: Path, **options: Any) -> Path:
 
 
 def test_published_directory(source_dir: Path, tmp_path: Path) -> None:
+    os.umask(umask := os.umask(0o077))
     output = _quantize(source_dir, tmp_path / "out")
     index = json.loads((output / INDEX_FILE).read_text())["weight_map"]
     loaded = {k: v for f in sorted(set(index.values())) for k, v in load_file(output / f).items()}
@@ -87,6 +89,8 @@ def test_published_directory(source_dir: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded["head.weight"], original["head.weight"])
     config = json.loads((output / "config.json").read_text())
     assert config == {"model_type": "llava", "quantization_config": CONFIG}
+    modes = {path.stat().st_mode & 0o777 for path in output.iterdir() if path.is_file()}
+    assert modes == {0o666 & ~umask}
     files = _tree(output)
     assert (output / "templates" / "tool.jinja").read_text() == "tool"
     assert not [f for f in files if "junk" in f or "README" in f or "state" in f or "lock" in f]

@@ -21,6 +21,7 @@ import httpx
 import openai
 import tiny_llava
 from server_process import Server, environment, start_server
+from transformers import AutoTokenizer
 
 TOKENS = 8
 
@@ -112,8 +113,11 @@ def test_structured_outputs(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_tools(client: openai.OpenAI) -> None:
+def test_tools(client: openai.OpenAI, checkpoint: Path) -> None:
     """A tool that is named, one that is required, and none; also as a stream."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    blank = [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).strip()]
+    asked = {"max_tokens": 100, "logit_bias": {str(i): -100 for i in blank}}  # else nothing else
     parameters = {
         "type": "object",
         "properties": {"colour": {"enum": ["red", "blue"]}},
@@ -124,12 +128,12 @@ def test_tools(client: openai.OpenAI) -> None:
     tools = [{"type": "function", "function": paint}]
     named = {"type": "function", "function": {"name": "paint"}}
     for choice in (named, "required"):
-        answer = ask(client, tools=tools, tool_choice=choice, max_tokens=100)
+        answer = ask(client, tools=tools, tool_choice=choice, **asked)
         assert answer.choices[0].message.tool_calls, answer
         (call,) = answer.choices[0].message.tool_calls
         assert call.function.name == "paint"
         assert json.loads(call.function.arguments)["colour"] in ("red", "blue")
-    events = ask(client, tools=tools, tool_choice=named, max_tokens=100, stream=True)
+    events = ask(client, tools=tools, tool_choice=named, stream=True, **asked)
     deltas = [call for e in events if e.choices for call in e.choices[0].delta.tool_calls or []]
     pieces = [delta.function.arguments or "" for delta in deltas]
     assert json.loads("".join(pieces))["colour"] in ("red", "blue")

@@ -273,6 +273,6 @@ def kill_the_engine(server: Server, headers: dict[str, str]) -> None:
         answers = [request.result() for request in asked]
     assert 503 in seen, seen
     assert server.process.wait(timeout=60) == 1, server.output[-3000:]
-    later = [status for when, status in answers if when > killed + 0.5]
-    print(f"gone after {time.monotonic() - killed:.1f} s; answers after that: {later}")
-    assert later and 200 not in later
+    later = [status for when, status in answers if when > killed]
+    print(f"gone after {time.monotonic() - killed:.1f} s; answers after the kill: {later}")
+    assert len(later) > 8 and later.count(200) <= 4  # four at most were on their way

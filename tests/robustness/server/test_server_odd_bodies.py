@@ -282,6 +282,9 @@ def test_bodies_that_are_none(server: Server) -> None:
     check(server, send_all(server, [(route, raw) for route in ROUTES for raw in RAW]))
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 def test_body_over_the_limit(server: Server) -> None:
     """With a length and without; the limit is 4 MiB here."""
     plain = json.dumps(plain_body(CHAT)).encode()
@@ -292,9 +295,9 @@ def test_body_over_the_limit(server: Server) -> None:
             yield body[start : start + 65536]
 
     for content in (body, pieces()):
-        answer = httpx.post(server.url + CHAT, content=content, timeout=60)
+        answer = httpx.post(server.url + CHAT, content=content, headers=JSON, timeout=60)
         assert answer.status_code == 400 and "over 4 MiB" in answer.text
     fits = plain + b" " * ((4 << 20) - len(plain))
-    answer = httpx.post(server.url + CHAT, content=fits, timeout=60)
+    answer = httpx.post(server.url + CHAT, content=fits, headers=JSON, timeout=60)
     assert answer.status_code == 200, answer.text
     assert_still_right(server.url)
