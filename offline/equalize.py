@@ -1,9 +1,9 @@
-"""One smoothing group of one block: capture -> token weights -> grid search -> fold."""
+"""One smoothing group of one block: capture -> token weights -> search of scales -> fold."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,14 @@ from torch import nn
 
 from qig_serve.offline.architectures import SmoothingGroup
 from qig_serve.offline.baselines import AnswerGradients
+from qig_serve.offline.channel_scales import minimize_noise, token_moments
 from qig_serve.offline.parts import ModuleParts, capture_parts, inner_names
 from qig_serve.offline.report_data import ModuleReport
 from qig_serve.offline.search import Candidate, SearchBatch, best, evaluate_candidates
 from qig_serve.offline.smoothing import (
     fold,
     group_scales,
+    output_of_channel,
     power_scales,
     previous_outputs,
     smoothquant_scales,
@@ -73,18 +75,29 @@ def equalize_group(
             target = captured.targets.get(i, streams.device)
             yield SearchBatch(call.with_input(x), target, weights[i])
 
-    losses = evaluate_candidates(
-        block.get_submodule(group.loss_module),
-        inner_names(group),
-        candidates,
-        batches,
-        streams.scheme,
-        streams.dtype,
-        recipe.loss,
-        where,
-        streams.ranks,
-    )
-    chosen = best(losses) if recipe.equalize == "search" else len(candidates) - 1
+    def evaluate(tried: Sequence[Candidate]) -> list[float]:
+        return evaluate_candidates(
+            block.get_submodule(group.loss_module),
+            inner_names(group),
+            tried,
+            batches,
+            streams.scheme,
+            streams.dtype,
+            recipe.loss,
+            where,
+            streams.ranks,
+        )
+
+    losses = evaluate(candidates)
+    chosen = best(losses) if recipe.equalize in ("search", "channels") else len(candidates) - 1
+    loss_grid, channels = None, 0.0
+    if recipe.equalize == "channels":
+        loss_grid = losses[chosen]
+        began = time.monotonic()
+        candidates.append(_refine(block, group, streams, candidates[chosen], captured, weights))
+        channels = time.monotonic() - began
+        losses += evaluate(candidates[-1:])
+        chosen = len(candidates) - 1
     captured.clear()
     report = ModuleReport(
         name=group.name,
@@ -94,12 +107,14 @@ def equalize_group(
         loss=losses[chosen],
         loss_rtn=losses[0],
         losses=losses,
+        loss_grid=loss_grid,
         completeness=tokens.completeness,
         token_shares=tokens.shares,
         seconds={
             "capture": after_capture - started,
             "token_weights": after_weights - after_capture,
-            "search": time.monotonic() - after_weights,
+            "search": time.monotonic() - after_weights - channels,
+            "channels": channels,
         },
     )
     result = GroupResult(report, tokens.weights, fallbacks=tokens.fallbacks)
@@ -121,7 +136,7 @@ def _candidates(
         return Candidate(exponent, scales, columns)
 
     candidates = [candidate(0.0, torch.ones_like(act_mean))]
-    if recipe.equalize == "search":
+    if recipe.equalize in ("search", "channels"):
         for step in range(1, recipe.grid):
             exponent = step / recipe.grid
             candidates.append(candidate(exponent, power_scales(act_mean, exponent)))
@@ -132,3 +147,31 @@ def _candidates(
         scales = smoothquant_scales(act_max, weight_max, recipe.smooth_alpha)
         candidates.append(candidate(recipe.smooth_alpha, scales))
     return candidates
+
+
+def _refine(
+    block: nn.Module,
+    group: SmoothingGroup,
+    streams: Streams,
+    start: Candidate,
+    captured: ModuleParts,
+    token_weights: Sequence[torch.Tensor],
+) -> Candidate:
+    """Each channel's scale for itself, from those of the grid's best (channel_scales.py)."""
+    inputs = captured.inputs
+    if streams.recipe.search_input == "quantized" and captured.quantized_inputs is not None:
+        inputs = captured.quantized_inputs
+    moments = token_moments(
+        (
+            (inputs.get(i, streams.device)[mask], token_weights[i][mask])
+            for i, mask in enumerate(captured.masks)
+        ),
+        sum(int(mask.sum()) for mask in captured.masks),
+        streams.quantizes_activations,
+    )
+    weights = [block.get_submodule(name).weight for name in group.linears]
+    channel_of = output_of_channel(block, group, len(start.scales))
+    scales = minimize_noise(
+        weights, moments, streams.scheme, start.scales, channel_of, streams.ranks
+    )
+    return Candidate(start.exponent, scales, group_scales(block, group, scales, streams.dtype))

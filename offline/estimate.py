@@ -157,7 +157,7 @@ def dry_run(
 
 
 def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockSeconds:
-    """Puts block 0 through everything; the search is scaled to `candidates` exponents."""
+    """Puts block 0 through everything; the search is scaled to `candidates` choices of scales."""
     device, seconds = loaded.device, BlockSeconds()
     started = _now(device)
     original = loaded.block(0)
@@ -173,6 +173,7 @@ def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockS
         report = results[-1].report
         seconds.capture += report.seconds["capture"]
         seconds.token_weights += report.seconds["token_weights"]
+        seconds.rounding += report.seconds["channels"]
         forward = max(0.0, report.seconds["search"] / len(report.losses) - once)
         seconds.search += candidates * forward
         seconds.candidates += candidates * once
@@ -180,7 +181,7 @@ def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockS
     started = _now(device)
     round_block(block, original, loaded.arch.groups, results, streams, "layer 0", parts)
     seconds.statistics = parts.get("statistics", 0.0)
-    seconds.rounding = _now(device) - started - seconds.statistics
+    seconds.rounding += _now(device) - started - seconds.statistics
     started = _now(device)
     linears = [block.get_submodule(n) for g in loaded.arch.groups for n in g.linears]
     streams.advance(original, block, linears, "layer 0")

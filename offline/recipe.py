@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # scales and polished codes there lower the error on calibration samples further; on questions
     # held out they did not lower KL.
     "qig+": {
-        "equalize": "search",
+        "equalize": "channels",
         "token_weights": "qig",
         "search_input": "quantized",
         "compensation": "qronos",
@@ -101,8 +101,10 @@ class QuantRecipe(BaseModel):
     # (tests/benchmarks/quadrature.py).
     steps: int = Field(default=6, ge=1, le=256, description="nodes of the quadrature")
 
-    equalize: Literal["search", "smoothquant", "none"] = Field(
-        default="search", description="how equalization scales are chosen"
+    equalize: Literal["channels", "search", "smoothquant", "none"] = Field(
+        default="search",
+        description="how equalization scales are chosen; channels: search, then each channel's for "
+        "itself, by a model of the rounding noise",
     )
     grid: int = Field(default=20, ge=1, description="equalization exponents 0, 1/grid, ...")
     smooth_alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of smoothquant")
@@ -215,7 +217,8 @@ class QuantRecipe(BaseModel):
     @property
     def candidates(self) -> int:
         """Choices of scales that a search tries, round to nearest among them."""
-        return {"search": self.grid, "smoothquant": 2, "none": 1}[self.equalize]
+        tried = {"channels": self.grid + 1, "search": self.grid, "smoothquant": 2, "none": 1}
+        return tried[self.equalize]
 
     def recorded(self) -> dict[str, Any]:
         """What the checkpoint says: all but EXECUTION_FIELDS."""

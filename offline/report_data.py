@@ -42,13 +42,15 @@ class ModuleReport(_Data):
     loss_rtn: float
     """The same loss at the same bits without equalization: round to nearest."""
     losses: list[float] = Field(default_factory=list)
-    """Loss of every exponent of the grid."""
+    """Loss of every exponent of the grid, and of the scales that were moved one by one."""
+    loss_grid: float | None = None
+    """Least loss of the grid, if each channel's scale was then moved for itself."""
     completeness: float | None = None
     """|sum of I - (F(X) - F(X0))| / |F(X) - F(X0)|; None unless weights come from QIG."""
     token_shares: dict[str, TokenShare] = Field(default_factory=dict)
     """By modality: image, text."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Wall time of capture, token_weights and search."""
+    """Wall time of capture, token_weights, search and channels."""
 
 
 class BlockReport(_Data):

@@ -220,7 +220,12 @@ def _losses(report: QuantizationReport) -> str:
 
 
 def _equalization(report: QuantizationReport) -> str:
-    rows = [[b.index, m.name, _g(m.exponent)] for b in report.blocks for m in b.modules]
+    rows = [
+        [b.index, m.name, _g(m.exponent), *([] if m.loss_grid is None else [_g(m.loss_grid)])]
+        for b in report.blocks
+        for m in b.modules
+    ]
+    moved = any(m.loss_grid is not None for b in report.blocks for m in b.modules)
     ranges = [
         [b.index, name, f"{values['clip_ratio']:.3f}", f"{values['clipped']:.2%}"]
         for b in report.blocks
@@ -232,9 +237,13 @@ def _equalization(report: QuantizationReport) -> str:
         _figure(
             plots.exponent_plot(report),
             "Equalization exponent r: scales are the mean activation to the power of r, 0 leaves "
-            "the weights as they are.",
+            "the weights as they are."
+            + (" From there each channel's scale was moved for itself." if moved else ""),
         ),
-        _details("Exponents", _table(["block", "searched", "exponent"], rows, 2)),
+        _details(
+            "Exponents",
+            _table(["block", "searched", "exponent", *(["loss there"] if moved else [])], rows, 2),
+        ),
         _figure(
             plots.clip_plot(report),
             "Clip ratio: the chosen range over the min-max range, a mean over the groups of a "

@@ -72,6 +72,15 @@ def group_scales(
     return repeat_over_heads(scales.float(), inputs, _head_dim(block, group))
 
 
+def output_of_channel(block: nn.Module, group: SmoothingGroup, outputs: int) -> torch.Tensor:
+    """Which output of the previous op feeds each input of the linears, int64 [K]."""
+    weight = block.get_submodule(group.linears[0]).weight
+    each = torch.arange(outputs, device=weight.device)
+    if outputs == weight.shape[1]:
+        return each
+    return repeat_over_heads(each, weight.shape[1], _head_dim(block, group))
+
+
 def previous_outputs(block: nn.Module, group: SmoothingGroup, values: torch.Tensor) -> torch.Tensor:
     """`values` [K], one an input of the linears, as one an output of the previous op."""
     previous = block.get_submodule(group.previous)

@@ -84,7 +84,9 @@ def load_with_library(directory: Path) -> Any:
     """transformers' own way, in fp32."""
     from transformers import AutoModelForImageTextToText
 
-    model, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     return torch.nn.Module.float(model.eval())  # the packed weights wait for the first pass
 

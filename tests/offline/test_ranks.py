@@ -91,7 +91,7 @@ def assert_same(one: Path, two: Path) -> None:
         assert [m.exponent for m in x.modules] == [m.exponent for m in y.modules]
         for m, n in zip(x.modules, y.modules, strict=True):
             # A last bit decides now and then how a scale is rounded to 16 bits.
-            assert m.losses == pytest.approx(n.losses, rel=1e-2)
+            assert m.losses == pytest.approx(n.losses, rel=3e-2)
             if m.completeness is not None:  # a quotient of small differences under int8
                 assert m.completeness == pytest.approx(n.completeness, rel=0.2, abs=1e-3)
             for modality, share in m.token_shares.items():
