@@ -19,7 +19,7 @@ DEMO_JSON ?= .demo/demo.json
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit slow bench-cpu compile-report gpu clean
+.PHONY: help install demo test lint types unit slow bench-cpu compile-report gpu gpu-vllm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -60,6 +60,12 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 gpu:  ## on a machine with a GPU: check, tune and time the kernels
 	@mkdir -p .gpu/path && ln -sfn ../../qig_serve .gpu/path/qig_serve
 	PYTHONPATH=$(CURDIR)/.gpu/path$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/benchmarks/gpu_kernels.py
+
+# Stages and options as in the head of gpu_vllm.py: make gpu-vllm GPU_ARGS="--device cpu --tiny bench"
+GPU_ARGS ?= bench
+gpu-vllm:  ## on a machine with a GPU and vLLM: a stage of the end-to-end benchmark (GPU_ARGS)
+	@mkdir -p .gpu/path && ln -sfn ../../qig_serve .gpu/path/qig_serve
+	PYTHONPATH=$(CURDIR)/.gpu/path$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/benchmarks/gpu_vllm.py $(GPU_ARGS)
 
 clean:  ## remove what the targets made, but for .venv
 	rm -rf .demo build .pytest_cache .mypy_cache .ruff_cache

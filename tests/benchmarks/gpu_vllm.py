@@ -6,7 +6,7 @@ of ten minutes; unpack in the first, and again wherever files do not last from o
 
     python3 -c "import tarfile,glob;[tarfile.open(p).extractall('/tmp/site',filter='data') \\
         for p in sorted(glob.glob('.gpu/part*.tar.xz'))]"; export PYTHONPATH=/tmp/site
-    R="python3 tests/benchmarks/gpu_vllm.py --out /tmp/out --work /tmp/work"
+    R="python3 -P tests/benchmarks/gpu_vllm.py --out /tmp/out --work /tmp/work"
     $R demo                                      # does it start, and are the answers the CPU's
     $R make --models qwen2-vl-7b && $R bench --models qwen2-vl-7b
     $R bench --models qwen2-vl-7b                # goes on where the time ran out
@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gpu_vllm_report as report
 from gpu_vllm_run import (
     FILE,
     HERE,
@@ -53,9 +52,13 @@ from gpu_vllm_run import (
     load,
     machine,
     merge,
+    plugin_path,
     run_child,
     verify,
 )
+
+sys.path.append(str(plugin_path()))  # last: where the package is installed, that is taken
+import gpu_vllm_report as report
 
 from qig_serve.errors import UserError
 

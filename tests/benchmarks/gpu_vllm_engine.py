@@ -222,6 +222,8 @@ class Engine:
             profiler.export_chrome_trace(str(trace))
         times: Counter[str] = Counter()
         for event in profiler.key_averages():
+            if getattr(event, "is_user_annotation", False):  # a span of others, counted already
+                continue
             on_gpu = str(event.device_type).endswith("CUDA")
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             if spent > 0 and on_gpu == cuda:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qig_serve.errors import UserError
+
 OURS = ("w3a16", "w4a8", "w4a8-fused")
 GIB = 1 << 30
 DECODE_GOALS = (("w3a16", 1, 3.0), ("w3a16", 32, 1.8))
@@ -231,7 +233,7 @@ def plot(results: Results, path: Path) -> Path:
 
     models = list(results.get("bench", {}))
     if not models:
-        raise SystemExit("nothing was measured yet: run bench first")
+        raise UserError("nothing was measured yet: run bench first")
     figure, axes = pyplot.subplots(2, len(models), figsize=(5.5 * len(models), 8), squeeze=False)
     for column, model in enumerate(models):
         for line, (what, label) in enumerate(

@@ -170,8 +170,11 @@ def environment(options: argparse.Namespace, name: str, more: dict[str, str]) ->
 def run_child(
     options: argparse.Namespace, name: str, command: list[str], out: Path, more: dict[str, str]
 ) -> dict[str, Any]:
-    """A process's JSON, or why there is none: the end of its log, which stays under --work."""
-    log = options.work / "logs" / f"{name.replace('/', '-')}.log"
+    """A process's JSON, or why there is none, from its log, which stays under --work.
+
+    `name` is that of its compilation caches; the log is called as `out` is.
+    """
+    log = options.work / "logs" / f"{out.stem}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
@@ -190,10 +193,12 @@ def run_child(
 
 
 def reason(log: str) -> str:
-    """The line of a log that says what went wrong: the last one that names an exception."""
+    """What a log says went wrong: from the last line that names an exception on."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [x for x in lines if re.search(r"\b\w*(Error|Exception|Refused|Killed)\b:", x)]
-    return (named or lines or ["it said nothing"])[-1][-300:]
+    for index in range(len(lines) - 1, -1, -1):
+        if re.search(r"\b\w*(Error|Exception|Killed)\b:", lines[index]):
+            return " ".join(lines[index : index + 8])[:500]
+    return lines[-1][-500:] if lines else "it said nothing"
 
 
 def engine_job(options: argparse.Namespace, task: str, model: str, kind: str) -> dict[str, Any]:

@@ -1,0 +1,480 @@
+"""`make gpu-vllm` as far as it goes without a GPU; the slow tests run it on vLLM's CPU engine.
+
+The figures in `made_up` are made up: they test what is written, and say nothing about anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu_vllm
+import gpu_vllm_demo
+import gpu_vllm_engine as engine
+import gpu_vllm_models as models
+import gpu_vllm_quantize
+import gpu_vllm_report as report
+import gpu_vllm_run as run
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from qig_serve import packing
+from qig_serve.errors import UserError
+from qig_serve.formats import get_scheme
+from qig_serve.inspection import require_sound
+from qig_serve.kernels.tuning import LAYER_SHAPES
+from qig_serve.offline.sources import load_samples
+
+CARD = {"card": "Made up card", "date": "2000-01-01", "versions": {"vllm": "0.26.0"}}
+ENGINE = Path(gpu_vllm.__file__).parent / "gpu_vllm_engine.py"
+
+
+def entry(rate: float, first: float, kernel: str) -> dict[str, Any]:
+    """A result of `bench`: tokens a second at batch 1 (a batch of 32 has 16 times that)."""
+    return {
+        "start_up": {"import_seconds": 5.0, "engine_seconds": 55.0},
+        "layers": {"decoder": {kernel: 112}, "elsewhere": {}},
+        "decode": {"1": {"tokens_per_second": rate}, "32": {"tokens_per_second": 16 * rate}},
+        "first_token": {"1024": {"ms": first}, "4096": {"ms": 4 * first}},
+        "memory": {"weights": 5 << 30, "kv_cache": 1 << 30, "peak": 7 << 30,
+                   "peak_without_kv_cache": 6 << 30},
+        "not_as_named": {},
+        "machine": CARD,
+    }  # fmt: skip
+
+
+def made_up() -> dict[str, Any]:
+    qwen = {
+        "bf16": entry(100, 50, "UnquantizedLinearMethod"),
+        "w3a16": entry(310, 60, "QigLinearMethod: Triton w3a16"),
+        "w4a8": entry(300, 40, "QigLinearMethod: Triton w4a8"),
+        "humming-w3a16": entry(350, 70, "CompressedTensorsWNA16: HummingLinearKernel"),
+        "humming-w4a8": entry(100, 1, "CompressedTensorsWNA8Int: MarlinLinearKernel"),
+        "marlin-w4a16": {"unavailable": "ValueError: made up", "machine": CARD},
+    }
+    qwen["humming-w4a8"]["not_as_named"] = {"layers": ["MarlinLinearKernel"]}
+    profile = {
+        "1": {"batch": 1, "decode_us": {"quantized GEMM": 60.0, "norm": 15.0, "other": 25.0},
+              "lm_head_us": 20.0, "prefill_tokens": 4096, "prefill_us": {"attention": 1000.0}}
+    }  # fmt: skip
+    return {
+        "bench": {"qwen2-vl-7b": qwen},
+        "throughput": {"qwen2-vl-7b": {
+            "bf16": {"requests_per_second": 10.0, "machine": CARD},
+            "w4a8": {"requests_per_second": 13.0, "machine": CARD},
+        }},
+        "profile": {"qwen2-vl-7b": {"w3a16": {"batches": profile, "machine": CARD}}},
+        "quantize8b": {"internvl2-8b": {"w3a16": {
+            "seconds": 300.0, "goal_seconds": 360.0, "samples": 128, "machine": CARD,
+            "peak_device_bytes": 20 << 30, "peak_process_bytes": 1,
+        }}},
+    }  # fmt: skip
+
+
+# ---- command line and results
+
+
+def test_the_command_line_knows_both_sizes() -> None:
+    real = gpu_vllm.arguments(["bench"])
+    assert real.batches == [1, 8, 32, 128] and real.prompts == [1024, 4096, 16384]
+    assert list(real.variants) == list(run.VARIANTS)
+    tiny = gpu_vllm.arguments(["--tiny", "bench", "--variants", "w3a16", "--batches", "4"])
+    assert tiny.batches == [4] and tiny.prompts == [64, 128] and tiny.variants == ["w3a16"]
+    assert gpu_vllm.arguments(["quantize8b"]).models == ["internvl2-8b"]
+    with pytest.raises(SystemExit):
+        gpu_vllm.arguments(["bench", "--variants", "w5a5"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("stage", gpu_vllm.ON_THE_DEVICE)
+def test_without_a_gpu_one_sentence(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_vllm.main([stage]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"{stage} needs a CUDA device, and none was found: run it on a machine")
+
+
+def test_entries_are_merged_and_measured_once_a_card(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    run.merge(path, ["bench", "m", "bf16"], {"a": 1, "machine": CARD})
+    run.merge(path, ["bench", "m", "w3a16"], {"unavailable": "made up", "machine": CARD})
+    run.merge(path, ["demo", "x"], {"machine": CARD})
+    run.merge(path, ["bench", "m", "bf16"], {"a": 2, "machine": CARD})
+    assert run.load(path)["bench"]["m"] == {
+        "bf16": {"a": 2, "machine": CARD},
+        "w3a16": {"unavailable": "made up", "machine": CARD},
+    }
+    assert run.done(path, ["bench", "m", "bf16"], "Made up card")
+    assert not run.done(path, ["bench", "m", "bf16"], "another card")
+    assert not run.done(path, ["bench", "m", "w3a16"], "Made up card")  # it is tried again
+    assert not run.done(path, ["bench", "n", "bf16"], "Made up card")
+
+
+def test_no_variant_is_begun_that_would_not_end_in_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock goes on by 100 s a variant; of 250 s two are used, and the next run goes on."""
+    now = 0.0
+    monkeypatch.setattr(gpu_vllm.time, "monotonic", lambda: now)
+    begun: list[str] = []
+
+    def measure(model: str, name: str, variant: run.Variant) -> dict[str, Any]:
+        nonlocal now
+        now += 100
+        begun.append(name)
+        return {"requests_per_second": 1.0}
+
+    words = ["--device", "cpu", "--seconds", "250", "--out", str(tmp_path), "throughput"]
+    options = gpu_vllm.arguments([*words, "--models", "qwen2-vl-7b"])
+    options.started = now
+    assert gpu_vllm.each_variant(options, "throughput", measure) == 1
+    assert begun == list(run.VARIANTS)[:2]
+    assert "run the same again" in capsys.readouterr().out
+    options.started = now
+    gpu_vllm.each_variant(options, "throughput", measure)
+    assert begun == list(run.VARIANTS)[:4]
+
+
+def test_the_plugin_is_found_where_the_package_is_not_installed(tmp_path: Path) -> None:
+    """As vLLM looks for it: by entry points on PYTHONPATH alone."""
+    folder = run.plugin_path()
+    code = (
+        "import importlib.metadata as m; "
+        "print([e.value for e in m.entry_points(group='vllm.general_plugins')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={"PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert done.stdout == "['qig_serve.vllm_plugin:register']\n", done.stderr
+
+
+def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
+    options = gpu_vllm.arguments(["--device", "cpu", "--work", str(tmp_path), "bench"])
+    options.started = gpu_vllm.time.monotonic()
+    code = "raise ValueError('no machete here')"
+    found = run.run_child(options, "a", [sys.executable, "-c", code], tmp_path / "x.json", {})
+    assert found == {"unavailable": "ValueError: no machete here", "log": "x.log"}
+    options.seconds = 1
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    found = run.run_child(options, "c", sleep, tmp_path / "x.json", {})
+    assert found["unavailable"].startswith("stopped after")
+
+
+def test_bench_throughput_is_told_of_the_engine(tmp_path: Path) -> None:
+    options = gpu_vllm.arguments(["throughput", "--requests", "7"])
+    job = {"checkpoint": "DIR", "engine": {"max_model_len": 99, "enforce_eager": True},
+           "picture": 448}  # fmt: skip
+    humming = run.VARIANTS["humming-w4a8"]
+    words = gpu_vllm.throughput_command(options, job, humming, tmp_path / "out.json")
+    told = " ".join(words)
+    assert "--linear-backend humming" in told and "--max-model-len 99" in told
+    assert "--enforce-eager --" in told and "--no-enable-prefix-caching" in told
+    assert "--num-prompts 7" in told and '--limit-mm-per-prompt {"image": 1' in told
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_real_shapes(name: str) -> None:
+    """Parameters and layer shapes are those of the models named; nothing is allocated."""
+    model = models.MODELS[name]
+    tokenizer = models.make_tokenizer(model, tiny=True)
+    config = model.config(tokenizer, False)
+    config.text_config.vocab_size = model.vocabulary
+    shapes = models.shapes(model, config)
+    parameters = sum(torch.Size(s).numel() for s in shapes.values())
+    published = {"qwen2-vl-7b": 8.291e9, "llava-onevision-7b": 8.030e9, "internvl2-8b": 8.076e9}
+    assert parameters == pytest.approx(published[name], rel=2e-3)
+    wanted = LAYER_SHAPES["InternVL2-8B" if name == "internvl2-8b" else "Qwen2-VL-7B"]
+    first = {n.split(".")[-2]: s for n, s in shapes.items() if ".layers.0." in n and len(s) == 2
+             and n.endswith("_proj.weight") and "v" not in n.split(".layers.")[0][:3]}  # fmt: skip
+    assert first["down_proj"] == wanted["down"] and first["o_proj"] == wanted["o"]
+    assert 2 * first["gate_proj"][0] == wanted["gate_up"][0]
+    assert sum(first[f"{x}_proj"][0] for x in "qkv") == wanted["qkv"][0]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All kinds of the tiny InternVL2."""
+    folder = tmp_path_factory.mktemp("models")
+    return models.make_checkpoints("internvl2-8b", list(models.CHECKPOINTS), folder, tiny=True)
+
+
+def test_all_kinds_hold_the_same_weights(made: dict[str, Path]) -> None:
+    name = "language_model.model.layers.1.mlp.down_proj"
+    shard = "layer-001.safetensors"
+    exact = load_file(made["bf16"] / shard)[f"{name}.weight"].float()
+    for kind, bound in (("w3a16", 0.3), ("w4a8", 0.2)):
+        require_sound(made[kind])
+        stored = _of(load_file(made[kind] / shard), name)
+        close = packing.unpack_linear(stored, get_scheme(kind))
+        assert (close - exact).norm() / exact.norm() < bound
+        other = _of(load_file(made[f"ct-{kind}"] / shard), name)
+        codes = packing.unpack(stored["weight_packed"], int(kind[1]), kind == "w4a8")
+        offset = 8 if kind == "w4a8" else 0
+        unsigned = packing.unpack(other["weight_packed"], 4, False)
+        assert torch.equal(unsigned.to(torch.int16), codes.to(torch.int16) + offset)
+        assert torch.equal(other["weight_scale"], stored["weight_scale"])
+    for kind, bits, bound in (("ct-w4a16", 4, 0.15), ("ct-w3a16-dense", 3, 0.3)):
+        stored = _of(load_file(made[kind] / shard), name)
+        codes = packing.unpack(stored["weight_packed"], bits, False).float() - (1 << (bits - 1))
+        close = packing.dequantize(codes, stored["weight_scale"].float(), None)
+        assert (close - exact).norm() / exact.norm() < bound
+        config = json.loads((made[kind] / "config.json").read_text())["quantization_config"]
+        assert config["config_groups"]["group_0"]["weights"]["num_bits"] == bits
+
+
+def _of(tensors: dict[str, torch.Tensor], linear: str) -> dict[str, torch.Tensor]:
+    return {
+        n.removeprefix(f"{linear}."): t for n, t in tensors.items() if n.startswith(f"{linear}.")
+    }
+
+
+def test_what_is_shared_is_stored_once(made: dict[str, Path]) -> None:
+    files = {(path / "rest.safetensors").stat().st_ino for path in made.values()}
+    assert len(files) == 1
+    with safe_open(made["bf16"] / "rest.safetensors", "pt") as rest:
+        assert {"language_model.lm_head.weight", "multi_modal_projector.linear_1.weight"} <= set(
+            rest.keys()
+        )
+
+
+def test_made_again_only_what_is_incomplete(made: dict[str, Path]) -> None:
+    folder = made["bf16"].parents[1]
+    before = {k: (p / "layer-000.safetensors").stat().st_mtime_ns for k, p in made.items()}
+    (made["w3a16"] / models.DONE).unlink()
+    models.make_checkpoints("internvl2-8b", list(models.CHECKPOINTS), folder, tiny=True)
+    after = {k: (p / "layer-000.safetensors").stat().st_mtime_ns for k, p in made.items()}
+    assert {k for k in made if after[k] != before[k]} == {"w3a16"}
+
+
+def test_random_text_has_as_many_tokens_again() -> None:
+    """`vllm bench` turns random tokens into text, and that text into tokens."""
+    tokenizer = models.make_tokenizer(models.MODELS["qwen2-vl-7b"], tiny=True)
+    words = [5, 77, 300, 5]
+    assert tokenizer.encode(tokenizer.decode(words), add_special_tokens=False) == words
+    picture = tokenizer.encode("<|vision_start|><|image_pad|><|vision_end|>")
+    assert len(picture) == 3 and min(picture) >= tokenizer.vocab_size - 7
+
+
+def test_calibration_samples_can_be_read(tmp_path: Path) -> None:
+    path = gpu_vllm_quantize.write_samples(tmp_path, 3, 2, 56, 20, 8, 400)
+    read = load_samples(str(path), 3, 0, None, False)
+    assert len(read) == 3 and all(len(s.images) == 2 for s in read)
+    assert len({s.question for s in read}) == 3 and len(read[0].answer.split()) == 8
+
+
+# ---- what ran
+
+
+def test_kernels_are_grouped() -> None:
+    times = {
+        "w3a16_decode_kernel": 50.0, "void marlin::Marlin<...>": 1.0,
+        "rms_norm_quantize_kernel": 5.0, "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": 20.0,
+        "flash_fwd_splitkv_kernel": 7.0, "triton_red_fused_add_mean_mul_pow_rsqrt_0": 3.0,
+        "triton_poi_fused_mul_silu_1": 2.0, "Memcpy DtoD (Device -> Device)": 1.0, "else": 0.5,
+    }  # fmt: skip
+    table = engine.grouped(times)
+    assert table == {
+        "activation quantization": 5.0, "quantized GEMM": 51.0, "attention": 7.0, "rotary": 0.0,
+        "norm": 3.0, "SiLU * mul": 2.0, "16-bit GEMM": 20.0, "copies": 1.0, "sampling": 0.0,
+        "other": 0.5,
+    }  # fmt: skip
+    assert engine.per_step({"a": 130.0, "b": 8.0}, {"a": 50.0}, 8) == {"a": 10.0, "b": 1.0}
+
+
+class _Linear(torch.nn.Module):
+    def __init__(self, method: Any, scheme: Any = None) -> None:
+        super().__init__()
+        self.quant_method = method
+        if scheme is not None:
+            self.scheme = scheme
+
+
+class HummingLinearKernel:
+    """Named as vLLM's."""
+
+
+class CompressedTensorsLinearMethod:
+    """Named as vLLM's."""
+
+
+class CompressedTensorsWNA16:
+    """Named as vLLM's."""
+
+    kernel = HummingLinearKernel()
+
+
+def test_kernels_are_read_from_the_layers() -> None:
+    packed = _Linear(CompressedTensorsLinearMethod(), CompressedTensorsWNA16())
+    found = engine.layer_kernels(
+        [
+            ("language_model.model.layers.0.self_attn.qkv_proj", packed),
+            ("language_model.model.layers.1.self_attn.qkv_proj", packed),
+            ("visual.layers.0.mlp.up_proj", _Linear(object())),
+            ("language_model.lm_head", _Linear(object())),
+            ("language_model.model.norm", torch.nn.Identity()),
+        ]
+    )
+    name = "CompressedTensorsWNA16: HummingLinearKernel"
+    assert found == {"decoder": {name: 2}, "elsewhere": {"object": 2}}
+
+
+def test_a_variant_that_ran_something_else_is_told_of() -> None:
+    profile = {"decode_kernels": [["void marlin::Marlin<...>", 5.0]]}
+    marlin = {"layers": {"decoder": {"CompressedTensorsWNA16: MarlinLinearKernel": 8}},
+              "profile": profile}  # fmt: skip
+    assert run.verify(marlin, run.VARIANTS["marlin-w4a16"], "cuda") == {}
+    wrong = run.verify(marlin, run.VARIANTS["humming-w4a8"], "cuda")
+    assert wrong == {
+        "layers": ["CompressedTensorsWNA16: MarlinLinearKernel"],
+        "kernels": ["void marlin::Marlin<...>"],
+    }
+    nothing = {"layers": {"decoder": {}}, "profile": profile}
+    assert "layers" in run.verify(nothing, run.VARIANTS["bf16"], "cuda")
+
+
+def test_answers_within_the_noise_and_not() -> None:
+    right = ["a"] * 100
+    known = {
+        "questions": 100,
+        "equal_to_fp32": 95,
+        "tokens": [[1]] * 100,
+        "texts": ["a"] * 90 + ["b"] * 10,
+    }
+    near = {"tokens": [[1]] * 93 + [[2]] * 7, "texts": ["a"] * 89 + ["b"] * 11}
+    told = gpu_vllm_demo.verdict(near, known, right)
+    assert told["equal"] == 93 and told["tokens_within_noise"]
+    assert told["exact"] == 0.89 and told["exact_equal_within_interval"]
+    far = {"tokens": [[1]] * 60 + [[2]] * 40, "texts": ["a"] * 60 + ["b"] * 40}
+    told = gpu_vllm_demo.verdict(far, known, right)
+    assert not told["tokens_within_noise"] and not told["exact_equal_within_interval"]
+
+
+# ---- tables and plot
+
+
+def test_goals_met_and_missed() -> None:
+    reached = {goal: (seen, met) for goal, seen, met in report.goals(made_up())}
+    assert reached["qwen2-vl-7b: w3a16 decodes 3x bf16 at batch 1"] == ("3.10x", True)
+    assert reached["qwen2-vl-7b: w4a8 answers 1.4x as many requests as bf16"] == ("1.30x", False)
+    assert reached["qwen2-vl-7b: w4a8 has the first of 1024 tokens 1.3x as soon"][0] == "1.25x"
+    ahead = reached["qwen2-vl-7b: w3a16 ahead of humming-w3a16, decode at batch 1"]
+    assert ahead == ("0.89x", False)
+    assert reached["internvl2-8b: quantized to w3a16 within 360 s"] == ("300 s", True)
+    # What ran another kernel, or on another card, or not at all, is compared with nothing.
+    assert not any("humming-w4a8" in goal or "marlin" in goal for goal in reached)
+    moved = made_up()
+    moved["bench"]["qwen2-vl-7b"]["bf16"]["machine"] = {**CARD, "card": "another"}
+    assert not any("bf16" in g for g, _, _ in report.goals(moved) if "requests" not in g)
+
+
+def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / run.FILE).write_text(json.dumps(made_up()))
+    assert gpu_vllm.main(["--out", str(tmp_path), "table", "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "| w3a16 | 310 (3.10x) | 4960 (3.10x) | 60 (0.83x) | 240 (0.83x) |" in text
+    assert "(**not as named**)" in text
+    assert "marlin-w4a16 could not run: ValueError: made up" in text
+    assert "| (of it lm_head) | 20 (20%) |" in text
+    assert "| quantized GEMM | 60 (60%) |" in text
+    assert "took 300 s and 20.0 GiB at most" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.count("|") > 2 for line in rows)
+
+
+def test_nothing_measured_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_vllm.main(["--out", str(tmp_path), "table"]) == 0
+    assert capsys.readouterr().out == "nothing was measured yet\n"
+    assert gpu_vllm.main(["--out", str(tmp_path), "plot"]) == 1
+    assert "run bench first" in capsys.readouterr().err
+
+
+def test_plot(tmp_path: Path) -> None:
+    path = report.plot(made_up(), tmp_path / "sub" / "plot.png")
+    png = path.read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 20_000
+
+
+# ---- on the CPU engine
+
+
+def _run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", gpu_vllm.__file__, "--device", "cpu", "--tiny"]
+    return subprocess.run(
+        [*command, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words],
+        capture_output=True, text=True, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", models.MODELS)
+def test_bench_on_the_cpu_engine(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    variants = ("bf16", "w3a16", "w4a8", "machete-w4a16", "humming-w3a16")
+    done = _run(tmp_path, "bench", "--models", model, "--variants", *variants)
+    assert done.returncode == 0, done.stderr + done.stdout
+    results = run.load(tmp_path / "out" / run.FILE)["bench"][model]
+    # vLLM's CPU engine takes a kernel of its own for the one, and has none for the other.
+    assert "CPU" in results["machete-w4a16"]["not_as_named"]["layers"][0]
+    assert "ValueError" in results["humming-w3a16"]["unavailable"]
+    for name in variants[:3]:
+        found = results[name]
+        assert found["not_as_named"] == {}, done.stdout
+        assert all(row["tokens_per_second"] > 0 for row in found["decode"].values())
+        # A tile of LLaVA-OneVision may be more than half of a prompt; the words fill it up.
+        assert all(
+            abs(row["tokens"] - int(n)) <= row["picture_tokens"] and row["pictures"] > 0
+            for n, row in found["first_token"].items()
+        )
+    layers = {name: sum(results[name]["layers"]["decoder"].values()) for name in variants[:3]}
+    assert set(layers.values()) == {8}  # qkv, o, gate_up and down of two blocks
+    assert results["w3a16"]["profile"]["decode_us"]["quantized GEMM"] > 0
+    again = _run(tmp_path, "bench", "--models", model, "--variants", "bf16")
+    assert again.stdout == f"bench {model} bf16: measured before\n"
+
+
+@pytest.mark.slow
+def test_demo_and_its_reference_on_the_cpu_engine(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    reference = ["--questions", "16", "--reference", str(tmp_path / "reference.json")]
+    names = ["--names", "llava-w3a16-rtn", "llava-w4a8-rtn"]
+    done = _run(tmp_path, "reference", *names, *reference)
+    assert done.returncode == 0, done.stderr + done.stdout
+    done = _run(tmp_path, "demo", *names, *reference)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for found in run.load(tmp_path / "out" / run.FILE)["demo"].values():
+        assert found["same_checkpoint"] and found["equal"] == 16  # the same device, twice
+        assert any("QigLinearMethod" in kernel for kernel in found["layers"]["decoder"])
+
+
+@pytest.mark.slow
+def test_profile_throughput_and_quantization_on_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    model = ["--models", "qwen2-vl-7b"]
+    for stage in (["profile", *model, "--variants", "w4a8"],
+                  ["throughput", *model, "--variants", "w4a8"],
+                  ["quantize8b", *model, "--schemes", "w4a8"], ["table"]):  # fmt: skip
+        done = _run(tmp_path, *stage)
+        assert done.returncode == 0, done.stderr + done.stdout
+    results = run.load(tmp_path / "out" / run.FILE)
+    profile = results["profile"]["qwen2-vl-7b"]["w4a8"]["batches"]
+    assert profile["1"]["decode_us"]["quantized GEMM"] > 0
+    assert results["throughput"]["qwen2-vl-7b"]["w4a8"]["requests_per_second"] > 0
+    assert results["quantize8b"]["qwen2-vl-7b"]["w4a8"]["blocks"] == 2
+    assert len(list((tmp_path / "work" / "jobs" / "traces").glob("*.json.gz"))) >= 2
+
+
+def test_an_unknown_reference_is_refused(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--out", str(tmp_path), "demo", "--names", "llava-w3a16-rtn"]
+    options = gpu_vllm.arguments([*words, "--reference", str(tmp_path / "none.json")])
+    with pytest.raises(UserError, match="has no llava-w3a16-rtn: make it with `reference`"):
+        gpu_vllm_demo.compare(options, CARD)
