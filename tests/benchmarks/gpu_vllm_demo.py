@@ -96,7 +96,7 @@ def make_reference(options: argparse.Namespace) -> int:
     return 0
 
 
-def same(first: list[list[int]], second: list[list[int]]) -> int:
+def same(first: list[str], second: list[str]) -> int:
     """Answers that are equal, token by token."""
     return sum(a == b for a, b in zip(first, second, strict=True))
 

@@ -334,7 +334,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def demo(job: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers to the first questions of the test split: token ids and texts."""
+    """Greedy answers to the first questions of the test split: token ids, as text, and texts."""
     from vllm import SamplingParams
 
     from qig_serve.demo.questions import samples
@@ -357,7 +357,7 @@ def demo(job: dict[str, Any]) -> dict[str, Any]:
         conversations, SamplingParams(temperature=0, max_tokens=160), use_tqdm=False
     )
     return {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "tokens": [" ".join(map(str, output.outputs[0].token_ids)) for output in outputs],
         "texts": [output.outputs[0].text for output in outputs],
         "layers": engine.kernels(),
     }

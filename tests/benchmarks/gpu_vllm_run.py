@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -180,13 +182,19 @@ def run_child(
     out.unlink(missing_ok=True)
     left = max(1.0, options.seconds - (time.monotonic() - options.started))
     with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, env=environment(options, name, more), stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
         try:
-            code = subprocess.run(
-                command, env=environment(options, name, more), stdout=output,
-                stderr=subprocess.STDOUT, timeout=left,
-            ).returncode  # fmt: skip
+            code = child.wait(left)
         except subprocess.TimeoutExpired:
             return {"unavailable": f"stopped after {left:.0f} s", "log": log.name}
+        finally:
+            # Engines of their own processes outlive their parent, and keep the GPU's memory.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     if code or not out.is_file():
         return {"unavailable": reason(log.read_text(errors="replace")), "log": log.name}
     return dict(json.loads(out.read_text()))

@@ -347,14 +347,14 @@ def test_answers_within_the_noise_and_not() -> None:
     known = {
         "questions": 100,
         "equal_to_fp32": 95,
-        "tokens": [[1]] * 100,
+        "tokens": ["1 2"] * 100,
         "texts": ["a"] * 90 + ["b"] * 10,
     }
-    near = {"tokens": [[1]] * 93 + [[2]] * 7, "texts": ["a"] * 89 + ["b"] * 11}
+    near = {"tokens": ["1 2"] * 93 + ["2 2"] * 7, "texts": ["a"] * 89 + ["b"] * 11}
     told = gpu_vllm_demo.verdict(near, known, right)
     assert told["equal"] == 93 and told["tokens_within_noise"]
     assert told["exact"] == 0.89 and told["exact_equal_within_interval"]
-    far = {"tokens": [[1]] * 60 + [[2]] * 40, "texts": ["a"] * 60 + ["b"] * 40}
+    far = {"tokens": ["1 2"] * 60 + ["1"] * 40, "texts": ["a"] * 60 + ["b"] * 40}
     told = gpu_vllm_demo.verdict(far, known, right)
     assert not told["tokens_within_noise"] and not told["exact_equal_within_interval"]
 
