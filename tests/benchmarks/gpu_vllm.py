@@ -1,25 +1,31 @@
 """`make gpu-vllm`: the checkpoints in vLLM on a GPU, end to end, at real sizes.
 
 For a machine with one Hopper GPU, torch 2.11, triton 3.6 and Python 3.12 that can download
-nothing, with this checkout and the two archives of vLLM 0.26. Each line below fits in one command
-of ten minutes; unpack in the first, and again wherever files do not last from one to the next:
+nothing, with this checkout and, in .gpu/, the two archives of vLLM 0.26 and the wheel of
+typing-inspection, which pydantic needs and the archives lack. Unpack and work in one command; each
+line below fits in one of ten minutes (a variant takes one to three, those that would not end in
+time are left for the next, and what lasts between commands under /tmp is used again):
 
-    python3 -c "import tarfile,glob;[tarfile.open(p).extractall('/tmp/site',filter='data') \\
-        for p in sorted(glob.glob('.gpu/part*.tar.xz'))]"; export PYTHONPATH=/tmp/site
-    R="python3 -P tests/benchmarks/gpu_vllm.py --out /tmp/out --work /tmp/work"
-    $R demo                                      # does it start, and are the answers the CPU's
+    python3 -c "import tarfile,zipfile,glob; g=lambda p: sorted(glob.glob('.gpu/'+p)); \\
+        [tarfile.open(p).extractall('/tmp/site',filter='data') for p in g('part*.tar.xz')]; \\
+        [zipfile.ZipFile(p).extractall('/tmp/site') for p in g('*.whl')]"
+    export PYTHONPATH=/tmp/site; C=COMMIT
+    R="python3 -P tests/benchmarks/gpu_vllm.py --out /tmp/out --work /tmp/work --commit $C"
+    $R demo --names llava-w3a16-rtn llava-w4a8-rtn    # does it start; the CPU's answers?
     $R make --models qwen2-vl-7b && $R bench --models qwen2-vl-7b
-    $R bench --models qwen2-vl-7b                # goes on where the time ran out
-    $R throughput --models qwen2-vl-7b
+    $R bench --models qwen2-vl-7b                     # goes on where the time ran out
+    $R throughput --models qwen2-vl-7b --variants bf16 w3a16 w4a8
     $R profile --models qwen2-vl-7b --variants w3a16 w4a8
-    rm -r /tmp/work/models/qwen2-vl-7b           # 37 GB a model; then the other two
+    rm -r /tmp/work/models/qwen2-vl-7b                # 35 GB a model; then the other two
     $R make --models internvl2-8b --checkpoints bf16 && $R quantize8b --schemes w3a16
     $R table --markdown; $R plot
 
-Before that, here, without a GPU: `reference` makes gpu_vllm_reference.json, which `demo` compares
-with (and, under --work, the checkpoints it was made with: take them along, or else those rounded
-to nearest are made again, bit for bit, and the others are compared by their figures alone).
-Everything but the times can be tried without a GPU:
+Bring /tmp/out back, and put its files into tests/benchmarks/results/.
+
+Before that, without a GPU: `reference` makes gpu_vllm_reference.json, which `demo` compares with,
+and the checkpoints that it asked, under WORK/demo. Those rounded to nearest are made again anywhere
+bit for bit; take the others along, or they are compared by their figures alone. All but the times
+can be tried without a GPU:
 
     python tests/benchmarks/gpu_vllm.py --device cpu --tiny --out OUT --work WORK bench
 
