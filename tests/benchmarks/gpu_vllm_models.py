@@ -368,13 +368,16 @@ def make_checkpoints(
         model.processor(tokenizer, template, tiny).save_pretrained(path)
         tokenizer.save_pretrained(path)
 
-    rest = {n: _draw(n, s, device).cpu() for n, s in everything.items() if n not in in_layers}
-    shared = next(iter(wanted.values())).parent / "rest.safetensors"
-    save_file(rest, shared, {"format": "pt"})
+    outside = [n for n in everything if n not in in_layers]
+    shared = directory / f"{name}{'-tiny' if tiny else ''}" / "rest.safetensors"
+    if not shared.exists():  # others may link to it
+        rest = {n: _draw(n, everything[n], device).cpu() for n in outside}
+        save_file(rest, shared.with_suffix(".tmp"), {"format": "pt"})
+        shared.with_suffix(".tmp").rename(shared)
+        del rest
     for path in wanted.values():
         os.link(shared, path / shared.name)
-    index = {kind: dict.fromkeys(rest, shared.name) for kind in wanted}
-    del rest
+    index = {kind: dict.fromkeys(outside, shared.name) for kind in wanted}
     for layer in range(config.text_config.num_hidden_layers):
         file = f"layer-{layer:03d}.safetensors"
         names = [n for n in in_layers if n.startswith(f"{prefix}{layer}.")]
@@ -387,6 +390,8 @@ def make_checkpoints(
         contents = {"metadata": {}, "weight_map": index[kind]}
         (path / "model.safetensors.index.json").write_text(json.dumps(contents) + "\n")
         (path / DONE).touch()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # an engine is next to want the memory
     return targets
 
 
