@@ -88,7 +88,7 @@ def each_variant(
     options: argparse.Namespace, stage: str, measure: Callable[[str, str, Variant], dict[str, Any]]
 ) -> int:
     """Measure and merge one after the other, while time suffices; 0 if none was left out."""
-    path, about = options.out / FILE, machine(options.device, options.commit)
+    path, about = options.out / FILE, machine(options)
     longest = 0.0
     for model in options.models:
         for name in options.variants:
@@ -223,7 +223,7 @@ def quantize8b(options: argparse.Namespace) -> int:
     import gpu_vllm_models as models
     import gpu_vllm_quantize
 
-    path, about = options.out / FILE, machine(options.device, options.commit)
+    path, about = options.out / FILE, machine(options)
     name = options.models[-1]
     for scheme in options.schemes:
         place = ("quantize8b", name, scheme)
@@ -247,7 +247,7 @@ def demo(options: argparse.Namespace) -> int:
     """Answers to the demonstration questions against those that the CPU gave."""
     import gpu_vllm_demo
 
-    return gpu_vllm_demo.compare(options, machine(options.device, options.commit))
+    return gpu_vllm_demo.compare(options, machine(options))
 
 
 def reference(options: argparse.Namespace) -> int:

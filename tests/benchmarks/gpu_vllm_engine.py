@@ -35,12 +35,12 @@ TOWER = re.compile(r"vision|visual|tower")
 GROUPS: tuple[tuple[str, str], ...] = (
     # fused first: the name says both norm and quantization
     ("activation quantization", r"quantize_kernel|scaled_int8_quant|per_token_quant|quant_input"),
-    ("quantized GEMM", r"w3a16_|w4a8_|marlin|machete|humming|CutlassW4|_int_mm|qig::|int4_|onednn"),
+    ("quantized GEMM", r"w3a16_|w4a8_|marlin|machete|humming|_int_mm|qig::|int4|onednn_scaled"),
     ("attention", r"flash|attention|attn|fmha|reshape_and_cache|concat_and_cache|paged"),
     ("rotary", r"rotary|rope"),
     ("norm", r"norm|rsqrt"),
     ("SiLU * mul", r"silu|act_and_mul|gelu"),
-    ("16-bit GEMM", r"gemm|nvjet|cutlass|xmma|gemv|splitk|cublas|aten::(mm|addmm|bmm|linear)"),
+    ("16-bit GEMM", r"gemm|nvjet|cutlass|xmma|gemv|splitk|cublas|onednn_mm|aten::(add|b)?mm"),
     ("copies", r"memcpy|memset|copy|aten::(cat|fill_|zero_)"),
     ("sampling", r"argmax|softmax|topk|sample|sort"),
 )  # fmt: skip

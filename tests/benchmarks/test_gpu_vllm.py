@@ -377,6 +377,15 @@ def test_goals_met_and_missed() -> None:
     assert not any("bf16" in g for g, _, _ in report.goals(moved) if "requests" not in g)
 
 
+def test_tiny_models_reach_no_goal(tmp_path: Path) -> None:
+    options = gpu_vllm.arguments(["--device", "cpu", "--tiny", "bench"])
+    card = run.machine(options)["card"]
+    assert card == "CPU, tiny models" and run.machine(options)["versions"]["torch"]
+    results = made_up()
+    results["quantize8b"]["internvl2-8b"]["w3a16"]["machine"] = {**CARD, "card": card}
+    assert list(report.goals(results)) == [] != list(report.goals(made_up()))
+
+
 def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / run.FILE).write_text(json.dumps(made_up()))
     assert gpu_vllm.main(["--out", str(tmp_path), "table", "--markdown"]) == 0
