@@ -81,9 +81,8 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         found["card"] = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         if shutil.which("nvidia-smi"):
-            found["driver"] = subprocess.run(
-                query, capture_output=True, text=True
-            ).stdout.splitlines()[0]
+            told = subprocess.run(query, capture_output=True, text=True).stdout.split()
+            found["driver"] = told[0] if told else None
     if options.tiny:
         found["card"] += TINY
     versions = {"python": sys.version.split()[0]}
