@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -223,14 +224,18 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Resize]]:
         return subprocess.run(words, capture_output=True).returncode == 0
 
     def resize(kilobytes: int) -> None:
-        assert mount("-o", f"remount,size={kilobytes}k")
+        deadline = time.monotonic() + 10
+        while not mount("-o", f"remount,size={kilobytes}k"):  # a mapping may outlive its file
+            assert time.monotonic() < deadline, os.listdir(place)
+            gc.collect()
+            time.sleep(0.1)
 
     if not mount("-o", "size=64k"):
         pytest.skip("mounting a small tmpfs needs root")
     try:
         yield place, resize
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def unfinished(output: Path) -> list[str]:
