@@ -428,48 +428,49 @@ def _run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("model", models.MODELS)
 def test_bench_on_the_cpu_engine(model: str, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    variants = ("bf16", "w3a16", "w4a8", "machete-w4a16", "humming-w3a16")
-    done = _run(tmp_path, "bench", "--models", model, "--variants", *variants)
+    all_of_it = model == "qwen2-vl-7b"
+    ran = ("w4a8", "bf16", "w3a16") if all_of_it else ("w4a8",)
+    rivals = ("machete-w4a16", "humming-w3a16") if all_of_it else ()
+    done = _run(tmp_path, "bench", "--models", model, "--variants", *ran, *rivals)
     assert done.returncode == 0, done.stderr + done.stdout
     results = run.load(tmp_path / "out" / run.FILE)["bench"][model]
-    # vLLM's CPU engine takes a kernel of its own for the one, and has none for the other.
-    assert "CPU" in results["machete-w4a16"]["not_as_named"]["layers"][0]
-    assert "ValueError" in results["humming-w3a16"]["unavailable"]
-    for name in variants[:3]:
+    for name in ran:
         found = results[name]
         assert found["not_as_named"] == {}, done.stdout
+        assert sum(found["layers"]["decoder"].values()) == 8  # qkv, o, gate_up, down; two blocks
         assert all(row["tokens_per_second"] > 0 for row in found["decode"].values())
         # A tile of LLaVA-OneVision may be more than half of a prompt; the words fill it up.
         assert all(
             abs(row["tokens"] - int(n)) <= row["picture_tokens"] and row["pictures"] > 0
             for n, row in found["first_token"].items()
         )
-    layers = {name: sum(results[name]["layers"]["decoder"].values()) for name in variants[:3]}
-    assert set(layers.values()) == {8}  # qkv, o, gate_up and down of two blocks
-    assert results["w3a16"]["profile"]["decode_us"]["quantized GEMM"] > 0
-    again = _run(tmp_path, "bench", "--models", model, "--variants", "bf16")
-    assert again.stdout == f"bench {model} bf16: measured before\n"
+    assert results["w4a8"]["profile"]["decode_us"]["quantized GEMM"] > 0
+    if all_of_it:
+        # vLLM's CPU engine takes a kernel of its own for the one, and has none for the other.
+        assert "CPU" in results["machete-w4a16"]["not_as_named"]["layers"][0]
+        assert "ValueError" in results["humming-w3a16"]["unavailable"]
+    again = _run(tmp_path, "bench", "--models", model, "--variants", "w4a8")
+    assert again.stdout == f"bench {model} w4a8: measured before\n"
 
 
 @pytest.mark.slow
 def test_demo_and_its_reference_on_the_cpu_engine(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    reference = ["--questions", "16", "--reference", str(tmp_path / "reference.json")]
-    names = ["--names", "llava-w3a16-rtn", "llava-w4a8-rtn"]
-    done = _run(tmp_path, "reference", *names, *reference)
-    assert done.returncode == 0, done.stderr + done.stdout
-    done = _run(tmp_path, "demo", *names, *reference)
-    assert done.returncode == 0, done.stderr + done.stdout
-    for found in run.load(tmp_path / "out" / run.FILE)["demo"].values():
-        assert found["same_checkpoint"] and found["equal"] == 16  # the same device, twice
-        assert any("QigLinearMethod" in kernel for kernel in found["layers"]["decoder"])
+    words = ["--names", "llava-w4a8-rtn", "--questions", "16"]
+    words += ["--reference", str(tmp_path / "reference.json")]
+    for stage in ("reference", "demo"):
+        done = _run(tmp_path, stage, *words)
+        assert done.returncode == 0, done.stderr + done.stdout
+    found = run.load(tmp_path / "out" / run.FILE)["demo"]["llava-w4a8-rtn"]
+    assert found["same_checkpoint"] and found["equal"] == 16  # the same device, twice
+    assert any("QigLinearMethod" in kernel for kernel in found["layers"]["decoder"])
 
 
 @pytest.mark.slow
 def test_profile_throughput_and_quantization_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     model = ["--models", "qwen2-vl-7b"]
-    for stage in (["profile", *model, "--variants", "w4a8"],
+    for stage in (["profile", *model, "--variants", "w4a8", "--batches", "1"],
                   ["throughput", *model, "--variants", "w4a8"],
                   ["quantize8b", *model, "--schemes", "w4a8"], ["table"]):  # fmt: skip
         done = _run(tmp_path, *stage)
