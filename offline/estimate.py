@@ -46,6 +46,7 @@ class BlockSeconds:
     candidates: float = 0.0
     """Quantizing the weights for every exponent."""
     rounding: float = 0.0
+    """With moving the scales of single channels."""
 
     @property
     def per_token(self) -> float:

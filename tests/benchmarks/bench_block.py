@@ -43,7 +43,7 @@ STEPS = {
     "statistics": "Hessians",
     "advance": "advance both streams",
     "candidates": "quantize weights, the grid",
-    "rounding": "round and pack",
+    "rounding": "channel scales, round and pack",
 }
 
 
