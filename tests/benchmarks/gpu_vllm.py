@@ -316,7 +316,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--schemes", nargs="+", default=["w3a16", "w4a8"])
             sub.add_argument("--samples", type=int, default=None)
         if name in ("demo", "reference"):
-            sub.add_argument("--names", nargs="+", choices=DEMO_NAMES, default=DEMO_NAMES)
+            default = DEMO_NAMES if name == "reference" else None  # all that the reference has
+            sub.add_argument("--names", nargs="+", choices=DEMO_NAMES, default=default)
             sub.add_argument("--questions", type=int, default=240)
             sub.add_argument("--reference", type=Path, default=REFERENCE)
         if name == "table":

@@ -123,12 +123,13 @@ def compare(options: argparse.Namespace, about: dict[str, Any]) -> int:
     """1 if an answer could not be had or is not the CPU's within the noise."""
     failed = 0
     right = [sample.answer for sample in samples("test", options.questions)]
-    for name in options.names:
+    reference = run.load(options.reference)
+    for name in options.names or list(reference):
         place = ("demo", name)
         if run.done(options.out / run.FILE, place, about["card"]) and not options.again:
             print(f"demo {name}: compared before", flush=True)
             continue
-        known = run.load(options.reference).get(name)
+        known = reference.get(name)
         if known is None:
             raise UserError(f"{options.reference} has no {name}: make it with `reference`")
         found = answers(options, name, options.device, "bfloat16", options.device == "cpu")
