@@ -124,6 +124,8 @@ def compare(options: argparse.Namespace, about: dict[str, Any]) -> int:
     failed = 0
     right = [sample.answer for sample in samples("test", options.questions)]
     reference = run.load(options.reference)
+    if not reference:
+        raise UserError(f"{options.reference} has no answers: make it with `reference`")
     for name in options.names or list(reference):
         place = ("demo", name)
         if run.done(options.out / run.FILE, place, about["card"]) and not options.again:

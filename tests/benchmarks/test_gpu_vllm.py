@@ -485,6 +485,10 @@ def test_profile_throughput_and_quantization_on_the_cpu(tmp_path: Path) -> None:
 
 def test_an_unknown_reference_is_refused(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--out", str(tmp_path), "demo", "--names", "llava-w3a16-rtn"]
-    options = gpu_vllm.arguments([*words, "--reference", str(tmp_path / "none.json")])
+    path = tmp_path / "reference.json"
+    options = gpu_vllm.arguments([*words, "--reference", str(path)])
+    with pytest.raises(UserError, match="has no answers: make it with `reference`"):
+        gpu_vllm_demo.compare(options, CARD)
+    run.merge(path, ["internvl-w3a16-rtn"], {})
     with pytest.raises(UserError, match="has no llava-w3a16-rtn: make it with `reference`"):
         gpu_vllm_demo.compare(options, CARD)
