@@ -418,6 +418,7 @@ def test_plot(tmp_path: Path) -> None:
 
 def _run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", gpu_vllm.__file__, "--device", "cpu", "--tiny"]
+    command += ["--seconds", "3000"]  # the machine may be busy
     return subprocess.run(
         [*command, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words],
         capture_output=True, text=True, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
