@@ -13,8 +13,10 @@ command -v "$python" >/dev/null 2>&1 || python=python3
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 index=${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+# An old package (docopt) builds itself from a setup.py that imports its neighbour, which a safe path
+# forbids.
 # shellcheck disable=SC2086
-"$venv/bin/pip" install --disable-pip-version-check --no-deps $index ${PIP_ARGS:-} \
+PYTHONSAFEPATH="" "$venv/bin/pip" install --disable-pip-version-check --no-deps $index ${PIP_ARGS:-} \
   -r "$root/docker/requirements-cpu.lock"
 "$venv/bin/pip" install --disable-pip-version-check --no-deps --no-build-isolation -e "$root"
 
