@@ -7,7 +7,7 @@ transformers; the blocks themselves are built and filled from the files when ask
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,20 @@ from qig_serve.offline.source_checkpoint import SourceCheckpoint
 
 _AFTER = "hidden_states_added_after"
 """Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
+
+
+def outside_blocks(names: Iterable[str], prefix: str) -> list[str]:
+    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`."""
+    above = {prefix[: i + 1] for i, c in enumerate(prefix) if c == "."}
+    found = set()
+    for name in names:
+        if name.startswith(prefix):
+            continue
+        cut = name.find(".")
+        while cut >= 0 and name[: cut + 1] in above:
+            cut = name.find(".", cut + 1)
+        found.add(name if cut < 0 else name[:cut])
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -115,17 +129,7 @@ class LoadedModel:
 
     def left_alone(self) -> list[str]:
         """Modules that stay in 16 bits: shortest names that cover all but the decoder blocks."""
-        inside = {n for n in self.source if n.startswith(self._prefix)}
-        prefixes = {n[: i + 1] for n in inside for i, c in enumerate(n) if c == "."}
-        names = set()
-        for tensor in self.source:
-            if tensor in inside:
-                continue
-            cut = tensor.find(".")
-            while cut >= 0 and tensor[: cut + 1] in prefixes:
-                cut = tensor.find(".", cut + 1)
-            names.add(tensor if cut < 0 else tensor[:cut])
-        return sorted(names)
+        return outside_blocks(self.source, self._prefix)
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Block `index` with its weights, in `dtype` on the device, in eval mode."""

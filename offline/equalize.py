@@ -11,6 +11,7 @@ from torch import nn
 
 from qig_serve.offline.architectures import SmoothingGroup
 from qig_serve.offline.baselines import AnswerGradients
+from qig_serve.offline.capture import Store
 from qig_serve.offline.channel_scales import minimize_noise, token_moments
 from qig_serve.offline.parts import ModuleParts, capture_parts, inner_names
 from qig_serve.offline.report_data import ModuleReport
@@ -94,7 +95,9 @@ def equalize_group(
     if recipe.equalize == "channels":
         loss_grid = losses[chosen]
         began = time.monotonic()
-        candidates.append(_refine(block, group, streams, candidates[chosen], captured, weights))
+        candidates.append(
+            _refine(block, group, streams, candidates[chosen], captured.masks, inputs, weights)
+        )
         channels = time.monotonic() - began
         losses += evaluate(candidates[-1:])
         chosen = len(candidates) - 1
@@ -154,19 +157,17 @@ def _refine(
     group: SmoothingGroup,
     streams: Streams,
     start: Candidate,
-    captured: ModuleParts,
+    masks: Sequence[torch.Tensor],
+    inputs: Store,
     token_weights: Sequence[torch.Tensor],
 ) -> Candidate:
     """Each channel's scale for itself, from those of the grid's best (channel_scales.py)."""
-    inputs = captured.inputs
-    if streams.recipe.search_input == "quantized" and captured.quantized_inputs is not None:
-        inputs = captured.quantized_inputs
     moments = token_moments(
         (
             (inputs.get(i, streams.device)[mask], token_weights[i][mask])
-            for i, mask in enumerate(captured.masks)
+            for i, mask in enumerate(masks)
         ),
-        sum(int(mask.sum()) for mask in captured.masks),
+        sum(int(mask.sum()) for mask in masks),
         streams.quantizes_activations,
     )
     weights = [block.get_submodule(name).weight for name in group.linears]

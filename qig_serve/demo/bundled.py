@@ -14,9 +14,6 @@ from qig_serve.demo.model import MODELS, get_spec, load_model, save_model
 from qig_serve.demo.outliers import Outliers, add_outliers
 from qig_serve.errors import UserError
 
-BUNDLED_MODELS = tuple(MODELS)
-"""Every row of demo/model.py's table has weights in this package."""
-
 
 def bundled_directory(name: str) -> Path:
     """Where the model `name` of demo/model.py's table lies; UserError when it has no such row."""

@@ -13,8 +13,8 @@ from typing import Any
 async def post(app: Any, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
     """(status, body) of the answer to a POST of JSON.
 
-    app: ASGI 3 application. What it raises after it began to answer (Starlette answers 500, then
-    raises again) is in the answer; before, it is raised here.
+    app: ASGI 3 application. What it raises is raised here, unless it answered with 5xx first
+    (Starlette answers 500, then raises again).
     """
     headers = {"content-type": "application/json", "x-request-id": request_id}
     headers["content-length"] = str(len(body))
@@ -53,7 +53,7 @@ async def post(app: Any, path: str, body: bytes, request_id: str) -> tuple[int, 
     try:
         await app(scope, receive, send)
     except Exception:
-        if status is None:
+        if status is None or status < 500:
             raise
     finally:
         answered.set()

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from qig_serve import packing
 from qig_serve.formats import FORMAT_VERSION, QuantScheme, get_scheme
 from qig_serve.offline import compressed_tensors
+from qig_serve.offline.adapter import outside_blocks
 from qig_serve.offline.architectures import get_architecture
 
 DONE = ".complete"
@@ -75,20 +76,6 @@ def _packed(
     return compressed_tensors.convert_linear(stored, scheme) if kind.startswith("ct-") else stored
 
 
-def _left_alone(names: Iterable[str], prefix: str) -> list[str]:
-    """Shortest names that cover all tensors but the decoder's blocks under `prefix`."""
-    inside = {prefix[: i + 1] for i, c in enumerate(prefix) if c == "."}
-    found = set()
-    for name in names:
-        if name.startswith(prefix):
-            continue
-        cut = name.find(".")
-        while cut >= 0 and name[: cut + 1] in inside:
-            cut = name.find(".", cut + 1)
-        found.add(name if cut < 0 else name[:cut])
-    return sorted(found)
-
-
 def quantization_config(
     model: BenchModel, kind: str, config: Any, left_alone: Sequence[str]
 ) -> dict[str, Any] | None:
@@ -137,7 +124,7 @@ def make_checkpoints(
         if any(n.startswith(p) for n in everything)
     )  # fmt: skip
     in_layers = [n for n in everything if n.startswith(prefix)]
-    left_alone = _left_alone(everything, prefix)
+    left_alone = outside_blocks(everything, prefix)
     for kind, path in wanted.items():
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)

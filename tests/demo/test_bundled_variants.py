@@ -11,9 +11,9 @@ import torch
 
 from qig_serve.demo import MODEL_DIR
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
-from qig_serve.demo.bundled import BUNDLED_MODELS, bundled_directory, export_bundled
+from qig_serve.demo.bundled import bundled_directory, export_bundled
 from qig_serve.demo.measure import answers_right, rounded_to_nearest
-from qig_serve.demo.model import get_spec, load_model, make_model
+from qig_serve.demo.model import MODELS, get_spec, load_model, make_model
 from qig_serve.demo.outliers import decoder_layers
 from qig_serve.demo.questions import samples
 from qig_serve.demo.warm_start import BUNDLED, start_from, strongest_neurons
@@ -82,11 +82,11 @@ def test_strongest_neurons_are_kept_in_order() -> None:
 
 
 def test_all_models_together_are_small() -> None:
-    files = [p for name in BUNDLED_MODELS for p in bundled_directory(name).iterdir()]
+    files = [p for name in MODELS for p in bundled_directory(name).iterdir()]
     assert sum(path.stat().st_size for path in files) < 32_000_000
 
 
-@pytest.mark.parametrize("name", [n for n in BUNDLED_MODELS if n != "llava"])
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "llava"])
 def test_other_models_answer_and_feel_three_bits(name: str) -> None:
     """test_bundled.py does so for llava, at length."""
     model, processor = load_model(bundled_directory(name))
