@@ -7,7 +7,10 @@ socket, so a batch understands what the server understands.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,6 +26,8 @@ from qig_serve.serving.limits import Limits
 
 _WAITING = 2
 """Requests in hand for each that the engine can run: the next are ready when one ends."""
+
+_LOWEST_PRIORITY = 19
 
 
 @dataclass
@@ -51,11 +56,13 @@ def generate(
     resume: bool = False,
     flags: Sequence[str] = (),
     quiet: bool = False,
+    give_way: bool = False,
 ) -> Totals:
     """Answer every request of `source` into `output`, rows in the order in which they finish.
 
-    flags: of `vllm serve`; quiet: no progress bar. UserError for input that is wrong as a whole;
-    EngineDied if the engine died, after which `resume` continues.
+    flags: of `vllm serve`; quiet: no progress bar; give_way: the engine's processes go first, and
+    the calling thread keeps its lowest priority afterwards. UserError for input that is wrong as
+    a whole; EngineDied if the engine died, after which `resume` continues.
     """
     from qig_serve.inspection import require_sound
     from qig_serve.serve import parse_flags, set_environment
@@ -73,15 +80,19 @@ def generate(
     defaults["model"] = (args.served_model_name or [args.model])[0]
     results = Results(output, resume)
     try:
-        return asyncio.run(
-            _run(args, batch_io.read_requests(source, prompt, defaults), source, results, quiet)
-        )
+        requests = batch_io.read_requests(source, prompt, defaults)
+        return asyncio.run(_run(args, requests, source, results, quiet, give_way))
     finally:
         results.close()
 
 
 async def _run(
-    args: Any, requests: Iterator[Request], source: Path, results: Results, quiet: bool
+    args: Any,
+    requests: Iterator[Request],
+    source: Path,
+    results: Results,
+    quiet: bool,
+    give_way: bool,
 ) -> Totals:
     from qig_serve.serving import media  # noqa: F401  registers the media connector
     from qig_serve.vllm_plugin import compat
@@ -92,12 +103,20 @@ async def _run(
         await compat.app_state_initializer()(engine, app.state, args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM stops it if the engine dies
         app.user_middleware.clear()  # logs, CORS, HTTP metrics: there is no connection
+        app.middleware_stack = None  # vLLM has built it already
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
             folder = source if source.is_dir() else source.parent
             runner = _Runner(app, engine, folder, results, progress)
+            if give_way:  # where cores are few, a step of the engine waits for this thread else
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+            gc.collect()
+            gc.freeze()  # walking all that vLLM loaded took a third of this process's time
             began = time.perf_counter()
-            await runner.run(requests, at_once)
+            try:
+                await runner.run(requests, at_once)
+            finally:
+                gc.unfreeze()
             runner.totals.seconds = time.perf_counter() - began
     return runner.totals
 
@@ -141,7 +160,7 @@ class _Runner:
         if request.body is None:
             return batch_io.error_row(request, request.error or "not a request")
         try:
-            body = await asyncio.to_thread(_serialize, request.body, self.folder)
+            body = json.dumps(batch_io.embed_pictures(request.body, self.folder)).encode()
         except ValueError as error:
             return batch_io.error_row(request, str(error))
         request_id = uuid.uuid4().hex
@@ -153,10 +172,6 @@ class _Runner:
         except ValueError:
             answer = raw.decode(errors="replace")
         return batch_io.result_row(request, status, request_id, answer)
-
-
-def _serialize(body: dict[str, Any], folder: Path) -> bytes:
-    return json.dumps(batch_io.embed_pictures(body, folder)).encode()
 
 
 class _ProgressBar:

@@ -43,6 +43,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
         raise UserError(version)
 
     import psutil  # vLLM brings it
+    from vllm import EngineArgs
     from vllm.platforms import current_platform
 
     from qig_serve.vllm_plugin import compat, register
@@ -50,9 +51,6 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     register()
     compat.cli_environment()()
     names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
-    if not names & {"--kv-cache-memory-bytes", "--gpu-memory-utilization"}:
-        space = min(CPU_CACHE_GIB, psutil.virtual_memory().available // 2**30 // 4)
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, space)))
     words = ["serve", str(directory), *flags]
     if "--shutdown-timeout" not in names:
         words += ["--shutdown-timeout", str(DRAIN_SECONDS)]
@@ -69,6 +67,10 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
         )
     args.model = args.model_tag or args.model
     command.validate(args)
+    usual_share = EngineArgs.gpu_memory_utilization
+    if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == usual_share:
+        space = min(CPU_CACHE_GIB, psutil.virtual_memory().available // 2**30 // 4)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, space)))
     if args.pipeline_parallel_size > 1 and args.enforce_eager and current_platform.is_cpu():
         raise UserError(  # it would answer the first request with a KeyError
             "--enforce-eager and --pipeline-parallel-size do not go together on a CPU: vLLM makes "

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             flags=flags,
             quiet=args.quiet,
+            give_way=True,
         )
     except EngineDied as died:
         print(

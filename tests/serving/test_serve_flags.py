@@ -1,0 +1,34 @@
+"""What `qig-serve serve` makes of vLLM's flags."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from qig_serve import serve
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "1"),
+        (["--kv-cache-memory-bytes", "1G"], None),
+        (["--kv-cache-memory-b", "1G"], None),
+        (["--gpu-memory-utilization=0.5"], None),
+        (["--config", "options.yaml"], None),
+    ],
+)
+def test_cpu_cache_is_small_unless_said_else(
+    flags: list[str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serve, "CPU_CACHE_GIB", 1)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")  # so that it is taken away afterwards
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    (tmp_path / "options.yaml").write_text("gpu-memory-utilization: 0.4\n")
+    serve.parse_flags(Path("model"), flags)
+    assert os.environ.get("VLLM_CPU_KVCACHE_SPACE") == expected
