@@ -169,6 +169,7 @@ def _refine(
         ),
         sum(int(mask.sum()) for mask in masks),
         streams.quantizes_activations,
+        compensates=streams.recipe.compensation != "none" and not streams.quantizes_activations,
     )
     weights = [block.get_submodule(name).weight for name in group.linears]
     channel_of = output_of_channel(block, group, len(start.scales))

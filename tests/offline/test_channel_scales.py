@@ -100,3 +100,21 @@ def test_tokens_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(moments.energy, weights @ x.square())
     torch.testing.assert_close(moments.weights.sum(), weights.sum())
     assert not len(token_moments(parts, T, False).sizes)
+
+
+def test_with_compensation_an_error_costs_what_others_cannot_make_up_for() -> None:
+    """A pair of channels that always move together costs little; scaling inputs changes nothing."""
+    weight, x, weights = case()
+    x[:, 1] = x[:, 0] * 2
+    parts = [(x[:137], weights[:137]), (x[137:], weights[137:])]
+    moments = token_moments(parts, T, False, compensates=True)
+    assert moments.hessian is not None
+    torch.testing.assert_close(moments.hessian.diagonal(), moments.energy)
+    cost = channel_scales._error_cost(moments, torch.ones(K), channel_scales.ALONE)
+    assert bool((cost[:2] < 0.15 * moments.energy[:2]).any())
+    assert bool((cost <= 1.02 * moments.energy).all())
+    halved = token_moments([(a / 2, b) for a, b in parts], T, False, compensates=True)
+    same = channel_scales._error_cost(halved, torch.full((K,), 0.5), channel_scales.ALONE)
+    torch.testing.assert_close(4 * same, cost, rtol=1e-3, atol=0)
+    found = minimize_noise([weight], moments, SCHEMES["w3a16"], torch.ones(K), torch.arange(K))
+    assert bool(found.isfinite().all())
