@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,13 +58,23 @@ class Attribution:
     """F(X) - F(X0), [B]: what completeness says the integral is."""
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_activation(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 def quantize_activation_ste(x: torch.Tensor) -> torch.Tensor:
     """int8 quantize-dequantize a token, with the gradient of the identity.
 
     Rounding has zero gradient almost everywhere: without the straight-through estimator the
     quantized branch would be a constant, and the attribution that of full precision alone.
     """
-    return x + (fake_quantize_activation(x.detach()) - x.detach())
+    return _StraightThrough.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def discrepancy(full: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:

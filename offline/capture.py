@@ -128,9 +128,13 @@ def run_module(
 @contextmanager
 def quantized_activations(linears: Sequence[nn.Module], enabled: bool = True) -> Iterator[None]:
     """Inside, the inputs of these linears are int8-quantized a token (straight-through)."""
+    last: tuple[Any, Any] = (None, None)  # linears that share an input share its codes
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (quantize_activation_ste(args[0]), *args[1:])
+        nonlocal last
+        if args[0] is not last[0]:
+            last = args[0], quantize_activation_ste(args[0])
+        return (last[1], *args[1:])
 
     handles = [m.register_forward_pre_hook(hook) for m in linears] if enabled else []
     try:

@@ -87,16 +87,22 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = max |x| / 127; codes = round half to even (x / scale), within -127..127. A token of
     zeros gets scale 1 and zero codes.
     """
-    x = x.float()
-    amax = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(amax > 0, amax / 127, torch.ones_like(amax))
-    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+    codes, scale = _activation_codes(x)
+    return codes.to(torch.int8), scale
 
 
 def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
     """Quantize and dequantize activations a token; same dtype as `x`."""
-    codes, scale = quantize_activation(x)
-    return (codes.float() * scale).to(x.dtype)
+    codes, scale = _activation_codes(x)
+    return codes.mul_(scale).to(x.dtype)
+
+
+def _activation_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_activation`, the codes in fp32."""
+    x = x.float()
+    amax = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(amax > 0, amax / 127, torch.ones_like(amax))
+    return (x / scale).round_().clamp_(-127, 127), scale
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
