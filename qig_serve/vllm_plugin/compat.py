@@ -91,6 +91,19 @@ def app_state_initializer() -> Any:
     return find("init_app_state", f"{_LAUNCHERS}.api_server.app_state", _API_SERVER)
 
 
+_CHAT = ("vllm.entrypoints.openai.chat_completion.protocol", "vllm.entrypoints.openai.protocol")
+
+
+def chat_request() -> Any:
+    """The body of a chat completion, a pydantic model."""
+    return find("ChatCompletionRequest", *_CHAT)
+
+
+def chat_response() -> Any:
+    """The answer to one that does not stream, a pydantic model."""
+    return find("ChatCompletionResponse", *_CHAT)
+
+
 def inductor_pass() -> Any:
     """The base class of passes that vLLM runs while Inductor compiles."""
     return find(

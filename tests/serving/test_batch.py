@@ -26,6 +26,7 @@ from starlette.routing import Route
 from qig_serve.batch import EngineDied, Totals, _Runner
 from qig_serve.errors import UserError
 from qig_serve.serving import batch_io
+from qig_serve.serving.in_process import Chat
 
 
 def write_batch(path: Path, count: int, **body: Any) -> Path:
@@ -78,13 +79,15 @@ class Engine:
     deadly = False
 
 
-def run(engine: Engine, source: Path, output: Path, resume: bool = False) -> Totals:
+def run(
+    engine: Engine, source: Path, output: Path, resume: bool = False, chat: Chat | None = None
+) -> Totals:
     app = Starlette(routes=[Route(batch_io.URL, engine.answer, methods=["POST"])])
     results = batch_io.Results(output, resume)
 
     async def go() -> Totals:
         fake: Any = engine
-        runner = _Runner(app, fake, source.parent, results, lambda totals: None)
+        runner = _Runner(app, fake, source.parent, results, lambda totals: None, chat)
         await runner.run(batch_io.read_requests(source, None, {"model": "m"}), 5)
         return runner.totals
 
@@ -133,6 +136,48 @@ def test_dead_engine_ends_the_batch_and_blames_no_request(tmp_path: Path) -> Non
     rows = read_rows(output)
     assert 0 < len(rows) < 60 and all(row["line"] != 31 for row in rows)
     assert run(Engine(), source, output, resume=True).done == 60 - len(rows)
+
+
+class Handler:
+    """Stands for vLLM's chat handler: some bodies it answers, one with an error, one not at all."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+
+    async def create_chat_completion(self, request: Any) -> Any:
+        from qig_serve.vllm_plugin import compat
+
+        text = request.messages[0]["content"][1]["text"]
+        if "number 1?" in text:
+            raise RuntimeError("a fault in the handler")
+        if "number 2?" in text:
+            return "an error, or a stream"
+        self.ids.append(request.request_id)
+        message = {"role": "assistant", "content": "direct"}
+        return compat.chat_response()(
+            model=request.model,
+            choices=[{"index": 0, "message": message}],
+            usage={"completion_tokens": 3},
+        )
+
+
+def test_chat_goes_to_the_handler_and_what_it_cannot_answer_to_the_application(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("vllm")
+    from qig_serve.serving.in_process import chat_of
+
+    source = write_batch(tmp_path / "in.jsonl", 4)
+    with source.open("a") as file:
+        file.write(json.dumps({"custom_id": "bad", "body": {"messages": [], "max_tokens": "x"}}))
+    engine, handler = Engine(), Handler()
+    totals = run(engine, source, tmp_path / "out.jsonl", chat=chat_of(handler))
+    rows = {row["line"]: row for row in read_rows(tmp_path / "out.jsonl")}
+    texts = [batch_io.answer_text(rows[line]) for line in range(1, 5)]
+    assert texts == ["direct", "What is number 1?", "What is number 2?", "direct"]
+    assert engine.seen == 3 and rows[5]["error"]["code"] == "500"
+    assert handler.ids == [rows[line]["response"]["request_id"] for line in (1, 4)]
+    assert totals.done == 5 and totals.failed == 1 and totals.tokens == 2 * 2 + 2 * 3
 
 
 def command(checkpoint: Path, *arguments: str | Path) -> list[str]:
