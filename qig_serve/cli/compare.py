@@ -19,6 +19,7 @@ A method may carry recipe fields, as NAME:FIELD=VALUE:FIELD=VALUE, for ablations
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on beside the model: the options, and versions."""
+    """What the figures depend on beside the model: the options, versions, the machine."""
     import torch
     import transformers
 
@@ -152,6 +153,11 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "qig_serve": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "machine": (
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()}), no GPU"
+        ),
     }
 
 

@@ -117,9 +117,13 @@ def pairwise(runs: Sequence[Run], scheme: str) -> dict[tuple[str, str], Paired]:
 
 
 def to_json(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> dict[str, Any]:
-    """Everything, JSON-ready."""
+    """Everything, JSON-ready; models by name, since their folders may be gone."""
+
+    def told(result: EvaluationResult) -> dict[str, Any]:
+        return {**result.to_json(), "model": Path(result.model).name}
+
     return {
-        "full_precision": {str(seed): result.to_json() for seed, result in full.items()},
+        "full_precision": {str(seed): told(result) for seed, result in full.items()},
         "summary": [dataclasses.asdict(s) for s in summarize(runs, full)],
         "pairwise": [
             {"scheme": scheme, "first": a, "second": b, **dataclasses.asdict(test)}
@@ -127,13 +131,13 @@ def to_json(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> dict[s
             for (a, b), test in pairwise(runs, scheme).items()
         ],
         "runs": [
-            {
+            told(r.result)  # which knows of no method if its checkpoint is an ordinary model
+            | {
                 "scheme": r.scheme,
                 "method": r.method,
                 "seed": r.seed,
                 "seconds": r.seconds,
                 "peak_bytes": r.peak_bytes,
-                **r.result.to_json(),
             }
             for r in runs
         ],

@@ -33,7 +33,7 @@ def _result(right: int, n: int = 40, kl: float | None = None) -> EvaluationResul
     divergence = None
     if kl is not None:
         divergence = Divergence(n, 2 * n, kl, 0.1, kl, 2 * kl, 3 * kl, 0.9, 1.1, 1.0, {"odd": kl})
-    return EvaluationResult("m", "dir", "transformers", answers, "h", divergence=divergence)
+    return EvaluationResult("m", "some/dir", "transformers", answers, "h", divergence=divergence)
 
 
 FULL = {0: _result(40), 1: _result(36)}
@@ -72,6 +72,9 @@ def test_json_table_and_plot(tmp_path: Path) -> None:
     record = to_json(RUNS, FULL)
     json.dumps(record, allow_nan=False)
     assert len(record["runs"]) == 5 and len(record["pairwise"]) == 2
+    # The results know no method, as those of ordinary models; they were in a folder.
+    assert record["runs"][3]["scheme"] == "w3a16" and record["runs"][3]["method"] == "qig"
+    assert record["full_precision"]["1"]["model"] == "dir"
     console = Console(width=220, record=True, file=io.StringIO())
     console.print(summary_table(RUNS, FULL))
     console.print(pairwise_table(RUNS, "w3a16"))
