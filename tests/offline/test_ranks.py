@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from qig_serve.errors import UserError
+from qig_serve.formats import get_scheme
 from qig_serve.offline.pipeline import LOG_FILE, quantize
 from qig_serve.offline.ranks import ALONE, Ranks
 from qig_serve.offline.recipe import QuantRecipe
@@ -72,7 +73,9 @@ def assert_same(one: Path, two: Path) -> None:
 
     Error compensation passes the last bit of a sum on from column to column until a code flips,
     and from there to all that comes after: with it the first group's codes, which no code has
-    come before, are compared, and for the rest how well they do.
+    come before, are compared, and for the rest how well they do. Where the scales a channel weigh
+    what compensation leaves of an error (weights only), they too follow the last bits, by up to
+    0.4%: then the first group's folded scales are compared, and no codes.
     """
     a, b = (
         QuantizationReport.model_validate_json((d / REPORT_FILE).read_text()) for d in (one, two)
@@ -99,18 +102,21 @@ def assert_same(one: Path, two: Path) -> None:
                 assert share.after_clip == pytest.approx(
                     n.token_shares[modality].after_clip, abs=5e-3
                 )
+    channels = a.recipe["equalize"] == "channels" and not get_scheme(a.scheme).activation_bits
     equal = total = 0
     first, second = tensors_of(one), tensors_of(two)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         if compensated and not any(f"layers.0.self_attn.{p}_proj" in name for p in "qkv"):
+            if name.endswith("layers.0.input_layernorm.weight"):
+                torch.testing.assert_close(tensor, second[name], rtol=0.01, atol=0)
             continue
         if name.endswith("weight_packed"):
             equal += int((tensor == second[name]).sum())
             total += tensor.numel()
         else:
             torch.testing.assert_close(tensor.float(), second[name].float(), rtol=0.02, atol=1e-3)
-    assert total and equal > 0.99 * total, f"{equal} of {total} packed words"
+    assert total and (channels or equal > 0.99 * total), f"{equal} of {total} packed words"
 
 
 CASE = {
