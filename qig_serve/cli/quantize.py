@@ -78,11 +78,18 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.errors import UserError
 
     try:
-        return _run(args)
+        status = _run(args)
     except UserError:
         if os.environ.get("RANK", "0") != "0":
             return 2
         raise
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # At exit torch's threads now and then end a finished process with "terminate called
+        # without an active exception" (once in five runs), and torchrun calls the run failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _run(args: argparse.Namespace) -> int:
