@@ -59,6 +59,8 @@ class Attribution:
 
 
 class _StraightThrough(torch.autograd.Function):
+    """`quantize_activation_ste`; of x + (q - x).detach() the sums cost as much as q."""
+
     @staticmethod
     def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize_activation(x)
@@ -74,7 +76,8 @@ def quantize_activation_ste(x: torch.Tensor) -> torch.Tensor:
     Rounding has zero gradient almost everywhere: without the straight-through estimator the
     quantized branch would be a constant, and the attribution that of full precision alone.
     """
-    return _StraightThrough.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    codes: torch.Tensor = _StraightThrough.apply(x)  # type: ignore[no-untyped-call]
+    return codes
 
 
 def discrepancy(full: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:

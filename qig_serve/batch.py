@@ -108,7 +108,8 @@ async def _run(
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
             folder = source if source.is_dir() else source.parent
-            chat = in_process.chat_of(app.state.openai_serving_chat)
+            handler = getattr(app.state, "openai_serving_chat", None)  # of models that generate
+            chat = in_process.chat_of(handler) if handler else None
             runner = _Runner(app, engine, folder, results, progress, chat)
             if give_way:  # where cores are few, a step of the engine waits for this thread else
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

@@ -95,7 +95,17 @@ class Paired:
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """Exact McNemar test of `second` against `first`, question by question.
+    """Exact McNemar test of `second` against `first`, question by question."""
+    n = len(first)
+    if n != len(second) or n == 0:
+        raise ValueError(f"paired needs two equally long, non-empty lists, got {n}, {len(second)}")
+    worse = sum(a and not b for a, b in zip(first, second, strict=True))
+    better = sum(b and not a for a, b in zip(first, second, strict=True))
+    return mcnemar(n, worse, better)
+
+
+def mcnemar(n: int, worse: int, better: int) -> Paired:
+    """Exact McNemar test on n questions of which some turned wrong and some turned right.
 
     Given the discordant pairs, the number that turned right is binomial(1/2) under the null
     hypothesis (McNemar 1947). The interval is Clopper and Pearson's for the share that turned
@@ -103,11 +113,6 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     discordant pair there is nothing to condition on, and the interval is that of the number of
     discordant pairs itself (0 of n).
     """
-    n = len(first)
-    if n != len(second) or n == 0:
-        raise ValueError(f"paired needs two equally long, non-empty lists, got {n}, {len(second)}")
-    worse = sum(a and not b for a, b in zip(first, second, strict=True))
-    better = sum(b and not a for a, b in zip(first, second, strict=True))
     discordant = worse + better
     if discordant == 0:
         high = clopper_pearson(0, n)[1]

@@ -8,12 +8,12 @@ application itself a quarter of what was left.
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 Chat = Callable[[dict[str, Any], str], Awaitable[dict[str, Any] | None]]
-"""(body, request id) -> the answer of a chat completion, or None: the application is to be asked.
-"""
+"""(body, request id) -> the whole answer of a chat completion; None: ask the application."""
 
 
 def chat_of(handler: Any) -> Chat:
@@ -25,6 +25,7 @@ def chat_of(handler: Any) -> Chat:
     from qig_serve.vllm_plugin import compat
 
     request_type, answer_type = compat.chat_request(), compat.chat_response()
+    wrong_body = (ValueError, compat.validation_error())
 
     async def chat(body: dict[str, Any], request_id: str) -> dict[str, Any] | None:
         try:
@@ -32,7 +33,15 @@ def chat_of(handler: Any) -> Chat:
             request.request_id = request_id
             answer = await handler.create_chat_completion(request)
             return answer.model_dump(mode="json") if isinstance(answer, answer_type) else None
-        except Exception:  # the application meets it again, and answers it
+        except wrong_body:  # as the application says
+            return None
+        except Exception as error:  # the application meets it again, and answers it
+            warnings.warn(
+                f"vLLM's chat handler failed ({type(error).__name__}); such requests go through "
+                "the application, which answers them, and takes longer",
+                RuntimeWarning,
+                stacklevel=1,
+            )
             return None
 
     return chat

@@ -17,17 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qig_serve.evaluation.statistics import Paired, paired
+from qig_serve.evaluation.statistics import Paired, mcnemar
 
 
 def add_up(tests: list[dict[str, Any]]) -> Paired:
     """One test over the questions of several."""
-    worse = sum(t["right_to_wrong"] for t in tests)
-    better = sum(t["wrong_to_right"] for t in tests)
-    same = [True] * (sum(t["n"] for t in tests) - worse - better)
-    return paired(
-        [True] * worse + [False] * better + same, [False] * worse + [True] * better + same
-    )
+    names = ("n", "right_to_wrong", "wrong_to_right")
+    return mcnemar(*(sum(t[name] for t in tests) for name in names))
 
 
 def tests_of(run: dict[str, Any], ours: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -69,6 +65,13 @@ def main() -> int:
     for path in args.files:
         run = json.loads(path.read_text())
         for scheme in dict.fromkeys(s["scheme"] for s in run["summary"]):
+            rows = [s for s in run["summary"] if s["scheme"] == scheme]
+            methods = [s["method"] for s in rows if s["kl_mean"] is not None]
+            if args.ours not in methods or len(methods) < 2 or len(methods) < len(rows):
+                parser.error(
+                    f"{path}, {scheme}: needs {args.ours} and another method, each with its KL, "
+                    f"and has {', '.join(methods)}; name one of them by --ours, or compare again"
+                )
             print(table(path.stem, scheme, run, args.ours), end="\n\n")
         for (_, method), test in tests_of(run, args.ours).items():
             pooled.setdefault(method, []).append(test)
