@@ -1,44 +1,40 @@
 """Cross-compile the kernels without a GPU and count what came out: a benchmark on any machine.
 
-    python -m qig_serve.kernels.compile_report [--arch 90 ...] [--json FILE]
+    python -m qig_serve.kernels.compile_report [--arch 90 ...] [--dtype bf16 fp16] [--json FILE]
+    python -m qig_serve.kernels.compile_report --predict [--arch 90]
 
-For every kernel and tile of tiles.json: registers, shared memory, spills, the tensor-core
-instruction in the PTX, and, in the SASS of the main loop, integer and issued instructions a weight
-(of a thread's share of the tile's weights). Exit status 1 when a threshold is passed.
+The first prints, for every kernel and tile of tiles.json: registers, shared memory, spills, the
+tensor-core instruction in the PTX, and integer and issued instructions a weight of the main loop (of
+a thread's share of the tile's weights). Exit status 1 when a threshold is passed. The second prints
+what time_model.py makes of these: microseconds of a layer's linears, and what limits each.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from qig_serve.kernels import quantize_activation, tuning, w3a16, w4a8
-from qig_serve.kernels.tuning import Tile
+from qig_serve.formats import SCHEMES
+from qig_serve.kernels import halves, launch, quantize_activation, time_model
+from qig_serve.kernels.launch import Kernel
+from qig_serve.kernels.ops import KERNELS
+from qig_serve.kernels.sass import SHARED_LIMIT, TARGETS, Counts, count
+from qig_serve.kernels.tiles import LAYER_SHAPES, Tile, select, tile_table
+from qig_serve.kernels.tuning import stored_bits
 
-TARGETS = (80, 86, 89, 90, 100, 120)
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Bytes of shared memory a program can have, by compute capability (CUDA programming guide)."""
-MAX_INTEGER = {"w3a16": 1.2, "w4a8": 0.7}
-"""Integer instructions a weight in the main loop of a decode tile."""
-
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INTEGER = re.compile(
-    r"(LOP3?|PLOP3|SHF|SHL|SHR|IMAD|IADD3?|IABS|LEA|PRMT|ISETP|SEL|MOV|IMNMX|VIADD|VIMNMX|BMSK|SGXT)$"
-)
-_TENSOR = re.compile(r"[HIQ]MMA|[HIQ]GMMA|UTC[A-Z]*MMA")
+MAX_ISSUED = {"halves": 1.5, "w4a8_shared": 1.1}
+"""Issued instructions a weight in the main loop of a kernel's tiles for one token."""
+SHAPE = "Qwen2-VL-7B"
+"""Whose layer --predict adds up."""
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 
 
 @dataclass(frozen=True)
@@ -46,231 +42,110 @@ class Compiled:
     """One kernel for one target, and what was counted."""
 
     kernel: str
+    scheme: str
     target: int
     dtype: str
     tile: str
-    registers: int
-    shared: int
-    stack: int
-    """Bytes of local memory a thread; spills go there."""
-    spills: int
-    """Local-memory instructions in the SASS."""
-    tensor_core: str
+    one_token: bool
+    """Whether the tile serves a single token."""
+    counts: Counts
     integer_per_weight: float | None
     issued_per_weight: float | None
 
     def problems(self) -> list[str]:
         """What is wrong with a tuned kernel, in words."""
-        found = []
+        found, counts = [], self.counts
         where = f"{self.kernel} {self.dtype} sm_{self.target} {self.tile}"
-        if self.spills or self.stack:
-            found.append(f"{where}: {self.spills} spill instructions, {self.stack} B stack")
-        if self.shared > SHARED_LIMIT[self.target]:
-            found.append(f"{where}: {self.shared} B shared of {SHARED_LIMIT[self.target]}")
-        if self.integer_per_weight is not None:
-            if not self.tensor_core:
+        if counts.spills or counts.stack:
+            found.append(f"{where}: {counts.spills} spill instructions, {counts.stack} B stack")
+        if counts.shared > SHARED_LIMIT[self.target]:
+            found.append(f"{where}: {counts.shared} B shared of {SHARED_LIMIT[self.target]}")
+        if self.issued_per_weight is not None:
+            if not counts.tensor_core:
                 found.append(f"{where}: no tensor-core instruction")
-            most = MAX_INTEGER[self.kernel.split("_")[0]]
-            if "decode" in self.kernel and self.integer_per_weight > most:
-                found.append(f"{where}: {self.integer_per_weight:.2f} integer a weight > {most}")
+            most = MAX_ISSUED.get(self.kernel)
+            if self.one_token and most is not None and self.issued_per_weight > most + 0.005:
+                found.append(f"{where}: {self.issued_per_weight:.2f} issued a weight > {most}")
         return found
 
 
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run(
-        [str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True
-    ).stdout
+def orders(target: int) -> launch.Orders:
+    """The orders of inputs of a target."""
+    return launch.orders_of((target // 10, target % 10))
 
 
-def disassemble(cubin: bytes) -> tuple[list[str], dict[str, int], dict[str, int]]:
-    """(instructions, label -> index, resource usage) of a cubin with one kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        listing = _tool("nvdisasm", "-c", str(path))
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    return instructions, labels, {k: int(v) for k, v in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-
-
-def opcode(instruction: str) -> str:
-    """The mnemonic without predicate and modifiers."""
-    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
-
-
-def main_loop(instructions: list[str], labels: dict[str, int]) -> list[str]:
-    """The loop with most tensor-core instructions, shortest first; empty if there is none."""
-    best: tuple[int, int, list[str]] = (0, 0, [])
-    for i, instruction in enumerate(instructions):
-        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction)
-        if jump and labels.get(jump[1], i + 1) <= i:
-            body = instructions[labels[jump[1]] : i + 1]
-            tensor = sum(bool(_TENSOR.match(opcode(line))) for line in body)
-            best = max(best, (tensor, -len(body), body), key=lambda b: b[:2])
-    return best[2]
-
-
-def tensor_core(ptx: str) -> str:
-    """The tensor-core instruction of the PTX, shortened."""
-    found = re.search(
-        r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*?(?:\.(m\d+n\d+k\d+)\S*|\.kind::(\S+))", ptx
-    )
-    if not found:
-        return ""
-    return f"{found[1].split('.')[0]} {found[2] or found[3]}"
-
-
-def compile_kernel(
-    kernel: Any,
-    target: int,
-    arguments: dict[str, str],
-    constants: dict[str, Any],
-    warps: int,
-    divisible: Iterable[str],
-) -> Any:
-    """triton.compile as a launch with 16-byte aligned tensors would."""
-    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if arguments.get(name, "").startswith("*") or name in divisible
-    }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-
-
-def _count(
-    compiled: Any,
-    name: str,
-    target: int,
-    dtype: str,
-    tile: str,
-    weights: float | None = None,
-) -> Compiled:
-    instructions, labels, usage = disassemble(compiled.asm["cubin"])
-    loop = main_loop(instructions, labels)
-    ops = collections.Counter(map(opcode, loop))
-    integer = sum(count for op, count in ops.items() if _INTEGER.match(op))
-    every = collections.Counter(map(opcode, instructions))
-    return Compiled(
-        kernel=name,
-        target=target,
-        dtype=dtype,
-        tile=tile,
-        registers=usage["REG"],
-        shared=compiled.metadata.shared,
-        stack=usage["STACK"],
-        spills=every["STL"] + every["LDL"],
-        tensor_core=tensor_core(compiled.asm["ptx"]),
-        integer_per_weight=integer / weights if weights else None,
-        issued_per_weight=len(loop) / weights if weights else None,
-    )
+def describe(tile: Tile) -> str:
+    """A tile in a table."""
+    if tile.regime == "dequantize":
+        return "128x128 4w"
+    shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
+    return shape if tile.regime == "prefill" else f"{shape} {tile.programs_per_sm}p"
 
 
 def compile_tile(
-    scheme: str, target: int, tile: Tile, dtype: str = "bf16", use_ptx: bool = True
+    scheme: str, target: int, tile: Tile, dtype: str = "bf16", use_ptx: bool = True, m: int = 0
 ) -> Compiled:
-    """Compile the kernel of a tile for a target (80, ...) and count."""
-    common = dict(M="i32", N="i32", K="i32")
-    constants: dict[str, Any] = dict(
-        BLOCK_M=tile.block_m, STAGES=tile.num_stages, HAS_BIAS=True, USE_PTX=use_ptx
+    """Compile the kernel of a tile for a target (80, ...) and count; m: fewest tokens it serves."""
+    kernel = KERNELS[scheme].kernel(tile, dtype, orders(target))
+    return _compiled(kernel, scheme, target, dtype, use_ptx, m)
+
+
+def _compiled(
+    kernel: Kernel, scheme: str, target: int, dtype: str, use_ptx: bool, m: int
+) -> Compiled:
+    tile = kernel.tile
+    kernel.constants["USE_PTX"] = use_ptx
+    counts = count(kernel, target)
+    weights = kernel.inputs * tile.block_n / (32 * kernel.warps)
+    loops = tile.regime != "dequantize"
+    return Compiled(
+        kernel=kernel.name,
+        scheme=scheme,
+        target=target,
+        dtype=dtype,
+        tile=describe(tile),
+        one_token=m == 1,
+        counts=counts,
+        integer_per_weight=counts.integer / weights if loops else None,
+        issued_per_weight=counts.issued / weights if loops else None,
     )
-    if scheme == "w3a16":
-        constants["ROWS"] = tile.block_n // 2
-        arguments = dict(
-            x_ptr=f"*{dtype}", lanes_ptr="*i16", scale_zero_ptr="*i32", bias_ptr=f"*{dtype}",
-            out_ptr=f"*{dtype}", TILES="i32", **common,
-        )  # fmt: skip
-    else:
-        constants["BLOCK_N"] = tile.block_n
-        arguments = dict(
-            codes_ptr="*i8", token_scale_ptr="*fp32", nibbles_ptr="*i8", channel_scale_ptr="*fp32",
-            bias_ptr=f"*{dtype}", out_ptr=f"*{dtype}", N_PAD="i32", **common,
-        )  # fmt: skip
-    module = w3a16 if scheme == "w3a16" else w4a8
-    weights: float | None = 128 * tile.block_n / (32 * tile.num_warps)
-    divisible = ["N", "K", "N_PAD"]
-    if tile.regime == "split_k":
-        name = f"{scheme}_decode"
-        constants["SPLIT"] = True
-        partial = "*fp32" if scheme == "w3a16" else "*i32"
-        a_split = "groups_a_split" if scheme == "w3a16" else "blocks_a_split"
-        arguments |= {"workspace_ptr": partial, "counter_ptr": "*i32", a_split: "i32"}
-    elif tile.regime == "prefill":
-        name = f"{scheme}_prefill"
-        constants["GROUP_M"] = tile.group_m
-    else:
-        name, weights = "w3a16_dequantize", None
-        constants = {"USE_PTX": use_ptx}
-        arguments = dict(
-            lanes_ptr="*i16", scale_zero_ptr="*i32", weight_ptr=f"*{dtype}", N="i32", K="i32",
-            TILES="i32",
-        )  # fmt: skip
-    kernel = getattr(module, f"{name}_kernel")
-    warps = 4 if tile.regime == "dequantize" else tile.num_warps
-    compiled = compile_kernel(kernel, target, arguments, constants, warps, divisible)
-    shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
-    if tile.regime == "dequantize":
-        shape = "128x128 4w"
-    return _count(compiled, name, target, dtype, shape, weights)
 
 
-def compile_quantizers(target: int, dtype: str = "bf16") -> Iterator[Compiled]:
-    """The activation quantizers at K = 18944, the longest row of LAYER_SHAPES."""
-    x = f"*{dtype}"
-    options = quantize_activation.row_options(18944)
-    warps = options.pop("num_warps")
-    out = dict(codes_ptr="*i8", scale_ptr="*fp32", K="i32")
-    kernels: tuple[tuple[str, dict[str, str], dict[str, Any]], ...] = (
-        ("quantize", dict(x_ptr=x), {}),
-        (
-            "rms_norm_quantize",
-            dict(x_ptr=x, residual_ptr=x, weight_ptr=x, added_ptr=x, eps="fp32"),
-            dict(HAS_RESIDUAL=True),
-        ),
-        ("silu_mul_quantize", dict(gate_up_ptr=x), {}),
-    )
-    for name, arguments, constants in kernels:
-        kernel = getattr(quantize_activation, f"{name}_kernel")
-        compiled = compile_kernel(
-            kernel, target, {**arguments, **out}, {**options, **constants}, warps, ["K"]
-        )
-        yield _count(compiled, name, target, dtype, f"K=18944 {warps}w")
-
-
-def tuned_tiles(target: int) -> Iterator[tuple[str, Tile]]:
-    """(scheme, tile) of every distinct tile of an architecture in tiles.json."""
+def tuned_tiles(target: int) -> Iterator[tuple[str, Tile, int]]:
+    """(scheme, tile, fewest tokens) of every distinct tile of an architecture in tiles.json."""
     seen = set()
-    for (architecture, scheme, _), rows in tuning.tile_table().items():
-        for _, tile in rows:
-            if architecture == f"sm_{target}" and (scheme, tile) not in seen:
-                seen.add((scheme, tile))
-                yield scheme, tile
+    for (architecture, scheme, _), rows in tile_table().items():
+        m = 1
+        for most, tile in rows:
+            key = (scheme, describe(tile), tile.regime, m == 1)
+            if architecture == f"sm_{target}" and key not in seen:
+                seen.add(key)
+                yield scheme, tile, m
+            m = int(most) + 1 if most != float("inf") else m
 
 
 def report(targets: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp16")) -> Iterator[Compiled]:
     """Every kernel and tuned tile, target by target."""
     for target in targets:
         for dtype in dtypes:
-            done = set()
-            for scheme, tile in tuned_tiles(target):
-                shape = (scheme, tile.regime, tile.block_m, tile.block_n, tile.num_warps)
-                if (*shape, tile.num_stages) not in done:
-                    done.add((*shape, tile.num_stages))
-                    yield compile_tile(scheme, target, tile, dtype)
-            yield from compile_quantizers(target, dtype)
+            for scheme, tile, m in tuned_tiles(target):
+                yield compile_tile(scheme, target, tile, dtype, m=m)
+            eight = halves.kernel(EIGHT_BITS, dtype, orders(target).activations, bits=8)
+            yield _compiled(eight, "8 bits", target, dtype, True, 0)
+            for kernel in quantize_activation.kernels(dtype, orders(target).activations):
+                counts = count(kernel, target)
+                yield Compiled(
+                    kernel.name, "-", target, dtype, f"K={kernel.inputs} {kernel.warps}w", False,
+                    counts, None, None,
+                )  # fmt: skip
 
+
+EIGHT_BITS = Tile("halves", 8, 128, 4, 2, programs_per_sm=3)
+"""The tile of 8-bit weights (an output head) for few tokens."""
 
 _HEADER = (
-    f"{'kernel':<20}{'target':<8}{'dtype':<6}{'tile':<17}{'regs':>5}{'shared':>8}{'spills':>7}"
-    f"{'int/w':>7}{'issued/w':>9}  tensor core"
+    f"{'kernel':<20}{'scheme':<7}{'target':<8}{'dtype':<6}{'tile':<18}{'regs':>5}{'shared':>8}"
+    f"{'spills':>7}{'int/w':>7}{'issued/w':>9}  tensor core"
 )
 
 
@@ -280,9 +155,66 @@ def row(c: Compiled) -> str:
     if c.integer_per_weight is not None and c.issued_per_weight is not None:
         per_weight = f"{c.integer_per_weight:>7.2f}{c.issued_per_weight:>9.2f}"
     return (
-        f"{c.kernel:<20}{'sm_' + str(c.target):<8}{c.dtype:<6}{c.tile:<17}{c.registers:>5}"
-        f"{c.shared:>8}{c.spills:>7}{per_weight}  {c.tensor_core}"
+        f"{c.kernel:<20}{c.scheme:<7}{'sm_' + str(c.target):<8}{c.dtype:<6}{c.tile:<18}"
+        f"{c.counts.registers:>5}{c.counts.shared:>8}{c.counts.spills:>7}{per_weight}"
+        f"  {c.counts.tensor_core}"
     )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A linear by the model of time."""
+
+    scheme: str
+    m: int
+    layer: str
+    tile: str
+    microseconds: float
+    limit: str
+    cublas: float
+
+
+@cache
+def _counts(scheme: str, tile: Tile, target: int) -> Counts:
+    return count(KERNELS[scheme].kernel(tile, "bf16", orders(target)), target)
+
+
+def predict(target: int, scheme: str, m: int, model: str = SHAPE) -> list[Predicted]:
+    """The linears of a layer, with the tiles of tiles.json, for M tokens."""
+    gpu, found = time_model.GPUS[target], []
+    for layer, (n, k) in LAYER_SHAPES[model].items():
+        tile = select(scheme, f"sm_{target}", n, k, m)
+        reference = time_model.cublas(m, n, k, gpu)
+        if tile.regime == "dequantize":
+            time, limit = time_model.dequantize(n, k, gpu) + reference, "cuBLAS"
+        else:
+            kernel = KERNELS[scheme].kernel(tile, "bf16", orders(target))
+            work = time_model.work(kernel, stored_bits(SCHEMES[scheme]), m, n, k, gpu.sms)
+            made = time_model.predict(kernel, _counts(scheme, tile, target), work, gpu)
+            time, limit = made.microseconds, made.limit
+        where = f"{tile.regime} {describe(tile)}"
+        found.append(Predicted(scheme, m, layer, where, time, limit, reference))
+    return found
+
+
+def print_predictions(targets: Iterable[int]) -> list[dict[str, Any]]:
+    """Print a table an architecture; what it was made of."""
+    every: list[dict[str, Any]] = []
+    for target in targets:
+        print(f"\nsm_{target} ({time_model.GPUS[target].name}): us, sum of {SHAPE}'s four linears,")
+        print("x: of cuBLAS in bf16; activation quantization not counted")
+        print(f"{'M':>6}{'cuBLAS':>8}{'w3a16':>8}{'x':>6}{'w4a8':>8}{'x':>6}  gate_up: tile, limit")
+        for m in TOKENS:
+            rows = {scheme: predict(target, scheme, m) for scheme in KERNELS}
+            every += [{"target": target, **asdict(p)} for ps in rows.values() for p in ps]
+            reference = sum(p.cublas for p in rows["w3a16"])
+            line = f"{m:>6}{reference:>8.0f}"
+            for predictions in rows.values():
+                total = sum(p.microseconds for p in predictions)
+                line += f"{total:>8.0f}{reference / total:>6.2f}"
+            shown = [next(p for p in ps if p.layer == "gate_up") for ps in rows.values()]
+            print(line + "  " + "; ".join(f"{p.tile}, {p.limit}" for p in shown), flush=True)
+    return every
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -290,18 +222,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="qig_serve.kernels.compile_report")
     parser.add_argument("--arch", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16"), default=("bf16", "fp16"))
+    parser.add_argument("--predict", action="store_true", help="times by time_model.py instead")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args(arguments)
-    print(f"Triton {triton.__version__}\n{_HEADER}")
-    compiled = []
-    for one in report(options.arch, options.dtype):
-        print(row(one), flush=True)
-        compiled.append(one)
+    print(f"Triton {triton.__version__}")
+    figures: list[dict[str, Any]]
+    problems: list[str] = []
+    if options.predict:
+        figures = print_predictions(options.arch)
+    else:
+        print(_HEADER)
+        compiled = []
+        for one in report(options.arch, options.dtype):
+            print(row(one), flush=True)
+            compiled.append(one)
+        figures = [asdict(c) for c in compiled]
+        problems = [problem for one in compiled for problem in one.problems()]
+        print("\n".join(problems) if problems else "no threshold passed")
     if options.json:
-        figures = {"triton": triton.__version__, "kernels": [asdict(c) for c in compiled]}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    problems = [problem for one in compiled for problem in one.problems()]
-    print("\n".join(problems) if problems else "no threshold passed")
+        text = json.dumps({"triton": triton.__version__, "kernels": figures}, indent=1)
+        options.json.write_text(text + "\n")
     return 1 if problems else 0
 
 

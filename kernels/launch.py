@@ -1,19 +1,40 @@
-"""What w3a16 and w4a8 share: tile order, loads of x, split of K, workspace, counters."""
+"""What the kernels share: order of tiles, equal shares of work, partial sums, scratch memory.
+
+Equal shares. A linear is U = output tiles * K / 128 units of work, numbered tile by tile; program p
+of P takes the units from p * U // P to (p + 1) * U // P. A program that has a whole tile stores it.
+A tile that several programs share goes through the scratch memory: each leaves its partial sum
+there, the last to arrive adds them up in the order of K and stores. So the result depends neither
+on which program was last nor on the other tokens.
+
+    halves, split_k   P is a multiple of the tiles, so that no share crosses one: few registers, so
+                      many programs an SM. Partial sums are small, so K may be split a few times more
+                      than needed, until every SM has as much to do (`programs`).
+    stream_k          P is what fits on the device, and shares cross tiles (Osama et al., arXiv
+                      2301.03598): every SM has the same, with two partial sums a program at most.
+
+All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us (measured on an H200).
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qig_serve.kernels.layout import ROW_TILE
-from qig_serve.kernels.tuning import DECODE_ROWS, Tile
+from qig_serve.kernels.tiles import Tile, architecture_of, tile_table
 
+INTERPRETER_ARCHITECTURE = "sm_80"  # whose tiles are taken where there is no GPU
 _INTERPRETER_SMS = 4  # stands in for a GPU's multiprocessors, so that K is split there too
-_SMALLEST_BLOCK_M = 16
+MOST_TILES = 1 << 16
+"""Most output tiles that programs may share: each needs a counter."""
+_INT32 = 1 << 31
+_UNEVEN = 1.07  # an SM's work against the mean, from which K is split once more
+_MOST_PER_SM = 8  # programs of a split launch; bounds the scratch memory
 
 
 @triton.jit
@@ -28,21 +49,188 @@ def grouped(
 
 
 @triton.jit
-def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, BLOCK_M: tl.constexpr) -> tl.tensor:
-    """x [128, BLOCK_M] at ptrs, whose rows past M are row M - 1 again; they are never stored.
+def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
+    """x [K block, COLUMNS] at ptrs, whose rows past M are row M - 1 again; they are never stored.
 
     A narrow tile does not read them: at M = 1 they would add a third to the bytes that reach an
     SM. A wide one does, rather than spend 0.1 integer instructions a weight on masks.
     """
-    if BLOCK_M < 64:
+    if COLUMNS < 64:
         return tl.load(ptrs, mask=in_range, other=0)
     else:
         return tl.load(ptrs)
 
 
-def options(tile: Tile) -> dict[str, Any]:
-    """Compiler options of a launch. Pipelining is the loop's own (tl.range)."""
-    return {"num_warps": tile.num_warps, "enable_fp_fusion": True}
+@triton.jit
+def start_early(first_weights: tl.tensor, PDL: tl.constexpr) -> None:
+    """Programmatic dependent launch: fetch weights while the kernel before ends, then wait for it.
+
+    first_weights: pointers, one a 128-byte line. Nothing that another kernel writes may be read
+    before: activations, scratch. Without PDL nothing happens here.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first_weights],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def share(units: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """This program's units: first, and the one past the last."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    return program * units // programs, (program + 1) * units // programs
+
+
+@triton.jit
+def leave_part(
+    acc: tl.tensor, partials_ptr: tl.tensor, counter_ptr: tl.tensor, tile: tl.tensor,
+    blocks: tl.tensor, units: tl.tensor, starts_tile: tl.tensor, tokens: tl.tensor,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Store this program's part [BLOCK_N, BLOCK_M] of an output tile in the scratch memory.
+
+    One tile [BLOCK_M, BLOCK_N] a program; where shares cross tiles two: of a tile that it begins
+    (`starts_tile`), and of one that it does not. tokens: how many of BLOCK_M count. -> (whether all
+    parts are there now, where the first and the last of them lie).
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = ((tile * blocks + 1) * programs - 1) // units
+    last = ((tile + 1) * blocks * programs - 1) // units
+    parts = last - first
+    place = program
+    if not ALIGNED:  # the first program's part is that of a tile that it begins
+        place = program * 2 + starts_tile.to(tl.int32)
+        first, last = first * 2 + 1, last * 2
+    mine = partials_ptr + place * (BLOCK_N * BLOCK_M)
+    token = tl.arange(0, BLOCK_M)[None, :]
+    mine += token * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    tl.store(mine, acc, mask=token < tokens)
+    tl.debug_barrier()  # all of this program's stores before the counter says so
+    arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
+    complete = arrived == parts
+    if complete:
+        tl.store(counter_ptr + tile, 0)  # ready for the next launch
+    return complete, first, last
+
+
+@triton.jit
+def add_parts(
+    partials_ptr: tl.tensor, first: tl.tensor, last: tl.tensor, start: tl.tensor,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The sum of a tile's parts for tokens start...: [BLOCK_N, TOKENS]; first, last: leave_part's.
+
+    In the order of K, whoever adds; a few tokens at a time, in few registers.
+    """
+    where = partials_ptr + (start + tl.arange(0, TOKENS))[None, :] * BLOCK_N
+    where += tl.arange(0, BLOCK_N)[:, None]
+    total = tl.load(where + first * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    STEP: tl.constexpr = 1 if ALIGNED else 2
+    for place in tl.range(first + 1, last + 1, STEP, loop_unroll_factor=4):
+        part = where + place * (BLOCK_N * BLOCK_M)
+        total += tl.load(part, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def store_out(
+    out_ptr: tl.tensor, out: tl.tensor, bias_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor,
+    M: tl.tensor, N: tl.tensor, HAS_BIAS: tl.constexpr,
+) -> None:  # fmt: skip
+    """out fp32 [rows, tokens] -> [M, N], bias added before rounding."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0)
+        out += bias.to(tl.float32)[:, None]
+    where = out_ptr + tokens[None, :].to(tl.int64) * N + rows[:, None]
+    mask = (tokens < M)[None, :] & (rows < N)[:, None]
+    tl.store(where, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as a launch with some tile compiles it: for compile_report.py."""
+
+    function: Any
+    arguments: dict[str, str]
+    """Types of the arguments that are no constants."""
+    constants: dict[str, Any]
+    tile: Tile
+    inputs: int
+    """Inputs along K that a step of the main loop takes."""
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return self.tile.num_warps
+
+    @property
+    def name(self) -> str:
+        """Of the function, without `_kernel`."""
+        return str(self.function.__name__).removesuffix("_kernel")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The orders of inputs (layout.ORDERS) that a device's tensor cores read without a move."""
+
+    weights: int
+    """Of the bytes of w3a16's planes."""
+    activations: int
+    """Of x's halves."""
+
+
+def orders_of(capability: tuple[int, int], triton_version: str = triton.__version__) -> Orders:
+    """wgmma (9.0) against mma.sync, whose operands Triton 3.8 lays out otherwise than 3.7."""
+    if capability[0] == 9:
+        return Orders(16, 16)
+    major, minor = (int(part) for part in triton_version.split(".")[:2])
+    return Orders(32, 32 if (major, minor) >= (3, 8) else 4)
+
+
+@functools.cache
+def orders(device: torch.device) -> Orders:
+    """Those of a device; under the interpreter those of INTERPRETER_ARCHITECTURE."""
+    if device.type != "cuda":
+        return orders_of((8, 0))
+    return orders_of(torch.cuda.get_device_capability(device))
+
+
+def compiler_options(tile: Tile) -> dict[str, Any]:
+    """Warps, and registers that leave room for as many programs an SM as the work is divided for.
+
+    Left alone the compiler takes more registers than it needs, and fewer programs fit.
+    """
+    options: dict[str, Any] = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
+    if tile.regime in ("halves", "split_k", "stream_k"):
+        options["maxnreg"] = min(255, 65536 // (32 * tile.num_warps * tile.programs_per_sm) // 8 * 8)
+    return options
+
+
+def options(tile: Tile, device: torch.device) -> dict[str, Any]:
+    """Compiler options and constants of a launch. Pipelining is the loop's own (tl.range)."""
+    early = has_early_launch(device)
+    return {**compiler_options(tile), "PDL": early, **({"launch_pdl": True} if early else {})}
+
+
+@functools.cache
+def has_early_launch(device: torch.device) -> bool:
+    """Whether kernels may start before the one before them has ended (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Whose tiles of tiles.json a device takes; RuntimeError if none fit."""
+    if device.type != "cuda":
+        return INTERPRETER_ARCHITECTURE
+    capability = torch.cuda.get_device_capability(device)
+    found = architecture_of(capability)
+    if found is None:
+        raise RuntimeError(f"no kernel tiles for compute capability {capability}")
+    return found
 
 
 @functools.cache
@@ -53,39 +241,93 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def split_k(tile: Tile, output_tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
-    """(splits, blocks of 128 inputs a split): about tile.programs_per_sm programs an SM."""
-    wanted = max(1, multiprocessors(device) * tile.programs_per_sm // output_tiles)
-    a_split = -(-blocks // min(wanted, blocks))
-    return -(-blocks // a_split), a_split
+def programs(tile: Tile, output_tiles: int, blocks: int, sms: int) -> int:
+    """How many programs share the `output_tiles * blocks` units of a launch.
 
-
-def workspace_size(tile: Tile, device: torch.device) -> int:
-    """Most partial sums (4 bytes each) that a launch with the tile can have, for any N, K and M.
-
-    split_k splits only until there are programs_per_sm programs an SM, and each has one tile.
+    stream_k: as many as fit. halves, split_k: a multiple of the output tiles; where these are fewer
+    than half of what fits, as many as fit; else the smallest that leaves no SM much longer at work
+    than another.
     """
-    if tile.regime != "split_k":
+    units, slots = output_tiles * blocks, sms * tile.programs_per_sm
+    if tile.regime == "stream_k" and output_tiles <= MOST_TILES and slots * units < _INT32:
+        return min(slots, units)
+    most = min(blocks, max(slots, sms * _MOST_PER_SM) // output_tiles)
+    if tile.regime == "stream_k" or output_tiles > MOST_TILES or most <= 1:
+        return output_tiles  # a tile each: no counters, no large products
+    if 2 * output_tiles <= slots:
+        return output_tiles * min(blocks, slots // output_tiles)
+
+    def longest(splits: int) -> float:  # of an SM's work, in units of a mean SM's
+        count = output_tiles * splits
+        return -(-count // sms) * sms / count
+
+    for splits in range(1, most + 1):
+        if longest(splits) < _UNEVEN:
+            return output_tiles * splits
+    return output_tiles * min(range(1, most + 1), key=longest)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that every linear on a device shares: launches follow one another on a stream."""
+
+    partials: torch.Tensor
+    """int32: partial sums of 4 bytes, two tiles a program."""
+    counters: torch.Tensor
+    """int32 zeros, one an output tile; every launch leaves them at zero."""
+
+    def partial_sums(self, tile: Tile, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """For `count` programs, in a 4-byte dtype; ValueError if they do not fit."""
+        wanted = _places(tile, count) * tile.block_m * tile.block_n
+        if wanted > self.partials.numel():
+            held = self.partials.numel()
+            raise ValueError(f"{wanted} partial sums do not fit scratch memory for {held}")
+        return self.partials.view(dtype)
+
+
+def _places(tile: Tile, count: int) -> int:
+    """Partial tiles of `count` programs (leave_part)."""
+    return count * 2 if tile.regime == "stream_k" else count
+
+
+def _scratch_size(tile: Tile, sms: int) -> int:
+    """Partial sums that a launch with the tile can have, whatever N, K and M."""
+    if tile.regime not in ("halves", "split_k", "stream_k"):
         return 0
-    return multiprocessors(device) * tile.programs_per_sm * tile.block_m * tile.block_n
+    count = sms * max(tile.programs_per_sm, 0 if tile.regime == "stream_k" else _MOST_PER_SM)
+    return _places(tile, count) * tile.block_m * tile.block_n
 
 
-def partial_sums(
-    workspace: torch.Tensor, splits: int, output_tiles: int, tile: Tile, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """[tile, split, BLOCK_M, BLOCK_N] of a 4-byte dtype in the workspace; None if K is not split.
+def scratch_for(tile: Tile, device: torch.device) -> Scratch:
+    """Scratch memory that suffices for launches with one tile: for tuning and tests."""
+    return _allocate(max(1, _scratch_size(tile, multiprocessors(device))), device)
 
-    ValueError if the workspace is too small.
+
+def scratch(device: torch.device) -> Scratch:
+    """Scratch memory of a device, for whatever tile tiles.json has.
+
+    Allocated at the first call (`prepare`), so that it is there before vLLM profiles memory and
+    outside of any CUDA graph's pool.
     """
-    if splits == 1:
-        return None
-    wanted = output_tiles * splits * tile.block_m * tile.block_n
-    if wanted > workspace.numel():
-        raise ValueError(f"{wanted} partial sums do not fit a workspace of {workspace.numel()}")
-    return workspace.view(dtype)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _scratch(device)
 
 
-def counters(n: int, device: torch.device) -> torch.Tensor:
-    """int32 zeros, one an output tile that decode can have for a linear of N outputs."""
-    tiles = -(-n // ROW_TILE) * (DECODE_ROWS // _SMALLEST_BLOCK_M)
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
+@functools.cache
+def _scratch(device: torch.device) -> Scratch:
+    name, sms = architecture(device), multiprocessors(device)
+    sizes = [
+        _scratch_size(tile, sms)
+        for (of, _, _), rows in tile_table().items()
+        if of == name
+        for _, tile in rows
+    ]
+    return _allocate(max(sizes), device)
+
+
+def _allocate(size: int, device: torch.device) -> Scratch:
+    return Scratch(
+        torch.empty(size, dtype=torch.int32, device=device),
+        torch.zeros(MOST_TILES, dtype=torch.int32, device=device),
+    )

@@ -1,7 +1,7 @@
 """Checkpoint layout (formats.py) -> the layout that the kernels read, once, at load.
 
 Pure torch, on CPU or CUDA, no triton. The layouts are private to the kernels and may change with
-them; what is stored on disk does not. Both are drawn in the headers of w3a16.py and w4a8.py.
+them; what is stored on disk does not. They are drawn in the headers of halves.py and w4a8.py.
 N is padded to a multiple of ROW_TILE with zero scales, so no kernel masks a weight load.
 """
 
@@ -16,9 +16,6 @@ ROW_TILE = 128
 """Output rows that a tile of either layout holds."""
 GROUP = 128
 """Inputs along K that a tile holds: a scale group of w3a16, a block of w4a8."""
-FIELDS = (0, 3, 6, 9, 12)
-"""Lowest bits of the five whole 3-bit fields of a 16-bit lane; bit 15 is the left-over one."""
-
 _ROWS_AT_ONCE = 32 * ROW_TILE  # bounds the int64 temporaries of unpacking
 
 
@@ -31,65 +28,97 @@ def _pad_rows(tensor: torch.Tensor) -> torch.Tensor:
     return F.pad(tensor, (0, 0, 0, padded_rows(tensor.shape[0]) - tensor.shape[0]))
 
 
-def repack_w3a16(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Tensors of formats.tensor_specs("w3a16") -> `weight_lanes` and `scale_zero`.
+PAIR = 2 * GROUP
+"""Inputs of two groups, which the w3a16 layout keeps together; K is padded to whole pairs."""
 
-    packed int32 [N, K * 3 / 32], scale [N, K / 128], zero uint8 [N, K / 128]; `dtype` (16 bits) is
-    that of the activations, in which the scale is kept. Returns weight_lanes int16
-    [K / 128, N_pad / 128, 3, 64, 16] and scale_zero int32 [K / 128, N_pad], whose low half is the
-    scale's bits and whose high half is the zero point.
+
+def _order(span: int) -> tuple[int, ...]:
+    """The input that lies at each of 128 places."""
+    fours = [4 * (q // 4) + (0, 2, 1, 3)[q % 4] for q in range(GROUP)]
+    if span == 4:
+        return tuple(fours)
+    if span == 16:  # place (t, e, h) of 16 holds (h, t, e)
+        return tuple(q // 16 * 16 + q % 2 * 8 + q % 16 // 4 * 2 + q // 2 % 2 for q in range(GROUP))
+    # place (j, t, i) of 32, t and i of four, holds (t, j, i), and i as above
+    return tuple(
+        q // 32 * 32 + fours[8 * (q // 4 % 4) + 4 * (q // 16 % 2) + q % 4] for q in range(GROUP)
+    )
+
+
+ORDERS = {span: _order(span) for span in (4, 16, 32)}
+"""Orders in which 128 inputs are stored, by the span within which they are permuted (halves.py)."""
+
+
+def padded_pairs(k: int) -> int:
+    """Pairs of groups of K inputs."""
+    return -(-k // PAIR)
+
+
+def repack_w3a16(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, order: int
+) -> dict[str, torch.Tensor]:
+    """Tensors of formats.tensor_specs("w3a16") -> `weight_planes` and `scale_zero`.
+
+    packed int32 [N, K * 3 / 32], scale [N, K / 128] of 16 bits, zero uint8 [N, K / 128]; order: 16 or
+    32, of the device's tensor cores. Returns weight_planes int8 [pairs, N_pad / 128, 2, 3, 128, 16]
+    and scale_zero int32 [pairs, N_pad, 2]: the bits of the scale in fp32, and in its bits 3-5, which
+    are zero in a scale of 16 bits, the zero point.
     """
     n, words = packed.shape
     groups = words * 32 // 3 // GROUP
-    tiles = padded_rows(n) // ROW_TILE
-    lanes = torch.empty(groups, tiles, 3, 64, 16, dtype=torch.int16, device=packed.device)
+    tiles, pairs = padded_rows(n) // ROW_TILE, padded_pairs(groups * GROUP)
+    planes = torch.zeros(pairs, tiles, 2, 3, ROW_TILE, 16, dtype=torch.int8, device=packed.device)
+    by_group = planes.transpose(1, 2).reshape(pairs * 2, tiles, 3, ROW_TILE, 16)
     for start in range(0, n, _ROWS_AT_ONCE):
         codes = _pad_rows(unpack(packed[start : start + _ROWS_AT_ONCE], 3, signed=False))
-        first = start // ROW_TILE
-        lanes[:, first : first + codes.shape[0] // ROW_TILE] = _pack_lanes(codes)
-    bits = scale.to(dtype).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-    scale_zero = _pad_rows(bits | (zero.to(torch.int32) << 16)).t().contiguous()
-    return {"weight_lanes": lanes, "scale_zero": scale_zero}
+        first, some = start // ROW_TILE, codes.shape[0] // ROW_TILE
+        by_group[:groups, first : first + some] = _pack_planes(codes, order)
+    planes.copy_(by_group.reshape(pairs, 2, tiles, 3, ROW_TILE, 16).transpose(1, 2))
+    bits = scale.float().view(torch.int32) | zero.to(torch.int32) << 3
+    bits = F.pad(_pad_rows(bits), (0, pairs * 2 - groups))
+    scale_zero = bits.reshape(-1, pairs, 2).transpose(0, 1).contiguous()
+    return {"weight_planes": planes, "scale_zero": scale_zero}
 
 
-def _pack_lanes(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 codes [128 * T, K] -> int16 [G, T, 3, 64, 16]."""
+def _pack_planes(codes: torch.Tensor, order: int) -> torch.Tensor:
+    """uint8 codes [128 * T, K] -> int8 [G, T, 3, 128, 16]."""
+    ordered = codes.reshape(-1, ROW_TILE, codes.shape[1] // GROUP, GROUP)[..., ORDERS[order]]
+    c = ordered.unflatten(-1, (8, 16)).permute(3, 2, 0, 1, 4)  # [j, G, T, row, position]
     planes = (
-        codes.to(torch.int32)
-        .reshape(-1, 2, 64, codes.shape[1] // GROUP, 8, 16)  # [T, half, row, G, slice, 16]
-        .permute(1, 4, 3, 0, 2, 5)
-        .reshape(16, codes.shape[1] // GROUP, -1, 64, 16)  # [plane, G, T, row, 16]
+        c[0] | c[4] << 3 | (c[3] & 3) << 6,
+        c[1] | c[5] << 3 | (c[7] & 3) << 6,
+        c[2] | c[6] << 3 | (c[3] >> 2) << 6 | (c[7] >> 2) << 7,
     )
-    lanes = []
-    for lane in range(3):
-        word = ((planes[15] >> lane) & 1) << 15
-        for i, low_bit in enumerate(FIELDS):
-            word = word | (planes[5 * lane + i] << low_bit)
-        lanes.append(word)
-    stacked = torch.stack(lanes, dim=2)  # [G, T, 3, 64, 16]
-    return torch.where(stacked >= 1 << 15, stacked - (1 << 16), stacked).to(torch.int16)
+    return torch.stack(planes, dim=2).view(torch.int8)
 
 
 def unpack_w3a16(
-    lanes: torch.Tensor, scale_zero: torch.Tensor, n: int, dtype: torch.dtype
+    planes: torch.Tensor, scale_zero: torch.Tensor, n: int, k: int, order: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inverse of `repack_w3a16`: codes uint8 [N, K], scale [N, G] of `dtype`, zero uint8 [N, G]."""
-    groups, tiles = lanes.shape[:2]
-    word = lanes.to(torch.int32) & 0xFFFF
-    planes = [(word[:, :, i // 5] >> FIELDS[i % 5]) & 7 for i in range(15)]
-    planes.append(sum((word[:, :, lane] >> 15) << lane for lane in range(3)))
-    codes = (
-        torch.stack(planes)
-        .reshape(2, 8, groups, tiles, 64, 16)
-        .permute(3, 0, 4, 2, 1, 5)
-        .reshape(tiles * ROW_TILE, groups * GROUP)
-    )
-    bits = scale_zero.t()[:n] & 0xFFFF
-    bits = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).contiguous()
-    zero = (scale_zero.t()[:n] >> 16).to(torch.uint8)
-    return codes[:n].to(torch.uint8), bits.view(dtype), zero
+    a, b, c = planes.contiguous().view(torch.uint8).unbind(3)  # [pairs, T, 2, row, position]
+    whole = [plane >> shift & 7 for shift in (0, 3) for plane in (a, b, c)]
+    gathered = [a >> 6 | (c >> 6 & 1) << 2, b >> 6 | c >> 7 << 2]
+    by_j = torch.stack([*whole[:3], gathered[0], *whole[3:], gathered[1]], dim=4)
+    codes = torch.empty_like(by_j.flatten(-2))  # [pairs, T, 2, row, 128]
+    codes[..., ORDERS[order]] = by_j.flatten(-2)
+    codes = codes.permute(1, 3, 0, 2, 4).reshape(planes.shape[1] * ROW_TILE, -1)
+    word = scale_zero.permute(1, 0, 2).reshape(scale_zero.shape[1], -1)[:n, : k // GROUP]
+    scale = (word & ~63).contiguous().view(torch.float32).to(dtype)
+    return codes[:n, :k], scale, (word >> 3 & 7).to(torch.uint8)
+
+
+def repack_w8a16(codes: torch.Tensor, scale: torch.Tensor, order: int) -> dict[str, torch.Tensor]:
+    """8-bit weights, symmetric, a scale a row -> `weight_bytes` and `row_scale`.
+
+    codes int8 [N, K], scale fp32 [N, 1]; order as the activations' halves have it. Returns
+    weight_bytes int8 [pairs, N_pad / 128, 2, 128, 128] and row_scale fp32 [N_pad], 8 times the scale (x's is an eighth).
+    """
+    pairs = padded_pairs(codes.shape[1])
+    padded = F.pad(_pad_rows(codes), (0, pairs * PAIR - codes.shape[1]))
+    ordered = padded.reshape(-1, ROW_TILE, pairs, 2, GROUP)[..., ORDERS[order]]
+    data = ordered.permute(2, 0, 3, 1, 4).contiguous()
+    return {"weight_bytes": data, "row_scale": _pad_rows(scale.float() * 8).reshape(-1).contiguous()}
 
 
 def repack_w4a8(packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:

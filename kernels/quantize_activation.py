@@ -118,3 +118,8 @@ def silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     if m:
         silu_mul_quantize_kernel[(m,)](gate_up, codes, scale, k, **row_options(k))
     return codes, scale
+
+
+def split_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from qig_serve.kernels import launch, reference
+    return reference.split_halves(x, launch.orders(x.device).activations)

@@ -9,6 +9,7 @@ import torch
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES
+from qig_serve.kernels import layout
 
 
 def w3a16_linear(
@@ -80,3 +81,29 @@ def silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """silu(gate) * up of [M, 2 K], both roundings in the input's dtype; then quantized."""
     gate, up = gate_up.chunk(2, dim=-1)
     return quantize_activation(torch.nn.functional.silu(gate.float()).to(up.dtype) * up)
+
+
+def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] (16 bits) as 16-bit fixed point, a scale a (token, group of 128 inputs).
+
+    halves int8 [M, 2, K]: x = s * (256 * high + low), inputs of a group in `order` (layout.ORDERS).
+    x_scale_sum int32 [pairs, M, 2]: bits 23-30 are those of s / 8 in fp32, a power of two, and bits
+    0-22 minus the sum of 256 * high + low over the group, in two's complement. s is the smallest
+    with the group's largest magnitude at most 32639 * s, and at least 2^-123; a group with NaN or Inf
+    has the exponent of infinity, and zeros.
+    """
+    m, k = x.shape
+    groups = x.float().reshape(m, k // layout.GROUP, layout.GROUP)
+    largest = groups.abs().amax(2)
+    finite = largest.isfinite()
+    exponent = torch.ceil(torch.log2(largest.double() / 32639)).clamp(min=-123)
+    exponent = torch.where(finite, exponent, 0).double()
+    q = torch.where(finite[..., None], groups, 0).double() / torch.exp2(exponent)[..., None]
+    q = q.round().to(torch.int32)  # half to even
+    high = (q + 128) >> 8
+    both = torch.stack([high, q - 256 * high], dim=1)[..., layout.ORDERS[order]]
+    bits = torch.where(finite, exponent.to(torch.int32) + 124, 255) << 23
+    word = bits | (-q.sum(2, dtype=torch.int32) & 0x7FFFFF)
+    word = torch.nn.functional.pad(word, (0, groups.shape[1] % 2))
+    x_scale_sum = word.reshape(m, -1, 2).transpose(0, 1).contiguous()
+    return both.reshape(m, 2, k).to(torch.int8), x_scale_sum

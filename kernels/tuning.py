@@ -1,12 +1,12 @@
-"""Tile choices per architecture and number of tokens, as data (tiles.json), and what makes it.
+"""What makes tiles.json: measured on a GPU, or chosen by the model of time where there is none.
 
-    python -m qig_serve.kernels.tuning [--quick]
+    python -m qig_serve.kernels.tuning --predict [--arch 90 ...] [--counts FILE]
+    python -m qig_serve.kernels.tuning [--counts FILE] [--quick]
 
-measures candidates on the GPU at hand, at the layer shapes of LAYER_SHAPES, and rewrites its
-architecture's part of tiles.json. Nothing is searched at serve time: `select` looks up.
-
-tiles.json: {"sm_90": {"source": how the figures were had, scheme: {"default" or "NxK": [tile with
-"max_m", ...]}}}, tiles by ascending max_m, the last one without a bound (null).
+The first compiles every candidate for the architectures (minutes, no GPU), counts, and writes the
+tiles that time_model.py predicts to be fastest. The second measures, on the GPU at hand, the few
+that the model puts first, at the layer shapes of tiles.LAYER_SHAPES. --counts keeps the compiler's
+figures in a file, so that they are had once.
 """
 
 from __future__ import annotations
@@ -16,120 +16,147 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
 from qig_serve.formats import SCHEMES, QuantScheme
+from qig_serve.kernels import launch, time_model
+from qig_serve.kernels.sass import SHARED_LIMIT, TARGETS, Counts, count
+from qig_serve.kernels.tiles import LAYER_SHAPES, TILES_FILE, Tile, select, tile_table
 
-TILES_FILE = Path(__file__).with_name("tiles.json")
-DECODE_ROWS = 64
-"""Most tokens that a split_k tile takes: bounds the counters a layer keeps."""
+BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+"""Largest M of each bucket; the last is without a bound."""
+ALIKE = {86: 80, 89: 80}
+"""Targets for which the compiler makes nearly the same of a kernel: one is compiled for both."""
+_WORTH = 0.97  # a shape has tiles of its own where they take less than this of the default's time
 
-LAYER_SHAPES: dict[str, dict[str, tuple[int, int]]] = {
-    "Qwen2-VL-7B": {  # and LLaVA-OneVision-7B
-        "qkv": (4608, 3584),
-        "o": (3584, 3584),
-        "gate_up": (37888, 3584),
-        "down": (3584, 18944),
-    },
-    "InternVL2-8B": {
-        "qkv": (6144, 4096),
-        "o": (4096, 4096),
-        "gate_up": (28672, 4096),
-        "down": (4096, 14336),
-    },
-}
-"""(N, K) of a decoder layer's fused linears, without tensor parallelism."""
-
-Regime = Literal["split_k", "prefill", "dequantize"]
+Found = dict[str, dict[str, Counts]]
+"""Scheme -> what a tile is compiled as (`compiled_as`) -> counts."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is shaped. Regimes: see the header of w3a16.py."""
-
-    regime: Regime
-    block_m: int = 16
-    """Tokens a tile."""
-    block_n: int = 256
-    """Outputs a tile."""
-    num_warps: int = 4
-    num_stages: int = 4
-    """Loads in flight along K."""
-    programs_per_sm: int = 4
-    """split_k: programs an SM that K is split for."""
-    group_m: int = 8
-    """prefill: token tiles that share a column of outputs."""
+def compiled_as(tile: Tile) -> str:
+    """Of tiles with the same name one is compiled: the others differ in launches alone."""
+    name = f"{tile.regime} {tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
+    return name if tile.regime == "prefill" else f"{name} {tile.programs_per_sm}p"
 
 
-Buckets = list[tuple[float, Tile]]
+def stored_bits(scheme: QuantScheme) -> float:
+    """Bits of a weight that the kernels read, scales and zero points included."""
+    return scheme.bits + (32 / scheme.group_size if scheme.group_size else 0)
 
 
-@functools.cache
-def tile_table() -> dict[tuple[str, str, str], Buckets]:
-    """(architecture, scheme, "default" or "NxK") -> [(largest M, tile), ...] of tiles.json."""
-    table: dict[tuple[str, str, str], Buckets] = {}
-    for architecture, schemes in json.loads(TILES_FILE.read_text()).items():
-        for scheme, shapes in schemes.items():
-            if scheme == "source":
-                continue
-            for shape, rows in shapes.items():
-                table[architecture, scheme, shape] = [
-                    (
-                        float("inf") if row["max_m"] is None else row["max_m"],
-                        Tile(**{k: v for k, v in row.items() if k != "max_m"}),
-                    )
-                    for row in rows
-                ]
-    return table
+def candidates(scheme: str, m: int) -> list[Tile]:
+    """What is tried at M tokens."""
+    from qig_serve.kernels.ops import KERNELS
+
+    tiles: list[Tile] = KERNELS[scheme].candidates(m)
+    return tiles
 
 
-def architecture_of(capability: tuple[int, int]) -> str | None:
-    """Whose tiles in tiles.json a device takes: those of its major version, and not newer."""
-    major, minor = capability
-    known = {int(name[3:]) for name, _, _ in tile_table()}
-    fits = [number for number in known if number // 10 == major and number % 10 <= minor]
-    return f"sm_{max(fits)}" if fits else None
+def count_candidates(target: int, processes: int, known: Found) -> Found:
+    """Counts of every candidate for a compute capability; `known` ones are not compiled again."""
+    wanted: dict[tuple[str, str], Tile] = {}
+    for scheme in ("w3a16", "w4a8"):
+        for m in BUCKETS:
+            for tile in candidates(scheme, m):
+                if tile.regime != "dequantize":
+                    wanted.setdefault((scheme, compiled_as(tile)), tile)
+    missing = {k: t for k, t in wanted.items() if k[1] not in known.get(k[0], {})}
+    found: Found = {scheme: dict(tiles) for scheme, tiles in known.items()}
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [(scheme, tile, target) for (scheme, _), tile in missing.items()]
+        for (scheme, name), counts in zip(missing, pool.map(_count, jobs), strict=True):
+            if counts is not None:
+                found.setdefault(scheme, {})[name] = counts
+    return found
 
 
-def buckets(scheme: QuantScheme, architecture: str, n: int, k: int) -> Buckets:
-    """[(largest M, tile), ...] for a linear [N, K], ascending; the last M is infinite."""
-    table = tile_table()
-    measured = table.get((architecture, scheme.name, f"{n}x{k}"))
-    return measured or table[architecture, scheme.name, "default"]
+def _count(job: tuple[str, Tile, int]) -> Counts | None:
+    """None for what does not compile."""
+    from qig_serve.kernels.ops import KERNELS
+
+    scheme, tile, target = job
+    orders = launch.orders_of((target // 10, target % 10))
+    try:
+        return count(KERNELS[scheme].kernel(tile, "bf16", orders), target)
+    except Exception as error:  # whatever a compiler pass raises, the candidate is none
+        print(f"{scheme} sm_{target} {compiled_as(tile)}: {type(error).__name__}", file=sys.stderr)
+        return None
 
 
-@functools.cache
-def select(scheme: QuantScheme, architecture: str, n: int, k: int, m: int) -> Tile:
-    """The tile for M tokens."""
-    return next(tile for most, tile in buckets(scheme, architecture, n, k) if m <= most)
+def predicted(
+    scheme: QuantScheme, tile: Tile, found: Found, target: int, m: int, n: int, k: int
+) -> float:
+    """Microseconds by the model; infinite for what spills, or does not fit or compile."""
+    from qig_serve.kernels.ops import KERNELS
+
+    gpu = time_model.GPUS[target]
+    if tile.regime == "dequantize":
+        sliced = 0.05 * time_model.dequantize(n, k, gpu) if tile.block_n else 0
+        return time_model.dequantize(n, k, gpu) + time_model.cublas(m, n, k, gpu) - sliced
+    counts = found.get(scheme.name, {}).get(compiled_as(tile))
+    if counts is None or counts.spills or counts.stack or counts.shared > SHARED_LIMIT[target]:
+        return float("inf")
+    kernel = KERNELS[scheme.name].kernel(
+        tile, "bf16", launch.orders_of((target // 10, target % 10))
+    )
+    work = time_model.work(kernel, stored_bits(scheme), m, n, k, gpu.sms)
+    fits = time_model.resident(counts, kernel.warps, gpu)
+    if tile.regime != "prefill" and tile.programs_per_sm > fits:
+        return float("inf")
+    return time_model.predict(kernel, counts, work, gpu).microseconds
+
+
+def shortlist(
+    scheme: QuantScheme, found: Found, target: int, m: int, n: int, k: int, most: int
+) -> list[Tile]:
+    """The candidates that the model puts first, the fastest first."""
+    timed = [
+        (predicted(scheme, tile, found, target, m, n, k), index, tile)
+        for index, tile in enumerate(candidates(scheme.name, m))
+    ]
+    return [tile for time, _, tile in sorted(timed)[:most] if time < float("inf")]
+
+
+def choose(scheme: QuantScheme, found: Found, target: int) -> dict[str, list[dict[str, Any]]]:
+    """tiles.json's part of an architecture and scheme, by the model."""
+    shapes = sorted({shape for layer in LAYER_SHAPES.values() for shape in layer.values()})
+    rows: dict[str, list[dict[str, Any]]] = {"default": []}
+    rows |= {f"{n}x{k}": [] for n, k in shapes}
+    for m in BUCKETS:
+        times = {
+            tile: {s: predicted(scheme, tile, found, target, m, *s) for s in shapes}
+            for tile in candidates(scheme.name, m)
+        }
+        total = {tile: sum(t.values()) for tile, t in times.items()}
+        best = min(total, key=lambda tile: total[tile])
+        bound = None if m == BUCKETS[-1] else m
+        rows["default"].append({"max_m": bound, **asdict(best)})
+        for n, k in shapes:
+            own = min(times, key=lambda tile: times[tile][n, k])
+            better = times[own][n, k] < _WORTH * times[best][n, k]
+            rows[f"{n}x{k}"].append({"max_m": bound, **asdict(own if better else best)})
+    merged = {shape: _merged(tiles) for shape, tiles in rows.items()}
+    return {s: r for s, r in merged.items() if s == "default" or r != merged["default"]}
+
+
+def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring buckets with the same tile are one."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        if kept and {**kept[-1], "max_m": row["max_m"]} == row:
+            kept.pop()
+        kept.append(row)
+    return kept
 
 
 # ---- measuring
-
-
-def candidates(scheme: QuantScheme, m: int) -> list[Tile]:
-    """What is tried at M tokens; what does not fit the device is skipped."""
-    tiles: list[Tile] = []
-    if m <= DECODE_ROWS:
-        block_m = max(16, 1 << (m - 1).bit_length())
-        for block_n, warps in ((128, 4), (256, 4), (256, 8)):
-            for stages in (3, 4, 5):
-                for programs in (1, 2, 3, 4, 6):
-                    tiles.append(Tile("split_k", block_m, block_n, warps, stages, programs))
-    if m > 32:
-        for block_m, block_n, warps in (
-            (64, 128, 4), (64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8),
-        ):  # fmt: skip
-            for stages in (2, 3, 4):
-                tiles.append(Tile("prefill", block_m, block_n, warps, stages))
-        if scheme.name == "w3a16":
-            tiles.append(Tile("dequantize"))
-    return tiles
 
 
 def random_linear(
@@ -151,84 +178,132 @@ def random_linear(
     return ops.prepare(scheme, pack_linear(codes, scale, zero, scheme, dtype), dtype)
 
 
-def time_microseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of a CUDA-graphed call with a cold L2, microseconds."""
-    device = torch.cuda.current_device()
-    flush = torch.empty(
-        4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device="cuda"
-    )
-    for _ in range(2):
-        run()
+def copies(tensors: dict[str, torch.Tensor], total: float = 4e8) -> list[dict[str, torch.Tensor]]:
+    """As many copies of a linear as make `total` bytes: used in turn, none is in the L2 cache."""
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    return [
+        tensors,
+        *({name: t.clone() for name, t in tensors.items()} for _ in range(int(total / size))),
+    ]
+
+
+def time_microseconds(calls: list[Callable[[], object]], repeats: int = 5) -> float:
+    """Median over `repeats` of the mean time of the calls, one after the other in a CUDA graph."""
+    calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
-        flush.random_(0, 127)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
     return statistics.median(times)
 
 
 def measure(
-    scheme: QuantScheme, n: int, k: int, ms: tuple[int, ...], device: torch.device
-) -> list[dict[str, object]]:
-    """The fastest tile a bucket (max_m of each but the last, which is unbounded)."""
+    scheme: QuantScheme, n: int, k: int, offered: dict[int, list[Tile]], device: torch.device
+) -> list[dict[str, Any]]:
+    """The fastest tile a bucket, of those offered for it (largest M: tiles; the last unbounded)."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     from qig_serve.kernels import ops
 
-    prepared = random_linear(scheme, n, k, torch.bfloat16, device)
-    rows: list[dict[str, object]] = []
-    for m in ms:
+    weights = copies(random_linear(scheme, n, k, torch.bfloat16, device))
+    rows: list[dict[str, Any]] = []
+    for m, tiles in offered.items():
         x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
         timed: list[tuple[float, Tile]] = []
-        for tile in candidates(scheme, m):
-            call = functools.partial(ops.run, scheme, x, prepared, n, None, tile)
+        for tile in tiles:
+            scratch = launch.scratch_for(tile, device)
+            calls = [
+                functools.partial(ops.run, scheme, x, w, n, None, tile, scratch) for w in weights
+            ]
             try:
-                timed.append((time_microseconds(call), tile))
+                timed.append((time_microseconds(list(calls)), tile))
             except (OutOfResources, CompilationError, PTXASError):
                 continue
         microseconds, best = min(timed, key=lambda pair: pair[0])
         print(f"{scheme.name} {n}x{k} M={m}: {microseconds:.1f} us {best}", flush=True)
-        rows.append({"max_m": None if m == ms[-1] else m, **asdict(best)})
+        rows.append({"max_m": None if m == max(offered) else m, **asdict(best)})
     return rows
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Regenerate the tiles of the GPU at hand."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="qig_serve.kernels.tuning")
-    parser.add_argument("--quick", action="store_true", help="one shape and two M: a trial")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("tuning measures kernels on a GPU, and no CUDA device was found", file=sys.stderr)
-        return 1
-    device = torch.device("cuda", torch.cuda.current_device())
-    capability = torch.cuda.get_device_capability(device)
-    architecture = f"sm_{capability[0]}{capability[1]}"
-    ms = (16, 2048) if options.quick else (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
-    shapes = {shape for layer in LAYER_SHAPES.values() for shape in layer.values()}
-    data = json.loads(TILES_FILE.read_text())
-    entry: dict[str, object] = {
-        "source": f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}"
+def read_counts(path: Path | None, target: int) -> Found:
+    """Of a --counts file; empty without one."""
+    if path is None or not path.exists():
+        return {}
+    data = json.loads(path.read_text()).get(f"sm_{target}", {})
+    return {
+        scheme: {name: Counts(**counts) for name, counts in tiles.items()}
+        for scheme, tiles in data.items()
     }
-    for name in ("w3a16", "w4a8"):
-        by_shape = {}
-        for n, k in sorted(shapes)[: 1 if options.quick else None]:
-            by_shape[f"{n}x{k}"] = measure(SCHEMES[name], n, k, ms, device)
-        # Other shapes take the tiles of the largest one measured.
-        by_shape["default"] = max(by_shape.items(), key=lambda item: _weights(item[0]))[1]
-        entry[name] = by_shape
+
+
+def write_counts(path: Path, target: int, found: Found) -> None:
+    """Into a --counts file, beside other architectures'."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    data[f"sm_{target}"] = {
+        scheme: {name: asdict(counts) for name, counts in sorted(tiles.items())}
+        for scheme, tiles in sorted(found.items())
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def write_tiles(architecture: str, entry: dict[str, Any]) -> None:
+    """Replace an architecture's part of tiles.json."""
+    data = json.loads(TILES_FILE.read_text())
     data[architecture] = entry
     TILES_FILE.write_text(json.dumps(data, indent=1) + "\n")
     tile_table.cache_clear()
     select.cache_clear()
+
+
+def _predict(targets: Iterable[int], counts: Path | None, processes: int) -> int:
+    for target in targets:
+        compiled = ALIKE.get(target, target)
+        found = count_candidates(compiled, processes, read_counts(counts, compiled))
+        if counts is not None:
+            write_counts(counts, compiled, found)
+        gpu = time_model.GPUS[target].name
+        entry: dict[str, Any] = {"source": f"chosen by time_model.py for {gpu}, not measured"}
+        entry |= {name: choose(SCHEMES[name], found, target) for name in ("w3a16", "w4a8")}
+        write_tiles(f"sm_{target}", entry)
+        print(f"sm_{target}: {sum(map(len, found.values()))} candidates", flush=True)
+    return 0
+
+
+def _measure(counts: Path | None, most: int, quick: bool) -> int:
+    if not torch.cuda.is_available():
+        print("tuning measures kernels on a GPU, and no CUDA device was found", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    target = major * 10 + minor
+    known = read_counts(counts, target)
+    found = known or count_candidates(target, 8, {})
+    shapes = sorted({shape for layer in LAYER_SHAPES.values() for shape in layer.values()})
+    buckets = (16, 2048) if quick else BUCKETS
+    entry: dict[str, Any] = {
+        "source": f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    }
+    for name in ("w3a16", "w4a8"):
+        scheme, by_shape = SCHEMES[name], {}
+        for n, k in shapes[: 1 if quick else None]:
+            offered = {m: shortlist(scheme, found, target, m, n, k, most) for m in buckets}
+            by_shape[f"{n}x{k}"] = _merged(measure(scheme, n, k, offered, device))
+        # Other shapes take the tiles of the largest one measured.
+        by_shape["default"] = max(by_shape.items(), key=lambda item: _weights(item[0]))[1]
+        entry[name] = by_shape
+    write_tiles(f"sm_{target}", entry)
     return 0
 
 
@@ -236,6 +311,21 @@ def _weights(shape: str) -> int:
     """Weights of a shape written "NxK"."""
     n, k = shape.split("x")
     return int(n) * int(k)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Regenerate tiles.json, of the GPU at hand or of architectures by prediction."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="qig_serve.kernels.tuning")
+    parser.add_argument("--predict", action="store_true", help="choose by the model of time")
+    parser.add_argument("--arch", type=int, nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--counts", type=Path, help="file of the compiler's figures")
+    parser.add_argument("--processes", type=int, default=2, help="that compile (--predict)")
+    parser.add_argument("--shortlist", type=int, default=4, help="tiles measured a bucket")
+    parser.add_argument("--quick", action="store_true", help="one shape and two M: a trial")
+    options = parser.parse_args(arguments)
+    if options.predict:
+        return _predict(options.arch, options.counts, options.processes)
+    return _measure(options.counts, options.shortlist, options.quick)
 
 
 if __name__ == "__main__":

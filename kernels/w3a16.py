@@ -2,8 +2,8 @@
 
     out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
-Read on in this order: `lane_ptx` (a lane's five numbers, in PTX) and its twin `_code`, `_unpack`,
-`w3a16_decode_kernel`, `linear`.
+Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then here
+`group_ptx` (a group's codes made numbers, in PTX) and its twin `_codes`, `_product`, `_part`, `w3a16_shared_kernel`.
 
 Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
 first; 32 of them are three int32 words, and w10 and w21 lie across two words.
@@ -11,81 +11,58 @@ first; 32 of them are three int32 words, and w10 and w21 lie across two words.
     word 0                     word 1                    word 2
     w0 w1 ... w9 w10(2 bits)   w10(1) w11 ... w21(1)     w21(2) w22 ... w31
 
-Kernel layout (layout.py): a tile is one group of 128 rows, and what a thread needs lies together.
-Rows r and 64 + r share three 16-bit lanes A, B, C for each kk = 0..15; `lo j` is the code of row r
-at k = 16 j + kk, `hi j` that of row 64 + r. Five fields fill bits 0-14; bit 15 of the three lanes
-together is the sixteenth code, hi7:
-
-    bit     15     14-12  11-9   8-6    5-3    2-0
-    lane A  hi7.0  lo4    lo3    lo2    lo1    lo0      weight_lanes int16 [G, N/128, 3, 64, 16]:
-    lane B  hi7.1  hi1    hi0    lo7    lo6    lo5      (lane, r, kk), 6 KiB a tile, contiguous
-    lane C  hi7.2  hi6    hi5    hi4    hi3    hi2
-
-    scale_zero int32 [G, N]: the scale's 16 bits, above them the zero point
-
-48 bits hold 16 codes: nothing is padded, 3.0 bits a code and 0.25 for scale and zero point. A
-32-bit register holds one lane of two neighbouring kk, which is exactly a register of the tensor
-core's left operand: a field is made a number in place, in both halves at once. Each `lo j` and
-`hi j` is a slice of 16 k, one step of the tensor core, and the eight slices of a half are joined
-to one [64, 128] operand that lies in registers already.
+Kernel layout (layout.py): three byte planes a pair of groups, drawn in halves.py; 24 bits hold 8
+codes, nothing is padded. Scale and zero point of a (row, group) are the 32 bits of an fp32 number
+whose last three are the zero point: 3.25 bits a weight in all.
 
 From a field to a number, in one instruction: `(w & 7 << p) | magic`, a lop3, writes the field at
 bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and its
 last mantissa bit is worth 1, so p = 0 gives 128 + v; 0x4180 is 16 with a last bit worth 1/8, so
-p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16 and
-10 in fp16. bf16 has room for p = 0 to 4, so fields 0 and 3 need no shift, fields 6 and 9 come
-down by one shift by 6, and field 12 by a shift by 12, 11 or 10 in lanes A, B, C. That choice
-leaves bit 15 of the lanes at bits 3, 4, 5, where three lop3 gather the sixteenth code. Then one
-packed addition takes 2^(b-p) + zero away, exactly: what reaches the tensor core is the integer
-v - zero, within -7..7, and no sum of x is needed to correct for an offset.
+p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16 and 10
+in fp16. A register has four bytes: of bytes 0 and 2 that makes two numbers at once, and after one
+shift by 8 of bytes 1 and 3. One packed addition takes 2^(b-p) + zero away, exactly, and one packed
+multiplication scales: what reaches the tensor core is the weight, rounded once to 16 bits.
 
-Operations for the 32 weights in the three registers of two kk:
+Operations for the 32 weights in the three registers of four byte positions:
 
-    shifts, integer                              6      0.19 a weight
-    lop3: 15 fields, 3 for the sixteenth        18      0.56
-    packed additions, not on the integer pipe   16     (0.50)
-    zero point spread to 4 offsets a row         5 a row and group: 0.16
-    addresses, masks, buffers, loop                     0.15 to 0.27, by tile
+    shifts by 8                                  8      0.25 a weight
+    lop3: 16 fields, 2 to gather c3 and c7      18      0.56
+    shifts to gather c3 and c7                   4      0.13
+    packed additions, multiplications           32     (1.00, not on the integer pipe)
 
-That is 1.05 to 1.18 integer instructions a weight; `make compile-report` counts them. The memory of
-an H200 delivers a weight every 1.58 integer operations (by arithmetic: 132 SMs of 64 lanes at 1.98
-GHz, 4.3 TB/s, 3.25 bits), so a shift, an and, a conversion and a subtraction each would not do.
+Why each regime has its shape (the numbers of tokens are data: tiles.json):
 
-Why each regime has its shape:
+    halves, few       halves.py: bound by memory and issue slots, so integers stay integers.
+    split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than unpacking to 16 bits.
+                      An output has too few tiles for a GPU (14 to 36 in qkv, o, down at 128 tokens,
+                      for 132 SMs): work is divided in equal shares along K (launch.py).
+    prefill, many     The same product without the division: tiles suffice, and token tiles that
+                      share weights run beside each other, for L2.
+    dequantize, more  Weights into 16-bit scratch, then cuBLAS: the floor the fused prefill has to
+                      beat. A large weight goes through the scratch in slices of rows.
 
-    decode, M <= 64   Bound by memory and issue slots. Tensor cores even at M = 1: dot products on
-                      CUDA cores would take another operation a weight and token. W x^T, because
-                      only the left operand is taken from registers. The group's sum of integer
-                      weights is scaled in fp32 once: BLOCK_M / 128 operations a weight, and the
-                      weights are exact. K is split so that all SMs have work (qkv and o have 28 to
-                      48 tiles of 128 rows for 132 SMs); partial sums go to an fp32 workspace and
-                      the last program of an output tile to arrive adds them in order, so the result
-                      does not depend on which was last and no second kernel is launched.
-    its tiles         256 rows for 16 or 32 tokens: a thread of four warps then has 256 weights
-                      (128 registers) a group to share the loop's overhead. 64 tokens take eight
-                      warps, where sums and products are 64 registers each, and on Hopper only:
-                      mma.sync wants x in registers too and spills, sm_100 takes 2 instructions a
-                      weight; there two tiles of 32 tokens unpack every weight twice.
-    prefill, M > 64   Bound by the tensor cores: a tile's weights are unpacked once for BLOCK_M
-                      = 128 tokens, and scaled in 16 bits (0.5 operations a weight more), because
-                      taking the accumulator apart every group would stall the chain of wgmma.
-    dequantize        Weights into 16-bit scratch, then cuBLAS: the floor the fused prefill has to
-                      beat. Chosen where the tuning data says so (tuning.py), never on its own.
+A product is made 64 inputs at a time: two slices of 32, so that 128 x 128 outputs (128 registers a
+thread of four warps) and half a group of weights (32) fit without a spill, and two programs an SM.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from qig_serve.kernels import launch
-from qig_serve.kernels.tuning import Tile
+from qig_serve.kernels import halves, launch, layout, library, quantize_activation
+from qig_serve.kernels.launch import Scratch
+from qig_serve.kernels.library import Prepared
+from qig_serve.kernels.tiles import Tile, select
+
+MOST_HALVES = 64
+"""Most tokens at which halves tiles are tried."""
 
 _MANTISSA = {"bf16": 7, "fp16": 10}
 _BIAS = {"bf16": 127, "fp16": 15}
-_LAST_SHIFT = (12, 11, 10)  # of lanes A, B, C: brings the left-over bits to 3, 4, 5
-_LEFT_OVER = 3
 _AND_OR, _BLEND = 0xEA, 0xE4  # lop3: (a & b) | c, and c ? a : b bit by bit
 
 
@@ -102,58 +79,43 @@ def _twice(bits: int) -> str:
 
 
 @triton.constexpr_function
-def _field(out: str, word: str, zero: str, scale: str, p: int, float_type: str) -> str:
-    """PTX: out = (field of word at p) - zero, times scale if there is one; two numbers at once."""
-    magic = _magic(float_type, p)
+def _number(out: str, word: str, p: int, float_type: str) -> str:
+    """PTX: out = ((field of word at p, in both halves) - zero) * scale."""
     two = f"{float_type.replace('fp', 'f')}x2"
-    lines = [
-        f"mad.lo.u32 offset, {zero}, {1 << p}, {_twice(0x8000 | magic)};",
-        f"lop3.b32 {out}, {word}, {_twice(7 << p)}, {_twice(magic)}, {_AND_OR};",
-        f"fma.rn.{two} {out}, {out}, one, offset;",
-    ]
-    if scale:
-        lines.append(f"fma.rn.{two} {out}, {out}, {scale}, minus_zero;")
-    return "\n".join(lines)
+    return f"""lop3.b32 {out}, {word}, {_twice(7 << p)}, {_twice(_magic(float_type, p))}, {_AND_OR};
+    fma.rn.{two} {out}, {out}, one, minus_{p};
+    fma.rn.{two} {out}, {out}, $13, minus_zero;"""
 
 
 @triton.constexpr_function
-def _block(registers: str, body: list[str], float_type: str) -> str:
+def half_group_ptx(half: int, float_type: str) -> str:
+    """PTX of half a group: c0..c3 (half 0) or c4..c7 of four byte positions.
+
+    $0-$7 out, two registers a code; $8 $9 $10 planes A, B, C; $11 $12 zero points and $13 $14
+    scales, each twice in a register (a register for two positions: all are of one row).
+    """
     one = _BIAS[float_type] << _MANTISSA[float_type]
-    return "\n".join(
-        [
-            f"{{ .reg .b32 offset, one, minus_zero, {registers};",
-            f"mov.b32 one, {_twice(one)};",
-            f"mov.b32 minus_zero, {_twice(0x8000)};",
-            *body,
-            "}",
-        ]
-    )
-
-
-@triton.constexpr_function
-def lane_ptx(lane: int, float_type: str, scaled: bool) -> str:
-    """PTX of a lane's five codes: $0-$4 out, $5 lane, of the halves zeros $6 $7, scales $8 $9."""
-    shifts = (0, 0, 6, 6, _LAST_SHIFT[lane])
-    positions = (0, 3, 0, 3, lane)
-    body = ["mov.b32 t, $5;"]
-    for i in range(5):
-        if i in (2, 4):
-            body.append(f"shr.u32 t, $5, {shifts[i]};")
-        high = 5 * lane + i >= 8
-        scale = ("$9" if high else "$8") if scaled else ""
-        zero = "$7" if high else "$6"
-        body.append(_field(f"${i}", "t", zero, scale, positions[i], float_type))
-    return _block("t", body, float_type)
-
-
-@triton.constexpr_function
-def left_over_ptx(float_type: str, scaled: bool) -> str:
-    """PTX of the sixteenth code: $0 out, $1 $2 $3 lanes, $4 zero and $5 scale of the upper half."""
-    gather = [f"shr.u32 {t}, ${i + 1}, {_LAST_SHIFT[i]};" for i, t in enumerate("tuv")]
-    gather.append(f"lop3.b32 t, t, u, {_twice(0x08)}, {_BLEND};")
-    gather.append(f"lop3.b32 t, t, v, {_twice(0x18)}, {_BLEND};")
-    field = _field("$0", "t", "$4", "$5" if scaled else "", _LEFT_OVER, float_type)
-    return _block("t, u, v", [*gather, field], float_type)
+    p = 3 * half
+    lines = []
+    for i in range(4):
+        if i < 3:
+            lines.append(f"mov.b32 t, ${8 + i};")
+        else:  # c3 from planes A and C, c7 from B and C: gathered at bits 3-5
+            lines.append(f"shr.u32 t, ${8 + half}, 3; shr.u32 u, $10, {1 + half};")
+            lines.append(f"lop3.b32 t, t, u, 0x18181818, {_BLEND};")
+            p = 3
+        lines.append(_number(f"${2 * i}", "t", p, float_type))
+        lines.append("shr.u32 t, t, 8;")
+        lines.append(_number(f"${2 * i + 1}", "t", p, float_type))
+    for q in sorted({3 * half, 3}):
+        magic = _twice(0x8000 | _magic(float_type, q))
+        lines.insert(0, f"mad.lo.u32 minus_{q}, $11, {1 << q}, {magic};")
+    body = "\n".join(lines)
+    return f"""{{ .reg .b32 t, u, one, minus_0, minus_3, minus_zero;
+    mov.b32 one, {_twice(one)};
+    mov.b32 minus_zero, {_twice(0x8000)};
+    {body}
+    }}"""
 
 
 @triton.constexpr_function
@@ -162,286 +124,422 @@ def _float_type(dtype: tl.dtype) -> str:
 
 
 @triton.jit
-def _code(lane, SHIFT: tl.constexpr, zero, scale, DTYPE: tl.constexpr, SCALED: tl.constexpr):
-    # Twin of _field: (lane >> SHIFT) & 7, minus zero, exact in any float; its bits as int16.
-    value = (((lane >> SHIFT) & 7) - zero).to(tl.float32)
-    if SCALED:
-        value = value * scale.to(DTYPE, bitcast=True).to(tl.float32)
+def _codes(word, zero, scale, DTYPE: tl.constexpr):
+    """Twin of _number: (word & 7 - zero) * scale, rounded once, as DTYPE's bits."""
+    value = ((word & 7) - zero.to(tl.int32)).to(tl.float32)
+    value = value * scale.to(DTYPE, bitcast=True).to(tl.float32)
     return value.to(DTYPE).to(tl.int16, bitcast=True)
 
 
 @triton.jit
-def _five_codes(
-    lane, zero_lo, zero_hi, scale_lo, scale_hi,
-    LANE: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr, USE_PTX: tl.constexpr,
+def _four_slices(
+    a, b, c, zero, scale, HALF: tl.constexpr, DTYPE: tl.constexpr, USE_PTX: tl.constexpr
 ):  # fmt: skip
-    """Lane [R, 16] int16 -> five planes [R, 16], bits of DTYPE; all int16."""
+    """Planes int8 [R, 16], zero points and scales int16 [R, 16] -> four slices, DTYPE's bits."""
     if USE_PTX:
-        ptx: tl.constexpr = lane_ptx(LANE, _float_type(DTYPE), SCALED)
-        if SCALED:
-            return tl.inline_asm_elementwise(
-                ptx, "=&r,=&r,=&r,=&r,=&r,r,r,r,r,r",
-                [lane, zero_lo, zero_hi, scale_lo, scale_hi],
-                dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                ptx, "=&r,=&r,=&r,=&r,=&r,r,r,r", [lane, zero_lo, zero_hi],
-                dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
-            )  # fmt: skip
+        ptx: tl.constexpr = half_group_ptx(HALF, _float_type(DTYPE))
+        return tl.inline_asm_elementwise(
+            ptx, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [a, b, c, zero, scale],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=4,
+        )  # fmt: skip
     else:
-        zero_3 = zero_hi if LANE > 0 else zero_lo
-        zero_2 = zero_hi if LANE > 1 else zero_lo
-        scale_3 = scale_hi if LANE > 0 else scale_lo
-        scale_2 = scale_hi if LANE > 1 else scale_lo
+        a, b, c = a.to(tl.int32) & 255, b.to(tl.int32) & 255, c.to(tl.int32) & 255
+        low = b if HALF else a
+        gathered = (low >> 6) & 3 | (c >> (6 + HALF) & 1) << 2
         return (
-            _code(lane, 0, zero_2, scale_2, DTYPE, SCALED),
-            _code(lane, 3, zero_2, scale_2, DTYPE, SCALED),
-            _code(lane, 6, zero_2, scale_2, DTYPE, SCALED),
-            _code(lane, 9, zero_3, scale_3, DTYPE, SCALED),
-            _code(lane, 12, zero_3, scale_3, DTYPE, SCALED),
+            _codes(a >> 3 * HALF, zero, scale, DTYPE),
+            _codes(b >> 3 * HALF, zero, scale, DTYPE),
+            _codes(c >> 3 * HALF, zero, scale, DTYPE),
+            _codes(gathered, zero, scale, DTYPE),
         )
 
 
 @triton.jit
-def _left_over_code(
-    a, b, c, zero, scale, DTYPE: tl.constexpr, SCALED: tl.constexpr, USE_PTX: tl.constexpr
+def _in_order(
+    s0, s1, s2, s3, R: tl.constexpr, ORDER: tl.constexpr, USE_PTX: tl.constexpr
 ):  # fmt: skip
-    if USE_PTX:
-        ptx: tl.constexpr = left_over_ptx(_float_type(DTYPE), SCALED)
-        if SCALED:
-            return tl.inline_asm_elementwise(
-                ptx, "=&r,r,r,r,r,r", [a, b, c, zero, scale], dtype=tl.int16, is_pure=True, pack=2
-            )
+    """Four slices [R, 16] in the order of bytes -> [R, 64] in the order of k (layout.py).
+
+    Names on a GPU, no instruction. The PTX makes numbers of bytes 0 and 2, then of 1 and 3; its
+    twin of one byte after the other.
+    """
+    every = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(R, 4, 2, 2, 2, 2)  # [.., s / 2, s % 2]
+    if ORDER == 16:
+        if USE_PTX:
+            ordered = every.permute(0, 4, 5, 2, 1, 3)
         else:
-            return tl.inline_asm_elementwise(
-                ptx, "=&r,r,r,r,r", [a, b, c, zero], dtype=tl.int16, is_pure=True, pack=2
-            )
+            ordered = every.permute(0, 4, 5, 3, 1, 2)
     else:
-        code = ((a >> 15) & 1) | ((b >> 14) & 2) | ((c >> 13) & 4)
-        return _code(code, 0, zero, scale, DTYPE, SCALED)
+        if USE_PTX:
+            ordered = every.permute(0, 4, 1, 5, 2, 3)
+        else:
+            ordered = every.permute(0, 4, 1, 5, 3, 2)
+    return ordered.reshape(R, 64)
 
 
 @triton.jit
-def _join_slices(p0, p1, p2, p3, p4, p5, p6, p7, ROWS: tl.constexpr, DTYPE: tl.constexpr):
-    """Eight slices [R, 16] -> [R, 128] with k = 16 * slice + kk: no instruction on the GPU."""
-    even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
-    odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
-    return tl.join(even, odd).permute(0, 2, 3, 4, 1).reshape(ROWS, 128).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def _unpack(
-    lanes_ptr, word_lo, word_hi,
-    ROWS: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr, USE_PTX: tl.constexpr,
+def _half_group(
+    a, b, c, scale_zero, HALF: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
+    DTYPE: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Lanes at [R, 16] pointers, scale_zero words [R] of the halves -> two weights [R, 128]."""
-    a = tl.load(lanes_ptr)
-    b = tl.load(lanes_ptr + 1024)
-    c = tl.load(lanes_ptr + 2048)
-    zero_lo = tl.broadcast_to((word_lo >> 16).to(tl.int16)[:, None], [ROWS, 16])
-    zero_hi = tl.broadcast_to((word_hi >> 16).to(tl.int16)[:, None], [ROWS, 16])
-    scale_lo = tl.broadcast_to(word_lo.to(tl.int16)[:, None], [ROWS, 16])
-    scale_hi = tl.broadcast_to(word_hi.to(tl.int16)[:, None], [ROWS, 16])
-    lo0, lo1, lo2, lo3, lo4 = _five_codes(
-        a, zero_lo, zero_hi, scale_lo, scale_hi, 0, DTYPE, SCALED, USE_PTX
-    )
-    lo5, lo6, lo7, hi0, hi1 = _five_codes(
-        b, zero_lo, zero_hi, scale_lo, scale_hi, 1, DTYPE, SCALED, USE_PTX
-    )
-    hi2, hi3, hi4, hi5, hi6 = _five_codes(
-        c, zero_lo, zero_hi, scale_lo, scale_hi, 2, DTYPE, SCALED, USE_PTX
-    )
-    hi7 = _left_over_code(a, b, c, zero_hi, scale_hi, DTYPE, SCALED, USE_PTX)
-    return (
-        _join_slices(lo0, lo1, lo2, lo3, lo4, lo5, lo6, lo7, ROWS, DTYPE),
-        _join_slices(hi0, hi1, hi2, hi3, hi4, hi5, hi6, hi7, ROWS, DTYPE),
-    )
+    """Weights [BLOCK_N, 64] of DTYPE: planes int8 [BLOCK_N, 16], scale_zero int32 [BLOCK_N]."""
+    zero = tl.broadcast_to((scale_zero >> 3 & 7).to(tl.int16)[:, None], [BLOCK_N, 16])
+    scale = (scale_zero & -64).to(tl.float32, bitcast=True).to(DTYPE).to(tl.int16, bitcast=True)
+    scale = tl.broadcast_to(scale[:, None], [BLOCK_N, 16])
+    s0, s1, s2, s3 = _four_slices(a, b, c, zero, scale, HALF, DTYPE, USE_PTX)
+    return _in_order(s0, s1, s2, s3, BLOCK_N, ORDER, USE_PTX).to(DTYPE, bitcast=True)
 
 
 @triton.jit
-def _scale_of(word, DTYPE: tl.constexpr):
-    """The scale in scale_zero's words [R], as an fp32 column [R, 1]."""
-    return word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)[:, None]
-
-
-@triton.jit
-def _store_half(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS: tl.constexpr):
-    """acc [R, BLOCK_M] fp32 -> out [M, N], bias added before rounding."""
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0)
-        acc += bias.to(tl.float32)[:, None]
-    where = out_ptr + tokens[None, :].to(tl.int64) * N + rows[:, None]
-    mask = (tokens < M)[None, :] & (rows < N)[:, None]
-    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["M", "groups_a_split"])
-def w3a16_decode_kernel(
-    x_ptr, lanes_ptr, scale_zero_ptr, bias_ptr, out_ptr, workspace_ptr, counter_ptr,
-    M, N, K, TILES, groups_a_split,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+def _product(
+    x_ptrs, x_in_range, weight_ptrs, scale_zero_ptrs, group_first, group_last, TILES,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
+    DTYPE: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of 2 * ROWS outputs, splits of K, tiles of BLOCK_M tokens)."""
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    tile, split = tl.program_id(0), tl.program_id(1)
-    group_first = split * groups_a_split
-    group_last = tl.minimum(group_first + groups_a_split, K // 128)
-    row = tl.arange(0, ROWS)
-    unit = tile * (ROWS // 64) + row // 64  # layout tile of each row
-    rows = unit * 128 + row % 64  # outputs of the lower halves; + 64 those of the upper
-    unit = tl.minimum(unit, TILES - 1)  # a last half-filled tile reads what it will not store
-    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane_ptrs = lanes_ptr + (unit * 3072 + row % 64 * 16)[:, None] + tl.arange(0, 16)[None, :]
-    rows_read = tl.minimum(tokens, M - 1)[None, :].to(tl.int64)
-    x_ptrs = x_ptr + rows_read * K + tl.arange(0, 128)[:, None]
-    in_range = (tokens < M)[None, :]
+    """W x^T over groups: fp32 [BLOCK_N, BLOCK_M].
 
-    acc_lo = tl.zeros([ROWS, BLOCK_M], tl.float32)
-    acc_hi = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    x_ptrs [64, BLOCK_M] to the first inputs; weight_ptrs [BLOCK_N, 16] to plane A and
+    scale_zero_ptrs [BLOCK_N] to the words of the first pair of groups.
+    """
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for group in tl.range(group_first, group_last, num_stages=STAGES):
-        words = scale_zero_ptr + group * TILES * 128 + unit * 128 + row % 64
-        word_lo = tl.load(words)
-        word_hi = tl.load(words + 64)
-        w_lo, w_hi = _unpack(
-            lane_ptrs + group * TILES * 3072, word_lo, word_hi, ROWS, DTYPE, False, USE_PTX
-        )
-        x = launch.load_tokens(x_ptrs + group * 128, in_range, BLOCK_M)  # [128, BLOCK_M]
-        acc_lo += tl.dot(w_lo, x) * _scale_of(word_lo, DTYPE)
-        acc_hi += tl.dot(w_hi, x) * _scale_of(word_hi, DTYPE)
+        planes = weight_ptrs + (group // 2 * (TILES * 12288) + group % 2 * 6144)
+        a = tl.load(planes)
+        b = tl.load(planes + 2048)
+        c = tl.load(planes + 4096)
+        scale_zero = tl.load(scale_zero_ptrs + (group // 2 * (TILES * 256) + group % 2))
+        x = x_ptrs + group * 128
+        x_first = launch.load_tokens(x, x_in_range, BLOCK_M)
+        x_second = launch.load_tokens(x + 64, x_in_range, BLOCK_M)
+        w = _half_group(a, b, c, scale_zero, 0, BLOCK_N, ORDER, DTYPE, USE_PTX)
+        acc = tl.dot(w, x_first, acc)
+        w = _half_group(a, b, c, scale_zero, 1, BLOCK_N, ORDER, DTYPE, USE_PTX)
+        acc = tl.dot(w, x_second, acc)
+    return acc
 
-    if SPLIT:
-        splits = tl.num_programs(1)
-        column = tl.arange(0, BLOCK_M)
-        inside = column[None, :] * (2 * ROWS) + row[:, None]  # of a partial tile [BLOCK_M, 2 ROWS]
-        output_tile = tl.program_id(2) * tl.num_programs(0) + tile
-        partials = workspace_ptr + output_tile.to(tl.int64) * splits * (2 * ROWS * BLOCK_M) + inside
-        mine = partials + split * (2 * ROWS * BLOCK_M)
-        tl.store(mine, acc_lo, mask=in_range)
-        tl.store(mine + ROWS, acc_hi, mask=in_range)
-        tl.debug_barrier()  # all of this program's stores before the counter says so
-        arrived = tl.atomic_add(counter_ptr + output_tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == splits - 1:
-            acc_lo = tl.zeros([ROWS, BLOCK_M], tl.float32)
-            acc_hi = tl.zeros([ROWS, BLOCK_M], tl.float32)
-            # In order: the sum is the same whoever adds it. Unrolled, so that loads overlap.
-            for i in tl.range(0, splits, loop_unroll_factor=4):
-                there = partials + i * (2 * ROWS * BLOCK_M)
-                acc_lo += tl.load(there, mask=in_range, other=0.0, cache_modifier=".cg")
-                acc_hi += tl.load(there + ROWS, mask=in_range, other=0.0, cache_modifier=".cg")
-            tl.store(counter_ptr + output_tile, 0)  # ready for the next launch
-            _store_half(out_ptr, acc_lo, bias_ptr, rows, tokens, M, N, HAS_BIAS)
-            _store_half(out_ptr, acc_hi, bias_ptr, rows + 64, tokens, M, N, HAS_BIAS)
+
+@triton.jit
+def _pointers(
+    x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Of an output tile: rows [BLOCK_N], and what `_product` takes of pointers."""
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    stored = tl.minimum(rows, TILES * 128 - 1)  # a half-filled last tile stores not all it reads
+    weight_ptrs = weight_ptr + (stored // 128 * 12288 + stored % 128 * 16)[:, None]
+    rows_read = tl.minimum(tokens, M - 1)[None, :]
+    x_ptrs = x_ptr + (rows_read * K + tl.arange(0, 64)[:, None])
+    return rows, x_ptrs, weight_ptrs + tl.arange(0, 16)[None, :], scale_zero_ptr + stored * 2
+
+
+@triton.jit
+def _part(
+    first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr, counter_ptr,
+    M, N, K, TILES, tiles_m, units,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+):  # fmt: skip
+    """Units from `first` to the end of its output tile, or to `last`; -> the unit after them."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    groups = K // 128
+    tile = first // groups
+    start = first - tile * groups
+    end = tl.minimum(groups, start + last - first)
+    token = tile % tiles_m * BLOCK_M
+    tokens = token + tl.arange(0, BLOCK_M)
+    rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
+        x_ptr, weight_ptr, scale_zero_ptr, tile // tiles_m, tokens, M, K, TILES, BLOCK_N
+    )
+    acc = _product(
+        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, start, end, TILES,
+        BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, USE_PTX,
+    )  # fmt: skip
+    if end - start == groups:
+        launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
     else:
-        _store_half(out_ptr, acc_lo, bias_ptr, rows, tokens, M, N, HAS_BIAS)
-        _store_half(out_ptr, acc_hi, bias_ptr, rows + 64, tokens, M, N, HAS_BIAS)
+        here = tl.minimum(M - token, BLOCK_M)
+        complete, one, other = launch.leave_part(
+            acc, partials_ptr, counter_ptr, tile, groups, units, start == 0, here,
+            BLOCK_M, BLOCK_N, ALIGNED,
+        )  # fmt: skip
+        if complete:
+            for i in tl.range(0, here, 16):
+                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 16, ALIGNED)
+                some = token + i + tl.arange(0, 16)
+                launch.store_out(out_ptr, total, bias_ptr, rows, some, M, N, HAS_BIAS)
+    return first + end - start
+
+
+@triton.jit(do_not_specialize=["M", "units"])
+def w3a16_shared_kernel(
+    x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr, counter_ptr,
+    M, N, K, TILES, tiles_m, units,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,), each with an equal share of the units (tile, group)."""
+    first, last = launch.share(units)
+    if PDL:
+        groups = K // 128
+        ahead = first % groups // 2 * TILES + first // groups // tiles_m * (BLOCK_N // 128)
+        line = tl.minimum(ahead * 96 + tl.arange(0, 128), groups // 2 * TILES * 96 - 1)
+        launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL)
+    if ALIGNED:  # no share crosses a tile
+        _part(
+            first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
+            counter_ptr, M, N, K, TILES, tiles_m, units,
+            BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, USE_PTX,
+        )  # fmt: skip
+    else:
+        while first < last:
+            first = _part(
+                first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
+                counter_ptr, M, N, K, TILES, tiles_m, units,
+                BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, USE_PTX,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def w3a16_prefill_kernel(
-    x_ptr, lanes_ptr, scale_zero_ptr, bias_ptr, out_ptr,
-    M, N, K, TILES,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+    x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, M, N, K, TILES,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
+    ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (output tiles of 2 * ROWS x BLOCK_M,), GROUP_M token tiles beside each other for L2."""
+    """Grid (output tiles,), GROUP_M token tiles beside each other for L2."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(TILES * 64, ROWS)
-    tile_m, tile = launch.grouped(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    row = tl.arange(0, ROWS)
-    unit = tile * (ROWS // 64) + row // 64
-    rows = unit * 128 + row % 64
-    unit = tl.minimum(unit, TILES - 1)
+    tiles_n = tl.cdiv(TILES * 128, BLOCK_N)
+    tile_m, tile = launch.grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane_ptrs = lanes_ptr + (unit * 3072 + row % 64 * 16)[:, None] + tl.arange(0, 16)[None, :]
-    rows_read = tl.minimum(tokens, M - 1)[None, :].to(tl.int64)
-    x_ptrs = x_ptr + rows_read * K + tl.arange(0, 128)[:, None]
-    in_range = (tokens < M)[None, :]
-
-    acc_lo = tl.zeros([ROWS, BLOCK_M], tl.float32)
-    acc_hi = tl.zeros([ROWS, BLOCK_M], tl.float32)
-    for group in tl.range(0, K // 128, num_stages=STAGES):
-        words = scale_zero_ptr + group * TILES * 128 + unit * 128 + row % 64
-        w_lo, w_hi = _unpack(
-            lane_ptrs + group * TILES * 3072, tl.load(words), tl.load(words + 64),
-            ROWS, DTYPE, True, USE_PTX,
-        )  # fmt: skip
-        x = launch.load_tokens(x_ptrs + group * 128, in_range, BLOCK_M)
-        acc_lo = tl.dot(w_lo, x, acc_lo)
-        acc_hi = tl.dot(w_hi, x, acc_hi)
-    _store_half(out_ptr, acc_lo, bias_ptr, rows, tokens, M, N, HAS_BIAS)
-    _store_half(out_ptr, acc_hi, bias_ptr, rows + 64, tokens, M, N, HAS_BIAS)
+    rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
+        x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N
+    )
+    if PDL:
+        line = tl.minimum(tile * (BLOCK_N // 128) * 96 + tl.arange(0, 128), TILES * 96 - 1)
+        launch.start_early(weight_ptr + line * 128, PDL)
+    acc = _product(
+        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, 0, K // 128, TILES,
+        BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, USE_PTX,
+    )  # fmt: skip
+    launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def w3a16_dequantize_kernel(
-    lanes_ptr, scale_zero_ptr, weight_ptr, N, K, TILES, USE_PTX: tl.constexpr
-):
-    """Grid (tiles of 128 outputs, groups): weight [N, K], rounded as the prefill kernel rounds."""
-    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
-    tile, group = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, 64)
-    rows = tile * 128 + row
-    lane_ptrs = lanes_ptr + (group * TILES + tile) * 3072
-    lane_ptrs += row[:, None] * 16 + tl.arange(0, 16)[None, :]
-    words = scale_zero_ptr + group * TILES * 128 + rows
-    w_lo, w_hi = _unpack(lane_ptrs, tl.load(words), tl.load(words + 64), 64, DTYPE, True, USE_PTX)
-    where = weight_ptr + rows[:, None].to(tl.int64) * K + group * 128 + tl.arange(0, 128)[None, :]
-    tl.store(where, w_lo, mask=(rows < N)[:, None])
-    tl.store(where + 64 * K, w_hi, mask=(rows + 64 < N)[:, None])
+    weight_ptr, scale_zero_ptr, out_ptr, N, K, TILES, first_tile,
+    ORDER: tl.constexpr, USE_PTX: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of 128 rows, groups): rows first_tile * 128 ... of the weight [N, K].
+
+    out [rows of the slice, K], each weight rounded once, as the other kernels round it.
+    """
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tile, group = tl.program_id(0) + first_tile, tl.program_id(1)
+    row = tl.arange(0, 128)
+    planes = weight_ptr + (group // 2 * TILES + tile) * 12288 + group % 2 * 6144
+    planes += row[:, None] * 16 + tl.arange(0, 16)[None, :]
+    a, b, c = tl.load(planes), tl.load(planes + 2048), tl.load(planes + 4096)
+    words = scale_zero_ptr + (group // 2 * TILES + tile) * 256 + group % 2
+    scale_zero = tl.load(words + row * 2)
+    where = out_ptr + ((tl.program_id(0) * 128 + row)[:, None].to(tl.int64) * K + group * 128)
+    where += tl.arange(0, 64)[None, :]
+    inside = (tile * 128 + row < N)[:, None]
+    w = _half_group(a, b, c, scale_zero, 0, 128, ORDER, DTYPE, USE_PTX)
+    tl.store(where, w, mask=inside)
+    w = _half_group(a, b, c, scale_zero, 1, 128, ORDER, DTYPE, USE_PTX)
+    tl.store(where + 64, w, mask=inside)
+
+
+def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
+    """The checkpoint's tensors of one linear (formats.tensor_specs) in the kernels' layout.
+
+    dtype: of the activations (16 bits), in which the scale is kept.
+    """
+    return layout.repack_w3a16(
+        tensors["weight_packed"],
+        tensors["weight_scale"].to(dtype),
+        tensors["weight_zero_point"],
+        launch.orders(tensors["weight_packed"].device).weights,
+    )
+
+
+def zeros(n: int, k: int, device: torch.device) -> Prepared:
+    """Tensors of zero weights [N, K], in the shapes of `prepare`."""
+    pairs, rows = layout.padded_pairs(k), layout.padded_rows(n)
+    shape = (pairs, rows // layout.ROW_TILE, 2, 3, layout.ROW_TILE, 16)
+    return {
+        "weight_planes": torch.zeros(shape, dtype=torch.int8, device=device),
+        "scale_zero": torch.zeros(pairs, rows, 2, dtype=torch.int32, device=device),
+    }
 
 
 def linear(
     x: torch.Tensor,
-    lanes: torch.Tensor,
-    scale_zero: torch.Tensor,
-    counters: torch.Tensor,
-    workspace: torch.Tensor,
-    bias: torch.Tensor | None,
+    prepared: Prepared,
     n: int,
+    bias: torch.Tensor | None,
     tile: Tile,
+    scratch: Scratch,
     use_ptx: bool = True,
 ) -> torch.Tensor:
-    """x [M, K] contiguous, layout.repack_w3a16's tensors, bias [N] or None -> [M, N] of x's dtype.
+    """x [M, K] contiguous times the prepared weight transposed (+ bias [N]): [M, N] of x's dtype.
 
-    counters: int32 zeros, one an output tile (launch.counters); left at zero. workspace: int32
-    scratch of launch.workspace_size(tile). use_ptx=False takes the pure Triton twin.
+    use_ptx=False takes the pure Triton twin. ValueError if the scratch memory does not suffice.
     """
+    planes, scale_zero = prepared["weight_planes"], prepared["scale_zero"]
     m, k = x.shape
-    tiles = lanes.shape[1]
     if tile.regime == "dequantize":
-        weight = dequantize(lanes, scale_zero, n, x.dtype, use_ptx)
-        return torch.nn.functional.linear(x, weight, bias)
-    rows = tile.block_n // 2
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    tiles_n = triton.cdiv(tiles * 64, rows)
-    shape = dict(BLOCK_M=tile.block_m, ROWS=rows, STAGES=tile.num_stages)
-    options = dict(HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile))
-    if tile.regime == "prefill":
-        grid = (triton.cdiv(m, tile.block_m) * tiles_n,)
-        w3a16_prefill_kernel[grid](
-            x, lanes, scale_zero, bias, out, m, n, k, tiles,
-            GROUP_M=tile.group_m, **shape, **options,
-        )  # fmt: skip
-        return out
+        return _dequantized_linear(x, planes, scale_zero, n, bias, tile, use_ptx)
+    if tile.regime == "halves":
+        halves_of_x, x_scale_sum = quantize_activation.split_halves(x)
+        return halves.product(
+            halves_of_x, x_scale_sum, planes, scale_zero, bias, n, x.dtype, tile, scratch, use_ptx
+        )
+    tiles = planes.shape[1]
     tiles_m = triton.cdiv(m, tile.block_m)
-    splits, a_split = launch.split_k(tile, tiles_n * tiles_m, k // 128, x.device)
-    partials = launch.partial_sums(workspace, splits, tiles_n * tiles_m, tile, torch.float32)
-    w3a16_decode_kernel[(tiles_n, splits, tiles_m)](
-        x, lanes, scale_zero, bias, out, partials, counters, m, n, k, tiles, a_split,
-        SPLIT=splits > 1, **shape, **options,
+    output_tiles = tiles_m * triton.cdiv(tiles * layout.ROW_TILE, tile.block_n)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tensors = (x, planes, scale_zero, bias, out)
+    constants = dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
+        ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
+        **launch.options(tile, x.device),
+    )  # fmt: skip
+    if tile.regime == "prefill":
+        w3a16_prefill_kernel[(output_tiles,)](
+            *tensors, m, n, k, tiles, GROUP_M=tile.group_m, **constants
+        )
+        return out
+    groups = k // layout.GROUP
+    count = launch.programs(tile, output_tiles, groups, launch.multiprocessors(x.device))
+    constants["ALIGNED"] = tile.regime == "split_k"
+    w3a16_shared_kernel[(count,)](
+        *tensors, scratch.partial_sums(tile, count, torch.float32), scratch.counters,
+        m, n, k, tiles, tiles_m, output_tiles * groups, **constants,
     )  # fmt: skip
     return out
 
 
+def _dequantized_linear(
+    x: torch.Tensor, planes: torch.Tensor, scale_zero: torch.Tensor, n: int,
+    bias: torch.Tensor | None, tile: Tile, use_ptx: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Through cuBLAS; `tile.block_n` rows of the weight at a time, or all of them at once (0)."""
+    rows = tile.block_n or n
+    if rows >= n:
+        weight = dequantize(planes, scale_zero, n, x.shape[1], x.dtype, use_ptx)
+        return torch.nn.functional.linear(x, weight, bias)
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    scratch = torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
+    for first in range(0, n, rows):
+        last = min(n, first + rows)
+        weight = _dequantize_rows(planes, scale_zero, first, last, scratch[: last - first], use_ptx)
+        part = out[:, first:last]
+        if bias is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(bias[first:last], x, weight.t(), out=part)
+    return out
+
+
 def dequantize(
-    lanes: torch.Tensor, scale_zero: torch.Tensor, n: int, dtype: torch.dtype, use_ptx: bool = True
-) -> torch.Tensor:
+    planes: torch.Tensor, scale_zero: torch.Tensor, n: int, k: int, dtype: torch.dtype,
+    use_ptx: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """The weight [N, K], rounded to `dtype`."""
-    groups, tiles = lanes.shape[:2]
-    weight = torch.empty(n, groups * 128, dtype=dtype, device=lanes.device)
-    w3a16_dequantize_kernel[(tiles, groups)](
-        lanes, scale_zero, weight, n, groups * 128, tiles, USE_PTX=use_ptx
+    weight = torch.empty(n, k, dtype=dtype, device=planes.device)
+    return _dequantize_rows(planes, scale_zero, 0, n, weight, use_ptx)
+
+
+def _dequantize_rows(
+    planes: torch.Tensor, scale_zero: torch.Tensor, first: int, last: int, out: torch.Tensor,
+    use_ptx: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Rows first to last (first: a multiple of 128) into out [last - first, K]."""
+    k = out.shape[1]
+    grid = (triton.cdiv(last - first, layout.ROW_TILE), k // layout.GROUP)
+    w3a16_dequantize_kernel[grid](
+        planes, scale_zero, out, last, k, planes.shape[1], first // layout.ROW_TILE,
+        ORDER=launch.orders(planes.device).weights, USE_PTX=use_ptx,
+    )  # fmt: skip
+    return out
+
+
+def candidates(m: int) -> list[Tile]:
+    """Tiles to try at M tokens; what does not fit a device is skipped."""
+    tiles = halves.candidates(m) if m <= MOST_HALVES else []
+    if m > 8:
+        tiles += [
+            Tile(regime, block_m, block_n, warps, stages, programs)
+            for regime, block_m, block_n, warps, programs in (
+                ("split_k", 16, 128, 4, 3), ("split_k", 32, 128, 4, 2), ("split_k", 32, 128, 4, 3),
+                ("split_k", 64, 128, 4, 2), ("stream_k", 64, 128, 4, 2), ("stream_k", 64, 256, 8, 1),
+                ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 256, 8, 1),
+            )
+            if m // 4 <= block_m <= max(32, 2 * m)
+            for stages in (2, 3)
+        ]  # fmt: skip
+    if m >= 128:
+        tiles += [
+            Tile("prefill", 128, block_n, warps, stages)
+            for block_n, warps in ((128, 4), (128, 8), (256, 8))
+            for stages in (2, 3)
+        ]
+        tiles += [Tile("dequantize", block_n=0), Tile("dequantize", block_n=8448)]
+    return tiles
+
+
+def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
+    """What a launch with the tile compiles, for `dtype` ("bf16", "fp16")."""
+    if tile.regime == "halves":
+        return halves.kernel(tile, dtype, orders.activations)
+    arguments = dict(
+        weight_ptr="*i8", scale_zero_ptr="*i32", out_ptr=f"*{dtype}", N="i32", K="i32", TILES="i32"
     )
-    return weight
+    constants: dict[str, Any] = dict(ORDER=orders.weights, USE_PTX=True)
+    if tile.regime == "dequantize":
+        arguments |= {"first_tile": "i32"}
+        return launch.Kernel(w3a16_dequantize_kernel, arguments, constants, tile, layout.GROUP)
+    arguments |= dict(x_ptr=f"*{dtype}", bias_ptr=f"*{dtype}", M="i32")
+    constants |= dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True
+    )
+    if tile.regime == "prefill":
+        constants["GROUP_M"] = tile.group_m
+        return launch.Kernel(w3a16_prefill_kernel, arguments, constants, tile, layout.GROUP)
+    arguments |= dict(partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", units="i32")
+    constants["ALIGNED"] = tile.regime == "split_k"
+    return launch.Kernel(w3a16_shared_kernel, arguments, constants, tile, layout.GROUP)
+
+
+def unsupported(n: int, k: int) -> str:
+    """Why a linear [N, K] cannot run; empty if it can."""
+    return ""
+
+
+def _w3a16_linear(
+    x: torch.Tensor,
+    weight_planes: torch.Tensor,
+    scale_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+) -> torch.Tensor:
+    m, k = x.shape
+    if m == 0:
+        return x.new_empty(0, n)
+    tile = select("w3a16", launch.architecture(x.device), n, k, m)
+    prepared = {"weight_planes": weight_planes, "scale_zero": scale_zero}
+    scratch = launch.scratch(x.device)
+    return linear(library.aligned(x), prepared, n, bias, tile, scratch, library.use_ptx(x))
+
+
+library.define(
+    "w3a16_linear(Tensor x, Tensor weight_planes, Tensor scale_zero, Tensor? bias, int n) -> Tensor",
+    _w3a16_linear,
+    lambda x, weight_planes, scale_zero, bias, n: x.new_empty(x.shape[0], n),
+)
+
+
+def apply(x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] -> [M, N] through the op, with the tile of tiles.json."""
+    p = prepared
+    return torch.ops.qig.w3a16_linear(x, p["weight_planes"], p["scale_zero"], bias, n)

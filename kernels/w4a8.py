@@ -19,25 +19,31 @@ exact, also across splits of K, and scaled once at the end:
 
     out[m, n] = sum * (token_scale[m] * channel_scale[n]) + bias[n]
 
-Why each regime has its shape:
+Why each regime has its shape (the numbers of tokens are data: tiles.json):
 
-    decode, M <= 64   Bound by memory. W x^T, the unpacked weights go to the tensor cores from
-                      registers. K is split so that all SMs have work; int32 partial sums go
-                      to a workspace and the last program of an output tile to arrive adds them.
-    prefill, M > 64   Bound by the tensor cores, at twice the bf16 rate. The same loop without the
-                      split; larger tiles, so that a weight is unpacked once for BLOCK_M tokens.
+    split_k, stream_k   Few tokens: bound by memory. More: by work that does not divide, for an output
+                        has 14 to 300 tiles for 132 SMs. W x^T, the unpacked weights go to the tensor
+                        cores from registers, and work is divided in equal shares along K
+                        (launch.py). Partial sums are int32: a sum is the same however divided.
+    prefill             Many: bound by the tensor cores, at twice the bf16 rate. The same loop
+                        undivided; 128 x 128 outputs by four warps, two programs an SM, so that one
+                        unpacks while the other multiplies.
 
 Activations are quantized a token by quantize_activation.py, fused there with what precedes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from qig_serve.kernels import launch
-from qig_serve.kernels.tuning import Tile
+from qig_serve.kernels import launch, layout, library, quantize_activation
+from qig_serve.kernels.launch import Scratch
+from qig_serve.kernels.library import Prepared
+from qig_serve.kernels.tiles import Tile, select
 
 MAX_K = (1 << 31) // (16 * 8 * 127) // 128 * 128
 """Largest K whose int32 sum of 16 * code * activation cannot overflow."""
@@ -70,24 +76,19 @@ def _store(
 ):  # fmt: skip
     """acc int32 [BLOCK_N, BLOCK_M], scaled -> out [M, N]."""
     token_scale = tl.load(token_scale_ptr + tokens, mask=tokens < M, other=0.0)
-    channel_scale = tl.load(channel_scale_ptr + rows)
+    channel_scale = tl.load(channel_scale_ptr + rows, mask=rows < N, other=0.0)
     out = acc.to(tl.float32) * (token_scale[None, :] * channel_scale[:, None])
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-    where = out_ptr + tokens[None, :].to(tl.int64) * N + rows[:, None]
-    mask = (tokens < M)[None, :] & (rows < N)[:, None]
-    tl.store(where, out.to(out_ptr.dtype.element_ty), mask=mask)
+    launch.store_out(out_ptr, out, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
 @triton.jit
 def _sum_of_products(
-    codes_ptr, nibbles_ptr, tile, tokens, block_first, block_last, M, K, N_PAD,
+    codes_ptr, nibbles_ptr, rows, tokens, block_first, block_last, M, K, N_PAD,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
     """16 * codes^T weights over blocks of 128 inputs: int32 [BLOCK_N, BLOCK_M]."""
-    # A last half-filled tile reads some row twice rather than past the end.
-    rows = tl.minimum(tile * BLOCK_N, N_PAD - BLOCK_N) + tl.arange(0, BLOCK_N)
-    nibble_ptrs = nibbles_ptr + rows[:, None] * 64 + tl.arange(0, 64)[None, :]
+    # A half-filled last tile reads the last row again rather than past the end.
+    nibble_ptrs = nibbles_ptr + tl.minimum(rows, N_PAD - 1)[:, None] * 64 + tl.arange(0, 64)[None, :]
     rows_read = tl.minimum(tokens, M - 1)[None, :].to(tl.int64)
     code_ptrs = codes_ptr + rows_read * K + tl.arange(0, 128)[:, None]
     in_range = (tokens < M)[None, :]
@@ -99,47 +100,74 @@ def _sum_of_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "blocks_a_split"])
-def w4a8_decode_kernel(
-    codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
-    workspace_ptr, counter_ptr, M, N, K, N_PAD, blocks_a_split,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+@triton.jit
+def _part(
+    first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
+    partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of BLOCK_N outputs, splits of K, tiles of BLOCK_M tokens)."""
-    tile, split = tl.program_id(0), tl.program_id(1)
-    rows = tl.minimum(tile * BLOCK_N, N_PAD - BLOCK_N) + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    block_first = split * blocks_a_split
-    block_last = tl.minimum(block_first + blocks_a_split, K // 128)
+    """Units from `first` to the end of its output tile, or to `last`; -> the unit after them."""
+    blocks = K // 128
+    tile = first // blocks
+    start = first - tile * blocks
+    end = tl.minimum(blocks, start + last - first)
+    rows = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tile % tiles_m * BLOCK_M
+    tokens = token + tl.arange(0, BLOCK_M)
     acc = _sum_of_products(
-        codes_ptr, nibbles_ptr, tile, tokens, block_first, block_last, M, K, N_PAD,
+        codes_ptr, nibbles_ptr, rows, tokens, start, end, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip
-    if SPLIT:
-        splits = tl.num_programs(1)
-        in_range = (tokens < M)[None, :]
-        inside = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        output_tile = tl.program_id(2) * tl.num_programs(0) + tile
-        partials = workspace_ptr + output_tile.to(tl.int64) * splits * (BLOCK_N * BLOCK_M) + inside
-        tl.store(partials + split * (BLOCK_N * BLOCK_M), acc, mask=in_range)
-        tl.debug_barrier()  # all of this program's stores before the counter says so
-        arrived = tl.atomic_add(counter_ptr + output_tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == splits - 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-            for i in tl.range(0, splits, loop_unroll_factor=4):
-                there = partials + i * (BLOCK_N * BLOCK_M)
-                acc += tl.load(there, mask=in_range, other=0, cache_modifier=".cg")
-            tl.store(counter_ptr + output_tile, 0)  # ready for the next launch
-            _store(
-                out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N,
-                HAS_BIAS,
-            )  # fmt: skip
-    else:
+    if end - start == blocks:
         _store(
             out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N,
             HAS_BIAS,
         )  # fmt: skip
+    else:
+        here = tl.minimum(M - token, BLOCK_M)
+        complete, one, other = launch.leave_part(
+            acc, partials_ptr, counter_ptr, tile, blocks, units, start == 0, here,
+            BLOCK_M, BLOCK_N, ALIGNED,
+        )  # fmt: skip
+        if complete:
+            for i in tl.range(0, here, 16):
+                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 16, ALIGNED)
+                some = token + i + tl.arange(0, 16)
+                _store(
+                    out_ptr, total, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, some, M, N,
+                    HAS_BIAS,
+                )  # fmt: skip
+    return first + end - start
+
+
+@triton.jit(do_not_specialize=["M", "units"])
+def w4a8_shared_kernel(
+    codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
+    partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,), each with an equal share of the units (tile, block of 128 inputs)."""
+    first, last = launch.share(units)
+    if PDL:
+        blocks = K // 128
+        ahead = (first % blocks * N_PAD + first // blocks // tiles_m * BLOCK_N) // 2
+        line = tl.minimum(ahead + tl.arange(0, BLOCK_N // 2), blocks * N_PAD // 2 - 1)
+        launch.start_early(nibbles_ptr + line * 128, PDL)
+    if ALIGNED:  # no share crosses a tile
+        _part(
+            first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
+            partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+            BLOCK_M, BLOCK_N, STAGES, ALIGNED, HAS_BIAS, USE_PTX,
+        )  # fmt: skip
+    else:
+        while first < last:
+            first = _part(
+                first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
+                partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+                BLOCK_M, BLOCK_N, STAGES, ALIGNED, HAS_BIAS, USE_PTX,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -147,58 +175,175 @@ def w4a8_prefill_kernel(
     codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
     M, N, K, N_PAD,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (output tiles of BLOCK_N x BLOCK_M,), GROUP_M token tiles beside each other for L2."""
+    """Grid (output tiles,), GROUP_M token tiles beside each other for L2."""
     tile_m, tile = launch.grouped(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N_PAD, BLOCK_N), GROUP_M
     )
-    rows = tl.minimum(tile * BLOCK_N, N_PAD - BLOCK_N) + tl.arange(0, BLOCK_N)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if PDL:
+        line = tl.minimum(tile * BLOCK_N // 2 + tl.arange(0, BLOCK_N // 2), N_PAD // 2 - 1)
+        launch.start_early(nibbles_ptr + line * 128, PDL)
     acc = _sum_of_products(
-        codes_ptr, nibbles_ptr, tile, tokens, 0, K // 128, M, K, N_PAD,
+        codes_ptr, nibbles_ptr, rows, tokens, 0, K // 128, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip
     _store(out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
+def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
+    """The checkpoint's tensors of one linear (formats.tensor_specs) in the kernels' layout."""
+    return layout.repack_w4a8(tensors["weight_packed"], tensors["weight_scale"])
+
+
+def zeros(n: int, k: int, device: torch.device) -> Prepared:
+    """Tensors of zero weights [N, K], in the shapes of `prepare`."""
+    shape = (k // layout.GROUP, layout.padded_rows(n), layout.GROUP // 2)
+    return {
+        "weight_nibbles": torch.zeros(shape, dtype=torch.int8, device=device),
+        "channel_scale": torch.zeros(shape[1], dtype=torch.float32, device=device),
+    }
+
+
 def linear(
+    x: torch.Tensor,
+    prepared: Prepared,
+    n: int,
+    bias: torch.Tensor | None,
+    tile: Tile,
+    scratch: Scratch,
+    use_ptx: bool = True,
+) -> torch.Tensor:
+    """x [M, K] contiguous, quantized, times the prepared weight transposed (+ bias): [M, N]."""
+    codes, token_scale = quantize_activation.quantize(x)
+    return product(codes, token_scale, prepared, n, bias, x.dtype, tile, scratch, use_ptx)
+
+
+def product(
     codes: torch.Tensor,
     token_scale: torch.Tensor,
-    nibbles: torch.Tensor,
+    prepared: Prepared,
+    n: int,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+    scratch: Scratch,
+    use_ptx: bool = True,
+) -> torch.Tensor:
+    """codes int8 [M, K] contiguous, token_scale fp32 [M], the prepared weight -> [M, N] of `dtype`.
+
+    use_ptx=False takes the pure Triton twin. ValueError if the scratch memory does not suffice.
+    """
+    m, k = codes.shape
+    nibbles, channel_scale = prepared["weight_nibbles"], prepared["channel_scale"]
+    n_pad = nibbles.shape[1]
+    out = torch.empty(m, n, dtype=dtype, device=codes.device)
+    tiles_m = triton.cdiv(m, tile.block_m)
+    output_tiles = tiles_m * triton.cdiv(n_pad, tile.block_n)
+    tensors = (codes, token_scale, nibbles, channel_scale, bias, out)
+    constants = dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
+        HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile, codes.device),
+    )  # fmt: skip
+    if tile.regime == "prefill":
+        w4a8_prefill_kernel[(output_tiles,)](
+            *tensors, m, n, k, n_pad, GROUP_M=tile.group_m, **constants
+        )
+        return out
+    blocks = k // layout.GROUP
+    count = launch.programs(tile, output_tiles, blocks, launch.multiprocessors(codes.device))
+    constants["ALIGNED"] = tile.regime == "split_k"
+    w4a8_shared_kernel[(count,)](
+        *tensors, scratch.partial_sums(tile, count, torch.int32), scratch.counters,
+        m, n, k, n_pad, tiles_m, output_tiles * blocks, **constants,
+    )  # fmt: skip
+    return out
+
+
+def candidates(m: int) -> list[Tile]:
+    """Tiles to try at M tokens; what does not fit a device is skipped."""
+    block_m = max(16, 1 << (m - 1).bit_length())
+    tiles = [
+        Tile(regime, tokens, block_n, warps, stages, programs)
+        for regime, tokens, block_n, warps, offered in (
+            ("split_k", 16, 128, 4, (4, 5, 6)), ("split_k", 16, 256, 4, (2, 3)),
+            ("split_k", 32, 128, 4, (3, 4, 5)), ("split_k", 64, 128, 4, (2, 3, 4)),
+            ("stream_k", 64, 128, 4, (2, 3)), ("stream_k", 128, 256, 8, (1,)),
+            ("stream_k", 128, 128, 4, (2,)),
+        )
+        if block_m // 4 <= tokens <= block_m
+        for stages in (3, 4)
+        for programs in offered
+    ]  # fmt: skip
+    if m >= 128:
+        tiles += [
+            Tile("prefill", 128, block_n, warps, stages)
+            for block_n, warps in ((128, 4), (128, 8), (256, 8))
+            for stages in (3, 4)
+        ]
+    return tiles
+
+
+def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
+    """What a launch with the tile compiles, for `dtype` ("bf16", "fp16")."""
+    arguments = dict(
+        codes_ptr="*i8", token_scale_ptr="*fp32", nibbles_ptr="*i8", channel_scale_ptr="*fp32",
+        bias_ptr=f"*{dtype}", out_ptr=f"*{dtype}", M="i32", N="i32", K="i32", N_PAD="i32",
+    )  # fmt: skip
+    constants: dict[str, Any] = dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True,
+        USE_PTX=True,
+    )  # fmt: skip
+    if tile.regime == "prefill":
+        constants["GROUP_M"] = tile.group_m
+        return launch.Kernel(w4a8_prefill_kernel, arguments, constants, tile, layout.GROUP)
+    arguments |= dict(partials_ptr="*i32", counter_ptr="*i32", tiles_m="i32", units="i32")
+    constants["ALIGNED"] = tile.regime == "split_k"
+    return launch.Kernel(w4a8_shared_kernel, arguments, constants, tile, layout.GROUP)
+
+
+def unsupported(n: int, k: int) -> str:
+    """Why a linear [N, K] cannot run; empty if it can."""
+    if k > quantize_activation.MAX_K:
+        return f"w4a8 takes at most K={quantize_activation.MAX_K}, got K={k}"
+    return ""
+
+
+def _w4a8_linear(
+    codes: torch.Tensor,
+    token_scale: torch.Tensor,
+    weight_nibbles: torch.Tensor,
     channel_scale: torch.Tensor,
-    counters: torch.Tensor,
-    workspace: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
     dtype: torch.dtype,
-    tile: Tile,
-    use_ptx: bool = True,
 ) -> torch.Tensor:
-    """codes int8 [M, K] contiguous, token_scale fp32 [M], layout.repack_w4a8's tensors -> [M, N].
-
-    bias [N] or None; the result is of `dtype`. counters: int32 zeros, one an output tile
-    (launch.counters); left at zero. workspace: int32 scratch of launch.workspace_size(tile).
-    use_ptx=False takes the pure Triton twin.
-    """
     m, k = codes.shape
-    n_pad = nibbles.shape[1]
-    # Fewer rows than a tile: the tile is cut to them (both are powers of two times 128).
-    block_n = min(tile.block_n, n_pad)
-    out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    tiles_m, tiles_n = triton.cdiv(m, tile.block_m), triton.cdiv(n_pad, block_n)
-    shape = dict(BLOCK_M=tile.block_m, BLOCK_N=block_n, STAGES=tile.num_stages)
-    options = dict(HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile))
-    tensors = (codes, token_scale, nibbles, channel_scale, bias, out)
-    if tile.regime == "prefill":
-        w4a8_prefill_kernel[(tiles_m * tiles_n,)](
-            *tensors, m, n, k, n_pad, GROUP_M=tile.group_m, **shape, **options
-        )
-        return out
-    splits, a_split = launch.split_k(tile, tiles_n * tiles_m, k // 128, codes.device)
-    partials = launch.partial_sums(workspace, splits, tiles_n * tiles_m, tile, torch.int32)
-    w4a8_decode_kernel[(tiles_n, splits, tiles_m)](
-        *tensors, partials, counters, m, n, k, n_pad, a_split,
-        SPLIT=splits > 1, **shape, **options,
+    if m == 0:
+        return codes.new_empty(0, n, dtype=dtype)
+    tile = select("w4a8", launch.architecture(codes.device), n, k, m)
+    prepared = {"weight_nibbles": weight_nibbles, "channel_scale": channel_scale}
+    return product(
+        library.aligned(codes), token_scale, prepared, n, bias, dtype, tile,
+        launch.scratch(codes.device), library.use_ptx(codes),
     )  # fmt: skip
-    return out
+
+
+library.define(
+    "w4a8_linear(Tensor codes, Tensor token_scale, Tensor weight_nibbles, Tensor channel_scale, "
+    "Tensor? bias, int n, ScalarType dtype) -> Tensor",
+    _w4a8_linear,
+    lambda codes, token_scale, weight_nibbles, channel_scale, bias, n, dtype: codes.new_empty(
+        codes.shape[0], n, dtype=dtype
+    ),
+)
+
+
+def apply(x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] -> [M, N] through the ops, with the tile of tiles.json."""
+    codes, token_scale = torch.ops.qig.quantize_activation(x)
+    return torch.ops.qig.w4a8_linear(
+        codes, token_scale, prepared["weight_nibbles"], prepared["channel_scale"], bias, n, x.dtype
+    )
