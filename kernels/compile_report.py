@@ -223,26 +223,49 @@ def compile_tile(
 
 
 def compile_quantizers(target: int, dtype: str = "bf16") -> Iterator[Compiled]:
-    """The activation quantizers at K = 18944, the longest row of LAYER_SHAPES."""
+    """The activation quantizers, for one token and many, at QUANTIZER_ROWS."""
+    for name in QUANTIZERS:
+        for block_k, warps in sorted(_quantizer_blocks(name)):
+            compiled = compile_quantizer(name, target, dtype, block_k, warps)
+            yield _count(compiled, name, target, dtype, f"{block_k} {warps}w")
+
+
+QUANTIZERS = tuple(
+    f"{prefix}{what}"
+    for what in ("quantize", "halves")
+    for prefix in ("", "rms_norm_", "silu_mul_")
+)
+QUANTIZER_ROWS = (3584, 18944)  # the shortest and the longest row of LAYER_SHAPES
+
+
+def _quantizer_blocks(name: str) -> set[tuple[int, int]]:
+    """(BLOCK_K, warps) of every variant that QUANTIZER_ROWS need."""
+    if name in ("halves", "silu_mul_halves"):
+        return {tuple(quantize_activation.chunk_options().values())}  # type: ignore[arg-type]
+    tokens = (1,) if name.startswith("rms_norm") else (1, quantize_activation.MANY_TOKENS)
+    return {
+        tuple(quantize_activation.row_options(k, m).values())  # type: ignore[misc]
+        for k in QUANTIZER_ROWS
+        for m in tokens
+    }
+
+
+def compile_quantizer(
+    name: str, target: int, dtype: str, block_k: int, warps: int, pdl: bool = False
+) -> Any:
+    """One of QUANTIZERS, with a residual where it can have one."""
     x = f"*{dtype}"
-    options = quantize_activation.row_options(18944)
-    warps = options.pop("num_warps")
-    out = dict(codes_ptr="*i8", scale_ptr="*fp32", K="i32")
-    kernels: tuple[tuple[str, dict[str, str], dict[str, Any]], ...] = (
-        ("quantize", dict(x_ptr=x), {}),
-        (
-            "rms_norm_quantize",
-            dict(x_ptr=x, residual_ptr=x, weight_ptr=x, added_ptr=x, eps="fp32"),
-            dict(HAS_RESIDUAL=True),
-        ),
-        ("silu_mul_quantize", dict(gate_up_ptr=x), {}),
-    )
-    for name, arguments, constants in kernels:
-        kernel = getattr(quantize_activation, f"{name}_kernel")
-        compiled = compile_kernel(
-            kernel, target, {**arguments, **out}, {**options, **constants}, warps, ["K"]
-        )
-        yield _count(compiled, name, target, dtype, f"K=18944 {warps}w")
+    arguments = {
+        "x_ptr": x, "residual_ptr": x, "weight_ptr": x, "added_ptr": x, "gate_up_ptr": x,
+        "codes_ptr": "*i8", "halves_ptr": "*i8", "scale_ptr": "*fp32", "sums_ptr": "*i32",
+        "M": "i32", "K": "i32", "eps": "fp32",
+    }  # fmt: skip
+    constants: dict[str, Any] = {"BLOCK_K": block_k, "PDL": pdl}
+    if name.startswith("rms_norm"):
+        constants["HAS_RESIDUAL"] = True
+    kernel = getattr(quantize_activation, f"{name}_kernel")
+    arguments = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    return compile_kernel(kernel, target, arguments, constants, warps, ["K"])
 
 
 def tuned_tiles(target: int) -> Iterator[tuple[str, Tile]]:

@@ -1,9 +1,8 @@
 """The GPU kernels as torch ops, and the four functions that the vLLM plugin calls.
 
     qig::w3a16_linear           x [M, K] -> [M, N]
-    qig::quantize_activation    x [M, K] -> int8 codes [M, K], fp32 scale [M]
-    qig::w4a8_linear            codes and scale -> [M, N]
-    qig::rms_norm_quantize, qig::silu_mul_quantize: quantize_activation with what precedes it
+    qig::w4a8_linear            codes and scale of qig::quantize_activation -> [M, N]
+    and those of quantizer_ops.py
 
 Each has a fake implementation, so torch.compile sees through; each depends on shapes alone, waits
 for nothing and searches nothing, so CUDA graphs capture it. The tile is looked up in tuning.py's
@@ -18,7 +17,15 @@ import functools
 import torch
 
 from qig_serve.formats import QuantScheme, get_scheme, unsupported_shape
-from qig_serve.kernels import launch, layout, quantize_activation, tuning, w3a16, w4a8
+from qig_serve.kernels import (
+    launch,
+    layout,
+    quantize_activation,
+    quantizer_ops,  # noqa: F401  (registers its ops)
+    tuning,
+    w3a16,
+    w4a8,
+)
 from qig_serve.kernels.tuning import Tile
 
 INTERPRETER_ARCHITECTURE = "sm_80"  # whose tiles are taken where there is no GPU
@@ -251,30 +258,6 @@ def _w4a8_linear(
     )  # fmt: skip
 
 
-def _quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_activation.quantize(x.contiguous())
-
-
-def _rms_norm_quantize(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    residual = None if residual is None else residual.contiguous()
-    codes, scale, added = quantize_activation.rms_norm_quantize(
-        x.contiguous(), weight, eps, residual
-    )
-    return codes, scale, added if residual is not None else added.clone()
-
-
-def _silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_activation.silu_mul_quantize(gate_up.contiguous())
-
-
-def _fake_codes(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[0], k, dtype=torch.int8), x.new_empty(
-        x.shape[0], dtype=torch.float32
-    )
-
-
 _library = torch.library.Library("qig", "FRAGMENT")
 _WEIGHT = "Tensor counters, Tensor? bias, int n"
 _OPS = (
@@ -290,22 +273,6 @@ _OPS = (
         lambda codes, token_scale, weight_nibbles, channel_scale, counters, bias, n, dtype: (
             codes.new_empty(codes.shape[0], n, dtype=dtype)
         ),
-    ),
-    (
-        "quantize_activation(Tensor x) -> (Tensor, Tensor)",
-        _quantize_activation,
-        lambda x: _fake_codes(x, x.shape[1]),
-    ),
-    (
-        "rms_norm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual) "
-        "-> (Tensor, Tensor, Tensor)",
-        _rms_norm_quantize,
-        lambda x, weight, eps, residual: (*_fake_codes(x, x.shape[1]), torch.empty_like(x)),
-    ),
-    (
-        "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)",
-        _silu_mul_quantize,
-        lambda gate_up: _fake_codes(gate_up, gate_up.shape[1] // 2),
     ),
 )
 for _schema, _implementation, _fake in _OPS:
