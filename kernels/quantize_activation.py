@@ -67,6 +67,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
+from qig_serve.kernels import reference
+
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUND_BITS = tl.constexpr(0x4B400000)
 INFINITY = tl.constexpr(0x7F800000)
@@ -77,6 +79,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 GROUP = tl.constexpr(128)
 LARGEST_HALVES = tl.constexpr(32639)
+INTERLEAVE = tl.constexpr(reference.INTERLEAVE)
 CODE_UNIT = tl.constexpr(8)
 """The weight bytes of w3a16 hold 8 * code: `scale` is divided by it, `sums` multiplied."""
 
@@ -166,9 +169,10 @@ def _store_codes(row, columns, token, codes_ptr, scale_ptr, K):
 
 
 @triton.jit
-def swap_middle(x, SIZE: tl.constexpr):
+def interleave(x, SIZE: tl.constexpr):
     """x [SIZE] with every four (0, 1, 2, 3) as (0, 2, 1, 3): the order of the weight's bytes."""
-    return x.reshape(SIZE // 4, 2, 2).permute(0, 2, 1).reshape(SIZE)
+    pairs = x.reshape(SIZE // (2 * INTERLEAVE), 2, INTERLEAVE)
+    return pairs.permute(0, 2, 1).reshape(SIZE)
 
 
 @triton.jit
@@ -192,7 +196,7 @@ def _store_halves(
     tl.store(scale_ptr + groups * M + token, tl.where(finite, scale, NAN), mask=inside)
     tl.store(sums_ptr + groups * M + token, tl.sum(q, axis=1) * CODE_UNIT, mask=inside)
 
-    q = swap_middle(q.reshape(BLOCK_K), BLOCK_K)
+    q = interleave(q.reshape(BLOCK_K), BLOCK_K)
     ptrs = halves_ptr + token * (2 * K) + columns
     tl.store(ptrs, ((q + 128) >> 8).to(tl.int8), mask=columns < K)
     tl.store(ptrs + K, q.to(tl.int8), mask=columns < K)
@@ -384,7 +388,7 @@ def silu_mul_quantize(gate_up: torch.Tensor, pdl: bool = False) -> Codes:
 def split_halves(x: torch.Tensor, pdl: bool = False) -> Halves:
     """x [M, K] contiguous, 128 dividing K -> halves, scale, sums.
 
-    halves int8 [M, 2, K]: high halves, then low, every four of K in `swap_middle`'s order; scale
+    halves int8 [M, 2, K]: high halves, then low, every four of K `interleave`d; scale
     fp32 [K / 128, M], an eighth of the unit of x; sums int32 [K / 128, M], 8 times the sum of q.
     """
     m, k = x.shape

@@ -70,14 +70,21 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, torch.where(finite, scale, torch.nan)
 
 
-_ORDER = (0, 2, 1, 3)  # of every four of K in the stored halves
+INTERLEAVE = 2
+"""Stored halves have every 2 * INTERLEAVE of K interleaved, as (0, 2, 1, 3): the order in which the
+weight's bytes come in a register."""
 _MOST = 32639  # 127 * 256 + 127
 _GROUP = 128
 
 
-def _in_order(values: torch.Tensor) -> torch.Tensor:
-    """[..., K] with every four of K as the halves store them; twice is once back."""
-    return values.unflatten(-1, (-1, 4))[..., list(_ORDER)].flatten(-2)
+def _interleaved(values: torch.Tensor) -> torch.Tensor:
+    """[..., K] in the order of the stored halves."""
+    return values.unflatten(-1, (-1, 2, INTERLEAVE)).transpose(-1, -2).flatten(-3)
+
+
+def _separated(values: torch.Tensor) -> torch.Tensor:
+    """`_interleaved` undone."""
+    return values.unflatten(-1, (-1, INTERLEAVE, 2)).transpose(-1, -2).flatten(-3)
 
 
 def split_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,8 +92,8 @@ def split_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
     A (token, group of 128) has unit s, the smallest power of two from 2^-126 with largest / s <=
     32639, and q = x / s rounded half to even = 256 * high + low. halves: the high ones, then the
-    low, in `_ORDER`; scale = s / 8; sums = 8 * sum of q. A group with a NaN or an infinity: scale
-    NaN, the rest zero.
+    low, `_interleaved`; scale = s / 8; sums = 8 * sum of q. A group with a NaN or an infinity has
+    scale NaN, the rest zero.
     """
     groups = x.unflatten(-1, (-1, _GROUP)).double()
     largest = groups.abs().amax(-1)
@@ -102,12 +109,12 @@ def split_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     halves = torch.stack([high, q - 256 * high], dim=1).flatten(2).to(torch.int8)
     scale = torch.where(finite, unit / 8, torch.nan).float()
     sums = 8 * q.sum(-1, dtype=torch.int32)
-    return _in_order(halves), scale.t().contiguous(), sums.t().contiguous()
+    return _interleaved(halves), scale.t().contiguous(), sums.t().contiguous()
 
 
 def join_halves(halves: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """What `split_halves` stands for: fp64 [M, K]."""
-    high, low = _in_order(halves).double().unbind(1)
+    high, low = _separated(halves).double().unbind(1)
     q = (256 * high + low).unflatten(-1, (-1, _GROUP))
     return (q * (8 * scale.double().t())[..., None]).flatten(-2)
 

@@ -8,13 +8,18 @@ launches a step less on 28 layers. vLLM runs the pass after its own, on the grap
 decomposed and before vLLM lowers its RMSNorm (`vllm_ir`), so each pattern is written as the ops
 appear there; a graph without them is left as it is.
 
-Off unless QIG_FUSE_QUANTIZATION=1: it has been tested on graphs, not timed on a GPU, and it is not
-exact against vLLM's own RMSNorm, which normalizes x + residual before rounding it to 16 bits where
-rms_norm_quantize, as the model's own code, normalizes the rounded sum.
+The fused kernels round where the graph would, compiled: everything in fp32, one rounding at the end
+(the header of kernels/quantize_activation.py says where that is read). Where vLLM does not compile,
+the linears quantize in a kernel of their own. QIG_FUSE_QUANTIZATION=0 has them do so anyway.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,39 +28,50 @@ from torch import fx
 from torch._inductor import pattern_matcher
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from qig_serve.errors import UserError
 from qig_serve.kernels import ops  # noqa: F401  (registers the ops that the patterns name)
 from qig_serve.vllm_plugin import compat
-from qig_serve.vllm_plugin.linear import FUSION_VARIABLE
+
+FUSION_VARIABLE = "QIG_FUSE_QUANTIZATION"
+"""0: linears quantize their activations in a kernel of their own."""
 
 _EPSILON = 1.25e-6  # stands for whatever epsilon a model has
+_logger = logging.getLogger("vllm.qig_serve.fusion")  # under vLLM's, whose handlers it has
 
 
 def install(vllm_config: Any) -> None:
     """Have vLLM run the pass when it compiles; may be called once a layer.
 
-    UserError if the place is taken by another pass.
+    Another pass in the same place runs first. If that, or this vLLM, does not allow for ours, one
+    line in the log says so, and activations are quantized by kernels of their own.
     """
     from vllm.platforms import current_platform
 
-    passes = vllm_config.compilation_config.inductor_compile_config
-    key = current_platform.pass_key
-    if isinstance(passes.get(key), QuantizationFusion):
+    compilation = vllm_config.compilation_config
+    if os.environ.get(FUSION_VARIABLE) == "0" or not compilation.mode:
         return
-    if key in passes:
-        raise UserError(
-            f"{FUSION_VARIABLE}=1 needs Inductor's {key}, which the compilation config gives to "
-            f"{passes[key]!r}: unset one of them"
-        )
-    passes[key] = QuantizationFusion()
+    passes, key = compilation.inductor_compile_config, current_platform.pass_key
+    other = passes.get(key)
+    if isinstance(other, QuantizationFusion):
+        return
+    if not compat.has_ir_norms():
+        _step_back("this vLLM's RMSNorm is not an IR op")
+    elif other is not None and not isinstance(other, compat.inductor_pass()):
+        _step_back(f"Inductor's {key} is {other!r}, which is not a pass of vLLM's")
+    else:
+        passes[key] = QuantizationFusion(other)
+
+
+@functools.cache  # a line once
+def _step_back(reason: str) -> None:
+    _logger.warning("Activations are quantized by kernels of their own: %s.", reason)
 
 
 class QuantizationFusion(compat.inductor_pass()):  # type: ignore[misc]
-    """Called by vLLM with a graph, which is changed in place."""
+    """Called by vLLM with a graph, which is changed in place, after `first` has changed it."""
 
-    def __init__(self) -> None:
-        if not hasattr(torch.ops.vllm_ir, "rms_norm"):
-            raise UserError(f"{FUSION_VARIABLE}=1 needs a vLLM whose RMSNorm is an IR op: unset it")
+    def __init__(self, first: Any = None) -> None:
+        compat.has_ir_norms()
+        self.first, self.first_applies = first, True
         self.fused = 0
         self.patterns = pattern_matcher.PatternMatcherPass(pass_name="qig_quantization_fusion")
         with torch._guards.tracing(None), unset_fake_temporarily(), FakeTensorMode():
@@ -83,7 +99,25 @@ class QuantizationFusion(compat.inductor_pass()):  # type: ignore[misc]
         )
 
     def __call__(self, graph: fx.Graph) -> None:
+        if self.first is not None and self.first_applies:
+            self.first(graph)
         self.fused += self.patterns.apply(graph)
+
+    def is_applicable_for_range(self, compile_range: Any) -> bool:
+        """vLLM asks before it calls: ours is for any number of tokens, the first may not be."""
+        self.first_applies = self.first is None or self.first.is_applicable_for_range(compile_range)
+        return True
+
+    def __reduce__(self) -> Any:
+        """Compiled patterns are not pickled: vLLM copies its configuration."""
+        return type(self), (self.first,)
+
+    def uuid(self) -> str:
+        """Key of vLLM's and Inductor's caches: this file, and the pass before."""
+        source = hashlib.sha256(Path(__file__).read_bytes())
+        if self.first is not None:
+            source.update(repr(self.first.uuid()).encode())
+        return source.hexdigest()
 
 
 def norm(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +19,20 @@ pytest.importorskip("vllm")
 
 import fusion_graphs
 import vllm.ir
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from vllm.config import CompilationConfig, CompilationMode
+from vllm.model_executor.layers.activation import SiluAndMul
 
-from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES
+from qig_serve.kernels import reference
+from qig_serve.vllm_plugin import compat
+from qig_serve.vllm_plugin import fusion as fusion_module
 from qig_serve.vllm_plugin.fusion import QuantizationFusion, install
 from qig_serve.vllm_plugin.linear import QigLinearMethod
 
 FOLDER = Path(__file__).parent
+NORMS = ("rms_norm", "fused_add_rms_norm")
 QUANTIZE = "qig.quantize_activation.default"
 
 
@@ -75,35 +85,157 @@ def test_a_norm_weight_of_another_dtype_is_left(fusion: QuantizationFusion) -> N
     assert fusion.fused == before
 
 
-def test_it_takes_its_place_once_and_nobody_elses() -> None:
-    def config(**passes: object) -> SimpleNamespace:
-        return SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config=passes))
+def config(mode: CompilationMode = CompilationMode.VLLM_COMPILE, **passes: object) -> Any:
+    compilation = SimpleNamespace(mode=mode, inductor_compile_config=passes)
+    return SimpleNamespace(compilation_config=compilation)
 
+
+def installed(vllm_config: Any) -> list[object]:
+    return list(vllm_config.compilation_config.inductor_compile_config.values())
+
+
+def test_it_takes_its_place_once() -> None:
     free = config()
     install(free)
-    (first,) = free.compilation_config.inductor_compile_config.values()
+    (first,) = installed(free)
     assert isinstance(first, QuantizationFusion) and len(first.uuid()) == 64
     install(free)
-    assert list(free.compilation_config.inductor_compile_config.values()) == [first]
-    with pytest.raises(UserError, match="QIG_FUSE_QUANTIZATION=1 needs Inductor's post_grad"):
-        install(config(post_grad_custom_post_pass="another"))
+    assert installed(free) == [first]
+
+
+class Recorder(compat.inductor_pass()):  # type: ignore[misc]
+    """Another pass: keeps how many quantizations it saw; for up to `most` tokens."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.saw = most, []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.saw.append(fusion_graphs.targets(graph).count(QUANTIZE))
+
+    def is_applicable_for_range(self, compile_range: int) -> bool:
+        return compile_range <= self.most
+
+    def uuid(self) -> str:
+        return f"recorder {self.most}"
+
+
+def test_another_pass_in_its_place_runs_first() -> None:
+    other = Recorder(16)
+    taken = config(post_grad_custom_post_pass=other)
+    install(taken)
+    install(taken)
+    (chain,) = installed(taken)
+    assert isinstance(chain, QuantizationFusion) and chain.first is other
+    assert (
+        len({chain.uuid(), QuantizationFusion().uuid(), QuantizationFusion(Recorder(1)).uuid()})
+        == 3
+    )
+    for tokens, saw in ((8, [3]), (17, [3])):
+        module = fusion_graphs.traced(torch.bfloat16)
+        assert chain.is_applicable_for_range(tokens)
+        chain(module.graph)
+        assert QUANTIZE not in fusion_graphs.targets(module.graph)
+        assert other.saw == saw
+
+
+def test_it_steps_back_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From what is no pass of vLLM's, and from a vLLM without IR ops."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    fusion_module._step_back.cache_clear()
+    taken = config(post_grad_custom_post_pass="another")
+    for _ in range(3):
+        install(taken)
+    assert installed(taken) == ["another"]
+    (line,) = caplog.messages
+    assert line.startswith(
+        "Activations are quantized by kernels of their own: Inductor's post_grad"
+    )
+    monkeypatch.setattr(compat, "has_ir_norms", lambda: False)
+    free = config()
+    install(free)
+    assert installed(free) == [] and "not an IR op" in caplog.messages[1]
+
+
+def test_vllms_configuration_takes_it() -> None:
+    """Its hash keys vLLM's compile caches; it is copied, printed and sent to other processes."""
+    compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE)
+    without = compilation.compute_hash()
+    install(SimpleNamespace(compilation_config=compilation))
+    assert compilation.compute_hash() not in (without, None)
+    (key,) = (k for k, v in compilation.inductor_compile_config.items() if "Fusion" in str(v))
+    fusion = compilation.inductor_compile_config[key]
+    for copied in (copy.deepcopy(fusion), pickle.loads(pickle.dumps(fusion))):
+        assert isinstance(copied, QuantizationFusion) and copied.uuid() == fusion.uuid()
+        module = fusion_graphs.traced(torch.float16)
+        copied(module.graph)
+        assert QUANTIZE not in fusion_graphs.targets(module.graph)
+    assert "Fusion" not in str(compilation)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "asked", "installed"),
-    [("w4a8", "1", True), ("w4a8", "0", False), ("w3a16", "1", False)],
+    ("scheme", "variable", "mode", "cuda", "expected"),
+    [
+        ("w4a8", None, CompilationMode.VLLM_COMPILE, True, True),
+        ("w4a8", "1", CompilationMode.VLLM_COMPILE, True, True),
+        ("w4a8", "0", CompilationMode.VLLM_COMPILE, True, False),
+        ("w4a8", None, CompilationMode.NONE, True, False),
+        ("w4a8", None, CompilationMode.VLLM_COMPILE, False, False),
+        ("w3a16", None, CompilationMode.VLLM_COMPILE, True, False),
+    ],
 )
-def test_a_linear_on_a_gpu_installs_it_when_asked(
-    scheme: str, asked: str, installed: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_linear_on_a_gpu_installs_it_where_vllm_compiles(
+    scheme: str,
+    variable: str | None,
+    mode: CompilationMode,
+    cuda: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    passes: dict[str, object] = {}
-    config = SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config=passes))
-    gpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    vllm_config = config(mode)
+    gpu = SimpleNamespace(is_cpu=lambda: not cuda, is_cuda=lambda: cuda)
     monkeypatch.setattr("qig_serve.vllm_plugin.linear.current_platform", gpu)
-    monkeypatch.setattr("qig_serve.vllm_plugin.linear.get_current_vllm_config", lambda: config)
-    monkeypatch.setenv("QIG_FUSE_QUANTIZATION", asked)
+    monkeypatch.setattr("qig_serve.vllm_plugin.linear.get_current_vllm_config", lambda: vllm_config)
+    monkeypatch.delenv("QIG_FUSE_QUANTIZATION", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("QIG_FUSE_QUANTIZATION", variable)
     QigLinearMethod(SimpleNamespace(scheme=SCHEMES[scheme]), "m.o_proj")
-    assert bool(passes) == installed
+    assert bool(installed(vllm_config)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (5, 1152), (33, 300)])
+def test_the_oracle_rounds_where_vllm_compiled_rounds(m: int, k: int, dtype: torch.dtype) -> None:
+    """Bit for bit; the fused kernels are compared with the oracle in quantizer_checks.py.
+
+    Inductor's C++ here stands for its Triton: both leave out roundings between fused operations.
+    Inputs are multiples of 1/8, whose squares add up exactly in any order.
+    """
+    x, residual = (torch.randint(-24, 25, (m, k)).div(8).to(dtype) for _ in range(2))
+    residual[:, ::3] *= 32  # so that the sum is rounded
+    weight = (torch.rand(k) + 0.5).to(dtype)
+    native = {name: vllm.ir.ops.__dict__[name].impls["native"].impl_fn for name in NORMS}
+
+    def modules(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        plain = native["rms_norm"](x, weight, 1e-6)
+        normalized, added = native["fused_add_rms_norm"](x, residual, weight, 1e-5)
+        return plain, normalized, added, SiluAndMul.forward_native(gate_up)
+
+    gate_up = (torch.randn(m, 2 * k) * 3).to(dtype)
+    compiled = torch.compile(modules, dynamic=True)(x, residual, weight, gate_up)
+    expected = (
+        reference.rms_norm(x, weight, 1e-6)[0],
+        *reference.rms_norm(x, weight, 1e-5, residual),
+        reference.silu_mul(gate_up),
+    )
+    for got, wanted in zip(compiled, expected, strict=True):
+        apart = (got != wanted).float().mean()  # an ulp of exp's
+        assert float(apart) <= (1e-3 if wanted is expected[-1] else 0), apart
+    eager = modules(x, residual, weight, gate_up)
+    assert m == 1 or not torch.equal(eager[1], compiled[1]), "the test shows nothing"
 
 
 @pytest.mark.slow
@@ -118,4 +250,4 @@ def test_fused_and_unfused_graphs_agree_under_the_interpreter() -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.count("unfused") == 2
+    assert done.stdout.count("fused and compiled") == 4
