@@ -230,17 +230,17 @@ def compile_quantizers(target: int, dtype: str = "bf16") -> Iterator[Compiled]:
             yield _count(compiled, name, target, dtype, f"{block_k} {warps}w")
 
 
-QUANTIZERS = tuple(
-    f"{prefix}{what}"
-    for what in ("quantize", "halves")
-    for prefix in ("", "rms_norm_", "silu_mul_")
-)
+QUANTIZERS = (
+    "quantize", "rms_norm_quantize", "silu_mul_quantize",
+    "halves", "rms_norm_halves", "silu_mul_halves",
+    "rms_norm", "silu_mul",
+)  # fmt: skip
 QUANTIZER_ROWS = (3584, 18944)  # the shortest and the longest row of LAYER_SHAPES
 
 
 def _quantizer_blocks(name: str) -> set[tuple[int, int]]:
     """(BLOCK_K, warps) of every variant that QUANTIZER_ROWS need."""
-    if name in ("halves", "silu_mul_halves"):
+    if name in ("halves", "silu_mul_halves", "silu_mul"):
         return {tuple(quantize_activation.chunk_options().values())}  # type: ignore[arg-type]
     tokens = (1,) if name.startswith("rms_norm") else (1, quantize_activation.MANY_TOKENS)
     return {
@@ -256,7 +256,7 @@ def compile_quantizer(
     """One of QUANTIZERS, with a residual where it can have one."""
     x = f"*{dtype}"
     arguments = {
-        "x_ptr": x, "residual_ptr": x, "weight_ptr": x, "added_ptr": x, "gate_up_ptr": x,
+        "x_ptr": x, "residual_ptr": x, "weight_ptr": x, "added_ptr": x, "gate_up_ptr": x, "out_ptr": x,
         "codes_ptr": "*i8", "halves_ptr": "*i8", "scale_ptr": "*fp32", "sums_ptr": "*i32",
         "M": "i32", "K": "i32", "eps": "fp32",
     }  # fmt: skip

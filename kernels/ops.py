@@ -13,11 +13,13 @@ how the tests run them.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from qig_serve.formats import QuantScheme, get_scheme, unsupported_shape
 from qig_serve.kernels import (
+    fused_linear,
     launch,
     layout,
     quantize_activation,
@@ -157,6 +159,11 @@ def run(
     )  # fmt: skip
 
 
+def fuses_activations(scheme: QuantScheme) -> bool:
+    """Whether vLLM's graphs are to put what comes before a linear into the linear's ops."""
+    return scheme.name == "w4a8"
+
+
 def warm_up(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile every bucket's kernel for a linear [N, K], with and without bias."""
     if device.type != "cuda":
@@ -258,14 +265,15 @@ def _w4a8_linear(
     )  # fmt: skip
 
 
+def _fake_w3a16_linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rest[-1])
+
+
 _library = torch.library.Library("qig", "FRAGMENT")
 _WEIGHT = "Tensor counters, Tensor? bias, int n"
+_W3A16 = f"Tensor weight_lanes, Tensor scale_zero, {_WEIGHT}"
 _OPS = (
-    (
-        f"w3a16_linear(Tensor x, Tensor weight_lanes, Tensor scale_zero, {_WEIGHT}) -> Tensor",
-        _w3a16_linear,
-        lambda x, weight_lanes, scale_zero, counters, bias, n: x.new_empty(x.shape[0], n),
-    ),
+    (f"w3a16_linear(Tensor x, {_W3A16}) -> Tensor", _w3a16_linear, _fake_w3a16_linear),
     (
         "w4a8_linear(Tensor codes, Tensor token_scale, Tensor weight_nibbles, "
         f"Tensor channel_scale, {_WEIGHT}, ScalarType dtype) -> Tensor",
@@ -281,3 +289,6 @@ for _schema, _implementation, _fake in _OPS:
     for _key in ("CUDA", "CPU"):  # on CPU tensors under TRITON_INTERPRET=1 alone
         _library.impl(_name, _implementation, _key)
     torch.library.register_fake(f"qig::{_name}", _fake, lib=_library)
+fused_linear.define_fused(
+    "w3a16_linear", _W3A16, _w3a16_linear, lambda x, *rest: None, _fake_w3a16_linear
+)

@@ -426,3 +426,31 @@ def silu_mul_halves(gate_up: torch.Tensor, pdl: bool = False) -> Halves:
             gate_up, halves, scale, sums, m, k, **chunk_options(), **_pdl(pdl)
         )  # fmt: skip
     return halves, scale, sums
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of x (+ residual) [M, K] in its dtype, and x + residual (or x)."""
+    m, k = x.shape
+    out = torch.empty_like(x)
+    added = x if residual is None else torch.empty_like(x)
+    if m:
+        rms_norm_kernel[(m,)](
+            x, residual, weight, out, added, k, eps,
+            HAS_RESIDUAL=residual is not None, **row_options(k), **_pdl(pdl),
+        )  # fmt: skip
+    return out, added
+
+
+def silu_mul(gate_up: torch.Tensor, pdl: bool = False) -> torch.Tensor:
+    """silu(gate) * up of [M, 2 K] in its dtype: [M, K]."""
+    m, k = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(m, k, dtype=gate_up.dtype, device=gate_up.device)
+    if m:
+        silu_mul_kernel[_chunks(m, k)](gate_up, out, k, **chunk_options(), **_pdl(pdl))
+    return out

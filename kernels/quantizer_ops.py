@@ -4,6 +4,7 @@
     qig::split_halves           x [M, K] -> halves int8 [M, 2, K], scale and sums [K / 128, M]
     qig::rms_norm_quantize, qig::rms_norm_halves    the same of RMSNorm(x (+ residual)), and the sum
     qig::silu_mul_quantize, qig::silu_mul_halves    the same of SiLU(gate) * up
+    qig::rms_norm, qig::silu_mul                    those alone, in 16 bits
 
 The sum comes rounded to x's dtype, [M, K]; without a residual it is an empty tensor [0].
 """
@@ -13,13 +14,8 @@ from __future__ import annotations
 import torch
 
 from qig_serve.kernels import quantize_activation
+from qig_serve.kernels.library import aligned, define
 from qig_serve.kernels.quantize_activation import Codes, Halves
-
-
-def ready(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous and 16-byte aligned, which the compiled loads count on."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def warm_up(scheme: str, k: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -36,8 +32,10 @@ def warm_up(scheme: str, k: int, dtype: torch.dtype, device: torch.device) -> No
         else:
             quantize_activation.split_halves(x)
             quantize_activation.silu_mul_halves(gate_up)
+            quantize_activation.silu_mul(gate_up)
             for residual in (None, x):
                 quantize_activation.rms_norm_halves(x, weight, 1e-6, residual)
+                quantize_activation.rms_norm(x, weight, 1e-6, residual)
 
 
 def _sum(added: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -46,35 +44,47 @@ def _sum(added: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
 
 
 def _quantize_activation(x: torch.Tensor) -> Codes:
-    return quantize_activation.quantize(ready(x))
+    return quantize_activation.quantize(aligned(x))
 
 
 def _rms_norm_quantize(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = None if residual is None else ready(residual)
-    codes, scale, added = quantize_activation.rms_norm_quantize(ready(x), weight, eps, given)
+    given = None if residual is None else aligned(residual)
+    codes, scale, added = quantize_activation.rms_norm_quantize(aligned(x), weight, eps, given)
     return codes, scale, _sum(added, residual)
 
 
 def _silu_mul_quantize(gate_up: torch.Tensor) -> Codes:
-    return quantize_activation.silu_mul_quantize(ready(gate_up))
+    return quantize_activation.silu_mul_quantize(aligned(gate_up))
 
 
 def _split_halves(x: torch.Tensor) -> Halves:
-    return quantize_activation.split_halves(ready(x))
+    return quantize_activation.split_halves(aligned(x))
 
 
 def _rms_norm_halves(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = None if residual is None else ready(residual)
-    *halves, added = quantize_activation.rms_norm_halves(ready(x), weight, eps, given)
+    given = None if residual is None else aligned(residual)
+    *halves, added = quantize_activation.rms_norm_halves(aligned(x), weight, eps, given)
     return halves[0], halves[1], halves[2], _sum(added, residual)
 
 
 def _silu_mul_halves(gate_up: torch.Tensor) -> Halves:
-    return quantize_activation.silu_mul_halves(ready(gate_up))
+    return quantize_activation.silu_mul_halves(aligned(gate_up))
+
+
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    given = None if residual is None else aligned(residual)
+    normalized, added = quantize_activation.rms_norm(aligned(x), weight, eps, given)
+    return normalized, _sum(added, residual)
+
+
+def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    return quantize_activation.silu_mul(aligned(gate_up))
 
 
 def _fake_codes(x: torch.Tensor, k: int) -> Codes:
@@ -95,7 +105,6 @@ def _fake_sum(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(0) if residual is None else torch.empty_like(x)
 
 
-_library = torch.library.Library("qig", "FRAGMENT")
 _NORM = "Tensor x, Tensor weight, float eps, Tensor? residual"
 _OPS = (
     (
@@ -114,6 +123,16 @@ _OPS = (
         lambda gate_up: _fake_codes(gate_up, gate_up.shape[1] // 2),
     ),
     (
+        f"rms_norm({_NORM}) -> (Tensor, Tensor)",
+        _rms_norm,
+        lambda x, weight, eps, residual: (torch.empty_like(x), _fake_sum(x, residual)),
+    ),
+    (
+        "silu_mul(Tensor gate_up) -> Tensor",
+        _silu_mul,
+        lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    ),
+    (
         "split_halves(Tensor x) -> (Tensor, Tensor, Tensor)",
         _split_halves,
         lambda x: _fake_halves(x, x.shape[1]),
@@ -129,9 +148,5 @@ _OPS = (
         lambda gate_up: _fake_halves(gate_up, gate_up.shape[1] // 2),
     ),
 )
-for _schema, _implementation, _fake in _OPS:
-    _name = _schema.split("(", 1)[0]
-    _library.define(_schema)
-    for _key in ("CUDA", "CPU"):  # on CPU tensors under TRITON_INTERPRET=1 alone
-        _library.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"qig::{_name}", _fake, lib=_library)
+for _op in _OPS:
+    define(*_op)

@@ -65,7 +65,7 @@ class QigLinearMethod(LinearMethodBase):
         self.scheme: QuantScheme = config.scheme
         self.prefix = prefix
         self.backend = kernel_backend()
-        if self.scheme.activation_bits and current_platform.is_cuda():
+        if current_platform.is_cuda() and self.backend.fuses_activations(self.scheme):
             from qig_serve.vllm_plugin import fusion
 
             fusion.install(get_current_vllm_config())

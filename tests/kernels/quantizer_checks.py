@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from qig_serve.kernels import quantize_activation, quantizer_ops, reference
+from qig_serve.kernels import fused_linear, quantize_activation, quantizer_ops, reference
+from qig_serve.kernels.library import define
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -201,6 +202,7 @@ def test_silu_mul(m: int, k: int, dtype: torch.dtype) -> None:
         ops.quantize_activation,
         lambda x: ops.rms_norm_quantize(x, norm_weight(256, x.dtype), 1e-6, x),
         ops.silu_mul_quantize,
+        lambda x: ops.rms_norm(x, norm_weight(256, x.dtype), 1e-6, x),
         ops.split_halves,
         lambda x: ops.rms_norm_halves(x, norm_weight(256, x.dtype), 1e-6, x),
         ops.silu_mul_halves,
@@ -233,6 +235,81 @@ def test_warps(k: int, few: int, many: int) -> None:
     assert warps == [few, few, many, many]
     with pytest.raises(ValueError, match="longer than 65536"):
         quantize_activation.row_options(65537)
+
+
+def _probe(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight
+
+
+def _probe_of_halves(x: torch.Tensor, weight: torch.Tensor) -> fused_linear.OfHalves | None:
+    """The GEMM of halves for up to 4 tokens; its sums are checked on the way."""
+
+    def gemm(halves: quantize_activation.Halves) -> torch.Tensor:
+        joined = reference.join_halves(*halves[:2])
+        unit = 8 * halves[1].double()
+        sums = joined.unflatten(1, (-1, 128)).sum(2).t() / unit
+        assert torch.equal(halves[2], 8 * sums.round().int())
+        return (joined @ weight.double()).to(x.dtype) + 1
+
+    return gemm if x.shape[0] <= 4 else None
+
+
+def _fake_probe(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+define("probe_linear(Tensor x, Tensor weight) -> Tensor", _probe, _fake_probe)
+fused_linear.define_fused("probe_linear", "Tensor weight", _probe, _probe_of_halves, _fake_probe)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [0, 1, 3, 4, 5, 19])
+def test_a_fused_linear_takes_halves_of_few_tokens(m: int, dtype: torch.dtype) -> None:
+    """The GEMM here adds one, which shows that it ran."""
+    x, residual, gate_up = (in_eighths(m + i, 384, dtype)[i:] for i in range(3))
+    gate_up = torch.cat([gate_up, x], 1)
+    norm, weight = norm_weight(384, dtype), torch.randn(384, 40).to(DEVICE, dtype) * 0.05
+    few = m <= 4
+    for given in (None, residual):
+        out, added = ops.rms_norm_probe_linear(x, norm, 1e-6, given, weight)
+        normalized, total = reference.rms_norm(x, norm, 1e-6, given)
+        assert_same((added,), (total if given is not None else total[:0, 0],))
+        assert out.dtype == dtype and out.shape == (m, 40)
+        exact = normalized.double() @ weight.double() + few
+        torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
+    out = ops.silu_mul_probe_linear(gate_up, weight)
+    exact = reference.silu_mul(gate_up).double() @ weight.double() + few
+    torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_fakes_are_like_what_comes_out(with_residual: bool) -> None:
+    x, norm = ordinary(3, 256, torch.bfloat16), norm_weight(256, torch.bfloat16)
+    residual = x.clone() if with_residual else None
+    weight, half = (torch.randn(k, 40, device=DEVICE).bfloat16() for k in (256, 128))
+    normed = (x, norm, 1e-6, residual)
+    for op, arguments in (
+        (ops.quantize_activation, (x,)), (ops.split_halves, (x,)),
+        (ops.rms_norm, normed), (ops.rms_norm_quantize, normed), (ops.rms_norm_halves, normed),
+        (ops.silu_mul, (x,)), (ops.silu_mul_quantize, (x,)), (ops.silu_mul_halves, (x,)),
+        (ops.rms_norm_probe_linear, (*normed, weight)), (ops.silu_mul_probe_linear, (x, half)),
+    ):  # fmt: skip
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(op.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "k"), [*SHAPES, (7, 300)])
+def test_norm_and_gate_alone(m: int, k: int, dtype: torch.dtype) -> None:
+    """What is not quantized: 16 bits, as the graph would have it."""
+    x, residual, weight = in_eighths(m, k, dtype), in_eighths(m, k, dtype), norm_weight(k, dtype)
+    for given in (None, residual):
+        normalized, added = ops.rms_norm(x, weight, 1e-6, given)
+        expected, total = reference.rms_norm(x, weight, 1e-6, given)
+        assert_same((normalized, added), (expected, total if given is not None else total[:0, 0]))
+    gate_up = (torch.randn(m, 2 * k) * 3).to(DEVICE, dtype)
+    apart = ops.silu_mul(gate_up) != reference.silu_mul(gate_up)
+    assert float(apart.float().mean()) < 1e-3
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])

@@ -1,4 +1,4 @@
-"""A w4a8 MLP as vLLM's compiler sees it, before and after fusion.py's pass.
+"""A quantized MLP as vLLM's compiler sees it, before and after fusion.py's pass.
 
 As a script under TRITON_INTERPRET=1: runs the fused graph and, compiled by Inductor, the unfused
 modules, and compares what comes out.
@@ -7,6 +7,7 @@ modules, and compares what comes out.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -17,68 +18,66 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qig_serve import packing
-from qig_serve.formats import SCHEMES
-from qig_serve.kernels import layout, ops
+from qig_serve.formats import SCHEMES, QuantScheme
+from qig_serve.kernels import ops
 
 TOKENS, HIDDEN, INNER = 5, 256, 384
-W4A8 = SCHEMES["w4a8"]
+SIZES = ((HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER))  # N, K of o, gate_up, down
 
 Weights = dict[str, torch.Tensor]
 
 
-def linear_weights(n: int, k: int, dtype: torch.dtype) -> Weights:
-    scale, _ = packing.minmax_params(weight := torch.randn(n, k) * 0.05, W4A8)
-    codes = packing.quantize(weight, scale, None, W4A8)
-    return ops.prepare(W4A8, packing.pack_linear(codes, scale, None, W4A8, dtype), dtype)
+def stored(scheme: QuantScheme, dtype: torch.dtype) -> list[Weights]:
+    """Three linears as a checkpoint has them."""
+    torch.manual_seed(1)
+    linears = []
+    for n, k in SIZES:
+        weight = torch.randn(n, k) * 0.05
+        scale, zero = packing.minmax_params(weight, scheme, packing.scale_dtype(scheme, dtype))
+        codes = packing.quantize(weight, scale, zero, scheme)
+        linears.append(packing.pack_linear(codes, scale, zero, scheme, dtype))
+    return linears
 
 
-def inputs(dtype: torch.dtype, tokens: int = TOKENS) -> list[Any]:
+def inputs(scheme: QuantScheme, dtype: torch.dtype, tokens: int = TOKENS) -> list[Any]:
     """x, residual, norm weights, and the kernel tensors of three linears."""
     torch.manual_seed(0)
     x, residual = (torch.randn(tokens, HIDDEN).to(dtype) for _ in range(2))
     norms = [(torch.rand(HIDDEN) + 0.5).to(dtype) for _ in range(2)]
-    sizes = [(HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)]
-    return [x, residual, *norms, *(linear_weights(n, k, dtype) for n, k in sizes)]
+    return [x, residual, *norms, *(ops.prepare(scheme, s, dtype) for s in stored(scheme, dtype))]
 
 
 def mlp(
-    norms: Any, x: torch.Tensor, residual: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
+    scheme: QuantScheme, norms: Any,
+    x: torch.Tensor, residual: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
     o: Weights, gate_up: Weights, down: Weights,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """norm -> o, add and norm -> gate_up, silu * mul -> down."""
     x = norms.rms_norm(x, first, 1e-6)
-    x = ops.linear(W4A8, x, o, HIDDEN, HIDDEN)
+    x = ops.linear(scheme, x, o, HIDDEN, HIDDEN)
     x, residual = norms.fused_add_rms_norm(x, residual, second, 1e-5)
-    x = ops.linear(W4A8, x, gate_up, 2 * INNER, HIDDEN)
+    x = ops.linear(scheme, x, gate_up, 2 * INNER, HIDDEN)
     x = F.silu(x[..., :INNER]) * x[..., INNER:]
-    return ops.linear(W4A8, x, down, HIDDEN, INNER), residual
+    return ops.linear(scheme, x, down, HIDDEN, INNER), residual
 
 
-def traced(dtype: torch.dtype) -> fx.GraphModule:
+def traced(dtype: torch.dtype, scheme: QuantScheme = SCHEMES["w4a8"]) -> fx.GraphModule:
     """The MLP as Inductor's passes have it: functional, decomposed, any number of tokens."""
-    module = functools.partial(mlp, vllm.ir.ops)
-    return make_fx(module, select_decomp_table(), tracing_mode="symbolic")(*inputs(dtype))
+    module = functools.partial(mlp, scheme, vllm.ir.ops)
+    given = inputs(scheme, dtype)
+    return make_fx(module, select_decomp_table(), tracing_mode="symbolic")(*given)
 
 
 def targets(graph: fx.Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
-def exact(
-    x: torch.Tensor, residual: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
-    *linears: Weights,
-) -> torch.Tensor:  # fmt: skip
+def exact(scheme: QuantScheme, dtype: torch.dtype, given: list[Any]) -> torch.Tensor:
     """`mlp` in fp32 with the same weights and without quantizing activations."""
-    sizes = (HIDDEN, 2 * INNER, HIDDEN)
-    o, gate_up, down = (
-        codes.float() * scale
-        for codes, scale in (
-            layout.unpack_w4a8(weights["weight_nibbles"], weights["channel_scale"], n)
-            for weights, n in zip(linears, sizes, strict=True)
-        )
-    )
-    h = F.rms_norm(x.float(), (HIDDEN,), first.float(), 1e-6) @ o.t()
-    h = F.rms_norm(h + residual.float(), (HIDDEN,), second.float(), 1e-5) @ gate_up.t()
+    x, residual, first, second = (tensor.float() for tensor in given[:4])
+    o, gate_up, down = (packing.unpack_linear(s, scheme) for s in stored(scheme, dtype))
+    h = F.rms_norm(x, (HIDDEN,), first, 1e-6) @ o.t()
+    h = F.rms_norm(h + residual, (HIDDEN,), second, 1e-5) @ gate_up.t()
     return (F.silu(h[:, :INNER]) * h[:, INNER:]) @ down.t()
 
 
@@ -98,23 +97,23 @@ def compare() -> None:
 
     from qig_serve.vllm_plugin.fusion import QuantizationFusion
 
-    for dtype in (torch.bfloat16, torch.float16):
-        module = traced(dtype)
+    for name, dtype in itertools.product(("w4a8", "w3a16"), (torch.bfloat16, torch.float16)):
+        scheme = SCHEMES[name]
+        module = traced(dtype, scheme)
         fusion = QuantizationFusion()
         fusion(module.graph)
         assert fusion.fused == 3, module.graph
         module.recompile()
-        compiled = torch.compile(functools.partial(mlp, NativeNorms), dynamic=True)
-        for tokens in (TOKENS, 17):
-            given = inputs(dtype, tokens)
+        compiled = torch.compile(functools.partial(mlp, scheme, NativeNorms), dynamic=True)
+        for tokens in (1, TOKENS, 17):
+            given = inputs(scheme, dtype, tokens)
             (fused, residual), (unfused, same_residual) = module(*given), compiled(*given)
-            truth = exact(*given)
+            truth = exact(scheme, dtype, given)
             errors = [float((y.float() - truth).norm() / truth.norm()) for y in (fused, unfused)]
             apart = float((fused != unfused).float().mean())
             print(
-                f"{dtype}, {tokens} tokens: fused and compiled off by {errors[0]:.5f} and "
-                f"{errors[1]:.5f}, apart in {apart:.2%}, residual "
-                f"{float((residual != same_residual).float().mean()):.2%}"
+                f"{name}, {dtype}, {tokens} tokens: fused and compiled off by {errors[0]:.5f} and "
+                f"{errors[1]:.5f}, apart in {apart:.2%}"
             )
             assert torch.equal(residual, same_residual)
             assert apart < 0.02 and errors[0] < 1.01 * errors[1] < 0.1

@@ -1,0 +1,38 @@
+"""The torch library `qig`, to which the kernel modules add their ops, and what every op does first.
+
+Each op has a fake implementation, so torch.compile sees through; each depends on shapes alone,
+waits for nothing and searches nothing, so CUDA graphs capture it. Without a GPU the ops run under
+TRITON_INTERPRET=1, slowly, which is how the tests run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Prepared = dict[str, torch.Tensor]
+"""A linear's tensors in the kernels' layout, by name."""
+
+_library = torch.library.Library("qig", "FRAGMENT")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an op for CUDA tensors, and for CPU tensors under the interpreter."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"qig::{name}", fake, lib=_library)
+
+
+def use_ptx(x: torch.Tensor) -> bool:
+    """Inline PTX runs on a GPU; the interpreter takes the pure Triton twin."""
+    return x.device.type == "cuda"
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous and 16-byte aligned, which the compiled loads count on."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
