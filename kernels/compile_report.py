@@ -256,9 +256,9 @@ def compile_quantizer(
     """One of QUANTIZERS, with a residual where it can have one."""
     x = f"*{dtype}"
     arguments = {
-        "x_ptr": x, "residual_ptr": x, "weight_ptr": x, "added_ptr": x, "gate_up_ptr": x, "out_ptr": x,
-        "codes_ptr": "*i8", "halves_ptr": "*i8", "scale_ptr": "*fp32", "sums_ptr": "*i32",
-        "M": "i32", "K": "i32", "eps": "fp32",
+        "x_ptr": x, "residual_ptr": x, "weight_ptr": x, "added_ptr": x, "gate_up_ptr": x,
+        "out_ptr": x, "codes_ptr": "*i8", "halves_ptr": "*i8", "scale_ptr": "*fp32",
+        "sums_ptr": "*i32", "M": "i32", "K": "i32", "eps": "fp32",
     }  # fmt: skip
     constants: dict[str, Any] = {"BLOCK_K": block_k, "PDL": pdl}
     if name.startswith("rms_norm"):

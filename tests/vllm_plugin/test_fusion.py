@@ -283,10 +283,10 @@ def test_the_oracle_rounds_where_vllm_compiled_rounds(m: int, k: int, dtype: tor
     assert m == 1 or not torch.equal(eager[1], compiled[1]), "the test shows nothing"
 
 
-@pytest.mark.slow
-def test_fused_and_unfused_graphs_agree_under_the_interpreter() -> None:
+def interpreted(script: str, *arguments: str) -> str:
+    """What a script of this folder prints under Triton's interpreter."""
     done = subprocess.run(
-        [sys.executable, "-P", str(FOLDER / "fusion_graphs.py")],
+        [sys.executable, "-P", str(FOLDER / script), *arguments],
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
@@ -295,4 +295,22 @@ def test_fused_and_unfused_graphs_agree_under_the_interpreter() -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.count("fused and compiled") == 12
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a16"])
+def test_vllms_compiler_runs_the_pass(scheme: str, dtype: str) -> None:
+    """Among its own, on the graphs it makes of its own modules; the numbers stay the same."""
+    printed = interpreted("fusion_in_vllm.py", scheme, dtype)
+    what = "quantize" if scheme == "w4a8" else "w3a16_linear"
+    assert printed.count(f"qig.rms_norm_{what}.default") == 2
+    assert printed.count(f"qig.silu_mul_{what}.default") == 1
+    assert "vllm_ir" not in printed and QUANTIZE not in printed
+    assert printed.count("differ") == 6
+
+
+@pytest.mark.slow
+def test_fused_and_unfused_graphs_agree_under_the_interpreter() -> None:
+    assert interpreted("fusion_graphs.py").count("fused and compiled") == 12
