@@ -279,7 +279,7 @@ def kernel(tile: Tile, dtype: str, order: int, bits: int = 3) -> launch.Kernel:
         BITS=bits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, EVEN=True,
         X_ORDER=order, HAS_BIAS=True, USE_PTX=True,
     )  # fmt: skip
-    return launch.Kernel(halves_kernel, arguments, constants, tile, inputs=PAIR)
+    return launch.of_tile(halves_kernel, arguments, constants, tile, PAIR)
 
 
 def candidates(m: int) -> list[Tile]:

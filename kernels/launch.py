@@ -151,25 +151,35 @@ def store_out(
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as a launch with some tile compiles it: for compile_report.py."""
+    """A kernel as some launch compiles it: for compile_report.py and time_model.py."""
 
     function: Any
     arguments: dict[str, str]
     """Types of the arguments that are no constants."""
     constants: dict[str, Any]
-    tile: Tile
+    options: dict[str, Any]
+    """The compiler's."""
     inputs: int
     """Inputs along K that a step of the main loop takes."""
+    tile: Tile = Tile("prefill")
+    """Of a linear."""
 
     @property
     def warps(self) -> int:
         """Of a program."""
-        return self.tile.num_warps
+        return int(self.options["num_warps"])
 
     @property
     def name(self) -> str:
         """Of the function, without `_kernel`."""
         return str(self.function.__name__).removesuffix("_kernel")
+
+
+def of_tile(
+    function: Any, arguments: dict[str, str], constants: dict[str, Any], tile: Tile, inputs: int
+) -> Kernel:
+    """The kernel of a linear's launch with a tile."""
+    return Kernel(function, arguments, constants, compiler_options(tile), inputs, tile)
 
 
 @dataclass(frozen=True)
@@ -211,8 +221,13 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
 
 def options(tile: Tile, device: torch.device) -> dict[str, Any]:
     """Compiler options and constants of a launch. Pipelining is the loop's own (tl.range)."""
-    early = has_early_launch(device)
-    return {**compiler_options(tile), "PDL": early, **({"launch_pdl": True} if early else {})}
+    return {**compiler_options(tile), "PDL": False, **early(device)}
+
+
+@functools.cache
+def early(device: torch.device) -> dict[str, Any]:
+    """Options of a launch that may start before the kernel before it has ended (Hopper on)."""
+    return {"PDL": True, "launch_pdl": True} if has_early_launch(device) else {}
 
 
 @functools.cache

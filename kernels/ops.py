@@ -1,12 +1,12 @@
 """The GPU kernels behind the functions that the vLLM plugin calls.
 
-    qig::w3a16_linear           x [M, K] -> [M, N]
-    qig::quantize_activation    x [M, K] -> int8 codes [M, K], fp32 scale [M]
-    qig::w4a8_linear            codes and scale -> [M, N]
-    qig::rms_norm_quantize, qig::silu_mul_quantize: quantize_activation with what precedes it
-
 A scheme is one row of formats.SCHEMES and one module here, which exports prepare, apply, linear,
-zeros, candidates, kernel and unsupported; the ops are library.py's.
+zeros, warm_up, candidates, kernel, unsupported and FUSES_ACTIVATIONS, and adds its ops to library.py's:
+
+    qig::w3a16_linear    x [M, K] -> [M, N]; fused_linear.py adds what comes before it
+    qig::w4a8_linear     codes and scale of qig::quantize_activation -> [M, N]
+
+quantizer_ops.py has those that quantize activations.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from types import ModuleType
 import torch
 
 from qig_serve.formats import QuantScheme, unsupported_shape
-from qig_serve.kernels import launch, layout, quantize_activation, tiles, w3a16, w4a8
-from qig_serve.kernels import library
+from qig_serve.kernels import (
+    launch,
+    layout,
+    library,
+    tiles,
+    w3a16,
+    w4a8,
+)
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Tile
 
@@ -96,11 +102,17 @@ def run(
     )
 
 
+def fuses_activations(scheme: QuantScheme) -> bool:
+    """Whether vLLM's graphs are to put what comes before a linear into the linear's ops."""
+    return bool(KERNELS[scheme.name].FUSES_ACTIVATIONS)
+
+
 def warm_up(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile every bucket's kernel for a linear [N, K], with and without bias."""
     if device.type != "cuda":
         return
     with torch.cuda.device(device):
+        KERNELS[scheme.name].warm_up(k, dtype, device)
         for tile, m in warm_up_tiles(scheme, n, k, device):
             prepared = KERNELS[scheme.name].zeros(n, k, device)
             x = torch.zeros(m, k, dtype=dtype, device=device)
@@ -118,45 +130,3 @@ def warm_up_tiles(
         found.append((tile, m))
         m = int(most) + 1 if most != float("inf") else m
     return found
-
-
-def _quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_activation.quantize(x.contiguous())
-
-
-def _rms_norm_quantize(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    residual = None if residual is None else residual.contiguous()
-    codes, scale, added = quantize_activation.rms_norm_quantize(
-        x.contiguous(), weight, eps, residual
-    )
-    return codes, scale, added if residual is not None else added.clone()
-
-
-def _silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_activation.silu_mul_quantize(gate_up.contiguous())
-
-
-def _fake_codes(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[0], k, dtype=torch.int8), x.new_empty(
-        x.shape[0], dtype=torch.float32
-    )
-
-
-library.define(
-    "quantize_activation(Tensor x) -> (Tensor, Tensor)",
-    _quantize_activation,
-    lambda x: _fake_codes(x, x.shape[1]),
-)
-library.define(
-    "rms_norm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual) "
-    "-> (Tensor, Tensor, Tensor)",
-    _rms_norm_quantize,
-    lambda x, weight, eps, residual: (*_fake_codes(x, x.shape[1]), torch.empty_like(x)),
-)
-library.define(
-    "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)",
-    _silu_mul_quantize,
-    lambda gate_up: _fake_codes(gate_up, gate_up.shape[1] // 2),
-)

@@ -55,18 +55,90 @@ def w4a8_linear(
 
 
 def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [M, K] and fp32 scale [M, 1]; see packing.quantize_activation."""
-    return packing.quantize_activation(x)
+    """int8 codes [M, K] and fp32 scale [M, 1], as the kernels have them.
+
+    packing.quantize_activation with a product by 1 / scale, rounded once, for its quotient: where x
+    / scale is within an ulp of a half, a code may be the next. scale is at least 2^-126 (1 for a
+    token of zeros), and NaN, with zero codes, where a token has a NaN or an infinity.
+    """
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = (largest * torch.tensor(1 / 127, device=x.device)).clamp(min=2.0**-126)
+    scale = torch.where(largest > 0, scale, 1.0)
+    product = x.double() * (1 / scale).double()  # exact
+    finite = largest.isfinite()
+    codes = torch.where(finite, product, 0.0).round().to(torch.int8)
+    return codes, torch.where(finite, scale, torch.nan)
+
+
+_MOST = 32639  # 127 * 256 + 127
+_SUM = (1 << 23) - 1  # bits of the sum in a word
+
+
+def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] as 16-bit fixed point: halves int8 [M, 2, K], x_scale_sum int32 [pairs, M, 2].
+
+    A (token, group of 128) has unit s, the smallest power of two from 2^-123 with largest / s <=
+    32639, and q = x / s rounded half to even = 256 * high + low. halves: the high ones, then the
+    low, inputs in layout.ORDERS[order]. x_scale_sum: bits 23-30 are those of s / 8 in fp32, bits
+    0-22 minus the sum of q in two's complement; of an odd number of groups the last pair's second is
+    one of zeros. A group with a NaN or an infinity has the bits of infinity, and zeros.
+    """
+    groups = x.unflatten(-1, (-1, layout.GROUP)).double()
+    largest = groups.abs().amax(-1)
+    finite = largest.isfinite()
+    largest = torch.where(finite, largest, 0.0)
+    _, exponent = torch.frexp(largest / _MOST)  # = f * 2^exponent, f from 1/2 up to below 1
+    unit = torch.ldexp(torch.ones_like(largest), exponent)
+    half = unit / 2
+    unit = torch.where(half * _MOST >= largest, half, unit)
+    unit = torch.where(largest > 0, unit, 0.0).clamp(min=2.0**-123)
+    q = torch.where(finite[..., None], groups / unit[..., None], 0.0).round().to(torch.int32)
+    high = (q + 128) >> 8
+    both = torch.stack([high, q - 256 * high], dim=1)[..., layout.ORDERS[order]]
+    eighth = torch.where(finite, unit / 8, torch.inf).float().view(torch.int32)
+    words = eighth | (-q.sum(-1, dtype=torch.int32) & _SUM)
+    smallest = torch.tensor(2.0**-126).view(torch.int32).item()
+    words = torch.nn.functional.pad(words, (0, words.shape[1] % 2), value=smallest)
+    return both.flatten(2).to(torch.int8), words.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+
+
+def units_and_sums(x_scale_sum: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The units s, fp64 [M, groups] (NaN where infinite), and the sums of q, int32, of the words."""
+    words = x_scale_sum.transpose(0, 1).flatten(1)[:, :groups]
+    unit = 8 * (words & ~_SUM).contiguous().view(torch.float32).double()
+    unit = torch.where(unit.isfinite(), unit, torch.nan)
+    return unit, -((words << 9) >> 9)
+
+
+def join_halves(halves: torch.Tensor, x_scale_sum: torch.Tensor, order: int) -> torch.Tensor:
+    """What `split_halves` stands for: fp64 [M, K]."""
+    ordered = halves.double().unflatten(-1, (-1, layout.GROUP))
+    both = torch.empty_like(ordered)
+    both[..., layout.ORDERS[order]] = ordered
+    q = 256 * both[:, 0] + both[:, 1]
+    unit, _ = units_and_sums(x_scale_sum, q.shape[1])
+    return (q * unit[..., None]).flatten(-2)
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normalized x, x + residual), both of x's dtype, rounded where transformers' models round."""
-    added = x if residual is None else x + residual
-    h = added.float()
+    """(normalized x, x + residual), both of x's dtype and each rounded once, from fp32.
+
+    So vLLM computes it where it compiles (quantize_activation.py says where that is read);
+    transformers' models round the sum before they normalize it, and again before the weight.
+    """
+    h = x.float() if residual is None else x.float() + residual.float()
+    added = h.to(x.dtype)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return h.to(x.dtype) * weight, added
+    return (h * weight.float()).to(x.dtype), added
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [M, 2 K], rounded once from fp32: [M, K] of its dtype."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
 
 def rms_norm_quantize(
@@ -78,32 +150,5 @@ def rms_norm_quantize(
 
 
 def silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up of [M, 2 K], both roundings in the input's dtype; then quantized."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return quantize_activation(torch.nn.functional.silu(gate.float()).to(up.dtype) * up)
-
-
-def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] (16 bits) as 16-bit fixed point, a scale a (token, group of 128 inputs).
-
-    halves int8 [M, 2, K]: x = s * (256 * high + low), inputs of a group in `order` (layout.ORDERS).
-    x_scale_sum int32 [pairs, M, 2]: bits 23-30 are those of s / 8 in fp32, a power of two, and bits
-    0-22 minus the sum of 256 * high + low over the group, in two's complement. s is the smallest
-    with the group's largest magnitude at most 32639 * s, and at least 2^-123; a group with NaN or Inf
-    has the exponent of infinity, and zeros.
-    """
-    m, k = x.shape
-    groups = x.float().reshape(m, k // layout.GROUP, layout.GROUP)
-    largest = groups.abs().amax(2)
-    finite = largest.isfinite()
-    exponent = torch.ceil(torch.log2(largest.double() / 32639)).clamp(min=-123)
-    exponent = torch.where(finite, exponent, 0).double()
-    q = torch.where(finite[..., None], groups, 0).double() / torch.exp2(exponent)[..., None]
-    q = q.round().to(torch.int32)  # half to even
-    high = (q + 128) >> 8
-    both = torch.stack([high, q - 256 * high], dim=1)[..., layout.ORDERS[order]]
-    bits = torch.where(finite, exponent.to(torch.int32) + 124, 255) << 23
-    word = bits | (-q.sum(2, dtype=torch.int32) & 0x7FFFFF)
-    word = torch.nn.functional.pad(word, (0, groups.shape[1] % 2))
-    x_scale_sum = word.reshape(m, -1, 2).transpose(0, 1).contiguous()
-    return both.reshape(m, 2, k).to(torch.int8), x_scale_sum
+    """`silu_mul`, then `quantize_activation`."""
+    return quantize_activation(silu_mul(gate_up))

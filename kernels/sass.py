@@ -14,7 +14,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qig_serve.kernels import launch
 from qig_serve.kernels.launch import Kernel
 
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -111,8 +110,7 @@ def compile_kernel(kernel: Kernel, target: int) -> Any:
     }
     constants = {**kernel.constants, **early}
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    options = launch.compiler_options(kernel.tile)
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=kernel.options)
 
 
 def count(kernel: Kernel, target: int) -> Counts:

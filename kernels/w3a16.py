@@ -53,13 +53,23 @@ import torch
 import triton
 import triton.language as tl
 
-from qig_serve.kernels import halves, launch, layout, library, quantize_activation
+from qig_serve.kernels import (
+    halves,
+    launch,
+    layout,
+    library,
+    quantize_activation,
+    quantizer_ops,
+)
+from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Tile, select
 
 MOST_HALVES = 64
 """Most tokens at which halves tiles are tried."""
+FUSES_ACTIVATIONS = True
+"""Whether vLLM's graphs are to put the norm or SiLU before a linear into its op."""
 
 _MANTISSA = {"bf16": 7, "fp16": 10}
 _BIAS = {"bf16": 127, "fp16": 15}
@@ -498,22 +508,27 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     constants: dict[str, Any] = dict(ORDER=orders.weights, USE_PTX=True)
     if tile.regime == "dequantize":
         arguments |= {"first_tile": "i32"}
-        return launch.Kernel(w3a16_dequantize_kernel, arguments, constants, tile, layout.GROUP)
+        return launch.of_tile(w3a16_dequantize_kernel, arguments, constants, tile, layout.GROUP)
     arguments |= dict(x_ptr=f"*{dtype}", bias_ptr=f"*{dtype}", M="i32")
     constants |= dict(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True
     )
     if tile.regime == "prefill":
         constants["GROUP_M"] = tile.group_m
-        return launch.Kernel(w3a16_prefill_kernel, arguments, constants, tile, layout.GROUP)
+        return launch.of_tile(w3a16_prefill_kernel, arguments, constants, tile, layout.GROUP)
     arguments |= dict(partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", units="i32")
     constants["ALIGNED"] = tile.regime == "split_k"
-    return launch.Kernel(w3a16_shared_kernel, arguments, constants, tile, layout.GROUP)
+    return launch.of_tile(w3a16_shared_kernel, arguments, constants, tile, layout.GROUP)
 
 
 def unsupported(n: int, k: int) -> str:
     """Why a linear [N, K] cannot run; empty if it can."""
     return ""
+
+
+def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what makes halves of activations, alone and fused with what precedes it."""
+    quantizer_ops.warm_up("w3a16", k, dtype, device)
 
 
 def _w3a16_linear(
@@ -532,11 +547,33 @@ def _w3a16_linear(
     return linear(library.aligned(x), prepared, n, bias, tile, scratch, library.use_ptx(x))
 
 
-library.define(
-    "w3a16_linear(Tensor x, Tensor weight_planes, Tensor scale_zero, Tensor? bias, int n) -> Tensor",
-    _w3a16_linear,
-    lambda x, weight_planes, scale_zero, bias, n: x.new_empty(x.shape[0], n),
-)
+def _of_halves(
+    x: torch.Tensor,
+    weight_planes: torch.Tensor,
+    scale_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+) -> OfHalves | None:
+    """The product that takes x in halves, if that is how M tokens are served."""
+    m, k = x.shape
+    if m == 0:
+        return None
+    tile = select("w3a16", launch.architecture(x.device), n, k, m)
+    if tile.regime != "halves":
+        return None
+    dtype, scratch, use_ptx = x.dtype, launch.scratch(x.device), library.use_ptx(x)
+    return lambda given: halves.product(
+        *given, weight_planes, scale_zero, bias, n, dtype, tile, scratch, use_ptx
+    )
+
+
+def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rest[-1])
+
+
+_ARGUMENTS = "Tensor weight_planes, Tensor scale_zero, Tensor? bias, int n"
+library.define(f"w3a16_linear(Tensor x, {_ARGUMENTS}) -> Tensor", _w3a16_linear, _fake)
+define_fused("w3a16_linear", _ARGUMENTS, _w3a16_linear, _of_halves, _fake)
 
 
 def apply(x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None) -> torch.Tensor:

@@ -40,13 +40,16 @@ import torch
 import triton
 import triton.language as tl
 
-from qig_serve.kernels import launch, layout, library, quantize_activation
+from qig_serve.kernels import launch, layout, library, quantize_activation, quantizer_ops
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Tile, select
 
 MAX_K = (1 << 31) // (16 * 8 * 127) // 128 * 128
 """Largest K whose int32 sum of 16 * code * activation cannot overflow."""
+
+FUSES_ACTIVATIONS = True
+"""Whether vLLM's graphs are to put the norm or SiLU before a linear into its quantizer."""
 
 UNPACK_PTX = tl.constexpr(
     """{ .reg .b32 t;
@@ -298,10 +301,10 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     )  # fmt: skip
     if tile.regime == "prefill":
         constants["GROUP_M"] = tile.group_m
-        return launch.Kernel(w4a8_prefill_kernel, arguments, constants, tile, layout.GROUP)
+        return launch.of_tile(w4a8_prefill_kernel, arguments, constants, tile, layout.GROUP)
     arguments |= dict(partials_ptr="*i32", counter_ptr="*i32", tiles_m="i32", units="i32")
     constants["ALIGNED"] = tile.regime == "split_k"
-    return launch.Kernel(w4a8_shared_kernel, arguments, constants, tile, layout.GROUP)
+    return launch.of_tile(w4a8_shared_kernel, arguments, constants, tile, layout.GROUP)
 
 
 def unsupported(n: int, k: int) -> str:
@@ -309,6 +312,11 @@ def unsupported(n: int, k: int) -> str:
     if k > quantize_activation.MAX_K:
         return f"w4a8 takes at most K={quantize_activation.MAX_K}, got K={k}"
     return ""
+
+
+def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what quantizes activations, alone and fused with what precedes it."""
+    quantizer_ops.warm_up("w4a8", k, dtype, device)
 
 
 def _w4a8_linear(

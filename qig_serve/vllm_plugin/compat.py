@@ -109,3 +109,12 @@ def inductor_pass() -> Any:
     return find(
         "InductorPass", "vllm.compilation.passes.inductor_pass", "vllm.compilation.inductor_pass"
     )
+
+
+def has_ir_norms() -> bool:
+    """Whether RMSNorm is an op of vLLM's IR, `torch.ops.vllm_ir`; it is there afterwards."""
+    try:
+        find("fused_add_rms_norm", "vllm.ir.ops")
+    except ImportError:
+        return False
+    return True

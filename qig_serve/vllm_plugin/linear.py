@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,6 @@ from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs, unsupported
 
 if TYPE_CHECKING:
     from qig_serve.vllm_plugin.config import QigConfig
-
-FUSION_VARIABLE = "QIG_FUSE_QUANTIZATION"
-"""1: fusion.py's pass runs when vLLM compiles."""
 
 _MOST_SHARDS = 16  # tensor-parallel sizes offered in an error message
 
@@ -69,11 +65,7 @@ class QigLinearMethod(LinearMethodBase):
         self.scheme: QuantScheme = config.scheme
         self.prefix = prefix
         self.backend = kernel_backend()
-        if (
-            os.environ.get(FUSION_VARIABLE) == "1"
-            and self.scheme.activation_bits
-            and current_platform.is_cuda()
-        ):
+        if current_platform.is_cuda() and self.backend.fuses_activations(self.scheme):
             from qig_serve.vllm_plugin import fusion
 
             fusion.install(get_current_vllm_config())

@@ -53,11 +53,8 @@ VARIANTS: dict[str, Variant] = {
     "bf16": Variant("bf16", "^UnquantizedLinearMethod$"),
     "w3a16": Variant("w3a16", "QigLinearMethod", "w3a16_"),
     "w4a8": Variant("w4a8", "QigLinearMethod", "w4a8_"),
-    "w4a8-fused": Variant(
-        "w4a8",
-        "QigLinearMethod",
-        "rms_norm_quantize_kernel|silu_mul_quantize_kernel",
-        environment={"QIG_FUSE_QUANTIZATION": "1"},
+    "w4a8-unfused": Variant(
+        "w4a8", "QigLinearMethod", "w4a8_", environment={"QIG_FUSE_QUANTIZATION": "0"}
     ),
     "ct-w3a16": Variant("ct-w3a16", "MacheteLinearKernel|MarlinLinearKernel", "machete|marlin"),
     "machete-w4a16": Variant(

@@ -242,45 +242,6 @@ def test_unaligned_input() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "k"), [(1, 128), (7, 300), (16, 1024)])
-def test_quantize_activation(m: int, k: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(m, k) * 3).to(DEVICE, dtype)
-    x[0] = 0  # a token of zeros: scale 1
-    codes, scale = torch.ops.qig.quantize_activation(x)
-    expected_codes, expected_scale = reference.quantize_activation(x)
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(scale[:, None], expected_scale)
-
-
-def assert_codes_close(
-    codes: torch.Tensor, scale: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    """Codes may differ by one where the 16-bit value before them rounded the other way."""
-    difference = (codes.int() - expected[0].int()).abs()
-    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 0.02
-    torch.testing.assert_close(scale[:, None], expected[1], rtol=8e-3, atol=0)
-
-
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_quantize(dtype: torch.dtype, with_residual: bool) -> None:
-    x, residual = (torch.randn(5, 300).to(DEVICE, dtype) for _ in range(2))
-    weight = (torch.rand(300) + 0.5).to(DEVICE, dtype)
-    given = residual if with_residual else None
-    codes, scale, added = torch.ops.qig.rms_norm_quantize(x, weight, 1e-6, given)
-    *expected, expected_added = reference.rms_norm_quantize(x, weight, 1e-6, given)
-    assert torch.equal(added, expected_added)
-    assert_codes_close(codes, scale, tuple(expected))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_silu_mul_quantize(dtype: torch.dtype) -> None:
-    gate_up = torch.randn(5, 600).to(DEVICE, dtype)
-    codes, scale = torch.ops.qig.silu_mul_quantize(gate_up)
-    assert_codes_close(codes, scale, reference.silu_mul_quantize(gate_up))
-
-
 def test_counters_suffice_for_every_tuned_tile() -> None:
     for (_, _, shape), rows in tuning.tile_table().items():
         for most, tile in rows:

@@ -39,6 +39,26 @@ def test_twin_compiles_too() -> None:
         assert compiled.tensor_core.startswith("wgmma")
 
 
+def test_quantizers_read_16_bytes_at_once() -> None:
+    """A thread's loads of x; no spills; one kernel a row length, but where many tokens take fewer
+    warps."""
+    rows = list(compile_report.compile_quantizers(90))
+    assert [p for row in rows for p in row.problems()] == []
+    assert {row.kernel for row in rows} == set(compile_report.QUANTIZERS)
+    assert len(rows) == 15
+    for name in compile_report.QUANTIZERS:
+        ptx = compile_report.compile_quantizer(name, 90, "fp16", 4096, 8).asm["ptx"]
+        assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx
+        assert "griddepcontrol" not in ptx
+
+
+@pytest.mark.parametrize("target", [90, 120])
+def test_programmatic_dependent_launch_waits_before_it_reads(target: int) -> None:
+    ptx = compile_report.compile_quantizer("halves", target, "bf16", 1024, 4, pdl=True).asm["ptx"]
+    first = ptx.index("griddepcontrol.launch_dependents")
+    assert first < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+
+
 def test_a_regression_is_reported() -> None:
     compiled = compile_report.compile_tile("w4a8", 90, decode_tile("w4a8", 90))
     worse = {"spills": 3, "integer_per_weight": 0.9, "shared": 300_000, "tensor_core": ""}

@@ -1,4 +1,4 @@
-"""kernel_checks.py on a CUDA device: the same tests, compiled."""
+"""kernel_checks.py and quantizer_checks.py on a CUDA device: the same tests, compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
     from kernel_checks import *  # noqa: F403
+    from quantizer_checks import *  # noqa: F403
 else:
 
     def test_kernels_on_a_cuda_device() -> None:

@@ -1,4 +1,4 @@
-"""kernel_checks.py under TRITON_INTERPRET=1, in a process of its own.
+"""kernel_checks.py and quantizer_checks.py under TRITON_INTERPRET=1, in processes of their own.
 
 Triton reads the variable when it is imported, and other tests import Triton without it.
 """
@@ -15,22 +15,27 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-def run_checks(**environment: str) -> subprocess.CompletedProcess[str]:
+CHECKS = ["kernel_checks.py", "quantizer_checks.py"]
+
+
+def run_checks(checks: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         str(FOLDER / "kernel_checks.py")],
+         str(FOLDER / checks)],
         env={**os.environ, "TRITON_INTERPRET": "1", **environment},
         cwd=FOLDER.parent.parent, capture_output=True, text=True,
     )  # fmt: skip
 
 
-def test_kernels_under_the_interpreter() -> None:
-    done = run_checks()
+@pytest.mark.parametrize("checks", CHECKS)
+def test_kernels_under_the_interpreter(checks: str) -> None:
+    done = run_checks(checks)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
 @pytest.mark.slow
-def test_kernels_under_the_oldest_triton(oldest_triton: Path) -> None:
-    done = run_checks(PYTHONPATH=str(oldest_triton))
+@pytest.mark.parametrize("checks", CHECKS)
+def test_kernels_under_the_oldest_triton(checks: str, oldest_triton: Path) -> None:
+    done = run_checks(checks, PYTHONPATH=str(oldest_triton))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,152 @@
+"""The activation quantizers as torch ops.
+
+    qig::quantize_activation    x [M, K] -> codes int8 [M, K], scale fp32 [M]
+    qig::split_halves           x [M, K] -> halves int8 [M, 2, K], x_scale_sum int32 [pairs, M, 2]
+    qig::rms_norm_quantize, qig::rms_norm_halves    the same of RMSNorm(x (+ residual)), and the sum
+    qig::silu_mul_quantize, qig::silu_mul_halves    the same of SiLU(gate) * up
+    qig::rms_norm, qig::silu_mul                    those alone, in 16 bits
+
+The sum comes rounded to x's dtype, [M, K]; without a residual it is an empty tensor [0].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qig_serve.kernels import quantize_activation
+from qig_serve.kernels.layout import padded_pairs
+from qig_serve.kernels.library import aligned, define
+from qig_serve.kernels.quantize_activation import Codes, Halves
+
+
+def warm_up(scheme: str, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what quantizes rows of K, alone and fused, for few tokens and for many."""
+    for m in (1, quantize_activation.MANY_TOKENS) if scheme == "w4a8" else (1,):
+        x = torch.zeros(m, k, dtype=dtype, device=device)
+        gate_up = torch.zeros(m, 2 * k, dtype=dtype, device=device)
+        weight = torch.zeros(k, dtype=dtype, device=device)
+        if scheme == "w4a8":
+            quantize_activation.quantize(x)
+            quantize_activation.silu_mul_quantize(gate_up)
+            for residual in (None, x):
+                quantize_activation.rms_norm_quantize(x, weight, 1e-6, residual)
+        else:
+            quantize_activation.split_halves(x)
+            quantize_activation.silu_mul_halves(gate_up)
+            quantize_activation.silu_mul(gate_up)
+            for residual in (None, x):
+                quantize_activation.rms_norm_halves(x, weight, 1e-6, residual)
+                quantize_activation.rms_norm(x, weight, 1e-6, residual)
+
+
+def _sum(added: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """An op may not return what it was given."""
+    return added.new_empty(0) if residual is None else added
+
+
+def _quantize_activation(x: torch.Tensor) -> Codes:
+    return quantize_activation.quantize(aligned(x))
+
+
+def _rms_norm_quantize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    given = None if residual is None else aligned(residual)
+    codes, scale, added = quantize_activation.rms_norm_quantize(aligned(x), weight, eps, given)
+    return codes, scale, _sum(added, residual)
+
+
+def _silu_mul_quantize(gate_up: torch.Tensor) -> Codes:
+    return quantize_activation.silu_mul_quantize(aligned(gate_up))
+
+
+def _split_halves(x: torch.Tensor) -> Halves:
+    return quantize_activation.split_halves(aligned(x))
+
+
+def _rms_norm_halves(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    given = None if residual is None else aligned(residual)
+    halves, words, added = quantize_activation.rms_norm_halves(aligned(x), weight, eps, given)
+    return halves, words, _sum(added, residual)
+
+
+def _silu_mul_halves(gate_up: torch.Tensor) -> Halves:
+    return quantize_activation.silu_mul_halves(aligned(gate_up))
+
+
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    given = None if residual is None else aligned(residual)
+    normalized, added = quantize_activation.rms_norm(aligned(x), weight, eps, given)
+    return normalized, _sum(added, residual)
+
+
+def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    return quantize_activation.silu_mul(aligned(gate_up))
+
+
+def _fake_codes(x: torch.Tensor, k: int) -> Codes:
+    m = x.shape[0]
+    return x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
+
+
+def _fake_halves(x: torch.Tensor, k: int) -> Halves:
+    m = x.shape[0]
+    return (
+        x.new_empty(m, 2, k, dtype=torch.int8),
+        x.new_empty(padded_pairs(k), m, 2, dtype=torch.int32),
+    )
+
+
+def _fake_sum(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(0) if residual is None else torch.empty_like(x)
+
+
+_NORM = "Tensor x, Tensor weight, float eps, Tensor? residual"
+_OPS = (
+    (
+        "quantize_activation(Tensor x) -> (Tensor, Tensor)",
+        _quantize_activation,
+        lambda x: _fake_codes(x, x.shape[1]),
+    ),
+    (
+        f"rms_norm_quantize({_NORM}) -> (Tensor, Tensor, Tensor)",
+        _rms_norm_quantize,
+        lambda x, weight, eps, residual: (*_fake_codes(x, x.shape[1]), _fake_sum(x, residual)),
+    ),
+    (
+        "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)",
+        _silu_mul_quantize,
+        lambda gate_up: _fake_codes(gate_up, gate_up.shape[1] // 2),
+    ),
+    (
+        f"rms_norm({_NORM}) -> (Tensor, Tensor)",
+        _rms_norm,
+        lambda x, weight, eps, residual: (torch.empty_like(x), _fake_sum(x, residual)),
+    ),
+    (
+        "silu_mul(Tensor gate_up) -> Tensor",
+        _silu_mul,
+        lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    ),
+    (
+        "split_halves(Tensor x) -> (Tensor, Tensor)",
+        _split_halves,
+        lambda x: _fake_halves(x, x.shape[1]),
+    ),
+    (
+        f"rms_norm_halves({_NORM}) -> (Tensor, Tensor, Tensor)",
+        _rms_norm_halves,
+        lambda x, weight, eps, residual: (*_fake_halves(x, x.shape[1]), _fake_sum(x, residual)),
+    ),
+    (
+        "silu_mul_halves(Tensor gate_up) -> (Tensor, Tensor)",
+        _silu_mul_halves,
+        lambda gate_up: _fake_halves(gate_up, gate_up.shape[1] // 2),
+    ),
+)
+for _op in _OPS:
+    define(*_op)
