@@ -34,8 +34,8 @@ and c7 gathered from two planes by two shifts, a blend and a mask. 17 operations
 
 What is small travels in one word: of a (token, group) s / 8, for the codes are 8 * code, and minus
 the sum of q (x_scale_sum: bits 23-30, fp32's exponent, and 0-22), of a (row, group) the scale and the zero point
-(scale_zero: fp32, whose bits 3-5 are the zero point, as 8 * zero wants it; the scale is used with
-them, which is worth 7e-6 of it at most). Two groups are one step of the loop and one load of each.
+(scale_zero: fp32, whose last three bits are the zero point; the scale is used with them, which is
+worth seven units in its last place, 8e-7). Two groups are one step of the loop and one load of each.
 
 The order of inputs. A sum over k does not care for it, so codes lie where they cost nothing:
   - The bf16 kernels (w3a16.py) read the same planes, and make numbers of bytes 0 and 2, then 1 and 3
@@ -147,14 +147,14 @@ def _group_sums(
     if BITS == 8:
         return total.to(tl.float32) * x_scale
     else:
-        total += (scale_zero & 56)[:, None] * ((x_scale_sum << 9) >> 9)[None, :]
+        total += (scale_zero & 7)[:, None] * ((x_scale_sum << 9) >> 6)[None, :]
         return total.to(tl.float32) * x_scale * scale_zero.to(tl.float32, bitcast=True)[:, None]
 
 
-@triton.jit(do_not_specialize=["M", "units"])
+@triton.jit(do_not_specialize=["M", "tiles_m", "size", "rest"])
 def halves_kernel(
     halves_ptr, x_scale_sum_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr,
-    partials_ptr, counter_ptr, M, N, K, TILES, tiles_m, units,
+    partials_ptr, counter_ptr, M, N, K, TILES, tiles_m, size, rest,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, X_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
     PDL: tl.constexpr,
@@ -169,7 +169,7 @@ def halves_kernel(
     HALF: tl.constexpr = 16384 if BITS == 8 else 6144  # bytes of a layout tile's group
     LINES: tl.constexpr = 2 * HALF // 128
     pairs = tl.cdiv(K, 256)
-    first, last = launch.share(units)
+    first, last = launch.share(pairs, size, rest, True)
     row = tl.arange(0, BLOCK_N)
     token = tl.arange(0, BLOCK_M)
     k = tl.arange(0, 128)
@@ -220,7 +220,7 @@ def halves_kernel(
     else:
         here = tl.minimum(M - tile % tiles_m * BLOCK_M, BLOCK_M)
         complete, one, other = launch.leave_part(
-            acc, partials_ptr, counter_ptr, tile, pairs, units, start == 0, here,
+            acc, partials_ptr, counter_ptr, tile, pairs, size, rest, start == 0, here,
             BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
         if complete:
@@ -259,7 +259,7 @@ def product(
     halves_kernel[(count,)](
         halves, x_scale_sum.view(torch.int64), weights,
         scale.view(torch.int64) if bits == 3 else scale, bias, out, partials, scratch.counters,
-        m, n, k, tiles, tiles_m, tiles_m * tiles_n * pairs,
+        m, n, k, tiles, tiles_m, *launch.shares(count, tiles_m * tiles_n, pairs, True),
         BITS=bits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
         EVEN=k % PAIR == 0, X_ORDER=launch.orders(halves.device).activations,
         HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile, halves.device),
@@ -273,7 +273,7 @@ def kernel(tile: Tile, dtype: str, order: int, bits: int = 3) -> launch.Kernel:
         halves_ptr="*i8", x_scale_sum_ptr="*i64", weight_ptr="*i8",
         scale_ptr="*i64" if bits == 3 else "*fp32", bias_ptr=f"*{dtype}", out_ptr=f"*{dtype}",
         partials_ptr="*fp32", counter_ptr="*i32", M="i32", N="i32", K="i32", TILES="i32",
-        tiles_m="i32", units="i32",
+        tiles_m="i32", size="i32", rest="i32",
     )  # fmt: skip
     constants = dict(
         BITS=bits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, EVEN=True,

@@ -1,15 +1,15 @@
 """What the kernels share: order of tiles, equal shares of work, partial sums, scratch memory.
 
-Equal shares. A linear is U = output tiles * K / 128 units of work, numbered tile by tile; program p
-of P takes the units from p * U // P to (p + 1) * U // P. A program that has a whole tile stores it.
-A tile that several programs share goes through the scratch memory: each leaves its partial sum
+Equal shares. A linear is output tiles * K / 128 units of work, numbered tile by tile, of which each
+program takes as many as any other, one after the other. A program that has a whole tile stores it. A
+tile that several programs share goes through the scratch memory: each leaves its partial sum
 there, the last to arrive adds them up in the order of K and stores. So the result depends neither
 on which program was last nor on the other tokens.
 
-    halves, split_k   P is a multiple of the tiles, so that no share crosses one: few registers, so
-                      many programs an SM. Partial sums are small, so K may be split a few times more
+    halves, split_k   So many programs a tile that no share crosses one: few registers, so many
+                      programs an SM. Partial sums are small, so K may be split a few times more
                       than needed, until every SM has as much to do (`programs`).
-    stream_k          P is what fits on the device, and shares cross tiles (Osama et al., arXiv
+    stream_k          As many programs as fit on the device, and shares cross tiles (Osama et al., arXiv
                       2301.03598): every SM has the same, with two partial sums a program at most.
 
 All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us (measured on an H200).
@@ -32,7 +32,6 @@ INTERPRETER_ARCHITECTURE = "sm_80"  # whose tiles are taken where there is no GP
 _INTERPRETER_SMS = 4  # stands in for a GPU's multiprocessors, so that K is split there too
 MOST_TILES = 1 << 16
 """Most output tiles that programs may share: each needs a counter."""
-_INT32 = 1 << 31
 _UNEVEN = 1.07  # an SM's work against the mean, from which K is split once more
 _MOST_PER_SM = 8  # programs of a split launch; bounds the scratch memory
 
@@ -78,16 +77,38 @@ def start_early(first_weights: tl.tensor, PDL: tl.constexpr) -> None:
 
 
 @triton.jit
-def share(units: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """This program's units: first, and the one past the last."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    return program * units // programs, (program + 1) * units // programs
+def share(
+    blocks: tl.tensor, size: tl.tensor, rest: tl.tensor, ALIGNED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """This program's units: first, and the one past the last; size and rest: shares' below.
+
+    No number here exceeds the units of a launch, and nothing is divided by more than `size`.
+    """
+    program = tl.program_id(0)
+    if ALIGNED:  # `size` programs a tile
+        start = program // size * blocks
+        part = program % size
+        return start + part * blocks // size, start + (part + 1) * blocks // size
+    else:  # `size` units each, and one more for the first `rest` programs
+        first = program * size + tl.minimum(program, rest)
+        return first, first + size + (program < rest).to(tl.int32)
+
+
+@triton.jit
+def _program_of(unit: tl.tensor, size: tl.tensor, rest: tl.tensor) -> tl.tensor:
+    """Whose share a unit is in, where shares are not aligned."""
+    larger = rest * (size + 1)
+    if unit < larger:
+        program = unit // (size + 1)
+    else:
+        program = rest + (unit - larger) // size
+    return program
 
 
 @triton.jit
 def leave_part(
     acc: tl.tensor, partials_ptr: tl.tensor, counter_ptr: tl.tensor, tile: tl.tensor,
-    blocks: tl.tensor, units: tl.tensor, starts_tile: tl.tensor, tokens: tl.tensor,
+    blocks: tl.tensor, size: tl.tensor, rest: tl.tensor, starts_tile: tl.tensor, tokens: tl.tensor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Store this program's part [BLOCK_N, BLOCK_M] of an output tile in the scratch memory.
@@ -96,14 +117,16 @@ def leave_part(
     (`starts_tile`), and of one that it does not. tokens: how many of BLOCK_M count. -> (whether all
     parts are there now, where the first and the last of them lie).
     """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    first = ((tile * blocks + 1) * programs - 1) // units
-    last = ((tile + 1) * blocks * programs - 1) // units
-    parts = last - first
-    place = program
-    if not ALIGNED:  # the first program's part is that of a tile that it begins
-        place = program * 2 + starts_tile.to(tl.int32)
-        first, last = first * 2 + 1, last * 2
+    place = tl.program_id(0)
+    if ALIGNED:
+        first, last = tile * size, tile * size + size - 1
+        parts = size - 1
+    else:
+        first = _program_of(tile * blocks, size, rest)
+        last = _program_of(tile * blocks + blocks - 1, size, rest)
+        parts = last - first
+        place = place * 2 + starts_tile.to(tl.int32)
+        first, last = first * 2 + 1, last * 2  # the first program's part begins the tile
     mine = partials_ptr + place * (BLOCK_N * BLOCK_M)
     token = tl.arange(0, BLOCK_M)[None, :]
     mine += token * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -259,27 +282,29 @@ def multiprocessors(device: torch.device) -> int:
 def programs(tile: Tile, output_tiles: int, blocks: int, sms: int) -> int:
     """How many programs share the `output_tiles * blocks` units of a launch.
 
-    stream_k: as many as fit. halves, split_k: a multiple of the output tiles; where these are fewer
-    than half of what fits, as many as fit; else the smallest that leaves no SM much longer at work
-    than another.
+    stream_k: as many as fit. halves, split_k: a multiple of the output tiles, about as many as fit,
+    or more, until no SM is much longer at work than another.
     """
     units, slots = output_tiles * blocks, sms * tile.programs_per_sm
-    if tile.regime == "stream_k" and output_tiles <= MOST_TILES and slots * units < _INT32:
+    if tile.regime == "stream_k" and output_tiles <= MOST_TILES:
         return min(slots, units)
     most = min(blocks, max(slots, sms * _MOST_PER_SM) // output_tiles)
     if tile.regime == "stream_k" or output_tiles > MOST_TILES or most <= 1:
-        return output_tiles  # a tile each: no counters, no large products
-    if 2 * output_tiles <= slots:
-        return output_tiles * min(blocks, slots // output_tiles)
-
+        return output_tiles  # a tile each: no counters
     def longest(splits: int) -> float:  # of an SM's work, in units of a mean SM's
         count = output_tiles * splits
         return -(-count // sms) * sms / count
 
-    for splits in range(1, most + 1):
-        if longest(splits) < _UNEVEN:
-            return output_tiles * splits
-    return output_tiles * min(range(1, most + 1), key=longest)
+    offered = range(max(1, min(most, slots // output_tiles)), most + 1)
+    even = (splits for splits in offered if longest(splits) < _UNEVEN)
+    return output_tiles * next(even, min(offered, key=longest))
+
+
+def shares(count: int, output_tiles: int, blocks: int, aligned: bool) -> tuple[int, int]:
+    """`size` and `rest` of `share`, for `count` programs."""
+    if aligned:
+        return count // output_tiles, 0
+    return divmod(output_tiles * blocks, count)
 
 
 @dataclass(frozen=True)

@@ -61,20 +61,19 @@ def repack_w3a16(
 
     packed int32 [N, K * 3 / 32], scale [N, K / 128] of 16 bits, zero uint8 [N, K / 128]; order: 16 or
     32, of the device's tensor cores. Returns weight_planes int8 [pairs, N_pad / 128, 2, 3, 128, 16]
-    and scale_zero int32 [pairs, N_pad, 2]: the bits of the scale in fp32, and in its bits 3-5, which
+    and scale_zero int32 [pairs, N_pad, 2]: the bits of the scale in fp32, and in its last three, which
     are zero in a scale of 16 bits, the zero point.
     """
     n, words = packed.shape
     groups = words * 32 // 3 // GROUP
     tiles, pairs = padded_rows(n) // ROW_TILE, padded_pairs(groups * GROUP)
-    planes = torch.zeros(pairs, tiles, 2, 3, ROW_TILE, 16, dtype=torch.int8, device=packed.device)
-    by_group = planes.transpose(1, 2).reshape(pairs * 2, tiles, 3, ROW_TILE, 16)
+    planes = torch.zeros(pairs * 2, tiles, 3, ROW_TILE, 16, dtype=torch.int8, device=packed.device)
     for start in range(0, n, _ROWS_AT_ONCE):
         codes = _pad_rows(unpack(packed[start : start + _ROWS_AT_ONCE], 3, signed=False))
         first, some = start // ROW_TILE, codes.shape[0] // ROW_TILE
-        by_group[:groups, first : first + some] = _pack_planes(codes, order)
-    planes.copy_(by_group.reshape(pairs, 2, tiles, 3, ROW_TILE, 16).transpose(1, 2))
-    bits = scale.float().view(torch.int32) | zero.to(torch.int32) << 3
+        planes[:groups, first : first + some] = _pack_planes(codes, order)
+    planes = planes.unflatten(0, (pairs, 2)).transpose(1, 2).contiguous()
+    bits = scale.float().view(torch.int32) | zero.to(torch.int32)
     bits = F.pad(_pad_rows(bits), (0, pairs * 2 - groups))
     scale_zero = bits.reshape(-1, pairs, 2).transpose(0, 1).contiguous()
     return {"weight_planes": planes, "scale_zero": scale_zero}
@@ -104,8 +103,8 @@ def unpack_w3a16(
     codes[..., ORDERS[order]] = by_j.flatten(-2)
     codes = codes.permute(1, 3, 0, 2, 4).reshape(planes.shape[1] * ROW_TILE, -1)
     word = scale_zero.permute(1, 0, 2).reshape(scale_zero.shape[1], -1)[:n, : k // GROUP]
-    scale = (word & ~63).contiguous().view(torch.float32).to(dtype)
-    return codes[:n, :k], scale, (word >> 3 & 7).to(torch.uint8)
+    scale = (word & ~7).contiguous().view(torch.float32).to(dtype)
+    return codes[:n, :k], scale, (word & 7).to(torch.uint8)
 
 
 def repack_w8a16(codes: torch.Tensor, scale: torch.Tensor, order: int) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from qig_serve.formats import SCHEMES, QuantScheme
 from qig_serve.kernels import launch, time_model
@@ -237,25 +238,42 @@ def measure(
     return rows
 
 
-def read_counts(path: Path | None, target: int) -> Found:
-    """Of a --counts file; empty without one."""
+def read_counts(path: Path | None, target: int, version: str | None = None) -> Found:
+    """Of a --counts file; empty without one. Of several Triton versions the worse of each figure.
+
+    version: of that one alone.
+    """
     if path is None or not path.exists():
         return {}
-    data = json.loads(path.read_text()).get(f"sm_{target}", {})
+    versions = [
+        {scheme: {n: Counts(**c) for n, c in tiles.items()} for scheme, tiles in found.items()}
+        for name, targets in json.loads(path.read_text()).items()
+        if version in (None, name) and (found := targets.get(f"sm_{target}"))
+    ]
+    return functools.reduce(_worse, versions) if versions else {}
+
+
+def _worse(one: Found, other: Found) -> Found:
+    """The larger of each figure, of what is in both."""
+
+    def larger(a: Counts, b: Counts) -> Counts:
+        pairs = ((name, value, getattr(b, name)) for name, value in asdict(a).items())
+        return Counts(**{n: v if isinstance(v, str) else max(v, w) for n, v, w in pairs})
+
     return {
-        scheme: {name: Counts(**counts) for name, counts in tiles.items()}
-        for scheme, tiles in data.items()
+        scheme: {n: larger(c, other[scheme][n]) for n, c in tiles.items() if n in other[scheme]}
+        for scheme, tiles in one.items()
     }
 
 
 def write_counts(path: Path, target: int, found: Found) -> None:
-    """Into a --counts file, beside other architectures'."""
+    """Into a --counts file, beside other architectures' and Triton versions'."""
     data = json.loads(path.read_text()) if path.exists() else {}
-    data[f"sm_{target}"] = {
+    data.setdefault(triton.__version__, {})[f"sm_{target}"] = {
         scheme: {name: asdict(counts) for name, counts in sorted(tiles.items())}
         for scheme, tiles in sorted(found.items())
     }
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.write_text(json.dumps(data) + "\n")
 
 
 def write_tiles(architecture: str, entry: dict[str, Any]) -> None:
@@ -270,9 +288,11 @@ def write_tiles(architecture: str, entry: dict[str, Any]) -> None:
 def _predict(targets: Iterable[int], counts: Path | None, processes: int) -> int:
     for target in targets:
         compiled = ALIKE.get(target, target)
-        found = count_candidates(compiled, processes, read_counts(counts, compiled))
+        known = read_counts(counts, compiled, triton.__version__)
+        found = count_candidates(compiled, processes, known)
         if counts is not None:
             write_counts(counts, compiled, found)
+            found = read_counts(counts, compiled)
         gpu = time_model.GPUS[target].name
         entry: dict[str, Any] = {"source": f"chosen by time_model.py for {gpu}, not measured"}
         entry |= {name: choose(SCHEMES[name], found, target) for name in ("w3a16", "w4a8")}

@@ -193,8 +193,8 @@ def _half_group(
     DTYPE: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
     """Weights [BLOCK_N, 64] of DTYPE: planes int8 [BLOCK_N, 16], scale_zero int32 [BLOCK_N]."""
-    zero = tl.broadcast_to((scale_zero >> 3 & 7).to(tl.int16)[:, None], [BLOCK_N, 16])
-    scale = (scale_zero & -64).to(tl.float32, bitcast=True).to(DTYPE).to(tl.int16, bitcast=True)
+    zero = tl.broadcast_to((scale_zero & 7).to(tl.int16)[:, None], [BLOCK_N, 16])
+    scale = (scale_zero & -8).to(tl.float32, bitcast=True).to(DTYPE).to(tl.int16, bitcast=True)
     scale = tl.broadcast_to(scale[:, None], [BLOCK_N, 16])
     s0, s1, s2, s3 = _four_slices(a, b, c, zero, scale, HALF, DTYPE, USE_PTX)
     return _in_order(s0, s1, s2, s3, BLOCK_N, ORDER, USE_PTX).to(DTYPE, bitcast=True)
@@ -244,7 +244,7 @@ def _pointers(
 @triton.jit
 def _part(
     first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr, counter_ptr,
-    M, N, K, TILES, tiles_m, units,
+    M, N, K, TILES, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +268,7 @@ def _part(
     else:
         here = tl.minimum(M - token, BLOCK_M)
         complete, one, other = launch.leave_part(
-            acc, partials_ptr, counter_ptr, tile, groups, units, start == 0, here,
+            acc, partials_ptr, counter_ptr, tile, groups, size, rest, start == 0, here,
             BLOCK_M, BLOCK_N, ALIGNED,
         )  # fmt: skip
         if complete:
@@ -279,31 +279,31 @@ def _part(
     return first + end - start
 
 
-@triton.jit(do_not_specialize=["M", "units"])
+@triton.jit(do_not_specialize=["M", "tiles_m", "size", "rest"])
 def w3a16_shared_kernel(
     x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr, counter_ptr,
-    M, N, K, TILES, tiles_m, units,
+    M, N, K, TILES, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, group)."""
-    first, last = launch.share(units)
+    groups = K // 128
+    first, last = launch.share(groups, size, rest, ALIGNED)
     if PDL:
-        groups = K // 128
         ahead = first % groups // 2 * TILES + first // groups // tiles_m * (BLOCK_N // 128)
         line = tl.minimum(ahead * 96 + tl.arange(0, 128), groups // 2 * TILES * 96 - 1)
         launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL)
     if ALIGNED:  # no share crosses a tile
         _part(
             first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
-            counter_ptr, M, N, K, TILES, tiles_m, units,
+            counter_ptr, M, N, K, TILES, tiles_m, size, rest,
             BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, USE_PTX,
         )  # fmt: skip
     else:
         while first < last:
             first = _part(
                 first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
-                counter_ptr, M, N, K, TILES, tiles_m, units,
+                counter_ptr, M, N, K, TILES, tiles_m, size, rest,
                 BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, USE_PTX,
             )  # fmt: skip
 
@@ -421,10 +421,10 @@ def linear(
         return out
     groups = k // layout.GROUP
     count = launch.programs(tile, output_tiles, groups, launch.multiprocessors(x.device))
-    constants["ALIGNED"] = tile.regime == "split_k"
+    constants["ALIGNED"] = aligned = tile.regime == "split_k"
     w3a16_shared_kernel[(count,)](
         *tensors, scratch.partial_sums(tile, count, torch.float32), scratch.counters,
-        m, n, k, tiles, tiles_m, output_tiles * groups, **constants,
+        m, n, k, tiles, tiles_m, *launch.shares(count, output_tiles, groups, aligned), **constants,
     )  # fmt: skip
     return out
 
@@ -516,7 +516,7 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     if tile.regime == "prefill":
         constants["GROUP_M"] = tile.group_m
         return launch.of_tile(w3a16_prefill_kernel, arguments, constants, tile, layout.GROUP)
-    arguments |= dict(partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", units="i32")
+    arguments |= dict(partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32")
     constants["ALIGNED"] = tile.regime == "split_k"
     return launch.of_tile(w3a16_shared_kernel, arguments, constants, tile, layout.GROUP)
 

@@ -106,7 +106,7 @@ def _sum_of_products(
 @triton.jit
 def _part(
     first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
-    partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+    partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +130,7 @@ def _part(
     else:
         here = tl.minimum(M - token, BLOCK_M)
         complete, one, other = launch.leave_part(
-            acc, partials_ptr, counter_ptr, tile, blocks, units, start == 0, here,
+            acc, partials_ptr, counter_ptr, tile, blocks, size, rest, start == 0, here,
             BLOCK_M, BLOCK_N, ALIGNED,
         )  # fmt: skip
         if complete:
@@ -144,31 +144,31 @@ def _part(
     return first + end - start
 
 
-@triton.jit(do_not_specialize=["M", "units"])
+@triton.jit(do_not_specialize=["M", "tiles_m", "size", "rest"])
 def w4a8_shared_kernel(
     codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
-    partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+    partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, block of 128 inputs)."""
-    first, last = launch.share(units)
+    blocks = K // 128
+    first, last = launch.share(blocks, size, rest, ALIGNED)
     if PDL:
-        blocks = K // 128
         ahead = (first % blocks * N_PAD + first // blocks // tiles_m * BLOCK_N) // 2
         line = tl.minimum(ahead + tl.arange(0, BLOCK_N // 2), blocks * N_PAD // 2 - 1)
         launch.start_early(nibbles_ptr + line * 128, PDL)
     if ALIGNED:  # no share crosses a tile
         _part(
             first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
-            partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+            partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
             BLOCK_M, BLOCK_N, STAGES, ALIGNED, HAS_BIAS, USE_PTX,
         )  # fmt: skip
     else:
         while first < last:
             first = _part(
                 first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
-                partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, units,
+                partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
                 BLOCK_M, BLOCK_N, STAGES, ALIGNED, HAS_BIAS, USE_PTX,
             )  # fmt: skip
 
@@ -257,10 +257,10 @@ def product(
         return out
     blocks = k // layout.GROUP
     count = launch.programs(tile, output_tiles, blocks, launch.multiprocessors(codes.device))
-    constants["ALIGNED"] = tile.regime == "split_k"
+    constants["ALIGNED"] = aligned = tile.regime == "split_k"
     w4a8_shared_kernel[(count,)](
         *tensors, scratch.partial_sums(tile, count, torch.int32), scratch.counters,
-        m, n, k, n_pad, tiles_m, output_tiles * blocks, **constants,
+        m, n, k, n_pad, tiles_m, *launch.shares(count, output_tiles, blocks, aligned), **constants,
     )  # fmt: skip
     return out
 
@@ -302,7 +302,7 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     if tile.regime == "prefill":
         constants["GROUP_M"] = tile.group_m
         return launch.of_tile(w4a8_prefill_kernel, arguments, constants, tile, layout.GROUP)
-    arguments |= dict(partials_ptr="*i32", counter_ptr="*i32", tiles_m="i32", units="i32")
+    arguments |= dict(partials_ptr="*i32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32")
     constants["ALIGNED"] = tile.regime == "split_k"
     return launch.of_tile(w4a8_shared_kernel, arguments, constants, tile, layout.GROUP)
 

@@ -10,19 +10,29 @@ from qig_serve.formats import SCHEMES
 from qig_serve.kernels import layout
 
 
+@pytest.mark.parametrize("order", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(1, 128), (129, 384), (4100, 256)])
-def test_w3a16_round_trip(n: int, k: int, dtype: torch.dtype) -> None:
+def test_w3a16_round_trip(n: int, k: int, dtype: torch.dtype, order: int) -> None:
     codes = torch.randint(0, 8, (n, k), dtype=torch.uint8)
     scale = torch.rand(n, k // 128).to(dtype)
     zero = torch.randint(0, 8, scale.shape, dtype=torch.uint8)
-    stored = packing.pack_linear(codes, scale, zero, SCHEMES["w3a16"], dtype)
-    kept = layout.repack_w3a16(*stored.values(), dtype)
-    assert kept["weight_lanes"].shape == (k // 128, layout.padded_rows(n) // 128, 3, 64, 16)
+    packed = packing.pack_linear(codes, scale, zero, SCHEMES["w3a16"], dtype)["weight_packed"]
+    kept = layout.repack_w3a16(packed, scale, zero, order)
+    pairs, rows = layout.padded_pairs(k), layout.padded_rows(n)
+    assert kept["weight_planes"].shape == (pairs, rows // 128, 2, 3, 128, 16)
+    assert kept["scale_zero"].shape == (pairs, rows, 2)
     assert not kept["scale_zero"][:, n:].any(), "padded rows must have a zero scale"
-    read = layout.unpack_w3a16(kept["weight_lanes"], kept["scale_zero"], n, dtype)
+    read = layout.unpack_w3a16(kept["weight_planes"], kept["scale_zero"], n, k, order, dtype)
     for got, expected in zip(read, (codes, scale, zero), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("span", layout.ORDERS)
+def test_orders_permute_within_their_span(span: int) -> None:
+    order = torch.tensor(layout.ORDERS[span])
+    assert torch.equal(order.sort().values, torch.arange(128))
+    assert torch.equal(order // span, torch.arange(128) // span)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 128), (129, 384), (4100, 256)])
@@ -37,32 +47,30 @@ def test_w4a8_round_trip(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "k", "lane", "bits"),
-    [
-        (0, 0, 0, (0, 1, 2)),  # lo 0
-        (0, 4 * 16 + 5, 0, (12, 13, 14)),  # lo 4
-        (3, 5 * 16, 1, (0, 1, 2)),  # lo 5
-        (64, 0, 1, (9, 10, 11)),  # hi 0
-        (127, 6 * 16 + 15, 2, (12, 13, 14)),  # hi 6
-    ],
-)
-def test_w3a16_places(row: int, k: int, lane: int, bits: tuple[int, ...]) -> None:
-    """The drawing in w3a16.py's header, code by code."""
-    codes = torch.zeros(128, 128, dtype=torch.uint8)
-    codes[row, k] = 7
-    lanes = layout.repack_w3a16(
-        packing.pack(codes, 3), torch.ones(128, 1), torch.zeros(128, 1).byte(), torch.bfloat16
-    )["weight_lanes"]
-    expected = torch.zeros_like(lanes)
-    expected[0, 0, lane, row % 64, k % 16] = sum(1 << bit for bit in bits)
-    assert torch.equal(lanes, expected)
+    ("slice_", "place"),
+    [(0, {0: 0x07}), (1, {1: 0x07}), (2, {2: 0x07}), (3, {0: 0xC0, 2: 0x40}),
+     (4, {0: 0x38}), (5, {1: 0x38}), (6, {2: 0x38}), (7, {1: 0xC0, 2: 0x80})],
+)  # fmt: skip
+@pytest.mark.parametrize("order", [16, 32])
+def test_w3a16_places(slice_: int, place: dict[int, int], order: int) -> None:
+    """The drawing in halves.py's header, code by code; of the pair's second group."""
+    for position in (0, 5, 15):
+        codes = torch.zeros(128, 256, dtype=torch.uint8)
+        codes[77, 128 + layout.ORDERS[order][16 * slice_ + position]] = 7
+        planes = layout.repack_w3a16(
+            packing.pack(codes, 3), torch.ones(128, 2), torch.zeros(128, 2).byte(), order
+        )["weight_planes"]
+        expected = torch.zeros(1, 1, 2, 3, 128, 16, dtype=torch.uint8)
+        for plane, bits in place.items():
+            expected[0, 0, 1, plane, 77, position] = bits
+        assert torch.equal(planes.view(torch.uint8), expected)
 
 
-def test_w3a16_left_over_code_takes_the_top_bits() -> None:
-    codes = torch.zeros(128, 128, dtype=torch.uint8)
-    codes[70, 7 * 16 + 2] = 5  # hi 7
-    lanes = layout.repack_w3a16(
-        packing.pack(codes, 3), torch.ones(128, 1), torch.zeros(128, 1).byte(), torch.bfloat16
-    )["weight_lanes"]
-    assert lanes[0, 0, :, 6, 2].tolist() == [-(1 << 15), 0, -(1 << 15)]
-    assert int((lanes != 0).sum()) == 2
+def test_eight_bit_rows_are_in_the_order_of_the_activations() -> None:
+    codes = torch.randint(-127, 128, (130, 384), dtype=torch.int8)
+    kept = layout.repack_w8a16(codes, torch.full((130, 1), 0.5), 4)
+    assert kept["weight_bytes"].shape == (2, 2, 2, 128, 128)
+    row = kept["weight_bytes"][0, 1, 1, 1]  # row 129, second group
+    assert torch.equal(row, codes[129, 128:256][list(layout.ORDERS[4])])
+    assert not kept["weight_bytes"][1, :, 1].any(), "padding of K must be zeros"
+    assert kept["row_scale"][:131].tolist() == [4.0] * 130 + [0.0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 
@@ -12,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES, get_scheme
-from qig_serve.kernels import launch, ops, tuning
-from qig_serve.kernels.tuning import Tile
+from qig_serve.kernels import launch, ops, tiles, tuning
+from qig_serve.kernels.tiles import Tile
 
 W3A16, W4A8 = get_scheme("w3a16"), get_scheme("w4a8")
 HOPPER = (9, 0)
@@ -24,7 +23,7 @@ HOPPER = (9, 0)
     "capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
 )
 def test_layer_shapes_are_taken(scheme: object, capability: tuple[int, int]) -> None:
-    for layer in tuning.LAYER_SHAPES.values():
+    for layer in tiles.LAYER_SHAPES.values():
         for n, k in layer.values():
             for dtype in (torch.bfloat16, torch.float16):
                 assert ops.can_implement(scheme, n, k, dtype, capability) == (True, "")
@@ -77,76 +76,115 @@ def test_fake_linear_has_the_real_shape(scheme: object) -> None:
 def test_prepared_tensors_are_those_of_the_warm_up() -> None:
     """warm_up compiles for zeros in these shapes; they must be those that prepare makes."""
     for scheme in (W3A16, W4A8):
-        n, k = 130, 256
+        n, k = 130, 384
         weight = torch.randn(n, k)
         scale, zero = packing.minmax_params(weight, scheme)
         codes = packing.quantize(weight, scale, zero, scheme)
         stored = packing.pack_linear(codes, scale, zero, scheme, torch.bfloat16)
         real = ops.prepare(scheme, stored, torch.bfloat16)
-        warm = ops._zeros(scheme, n, k, torch.device("cpu"))
+        warm = ops.KERNELS[scheme.name].zeros(n, k, torch.device("cpu"))
         assert {k: (t.shape, t.dtype) for k, t in real.items()} == {
             k: (t.shape, t.dtype) for k, t in warm.items()
         }
 
 
+def test_schemes_and_kernel_modules_export_the_same() -> None:
+    wanted = {
+        "prepare", "apply", "linear", "zeros", "warm_up", "candidates", "kernel", "unsupported",
+        "FUSES_ACTIVATIONS",
+    }  # fmt: skip
+    for name, module in ops.KERNELS.items():
+        assert name in SCHEMES and wanted <= set(dir(module))
+
+
 def test_tiles_cover_every_number_of_tokens() -> None:
-    for (architecture, name, shape), rows in tuning.tile_table().items():
+    for (architecture, name, shape), rows in tiles.tile_table().items():
         limits = [most for most, _ in rows]
         assert limits == sorted(set(limits)) and limits[-1] == float("inf"), (architecture, shape)
         for m in (1, 16, 17, 64, 65, 8192, 100_000):
-            tile = tuning.select(get_scheme(name), architecture, 4608, 3584, m)
-            assert tile.regime != "split_k" or m <= tuning.DECODE_ROWS
+            tile = tiles.select(name, architecture, 4608, 3584, m)
+            assert tile.regime not in ("halves", "split_k") or m <= 1024
 
 
-@pytest.mark.parametrize("multiprocessors", [4, 84, 132])
-def test_no_launch_needs_more_than_the_workspace(
-    multiprocessors: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """splits * output tiles stay within workspace_size, for every tuned tile and odd shapes."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    device = torch.device("cpu")
-    tiles = {t for rows in tuning.tile_table().values() for _, t in rows if t.regime == "split_k"}
-    assert len(tiles) > 3
-    shapes = [(n, k) for layer in tuning.LAYER_SHAPES.values() for n, k in layer.values()]
-    split = 0
-    for tile in tiles:
-        for n, k in [*shapes, (1, 128), (129, 384), (152064, 3584), (300, 18944)]:
-            for m in (1, 17, 64):
+SHARED = ("halves", "split_k", "stream_k")
+SIZES = [(n, k) for layer in tiles.LAYER_SHAPES.values() for n, k in layer.values()]
+
+
+@pytest.mark.parametrize("sms", [4, 84, 132])
+def test_no_launch_needs_more_than_the_scratch_memory(sms: int) -> None:
+    """For every tuned tile and odd shapes; and every unit of work is somebody's, once."""
+    tuned = {t for rows in tiles.tile_table().values() for _, t in rows if t.regime in SHARED}
+    assert len(tuned) > 3
+    shared = 0
+    for tile in tuned:
+        for n, k in [*SIZES, (1, 128), (129, 384), (152064, 3584), (300, 18944)]:
+            for m in (1, 17, 64, 1024):
                 output_tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
-                splits, _ = launch.split_k(tile, output_tiles, k // 128, device)
-                if splits > 1:
-                    split += 1
-                    needed = splits * output_tiles * tile.block_m * tile.block_n
-                    assert needed <= launch.workspace_size(tile, device), (tile, n, k, m)
-    assert split > 10
+                blocks = k // 128
+                count = launch.programs(tile, output_tiles, blocks, sms)
+                assert 1 <= count <= output_tiles * blocks
+                assert output_tiles * blocks < 1 << 31, "32-bit numbers"
+                if tile.regime != "stream_k":
+                    assert count % output_tiles == 0, "no share may cross a tile"
+                if count != output_tiles:
+                    shared += 1
+                    assert output_tiles <= launch.MOST_TILES
+                    needed = launch._places(tile, count) * tile.block_m * tile.block_n
+                    assert needed <= launch._scratch_size(tile, sms), (tile, n, k, m)
+    assert shared > 10
 
 
-def test_warm_up_compiles_every_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("output_tiles", "blocks"), [(1, 1), (3, 10), (28, 148), (296, 28)])
+def test_every_unit_is_in_one_share(output_tiles: int, blocks: int, aligned: bool) -> None:
+    """The arithmetic of launch.share, in Python."""
+    for count in (output_tiles, output_tiles * min(3, blocks), 264):
+        if aligned and count % output_tiles or count > output_tiles * blocks:
+            continue
+        size, rest = launch.shares(count, output_tiles, blocks, aligned)
+        end = 0
+        for program in range(count):
+            if aligned:
+                start, part = program // size * blocks, program % size
+                first, last = (start + p * blocks // size for p in (part, part + 1))
+            else:
+                first = program * size + min(program, rest)
+                last = first + size + (program < rest)
+            assert first == end and last > first
+            end = last
+        assert end == output_tiles * blocks
+
+
+def test_work_is_even() -> None:
+    """No 148 programs for 132 multiprocessors: at most a tenth more for one than for another."""
+    for m in (1, 8, 64, 256):
+        for scheme in ("w3a16", "w4a8"):
+            for n, k in SIZES:
+                tile = tiles.select(scheme, "sm_90", n, k, m)
+                if tile.regime in SHARED:
+                    output_tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
+                    count = launch.programs(tile, output_tiles, k // 128, 132)
+                    assert -(-count // 132) * 132 / count < 1.34, (scheme, n, k, m, count)
+                    if output_tiles > 132:
+                        assert -(-count // 132) * 132 / count < 1.1, (scheme, n, k, m, count)
+
+
+def test_two_names_of_a_device_share_scratch_memory() -> None:
+    cpu = torch.device("cpu")
+    assert launch.scratch(cpu) is launch.scratch(torch.device("cpu"))
+
+
+def test_warm_up_launches_every_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, with CUDA's calls taken out: each tile once, at its bucket's smallest M."""
-    compiled: list[tuple[Tile, int]] = []
-    monkeypatch.setattr(ops, "_architecture", lambda device: "sm_90")
-    monkeypatch.setattr(ops, "_compile", lambda s, n, k, dtype, d, *key: compiled.append(key))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    device = torch.device("cuda", 0)
     for scheme in (W3A16, W4A8):
-        compiled.clear()
-        ops.warm_up(scheme, 4608, 3584, torch.bfloat16, torch.device("cuda", 0))
-        buckets = tuning.buckets(scheme, "sm_90", 4608, 3584)
-        assert [tile for tile, _ in compiled] == [tile for _, tile in buckets]
-        for tile, m in compiled:
-            assert tuning.select(scheme, "sm_90", 4608, 3584, m) == tile
-            assert m == 1 or tuning.select(scheme, "sm_90", 4608, 3584, m - 1) != tile
-
-
-def test_a_bucket_is_compiled_once() -> None:
-    """Whether K is split depends on the token tiles: as many at a bucket's ends, so one launch
-    of warm_up, at the smallest M, compiles what the largest runs."""
-    for rows in tuning.tile_table().values():
-        smallest = 1
-        for most, tile in rows:
-            if tile.regime == "split_k":
-                assert -(-smallest // tile.block_m) == -(-int(most) // tile.block_m), tile
-                smallest = int(most) + 1
+        found = ops.warm_up_tiles(scheme, 4608, 3584, device)
+        buckets = tiles.buckets(scheme.name, "sm_90", 4608, 3584)
+        assert [tile for tile, _ in found] == [tile for _, tile in buckets]
+        for tile, m in found:
+            assert tiles.select(scheme.name, "sm_90", 4608, 3584, m) == tile
+            assert m == 1 or tiles.select(scheme.name, "sm_90", 4608, 3584, m - 1) != tile
 
 
 def test_tuning_without_a_gpu_fails_in_one_sentence() -> None:

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from qig_serve.kernels import w3a16, w4a8
+from qig_serve.kernels import halves, w3a16, w4a8
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,8 +69,20 @@ def execute(ptx: str, outputs: int, inputs: list[int]) -> list[int]:
     return [values[f"${i}"] for i in range(outputs)]
 
 
-def lane_word(fields: list[int], left_over: int) -> int:
-    return sum(code << 3 * i for i, code in enumerate(fields)) | left_over << 15
+def planes_of(codes: list[int]) -> tuple[int, int, int]:
+    """Bytes A, B, C of eight codes, as halves.py draws them."""
+    c = codes
+    return (
+        c[0] | c[4] << 3 | (c[3] & 3) << 6,
+        c[1] | c[5] << 3 | (c[7] & 3) << 6,
+        c[2] | c[6] << 3 | (c[3] >> 2) << 6 | (c[7] >> 2) << 7,
+    )
+
+
+def registers(byte_codes: list[list[int]]) -> list[int]:
+    """Three registers of four bytes: of four positions with eight codes each."""
+    bytes_ = [planes_of(codes) for codes in byte_codes]
+    return [sum(b[plane] << 8 * i for i, b in enumerate(bytes_)) for plane in range(3)]
 
 
 def pair(low: int, high: int) -> int:
@@ -78,49 +90,43 @@ def pair(low: int, high: int) -> int:
 
 
 def floats(register: int, dtype: torch.dtype) -> list[float]:
-    halves = torch.tensor([register & 0xFFFF, register >> 16]).to(torch.uint16)
-    return halves.view(dtype).tolist()
+    halves_ = torch.tensor([register & 0xFFFF, register >> 16]).to(torch.uint16)
+    return halves_.view(dtype).tolist()
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("float_type", DTYPES)
-@pytest.mark.parametrize("lane", [0, 1, 2])
-def test_every_code_and_zero_point_of_a_lane(lane: int, float_type: str, scaled: bool) -> None:
-    dtype = DTYPES[float_type]
-    ptx = w3a16.lane_ptx(lane, float_type, scaled)
-    scales = torch.tensor([0.0123, 0.77]).to(dtype)
-    scale_bits = [int(bits) for bits in scales.view(torch.uint16)]
-    for zero in range(8):
-        zeros = [zero, 7 - zero]  # of the lower and the upper half
-        for code in range(8):
-            low = [(code + i) % 8 for i in range(5)]
-            high = [(code * 3 + 2 * i) % 8 for i in range(5)]
-            word = pair(lane_word(low, code & 1), lane_word(high, ~code & 1))
-            inputs = [word, *(pair(z, z) for z in zeros)]
-            if scaled:
-                inputs += [pair(bits, bits) for bits in scale_bits]
-            for i, register in enumerate(execute(ptx, 5, inputs)):
-                half = int(5 * lane + i >= 8)
-                expected = torch.tensor([low[i] - zeros[half], high[i] - zeros[half]]).to(dtype)
-                if scaled:
-                    expected = expected * scales[half]
-                assert floats(register, dtype) == expected.tolist()
+def some_codes(seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 8, (4, 8), generator=generator).tolist()
 
 
 @pytest.mark.parametrize("float_type", DTYPES)
-def test_every_left_over_code(float_type: str) -> None:
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_code_and_zero_point_as_numbers(half: int, float_type: str) -> None:
     dtype = DTYPES[float_type]
-    ptx = w3a16.left_over_ptx(float_type, False)
-    noise = [5, 2, 7, 0, 3]
-    for code in range(8):
-        other = 7 - code
-        lanes = [
-            pair(lane_word(noise, code >> i & 1), lane_word(noise[::-1], other >> i & 1))
-            for i in range(3)
-        ]
+    ptx = w3a16.half_group_ptx(half, float_type)
+    scale = torch.tensor([0.0123]).to(dtype)
+    bits = int(scale.view(torch.uint16))
+    seen = set()
+    for seed in range(12):
+        codes = some_codes(seed)
         for zero in range(8):
-            (register,) = execute(ptx, 1, [*lanes, pair(zero, zero)])
-            assert floats(register, dtype) == [code - zero, other - zero]
+            inputs = [*registers(codes), *[pair(zero, zero)] * 2, *[pair(bits, bits)] * 2]
+            out = execute(ptx, 8, inputs)
+            for i in range(4):
+                for register, positions in ((out[2 * i], (0, 2)), (out[2 * i + 1], (1, 3))):
+                    wanted = [codes[p][4 * half + i] - zero for p in positions]
+                    seen |= {(i, w) for w in wanted}
+                    expected = torch.tensor(wanted).to(dtype) * scale
+                    assert floats(register, dtype) == expected.tolist()
+    assert seen == {(i, w) for i in range(4) for w in range(-7, 8)}
+
+
+def test_every_code_as_a_byte() -> None:
+    for seed in range(64):
+        codes = some_codes(seed)
+        out = execute(halves.PLANES_PTX.value, 8, registers(codes))
+        for j, register in enumerate(out):
+            assert [register >> 8 * i & 255 for i in range(4)] == [8 * c[j] for c in codes]
 
 
 def test_every_byte_of_the_4_bit_weights() -> None:
