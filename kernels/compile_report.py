@@ -28,10 +28,8 @@ from qig_serve.kernels.launch import Kernel
 from qig_serve.kernels.ops import KERNELS
 from qig_serve.kernels.sass import SHARED_LIMIT, TARGETS, Counts, count
 from qig_serve.kernels.tiles import LAYER_SHAPES, Tile, select, tile_table
-from qig_serve.kernels.tuning import stored_bits
+from qig_serve.kernels.tuning import LEAN, issued_per_weight, stored_bits
 
-MAX_ISSUED = {"halves": 1.5, "w4a8_shared": 1.1}
-"""Issued instructions a weight in the main loop of a kernel's tiles for one token."""
 SHAPE = "Qwen2-VL-7B"
 """Whose layer --predict adds up."""
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
@@ -63,7 +61,7 @@ class Compiled:
         if self.issued_per_weight is not None:
             if not counts.tensor_core:
                 found.append(f"{where}: no tensor-core instruction")
-            most = MAX_ISSUED.get(self.kernel)
+            most = LEAN.get(self.scheme)
             if self.one_token and most is not None and self.issued_per_weight > most + 0.005:
                 found.append(f"{where}: {self.issued_per_weight:.2f} issued a weight > {most}")
         return found
@@ -107,7 +105,7 @@ def _compiled(
         one_token=m == 1,
         counts=counts,
         integer_per_weight=counts.integer / weights if loops else None,
-        issued_per_weight=counts.issued / weights if loops else None,
+        issued_per_weight=issued_per_weight(kernel, counts) if loops else None,
     )
 
 
@@ -133,11 +131,8 @@ def report(targets: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp16")) -> 
             eight = halves.kernel(EIGHT_BITS, dtype, orders(target).activations, bits=8)
             yield _compiled(eight, "8 bits", target, dtype, True, 0)
             for kernel in quantize_activation.kernels(dtype, orders(target).activations):
-                counts = count(kernel, target)
-                yield Compiled(
-                    kernel.name, "-", target, dtype, f"K={kernel.inputs} {kernel.warps}w", False,
-                    counts, None, None,
-                )  # fmt: skip
+                counts, row_ = count(kernel, target), f"{kernel.inputs} {kernel.warps}w"
+                yield Compiled(kernel.name, "-", target, dtype, row_, False, counts, None, None)
 
 
 EIGHT_BITS = Tile("halves", 8, 128, 4, 2, programs_per_sm=3)
@@ -190,7 +185,7 @@ def predict(target: int, scheme: str, m: int, model: str = SHAPE) -> list[Predic
         else:
             kernel = KERNELS[scheme].kernel(tile, "bf16", orders(target))
             work = time_model.work(kernel, stored_bits(SCHEMES[scheme]), m, n, k, gpu.sms)
-            made = time_model.predict(kernel, _counts(scheme, tile, target), work, gpu)
+            made = time_model.predict(work, _counts(scheme, tile, target), gpu)
             time, limit = made.microseconds, made.limit
         where = f"{tile.regime} {describe(tile)}"
         found.append(Predicted(scheme, m, layer, where, time, limit, reference))

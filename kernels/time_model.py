@@ -94,12 +94,14 @@ class Work:
     """A launch as the model sees it."""
 
     programs: int
+    warps: int
+    """Of a program."""
     steps: float
     """Of the main loop, a program."""
     parts: float
     """Programs that share an output tile; 1: none do."""
-    columns: int
-    """Of the product on tensor cores: tokens, or twice as many halves."""
+    operations: float
+    """Of the tensor cores, a step: two a multiplication."""
     weight_bytes: float
     """A step."""
     activation_bytes: float
@@ -114,8 +116,6 @@ class Prediction:
 
     microseconds: float
     limit: str
-    per_sm: int
-    """Programs that an SM holds."""
 
 
 def resident(counts: Counts, warps: int, gpu: Gpu) -> int:
@@ -133,12 +133,14 @@ def work(kernel: Kernel, bits: float, m: int, n: int, k: int, sms: int) -> Work:
     count = tiles if tile.regime == "prefill" else programs(tile, tiles, steps, sms)
     whole = count % tiles == 0
     tokens = min(m, tile.block_m) if tile.block_m < 64 else tile.block_m
+    columns = max(16, tile.block_m * (2 if halves else 1))
     integers = "codes_ptr" in kernel.arguments
     return Work(
         programs=count,
+        warps=kernel.warps,
         steps=tiles * steps / count,
         parts=count / tiles if whole else max(2.0, count / tiles + 1),
-        columns=max(16, tile.block_m * (2 if halves else 1)),
+        operations=2.0 * columns * tile.block_n * kernel.inputs,
         weight_bytes=tile.block_n * kernel.inputs * bits / 8,
         activation_bytes=tokens * kernel.inputs * (1 if integers else 2),
         outputs=min(m, tile.block_m) * tile.block_n,
@@ -147,15 +149,15 @@ def work(kernel: Kernel, bits: float, m: int, n: int, k: int, sms: int) -> Work:
 
 
 def step_cycles(
-    work: Work, kernel: Kernel, counts: Counts, programs_here: int, gpu: Gpu, fit: Fit = FIT
+    work: Work, counts: Counts, programs_here: int, gpu: Gpu, fit: Fit = FIT
 ) -> dict[str, float]:
     """Cycles of each of the five times, when an SM holds `programs_here` programs."""
     rate = gpu.int8 * fit.int8 if work.integers else gpu.bf16 * fit.bf16
-    tensor = 2 * work.columns * kernel.tile.block_n * kernel.inputs / rate
+    tensor = work.operations / rate
     per_cycle = gpu.bandwidth / gpu.sms / gpu.mhz / 1e6
     r = programs_here
     return {
-        "issue": r * counts.issued * kernel.warps / 4 * fit.issue,
+        "issue": r * counts.issued * work.warps / 4 * fit.issue,
         "chain": counts.issued * fit.chain + tensor * fit.chain_tensor,
         "memory": r * work.weight_bytes / per_cycle * fit.memory,
         "cache": r * (work.weight_bytes + work.activation_bytes) / fit.cache,
@@ -163,28 +165,23 @@ def step_cycles(
     }
 
 
-def predict(
-    kernel: Kernel, counts: Counts, work: Work, gpu: Gpu, fit: Fit = FIT
-) -> Prediction:
+def predict(work: Work, counts: Counts, gpu: Gpu, fit: Fit = FIT) -> Prediction:
     """Of a launch. What a GPU cannot hold is infinitely slow."""
-    per_sm = resident(counts, kernel.warps, gpu)
+    per_sm = resident(counts, work.warps, gpu)
     if counts.shared + 1024 > gpu.shared:
-        return Prediction(float("inf"), "shared memory", 0)
+        return Prediction(float("inf"), "shared memory")
     rounds, rest = divmod(-(-work.programs // gpu.sms), per_sm)
-    full = step_cycles(work, kernel, counts, per_sm, gpu, fit)
-    cycles = rounds * _norm(full, fit)
-    last = full
-    if rest:
-        last = step_cycles(work, kernel, counts, rest, gpu, fit)
-        cycles += _norm(last, fit)
-    shown = full if rounds else last
+    full = step_cycles(work, counts, per_sm, gpu, fit)
+    last = step_cycles(work, counts, rest, gpu, fit) if rest else full
+    cycles = rounds * _norm(full, fit) + (rest > 0) * _norm(last, fit)
     microseconds = fit.launch + cycles * work.steps / gpu.mhz
     microseconds += (rounds + (rest > 0)) * fit.end * work.outputs / 32768
     if work.parts > 1:
-        microseconds += fit.shared_tile + fit.partial * work.parts * work.outputs * 4 / 1e5
+        microseconds += fit.shared_tile + fit.partial * work.parts * work.outputs / 25000
     if gpu.early:
         microseconds -= fit.early
-    return Prediction(microseconds, max(shown, key=lambda name: shown[name]), per_sm)
+    shown = full if rounds else last
+    return Prediction(microseconds, max(shown, key=lambda name: shown[name]))
 
 
 def cublas(m: int, n: int, k: int, gpu: Gpu) -> float:

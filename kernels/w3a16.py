@@ -494,7 +494,7 @@ def candidates(m: int) -> list[Tile]:
             for block_n, warps in ((128, 4), (128, 8), (256, 8))
             for stages in (2, 3)
         ]
-        tiles += [Tile("dequantize", block_n=0), Tile("dequantize", block_n=8448)]
+        tiles += [Tile("dequantize", block_n=8448), Tile("dequantize", block_n=0)]
     return tiles
 
 
