@@ -57,9 +57,11 @@ compile-report: $(STAMP)  ## cross-compile every kernel; registers, spills, inst
 # On a GPU machine torch and triton are the machine's own; .venv, where there is one, holds CPU builds
 # with which this gets as far as the missing GPU.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-gpu:  ## on a machine with a GPU: check, tune and time the kernels
+# Stages and options as in the head of gpu_kernels.py: make gpu KERNEL_ARGS="--stages warm,time"
+KERNEL_ARGS ?=
+gpu:  ## on a machine with a GPU: check, tune and time the kernels in six minutes (KERNEL_ARGS)
 	@mkdir -p .gpu/path && ln -sfn ../../qig_serve .gpu/path/qig_serve
-	PYTHONPATH=$(CURDIR)/.gpu/path$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/benchmarks/gpu_kernels.py
+	PYTHONPATH=$(CURDIR)/.gpu/path$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) tests/benchmarks/gpu_kernels.py $(KERNEL_ARGS)
 
 # Stages and options as in the head of gpu_vllm.py: make gpu-vllm GPU_ARGS="--device cpu --tiny bench"
 GPU_ARGS ?= bench

@@ -1,11 +1,13 @@
 """Fit kernels/time_model.py to the kernels that were timed on an H200, and say how far it is off.
 
-    python tests/benchmarks/fit_time_model.py [--leave-out LAYER]
+    python tests/benchmarks/fit_time_model.py [--leave-out LAYER] [--rows FILE ...]
 
-Prints the fitted numbers (time_model.Fit holds them), the error of each row by kind of kernel, and of
-how many pairs of tiles of one row (layer, M, scheme) the faster is found. --leave-out: fit without a
-layer's rows, and judge on them alone. The rows are in results/kernel-times-H200.json: 142 timings of 28
-kernels, some of which are no longer in the code.
+Prints the fitted numbers (time_model.Fit holds them), the error of each row by kind of kernel, and
+of how many pairs of tiles of one row (layer, M, scheme) the faster is found. --leave-out: fit
+without a layer's rows, and judge on them alone. The rows are in results/kernel-times-H200.json: 142
+timings of 28 kernels, some of which are no longer in the code; --rows names others, or several:
+`make gpu` leaves such a file of every run (kernel-times-<card>-<commit>.json), with what its card's
+memory reaches.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from qig_serve.kernels.time_model import FIT, GPUS, Fit, Work, predict
 
 ROWS = Path(__file__).parent / "results" / "kernel-times-H200.json"
 NAMES = [field.name for field in dataclasses.fields(Fit)]
-LOW = dict(dict.fromkeys(NAMES, 0.0), launch=0.5, issue=0.8, memory=0.8, cache=4, norm=1.05, bf16=0.3)
+LOW = dict(
+    dict.fromkeys(NAMES, 0.0), launch=0.5, issue=0.8, memory=0.8, cache=4, norm=1.05, bf16=0.3
+)
 HIGH = dict(
     launch=6, early=2, chain=5, chain_tensor=2, issue=3, memory=1.6, cache=80, bf16=1.0, int8=1.2,
     shared_tile=6, partial=50, end=20, norm=12,
@@ -39,9 +43,21 @@ CLOSE = 0.03  # tiles whose times differ by less are no pair to be told apart
 
 def predicted(row: dict[str, Any], fit: Fit) -> float:
     """Microseconds of a row by the model."""
-    gpu = dataclasses.replace(GPUS[90], early=row["early"])
+    gpu = dataclasses.replace(GPUS[90], early=row["early"], **row["gpu"])
     counts, work = Counts(**row["counts"]), Work(**row["work"])
     return predict(work, counts, gpu, fit).microseconds + (WIDE if row["wide"] else 0)
+
+
+def read(paths: list[Path]) -> list[dict[str, Any]]:
+    """Rows of all files, each with the counts of its kernel and its card's own numbers."""
+    rows = []
+    for path in paths:
+        data = json.loads(path.read_text())
+        for row in data["rows"]:
+            counts = data["counts"][row["kernel"]]
+            shape = (row.get("n"), row.get("k"), path.name)
+            rows.append({**row, "counts": counts, "gpu": data.get("gpu", {}), "shape": shape})
+    return rows
 
 
 def fitted(rows: list[dict[str, Any]]) -> Fit:
@@ -61,9 +77,9 @@ def main() -> None:
     """Fit and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leave-out", metavar="LAYER")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[ROWS], metavar="FILE")
     options = parser.parse_args()
-    data = json.loads(ROWS.read_text())
-    rows = [{**row, "counts": data["counts"][row["kernel"]]} for row in data["rows"]]
+    rows = read(options.rows)
     fit = fitted([row for row in rows if row["layer"] != options.leave_out])
     judged = [row for row in rows if options.leave_out in (None, row["layer"])]
     print(fit)
@@ -72,7 +88,7 @@ def main() -> None:
         time = predicted(row, fit)
         kind = " ".join(row["kernel"].split()[:2])
         by_kind[kind].append(abs(time / row["us"] - 1))
-        by_row[row["layer"], row["m"], row["scheme"]].append((row["us"], time))
+        by_row[row["layer"], row["shape"], row["m"], row["scheme"]].append((row["us"], time))
     every = [error for errors in by_kind.values() for error in errors]
     print(f"{len(every)} rows: median error {np.median(every):.1%}, 90% below "
           f"{np.quantile(every, 0.9):.1%}")  # fmt: skip

@@ -33,9 +33,17 @@ DECODER = re.compile(r"(^|\.)layers\.\d+\.")
 TOWER = re.compile(r"vision|visual|tower")
 
 GROUPS: tuple[tuple[str, str], ...] = (
-    # fused first: the name says both norm and quantization
-    ("activation quantization", r"quantize_kernel|scaled_int8_quant|per_token_quant|quant_input"),
-    ("quantized GEMM", r"w3a16_|w4a8_|marlin|machete|humming|_int_mm|qig::|int4|onednn_scaled"),
+    # Inductor's names list what is fused and end with the op that takes it, which is no part of
+    # it: `triton_red_fused_fused_add_rms_norm_w3a16_linear_2` is a norm.
+    ("norm", r"^triton_.*(norm|rsqrt)"),
+    ("rotary", r"^triton_.*(rotary|rope|cat_index_select)"),
+    ("SiLU * mul", r"^triton_.*silu"),
+    # what quantizes comes first: its name says what is fused with it
+    ("activation quantization", r"^(?!triton_).*((?<!de)quantize(_kernel|_activation)|split_halves|"
+     r"(rms_norm|silu_mul)_(quantize|halves)|scaled_int8_quant|per_token_quant|quant_input)"),
+    ("dequantization", r"^(?!triton_).*dequantize"),
+    ("quantized GEMM", r"^halves_kernel|^(?!triton_).*(w3a16_|w4a8_|marlin|machete|humming|_int_mm|"
+     r"qig::|int4|onednn_scaled)"),
     ("attention", r"flash|attention|attn|fmha|reshape_and_cache|concat_and_cache|paged"),
     ("rotary", r"rotary|rope"),
     ("norm", r"norm|rsqrt"),

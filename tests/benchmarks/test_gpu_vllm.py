@@ -28,7 +28,7 @@ from qig_serve import packing
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
 from qig_serve.inspection import require_sound
-from qig_serve.kernels.tuning import LAYER_SHAPES
+from qig_serve.kernels.tiles import LAYER_SHAPES
 from qig_serve.offline.sources import load_samples
 
 CARD = {"card": "Made up card", "date": "2000-01-01", "versions": {"vllm": "0.26.0"}}
@@ -277,7 +277,7 @@ def test_calibration_samples_can_be_read(tmp_path: Path) -> None:
 
 def test_kernels_are_grouped() -> None:
     times = {
-        "w3a16_decode_kernel": 50.0, "void marlin::Marlin<...>": 1.0,
+        "w3a16_shared_kernel": 50.0, "void marlin::Marlin<...>": 1.0,
         "rms_norm_quantize_kernel": 5.0, "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": 20.0,
         "flash_fwd_splitkv_kernel": 7.0, "triton_red_fused_add_mean_mul_pow_rsqrt_0": 3.0,
         "triton_poi_fused_mul_silu_1": 2.0, "Memcpy DtoD (Device -> Device)": 1.0, "else": 0.5,
@@ -285,10 +285,38 @@ def test_kernels_are_grouped() -> None:
     table = engine.grouped(times)
     assert table == {
         "activation quantization": 5.0, "quantized GEMM": 51.0, "attention": 7.0, "rotary": 0.0,
-        "norm": 3.0, "SiLU * mul": 2.0, "16-bit GEMM": 20.0, "copies": 1.0, "sampling": 0.0,
-        "other": 0.5,
+        "dequantization": 0.0, "norm": 3.0, "SiLU * mul": 2.0, "16-bit GEMM": 20.0, "copies": 1.0,
+        "sampling": 0.0, "other": 0.5,
     }  # fmt: skip
     assert engine.per_step({"a": 130.0, "b": 8.0}, {"a": 50.0}, 8) == {"a": 10.0, "b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("group", "kernels"),
+    {
+        "quantized GEMM": [
+            "halves_kernel", "w3a16_shared_kernel", "w3a16_prefill_kernel", "w4a8_shared_kernel",
+            "w4a8_prefill_kernel", "qig::w3a16_linear", "qig::rms_norm_w3a16_linear",
+        ],
+        "dequantization": ["w3a16_dequantize_kernel"],
+        "activation quantization": [
+            "quantize_kernel", "split_halves_kernel", "rms_norm_quantize_kernel",
+            "rms_norm_halves_kernel", "silu_mul_quantize_kernel", "silu_mul_halves_kernel",
+            "qig::quantize_activation", "qig::split_halves", "qig::rms_norm_halves",
+        ],
+        "norm": [
+            "rms_norm_kernel", "triton_red_fused_fused_add_rms_norm_w3a16_linear_2",
+            "triton_red_fused_add_mean_mul_pow_rsqrt_w4a8_linear_0",
+            "triton_red_fused_fused_add_rms_norm_quantize_activation_1",
+        ],
+        "SiLU * mul": ["silu_mul_kernel", "triton_poi_fused_mul_silu_slice_w3a16_linear_1"],
+        "rotary": ["triton_poi_fused_cat_index_select_split_split_with_sizes_3"],
+        "other": ["triton_poi_fused_w3a16_linear_4", "triton_poi_fused_4"],
+    }.items(),
+)  # fmt: skip
+def test_what_is_fused_is_grouped_by_what_it_does(group: str, kernels: list[str]) -> None:
+    """Names of our kernels and ops, and of Inductor's around them (those seen in a profile)."""
+    assert {kernel: engine.group_of(kernel) for kernel in kernels} == dict.fromkeys(kernels, group)
 
 
 class _Linear(torch.nn.Module):

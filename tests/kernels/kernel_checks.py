@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from poison import poison, poison_allocations
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES
@@ -74,20 +75,8 @@ SHAPES = [(1, 77, 1024), (7, 129, 384), (16, 257, 128), (63, 130, 384), (256, 13
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty full of NaN (integers: their largest), so that what is not written shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max)
-
-    def where_eager(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """torch.compile's own tensors stay as they are."""
-        return lambda *a, **k: make(*a, **k) if torch.compiler.is_compiling() else poison(make(*a, **k))
-
-    monkeypatch.setattr(torch, "empty", where_eager(empty))
-    monkeypatch.setattr(torch, "empty_like", where_eager(empty_like))
+    """What the kernels allocate is full of NaN (integers: their largest): unwritten places show."""
+    poison_allocations(monkeypatch)
     poison(launch.scratch(DEVICE).partials.view(torch.float32))  # allocated once, used by all
     yield
     assert not launch.scratch(DEVICE).counters.any(), "counters must be left at zero"

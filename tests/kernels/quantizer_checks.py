@@ -8,12 +8,20 @@ within a step of the 16-bit value on others.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from poison import poison_allocations
 
-from qig_serve.kernels import fused_linear, launch, layout, quantize_activation, quantizer_ops, reference
+from qig_serve.kernels import (
+    fused_linear,
+    launch,
+    layout,
+    quantize_activation,
+    quantizer_ops,
+    reference,
+)
 from qig_serve.kernels.library import define
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,18 +36,9 @@ ORDER = launch.orders(DEVICE).activations
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty full of NaN (integers: their largest), so that what is not written shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    yield
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels allocate is full of NaN (integers: their largest): unwritten places show."""
+    poison_allocations(monkeypatch)
 
 
 def assert_same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
