@@ -49,12 +49,14 @@ def _humming(checkpoint: str) -> Variant:
     return Variant(checkpoint, "HummingLinearKernel", "humming", {"linear_backend": "humming"})
 
 
+W3A16, W4A8 = r"^(halves|w3a16_\w+)_kernel", r"^w4a8_\w+_kernel"
+"""Our GEMMs; Inductor's names of what precedes them hold the schemes' as well."""
 VARIANTS: dict[str, Variant] = {
     "bf16": Variant("bf16", "^UnquantizedLinearMethod$"),
-    "w3a16": Variant("w3a16", "QigLinearMethod", "w3a16_"),
-    "w4a8": Variant("w4a8", "QigLinearMethod", "w4a8_"),
+    "w3a16": Variant("w3a16", "QigLinearMethod", W3A16),
+    "w4a8": Variant("w4a8", "QigLinearMethod", W4A8),
     "w4a8-unfused": Variant(
-        "w4a8", "QigLinearMethod", "w4a8_", environment={"QIG_FUSE_QUANTIZATION": "0"}
+        "w4a8", "QigLinearMethod", W4A8, environment={"QIG_FUSE_QUANTIZATION": "0"}
     ),
     "ct-w3a16": Variant("ct-w3a16", "MacheteLinearKernel|MarlinLinearKernel", "machete|marlin"),
     "machete-w4a16": Variant(
