@@ -78,8 +78,8 @@ def weight_of(scheme: str, prepared: Tensors, n: int, k: int) -> torch.Tensor:
 class Bench:
     """Times on the GPU at hand, in microseconds. `load` a linear, then ask."""
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.architecture = launch.architecture(self.device)
         self.shape = (0, 0)
         self.weights: dict[str, list[Any]] = {}

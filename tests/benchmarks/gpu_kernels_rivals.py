@@ -11,6 +11,7 @@ of Humming is taken from the folder that the variable OTHER_HUMMING names.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -230,7 +231,7 @@ def measure_one(name: str, path: Path) -> None:
             exact = x.float() @ weight.float().t()
             row["relative_error"] = float((out - exact).norm() / exact.norm())
             del out, exact
-            row["us"], row["how"] = cold_microseconds(lambda x=x: call(x), buffer.zero_)
+            row["us"], row["how"] = cold_microseconds(functools.partial(call, x), buffer.zero_)
         except Exception as reason:  # a rival's failure, of whatever kind, is a result
             row["unavailable"] = f"{type(reason).__name__}: {reason}"[:300]
         found["rows"].append(row)

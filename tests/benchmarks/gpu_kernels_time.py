@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gpu_kernels_figures as figures
@@ -32,9 +33,13 @@ def linear_row(bench: Any, layer: str, n: int, k: int, m: int) -> dict[str, Any]
 
 
 def measure_model(
-    bench: Any, layers: dict[str, tuple[int, int]], limits: dict[str, float], context: Context
-) -> dict[str, Any]:
-    """Rows of a layer's linears, of its quantizers, and their sums."""
+    bench: Any, layers: dict[str, tuple[int, int]], limits: dict[str, float], context: Context,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Rows of a layer's linears, of its quantizers, and their sums; kept after each linear.
+
+    A row that fails is named, and has no sum.
+    """
     hidden, intermediate = layers["o"][1], layers["down"][1]
     activations: dict[int, dict[str, dict[str, float]]] = {}
     for m in figures.TOKENS:
@@ -45,18 +50,24 @@ def measure_model(
             "intermediate": bench.quantizers(m, intermediate),
         }
     rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
+        "rows": rows,
+        "quantizers": {str(m): parts for m, parts in activations.items()},
+        "sums": [],
+        "failed": {},
+    }
     for layer, (n, k) in layers.items():
         bench.load(n, k)
         for m in figures.TOKENS:
             if context.left() < RESERVE:
                 break
-            rows.append(linear_row(bench, layer, n, k, m))
-    whole = {layer for layer in layers if any(r["layer"] == layer for r in rows)} == set(layers)
-    return {
-        "rows": rows,
-        "quantizers": {str(m): parts for m, parts in activations.items()},
-        "sums": figures.sums(rows, activations, limits) if whole else [],
-    }
+            try:
+                rows.append(linear_row(bench, layer, n, k, m))
+            except Exception as error:  # of whatever kind: the other rows count
+                found["failed"][f"{layer} M={m}"] = f"{type(error).__name__}: {error}"[:200]
+        keep(found)
+    found["sums"] = figures.sums(rows, activations, limits, len(layers))
+    return found
 
 
 def measure_head(bench: Any, context: Context) -> list[dict[str, Any]]:
@@ -81,8 +92,12 @@ def measure(bench: Any, context: Context) -> dict[str, Any]:
     """Everything, written as it comes."""
     found: dict[str, Any] = {"limits": bench.limits(), "goals": figures.GOALS, "models": {}}
     for model, layers in tiles.LAYER_SHAPES.items():
-        found["models"][model] = measure_model(bench, layers, found["limits"], context)
-        context.results.write("time", found)
+
+        def keep(part: dict[str, Any], model: str = model) -> None:
+            found["models"][model] = part
+            context.results.write("time", found)
+
+        keep(measure_model(bench, layers, found["limits"], context, keep))
         sums = found["models"][model]["sums"]
         if sums:
             print(figures.table(model, sums), flush=True)
@@ -98,5 +113,8 @@ def run(context: Context) -> None:
 
     found = measure(Bench(), context)
     missing = [model for model, entry in found["models"].items() if not entry["sums"]]
+    failed = [f"{m} {row}" for m, e in found["models"].items() for row in e["failed"]]
+    if failed:
+        raise Failed(f"{len(failed)} rows failed: {', '.join(failed)}"[:300])
     if missing:
         raise Failed(f"there was no time for all linears of {', '.join(missing)}")

@@ -67,9 +67,12 @@ def _predicted(
 
 def measure(
     bench: Any, target: int, sms: int, found: tuning.Found, left: Callable[[], float],
-    keep: Callable[[list[Row]], None],
+    keep: Callable[[list[Row]], None], failed: dict[str, str],
 ) -> list[Row]:  # fmt: skip
-    """Rows of every shape, scheme and bucket, until no time is left; kept after each shape."""
+    """Rows of every shape, scheme and bucket, until no time is left; kept after each shape.
+
+    failed: takes the reasons of tiles that have no time.
+    """
     rows: list[Row] = []
     for n, k in warm.shapes():
         bench.load(n, k)
@@ -79,8 +82,15 @@ def measure(
                     if left() < RESERVE:
                         keep(rows)
                         return rows
-                    us = bench.gemm(scheme, m, tile)
-                    if us is not None:
+                    name = f"{scheme} {n}x{k} M={m} {tuning.compiled_as(tile)}"
+                    try:
+                        us = bench.gemm(scheme, m, tile)
+                    except Exception as error:  # of whatever kind: the other tiles count
+                        failed[name] = f"{type(error).__name__}: {error}"[:200]
+                        continue
+                    if us is None:
+                        failed[name] = "the device cannot run it"
+                    else:
                         guess = tuning.predicted(SCHEMES[scheme], tile, found, target, m, n, k)
                         rows.append(
                             row(scheme, tile, target, m, n, k, us, guess, sms, target >= 90)
@@ -188,16 +198,21 @@ def run(context: Context) -> None:
     bandwidth = bench.limits()["read"]
     gpu = {"bandwidth": bandwidth, "sms": sms}
 
+    failed: dict[str, str] = {}
+
     def keep(rows: list[Row]) -> None:
         write_json(path, times_file(rows, about, found, gpu))
-        context.results.write("tune", {**summary(rows), "file": path.name, "all": rows})
+        whole = {**summary(rows), "file": path.name, "failed": failed, "all": rows}
+        context.results.write("tune", whole)
 
-    rows = measure(bench, target, sms, found, context.left, keep)
+    rows = measure(bench, target, sms, found, context.left, keep, failed)
     if not rows:
         raise Failed("no tile was timed")
     architecture = bench.architecture
     wanted = len(warm.shapes()) * 2 * len(tuning.BUCKETS)
     timed = len({(r["scheme"], r["n"], r["k"], r["m"]) for r in rows})
+    if failed:
+        print(f"{len(failed)} tiles have no time: {next(iter(failed.items()))}", flush=True)
     source = f"measured on {about['card']}, torch {torch.__version__}, {about['date']}, {commit}"
     if timed < wanted:
         source += f" ({timed} of {wanted} buckets; the others as they were)"

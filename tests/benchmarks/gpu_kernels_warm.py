@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
+import torch
 from gpu_kernels_plan import RESULTS, Context, Failed
 
 from qig_serve.formats import SCHEMES
@@ -117,25 +118,24 @@ def compile_one(job: Job) -> tuple[str, float, str]:
     """In a process of the pool: (job, seconds, error or nothing)."""
     begun = time.monotonic()
     try:
-        _launch(job)
+        launch_one(job, torch.device("cuda", 0))
+        torch.cuda.synchronize()
         reason = ""
     except Exception as error:  # whatever a compiler raises, the other jobs go on
         reason = f"{type(error).__name__}: {error}"[:200]
     return str(job), time.monotonic() - begun, reason
 
 
-def _launch(job: Job) -> None:
+def launch_one(job: Job, device: torch.device) -> None:
+    """What compiles a job's kernel, if it is not compiled yet."""
     import gpu_kernels_bench as bench
-    import torch
 
     from qig_serve.kernels import halves, ops, quantize_activation
 
-    device = torch.device("cuda", 0)
     if job.kind == "quantizers":
         for m in (1, quantize_activation.MANY_TOKENS):
             for call in bench.quantizers(m, job.k, device).values():
                 call()
-        torch.cuda.synchronize()
         return
     assert job.tile is not None
     m = job.tile.block_m
@@ -151,13 +151,10 @@ def _launch(job: Job) -> None:
     else:
         zeros = ops.KERNELS[job.kind].zeros(job.n, job.k, device)
         bench.gemm(job.kind, x, job.n, job.tile)(zeros)
-    torch.cuda.synchronize()
 
 
 def run(context: Context) -> None:
     """Compile; what failed is named, and costs the later stages only its own row."""
-    import torch
-
     major, minor = torch.cuda.get_device_capability()
     target = major * 10 + minor
     wanted = jobs(target, known_counts(target))

@@ -1,105 +1,29 @@
-"""`make gpu` as far as it goes without a GPU: its plan, arithmetic, files, parsers, where it stops.
-
-The times here are made up: they test what is written, and say nothing about the kernels.
-"""
+"""`make gpu` as far as it goes without a GPU: its plan, where it stops, what it compiles first."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fit_time_model
 import gpu_kernels
 import gpu_kernels_checks as checks
 import gpu_kernels_figures as figures
 import gpu_kernels_plan as plan
-import gpu_kernels_rivals as rivals
-import gpu_kernels_time as stage_time
-import gpu_kernels_tune as tune
 import gpu_kernels_warm as warm
 import pytest
 import torch
+from gpu_kernels_made_up import Clock, context
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from qig_serve.formats import SCHEMES
-from qig_serve.kernels import launch, layout, ops, tiles, time_model, tuning
-from qig_serve.kernels.tiles import Tile
-
-LIMITS = {"read": 4e12, "copy": 3e12, "bf16": 8e14, "int8": 9e14}
-ABOUT = {
-    "card": "NVIDIA Made-up 1", "capability": 90, "sms": 132, "date": "2000-01-01",
-    "commit": "0123456789", "versions": {"torch": "2.11.0", "triton": "3.6.0"},
-}  # fmt: skip
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class MadeUp:
-    """Stands in for gpu_kernels_bench.Bench: times by the model, each taking a second or so."""
-
-    architecture = "sm_90"
-
-    def __init__(self, found: tuning.Found, clock: Clock, second: float = 0.0) -> None:
-        self.found, self.clock, self.second, self.shape = found, clock, second, (0, 0)
-
-    def _took(self, us: float) -> float:
-        self.clock.now += self.second
-        return us
-
-    def load(self, n: int, k: int) -> None:
-        self.shape = (n, k)
-
-    load_head = load
-
-    def tile(self, scheme: str, m: int) -> Tile:
-        return tiles.select(scheme, self.architecture, *self.shape, m)
-
-    def gemm(self, scheme: str, m: int, tile: Tile) -> float | None:
-        us = tuning.predicted(SCHEMES[scheme], tile, self.found, 90, m, *self.shape)
-        return self._took(us) if us < float("inf") else None
-
-    def linear(self, scheme: str, m: int) -> float:
-        return self._took(self.cublas(m) / 2)
-
-    def cublas(self, m: int) -> float:
-        return self._took(time_model.cublas(m, *self.shape, time_model.GPUS[90]))
-
-    def error(self, scheme: str, m: int) -> float:
-        return 2e-3
-
-    def quantizers(self, m: int, k: int) -> dict[str, float]:
-        names = ["quantize", "split_halves", "rms_norm", "silu_mul"]
-        fused = [f"{a}_{b}" for a in ("rms_norm", "silu_mul") for b in ("quantize", "halves")]
-        return {**dict.fromkeys(names, 2.0), **dict.fromkeys(fused, 2.5)}
-
-    def head(self, m: int, tile: Tile) -> float:
-        return self._took(100.0 + tile.block_m)
-
-    def limits(self) -> dict[str, float]:
-        return LIMITS
+from qig_serve.kernels import launch, layout, ops, tiles, tuning
 
 
 @pytest.fixture(scope="module")
 def found() -> tuning.Found:
     """The compiler's figures of Triton 3.6 for sm_90, as a GPU machine has them."""
     return tuning.read_counts(warm.COUNTS, 90, "3.6.0")
-
-
-def context(folder: Path, clock: Clock, seconds: float = 1e6) -> plan.Context:
-    return plan.Context(plan.Results(folder / "results.json"), clock.now + seconds, folder, clock)
 
 
 # ---- the plan
@@ -244,6 +168,23 @@ def test_everything_that_is_timed_is_warmed(found: tuning.Found) -> None:
     assert areas == sorted(areas, reverse=True), "what takes long begins first"
 
 
+def test_the_pool_names_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here for want of a GPU; one job too many for the time is named as well."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, on which nothing fails")
+    jobs = [warm.Job("quantizers", 0, k) for k in (128, 256)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(warm, "jobs", lambda *_: jobs)
+    at = context(tmp_path, Clock(), 60.0)
+    with pytest.raises(plan.Failed, match="2 kernels do not compile: quantizers"):
+        warm.run(at)
+    found = at.results.read()["warm"]
+    assert found["kernels"] == 2 and found["compiled"] == 0
+    assert set(found["failed"]) == {"quantizers 128", "quantizers 256"}
+    with pytest.raises(plan.Failed, match="2 of 2 kernels were not compiled in time"):
+        warm.run(context(tmp_path, Clock(), 0.0))
+
+
 # ---- tests
 
 
@@ -258,184 +199,3 @@ def test_gpu_tests_are_counted(tmp_path: Path) -> None:
         "passed": 1, "failed": 1, "skipped": 1, "failures": {"c[1]": "assert 1 == 2"}
     }  # fmt: skip
     assert checks.command(report)[-1] == checks.TESTS and (plan.ROOT / checks.TESTS).exists()
-
-
-# ---- tune
-
-
-def tuned(found: tuning.Found, seconds: float, second: float) -> tuple[list[tune.Row], int]:
-    clock, kept = Clock(), []
-    left: Callable[[], float] = lambda: seconds - clock.now  # noqa: E731
-    bench = MadeUp(found, clock, second)
-    rows = tune.measure(bench, 90, 132, found, left, lambda r: kept.append(len(r)))
-    assert kept[-1] == len(rows) and clock.now <= seconds
-    return rows, len(kept)
-
-
-def test_tuning_writes_rows_that_the_model_is_fitted_to(
-    found: tuning.Found, tmp_path: Path
-) -> None:
-    rows, saved = tuned(found, 1e6, 0.0)
-    assert saved == len(warm.shapes())
-    gpu = {"bandwidth": 3e12, "sms": 132}
-    path = tmp_path / "kernel-times.json"
-    plan.write_json(path, tune.times_file(rows, ABOUT, found, gpu))
-    old = json.loads(fit_time_model.ROWS.read_text())
-    new = json.loads(path.read_text())
-    assert set(old) <= set(new) and set(old["rows"][0]) <= set(new["rows"][0])
-    read = fit_time_model.read([fit_time_model.ROWS, path])
-    assert len(read) == len(old["rows"]) + len(new["rows"]) > 142
-    mine = [r for r in read if r["shape"][2] == path.name]
-    slower = [fit_time_model.predicted(r, time_model.FIT) / r["us"] for r in mine]
-    assert min(slower) > 0.9 and max(slower) < 4.28e12 / 3e12 + 0.1, "other bandwidth, same model"
-    assert tune.summary(rows)["median_error_of_model"] == 0
-    assert tune.summary(rows)["cost_of_its_first_choice"] == 0
-
-
-def test_the_fastest_tiles_are_chosen(found: tuning.Found) -> None:
-    rows, _ = tuned(found, 1e6, 0.0)
-    slow = next(r for r in rows if r["scheme"] == "w4a8" and r["m"] == 16)
-    where = ("scheme", "m", "n", "k")
-    same = [r for r in rows if [r[w] for w in where] == [slow[w] for w in where]]
-    best = min((r for r in same if r is not slow), key=lambda r: r["us"])
-    slow["us"] = 1e6
-    entry = tune.entry(rows, "sm_90", "made up")
-    assert entry["source"] == "made up" and set(entry) == {"source", "w3a16", "w4a8"}
-    by_bound = entry["w4a8"][f"{slow['n']}x{slow['k']}"]
-    chosen = next(t for t in by_bound if t["max_m"] is None or t["max_m"] >= 16)
-    assert {k: v for k, v in chosen.items() if k != "max_m"} == best["tile"]
-    for scheme in ("w3a16", "w4a8"):
-        assert set(entry[scheme]) >= {"default", *(f"{n}x{k}" for n, k in warm.shapes())}
-        for buckets in entry[scheme].values():
-            bounds = [float("inf") if t["max_m"] is None else t["max_m"] for t in buckets]
-            assert bounds == sorted(set(bounds)) and bounds[-1] == float("inf")
-            for t in buckets:
-                Tile(**{k: v for k, v in t.items() if k != "max_m"})
-
-
-def test_tuning_stops_when_its_time_is_up(found: tuning.Found) -> None:
-    rows, _ = tuned(found, 60.0, 1.0)
-    assert 50 <= len(rows) <= 60
-    entry = tune.entry(rows, "sm_90", "made up")
-    present = tiles.tile_table()
-    for scheme in ("w3a16", "w4a8"):  # what was not timed stays
-        for of, by, shape in present:
-            assert (of, by) != ("sm_90", scheme) or shape in entry[scheme]
-
-
-# ---- time
-
-
-def test_the_headline(found: tuning.Found, tmp_path: Path) -> None:
-    clock = Clock()
-    at = context(tmp_path, clock)
-    result = stage_time.measure(MadeUp(found, clock), at)
-    assert at.results.read()["time"] == json.loads(json.dumps(result))
-    assert list(result["models"]) == list(tiles.LAYER_SHAPES)
-    for entry in result["models"].values():
-        assert [e["m"] for e in entry["sums"]] == list(figures.TOKENS)
-        first = entry["sums"][0]
-        assert first["w3a16"]["ratio"] == pytest.approx(2) and not first["w3a16"]["met"]
-        assert entry["sums"][9]["w4a8"]["met"]  # 2x at 512, where 1.5 is wanted
-        rows = [r for r in entry["rows"] if r["m"] == 1]
-        assert first["cublas"] == pytest.approx(sum(r["cublas"] for r in rows))
-        # o is quantized alone, the other three cost the half microsecond that fusing adds
-        extra = first["w4a8"]["fused_us"] - first["w4a8"]["gemm_us"]
-        assert extra == pytest.approx(2.0 + 3 * 0.5)
-        assert "relative_error" in rows[0]["w4a8"]
-    assert [r["m"] for r in result["head"]] == list(stage_time.HEAD_TOKENS)
-    assert result["head"][0]["us"] == 108.0 and result["head"][0]["tile"].startswith("halves 8x128")
-    table = figures.table("Qwen2-VL-7B", result["models"]["Qwen2-VL-7B"]["sums"])
-    assert table.splitlines()[4].startswith("| 1 | ") and "(2.00x; 3.6x **below**" in table
-    png = tmp_path / "kernels.png"
-    assert figures.plot({"machine": ABOUT, "time": result}, png)
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
-    assert not figures.plot({"machine": ABOUT}, png), "nothing to draw"
-
-
-def test_timing_stops_when_its_time_is_up(found: tuning.Found, tmp_path: Path) -> None:
-    clock = Clock()
-    at = context(tmp_path, clock, 400.0)
-    result = stage_time.measure(MadeUp(found, clock, 1.0), at)
-    assert clock.now <= 400.0 + 8  # a row more
-    models = list(result["models"].values())
-    assert models[0]["sums"] and not models[-1]["sums"], "a layer that is not whole has no sum"
-
-
-@pytest.mark.parametrize(
-    ("scheme", "m", "microseconds"),
-    [
-        # gate_up of Qwen2-VL-7B: 135.8 M weights, by hand
-        ("w3a16", 1, (37888 * 3584 * 3.25 / 8 + 2 * (3584 + 37888)) / 4e12 * 1e6),
-        ("w4a8", 8192, 2 * 8192 * 37888 * 3584 / 16e14 * 1e6),
-    ],
-)
-def test_the_limit_is_the_larger_of_bytes_and_operations(
-    scheme: str, m: int, microseconds: float
-) -> None:
-    assert figures.floor(scheme, m, 37888, 3584, LIMITS) == pytest.approx(microseconds)
-    assert figures.BITS[scheme] == tuning.stored_bits(SCHEMES[scheme])
-
-
-def test_goals_cover_every_number_of_tokens() -> None:
-    assert figures.goal("w3a16", 1) == 3.6 and figures.goal("w3a16", 9) == 3.2
-    assert figures.goal("w4a8", 8192) == 1.55
-    for scheme in figures.SCHEMES:
-        assert all(figures.goal(scheme, m) > 0.9 for m in figures.TOKENS)
-
-
-def test_what_fusing_costs() -> None:
-    parts = {"hidden": {"split_halves": 2.0, "rms_norm_halves": 1.0, "rms_norm": 3.0}}
-    assert figures.fused_cost("w3a16", "o", "halves", parts) == 2.0
-    assert figures.fused_cost("w3a16", "qkv", "halves", parts) == 0.0, "never a gain"
-    assert figures.fused_cost("w3a16", "o", "stream_k", parts) == 0.0
-
-
-# ---- rivals
-
-
-def test_rivals_that_are_not_there_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began: list[str] = []
-
-    def in_process(name: str, *_: object) -> dict[str, Any]:
-        began.append(name)
-        if name == "w4a8":
-            return {"rows": [], "unavailable": "stopped after 25 s"}
-        return {"rows": [{"m": 1, "us": 20.0, "relative_error": 0.05},
-                         {"m": 16, "unavailable": "RuntimeError: made up"}]}  # fmt: skip
-
-    there = {"torch": object(), "vllm": object()}
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", there.get)
-    monkeypatch.setattr(rivals, "_in_process", in_process)
-    monkeypatch.setenv("OTHER_HUMMING", str(tmp_path))
-    at = context(tmp_path, Clock())
-    rivals.run(at)
-    result = at.results.read()["rivals"]
-    assert set(result) >= {*rivals.RIVALS, *rivals.OTHER}
-    assert began == [name for name, (module, _) in rivals.RIVALS.items() if module in there]
-    assert result["humming_w3a16"]["unavailable"] == "humming is not installed"
-    assert "no folder" in result["humming_w4a8_other"]["unavailable"]
-    line = rivals.in_short(result["cublas_bf16"])
-    assert line == "M=1 20.0 us (5.0e-02); M=16 RuntimeError: made up"
-    (tmp_path / "humming").mkdir()
-    assert not rivals.present("humming_w3a16_other", str(tmp_path))
-
-
-def test_a_rival_that_breaks_or_hangs_costs_itself(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU, on which they run")
-    entry = rivals._in_process("cublas_bf16", 120.0, tmp_path, "")
-    assert entry["unavailable"] and "rows" not in entry
-    assert rivals._in_process("cublas_bf16", 0.01, tmp_path, "")["unavailable"] == (
-        "stopped after 0 s"
-    )
-
-
-def test_rows_know_their_launch(found: tuning.Found) -> None:
-    tile = tiles.select("w3a16", "sm_90", 3584, 3584, 1)
-    row = tune.row("w3a16", tile, 90, 1, 3584, 3584, 9.0, None, 132, True)
-    assert row["layer"] == "o" and Tile(**row["tile"]) == tile
-    assert {f.name for f in dataclasses.fields(time_model.Work)} == set(row["work"])
-    assert row["kernel"].removeprefix("w3a16 ") in found["w3a16"]
