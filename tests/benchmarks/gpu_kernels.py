@@ -1,9 +1,9 @@
 """`make gpu`: check, tune and time the kernels on the GPU at hand, in six minutes.
 
     python tests/benchmarks/gpu_kernels.py [--seconds 360] [--out DIR] [--plan]
-        [--stages warm,tests,tune,time,rivals,counters]
+        [--stages warm,tests,tune,time,rivals,counters] [--plot RESULTS.json]
 
---plan prints the stages with the seconds that each may take, on any machine. Each stage is a
+--plot draws results that a machine without matplotlib left. --plan prints the stages with the seconds that each may take, on any machine. Each stage is a
 process with a time limit; one that would not end in time is not begun; one that fails costs itself
 alone, and is named in the results with its reason. Results are written as they come, into --out
 (tests/benchmarks/results):
@@ -76,6 +76,18 @@ def _since(begun: float) -> float:
     return round(time.monotonic() - begun, 1)
 
 
+def draw(results: Results) -> bool:
+    """The plot beside the results; a reason is printed if there is none."""
+    try:
+        if figures.plot(results.read(), results.path.with_suffix(".png")):
+            return True
+        reason = "no layer has all its times"
+    except ImportError as error:
+        reason = f"{error}; later, where it is installed: --plot {results.path.name}"
+    print(f"no plot: {reason}", file=sys.stderr)
+    return False
+
+
 def main(arguments: list[str] | None = None) -> int:
     """See the head of this file."""
     begun = time.monotonic()
@@ -85,12 +97,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", default=every, help="which, separated by commas")
     parser.add_argument("--out", type=Path, default=plan.RESULTS, help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="print the stages and end")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot results and end")
     parser.add_argument("--run-stage", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     if options.run_stage:
         return run_stage(options.run_stage, options.seconds, options.results, out)
+    if options.plot:
+        return 0 if draw(Results(options.plot)) else 1
     try:
         stages = plan.chosen(options.stages.split(","))
     except ValueError as error:
@@ -116,10 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     left = options.seconds - (time.monotonic() - begun)
     plan.run_stages(stages, left, lambda n, s: start_stage(n, s, path, out), note)
-    try:
-        figures.plot(results.read(), path.with_suffix(".png"))
-    except Exception as error:  # a plot is not worth the figures
-        print(f"no plot: {error}", file=sys.stderr)
+    draw(results)
     bad = [name for name, outcome in outcomes.items() if outcome.status != "done"]
     print(f"wrote {path}" + (f"; not done: {', '.join(bad)}" if bad else ""), flush=True)
     return 1 if bad else 0

@@ -2,25 +2,30 @@
 
     python tests/benchmarks/gpu_kernels_rivals.py NAME FILE    # one of them, rows into FILE
 
-Only those that import are begun. All are timed in the same way: a launch in a CUDA graph after a
-write of 256 MB, so that L2 is cold, less the time of that write (which adds about 2 us of a lone
-launch to each, ours and cuBLAS's included). Errors are against fp32 with the weights before
+Only those that import are begun. They import, build and compile at the same time, on as many cores,
+and wait for one another to be timed alone. All are timed in the same way: a launch in a CUDA graph
+after a write of 256 MB, so that L2 is cold, less the time of that write (which adds about 2 us of a
+lone launch to each, ours and cuBLAS's included). Errors are against fp32 with the weights before
 quantization, so they hold the quantization's own: compare those of the same bits. A second version
 of Humming is taken from the folder that the variable OTHER_HUMMING names.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_kernels_plan import Context, Failed, write_json
@@ -29,8 +34,13 @@ SHAPE = (37888, 3584)
 """gate_up of Qwen2-VL-7B."""
 TOKENS = (1, 16, 64, 512, 2048)
 GROUP = 128
-LIMIT = 25.0
-"""Seconds of one rival, its first call's compilation included."""
+LIMIT = 40
+"""Seconds that a rival may take to import, build and compile."""
+TIMING = 8
+"""Seconds that its timing may take."""
+ALONE = ("gemlite_w4a8",)
+"""What tunes itself in its first calls, and has the GPU for itself meanwhile: after all others."""
+LOCK = ".rivals.lock"
 FLUSH = 1 << 28
 LAUNCHES = 8
 
@@ -206,20 +216,45 @@ def cold_microseconds(call: Call, flush: Call) -> tuple[float, str]:
     return sorted(times)[len(times) // 2], "events"
 
 
+@contextlib.contextmanager
+def holding(path: Path, kind: int) -> Iterator[None]:
+    """A lock on a file: shared by those that build, exclusive to the one that is timed."""
+    with path.open("a") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
 def measure_one(name: str, path: Path) -> None:
     """Rows of a rival into a file, one by one: what is there when the time is up counts."""
+    lock, found = path.with_name(LOCK), dict[str, Any](rows=[])
+    signal.alarm(LIMIT)
+    with holding(lock, fcntl.LOCK_SH):
+        calls = _build(name, path, found)
+    signal.alarm(0)
     import torch
 
-    build = RIVALS[OTHER.get(name, name)][1]
-    n, k = SHAPE
+    buffer = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    with holding(lock, fcntl.LOCK_EX):
+        signal.alarm(TIMING)
+        for row in found["rows"]:
+            if row["m"] in calls:
+                try:
+                    row["us"], row["how"] = cold_microseconds(calls[row["m"]], buffer.zero_)
+                except Exception as reason:  # a rival's failure, of whatever kind, is a result
+                    row["unavailable"] = f"{type(reason).__name__}: {reason}"[:300]
+                write_json(path, found)
+
+
+def _build(name: str, path: Path, found: dict[str, Any]) -> dict[int, Call]:
+    """M -> a call that has run once; rows with its error and the seconds of that first call."""
+    import torch
+
+    (n, k), calls = SHAPE, {}
     torch.manual_seed(0)
     weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") * 0.05
-    buffer = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
-    found: dict[str, Any] = {"rows": []}
     begun = time.monotonic()
-    call = build(weight)
+    call = RIVALS[OTHER.get(name, name)][1](weight)
     found["build_seconds"] = round(time.monotonic() - begun, 2)
-    write_json(path, found)
     for m in TOKENS:
         x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
         row: dict[str, Any] = {"m": m}
@@ -230,12 +265,12 @@ def measure_one(name: str, path: Path) -> None:
             row["first_call_seconds"] = round(time.monotonic() - begun, 2)
             exact = x.float() @ weight.float().t()
             row["relative_error"] = float((out - exact).norm() / exact.norm())
-            del out, exact
-            row["us"], row["how"] = cold_microseconds(functools.partial(call, x), buffer.zero_)
+            calls[m] = functools.partial(call, x)
         except Exception as reason:  # a rival's failure, of whatever kind, is a result
             row["unavailable"] = f"{type(reason).__name__}: {reason}"[:300]
         found["rows"].append(row)
         write_json(path, found)
+    return calls
 
 
 def present(name: str, other_humming: str = "") -> str:
@@ -248,47 +283,72 @@ def present(name: str, other_humming: str = "") -> str:
 
 
 def run(context: Context) -> None:
-    """Each rival that is there, in a process of its own, while there is time."""
+    """Those that are there, at once; then those that want the GPU for themselves."""
     other = os.environ.get("OTHER_HUMMING", "")
-    found: dict[str, Any] = {"shape": SHAPE, "seconds_each": LIMIT}
+    found: dict[str, Any] = {"shape": SHAPE, "seconds_each": LIMIT + TIMING}
+    begun: list[str] = []
     for name in [*RIVALS, *OTHER]:
         if reason := present(name, other):
             found[name] = {"unavailable": reason}
-            continue
+        else:
+            begun.append(name)
+    together = [name for name in begun if name not in ALONE]
+    for wave in [together, *([name] for name in begun if name in ALONE)]:
         if context.left() < 6:
-            found[name] = {"unavailable": "no time was left"}
+            found |= {name: {"unavailable": "no time was left"} for name in wave}
             continue
-        found[name] = _in_process(name, min(LIMIT, context.left() - 2), context.out, other)
+        for name, entry in in_processes(wave, context.left() - 2, context.out, other).items():
+            found[name] = entry
+            print(f"{name}: {in_short(entry)}", flush=True)
         context.results.write("rivals", found)
-        print(f"{name}: {in_short(found[name])}", flush=True)
-    context.results.write("rivals", found)
-    if not any("us" in row for entry in found.values() if isinstance(entry, dict)
-               for row in entry.get("rows", [])):  # fmt: skip
+    (context.out / LOCK).unlink(missing_ok=True)
+    if not any("us" in row for name in begun for row in found[name].get("rows", [])):
         raise Failed("no rival could be timed, nor our kernels beside them")
 
 
-def _in_process(name: str, seconds: float, out: Path, other: str) -> dict[str, Any]:
-    path = out / f".rival-{name}.json"
+def in_processes(names: list[str], seconds: float, out: Path, other: str) -> dict[str, Any]:
+    """Name -> what it wrote, its seconds, and the reason if it broke off or was stopped."""
+    begun, entries = time.monotonic(), {}
+    with contextlib.ExitStack() as files:
+        processes = {name: _start(name, out, other, files) for name in names}
+        for name, (process, errors) in processes.items():
+            reason = ""
+            try:
+                process.wait(max(0.0, seconds - (time.monotonic() - begun)))
+                if process.returncode == -signal.SIGALRM:
+                    reason = "stopped, its time was up"
+                elif process.returncode:
+                    errors.seek(0)
+                    last = errors.read().strip().splitlines() or [f"status {process.returncode}"]
+                    reason = last[-1][:300]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                reason = f"stopped after {seconds:.0f} s"
+            path = _file(name, out)
+            entry = json.loads(path.read_text()) if path.exists() else {}
+            path.unlink(missing_ok=True)
+            entry["seconds"] = round(time.monotonic() - begun, 1)
+            entries[name] = entry | ({"unavailable": reason} if reason else {})
+    return entries
+
+
+def _file(name: str, out: Path) -> Path:
+    return out / f".rival-{name}.json"
+
+
+def _start(
+    name: str, out: Path, other: str, files: contextlib.ExitStack
+) -> tuple[subprocess.Popen[str], IO[str]]:
     environment = dict(os.environ)
     if name in OTHER:
         environment["PYTHONPATH"] = os.pathsep.join([other, environment.get("PYTHONPATH", "")])
-    begun, reason = time.monotonic(), ""
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, name, str(path)],
-            env=environment, timeout=seconds, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:300]
-    except subprocess.TimeoutExpired:
-        reason = f"stopped after {seconds:.0f} s"
-    entry: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    path.unlink(missing_ok=True)
-    entry["seconds"] = round(time.monotonic() - begun, 1)
-    if reason:
-        entry["unavailable"] = reason
-    return entry
+    errors = files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, __file__, name, str(_file(name, out))],
+        env=environment, stdout=subprocess.DEVNULL, stderr=errors, text=True,
+    )  # fmt: skip
+    return process, errors
 
 
 def in_short(entry: dict[str, Any]) -> str:

@@ -68,8 +68,8 @@ def test_a_stage_costs_only_itself() -> None:
 
 
 def test_what_would_not_end_is_not_begun() -> None:
-    outcomes = run_plan(150, dict.fromkeys(["warm", "tests", "tune"], 1e9))
-    assert outcomes["warm"].seconds == 60 and outcomes["tests"].seconds == 80
+    outcomes = run_plan(140, dict.fromkeys(["warm", "tests", "tune"], 1e9))
+    assert outcomes["warm"].seconds == 50 and outcomes["tests"].seconds == 80
     assert outcomes["tune"].status == outcomes["time"].status == "not begun"
     assert outcomes["tune"].reason == "10 s were left, and it usually takes 30 s"
     # A stage that is shorter than what is left may still run, for less than its limit.
@@ -93,6 +93,15 @@ def test_without_a_gpu_it_stops_in_a_sentence(
     printed = capsys.readouterr()
     assert printed.err == "the kernels are measured on a GPU, and no CUDA device was found\n"
     assert not printed.out and not list(tmp_path.iterdir())
+
+
+def test_there_is_no_plot_without_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "kernels.json"
+    plan.write_json(path, {"machine": {}})
+    assert gpu_kernels.main(["--plot", str(path)]) == 1
+    assert capsys.readouterr().err == "no plot: no layer has all its times\n"
 
 
 def test_stages_are_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ They say nothing about the kernels.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -210,24 +212,26 @@ def test_what_fusing_costs() -> None:
 def test_rivals_that_are_not_there_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began: list[str] = []
+    waves: list[list[str]] = []
 
-    def in_process(name: str, *_: object) -> dict[str, Any]:
-        began.append(name)
-        if name == "w4a8":
-            return {"rows": [], "unavailable": "stopped after 25 s"}
-        return {"rows": [{"m": 1, "us": 20.0, "relative_error": 0.05},
-                         {"m": 16, "unavailable": "RuntimeError: made up"}]}  # fmt: skip
+    def in_processes(names: list[str], *_: object) -> dict[str, Any]:
+        waves.append(names)
+        row = {"m": 1, "us": 20.0, "relative_error": 0.05}
+        ran = {"rows": [row, {"m": 16, "unavailable": "RuntimeError: made up"}]}
+        return {n: {"unavailable": "stopped"} if n == "w4a8" else ran for n in names}
 
-    there = {"torch": object(), "vllm": object()}
+    there = {"torch": object(), "vllm": object(), "gemlite": object()}
     monkeypatch.setattr(rivals.importlib.util, "find_spec", there.get)
-    monkeypatch.setattr(rivals, "_in_process", in_process)
+    monkeypatch.setattr(rivals, "in_processes", in_processes)
     monkeypatch.setenv("OTHER_HUMMING", str(tmp_path))
     at = context(tmp_path, Clock())
     rivals.run(at)
     result = at.results.read()["rivals"]
     assert set(result) >= {*rivals.RIVALS, *rivals.OTHER}
-    assert began == [name for name, (module, _) in rivals.RIVALS.items() if module in there]
+    assert waves[1:] == [["gemlite_w4a8"]]
+    assert sorted(waves[0] + waves[1]) == sorted(
+        name for name, (module, _) in rivals.RIVALS.items() if module in there
+    )
     assert result["humming_w3a16"]["unavailable"] == "humming is not installed"
     assert "no folder" in result["humming_w4a8_other"]["unavailable"]
     line = rivals.in_short(result["cublas_bf16"])
@@ -236,14 +240,47 @@ def test_rivals_that_are_not_there_are_named(
     assert not rivals.present("humming_w3a16_other", str(tmp_path))
 
 
+def test_no_rival_at_all_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "in_processes", lambda names, *_: {n: {} for n in names})
+    at = context(tmp_path, Clock())
+    with pytest.raises(plan.Failed, match="no rival could be timed"):
+        rivals.run(at)
+    with pytest.raises(plan.Failed):
+        rivals.run(context(tmp_path, Clock(), 3.0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which they run")
 def test_a_rival_that_breaks_or_hangs_costs_itself(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU, on which they run")
-    entry = rivals._in_process("cublas_bf16", 120.0, tmp_path, "")
-    assert entry["unavailable"] and "rows" not in entry
-    assert rivals._in_process("cublas_bf16", 0.01, tmp_path, "")["unavailable"] == (
-        "stopped after 0 s"
-    )
+    entries = rivals.in_processes(["cublas_bf16", "w3a16"], 120.0, tmp_path, "")
+    assert all(entry["unavailable"] and "rows" not in entry for entry in entries.values())
+    entry = rivals.in_processes(["cublas_bf16"], 0.01, tmp_path, "")["cublas_bf16"]
+    assert entry["unavailable"] == "stopped after 0 s"
+
+
+def test_a_rival_is_timed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its calls are built under the shared lock and timed under the exclusive one."""
+    held: list[int] = []
+    path = tmp_path / "rows.json"
+
+    def build(name: str, path: Path, found: dict[str, Any]) -> dict[int, Any]:
+        found["rows"] += [{"m": 1}, {"m": 16, "unavailable": "made up"}]
+        with (tmp_path / rivals.LOCK).open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return {1: lambda: None}
+
+    def timed(*_: object) -> tuple[float, str]:
+        with (tmp_path / rivals.LOCK).open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        held.append(1)
+        return 5.0, "graph"
+
+    monkeypatch.setattr(rivals, "_build", build)
+    monkeypatch.setattr(rivals, "cold_microseconds", timed)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    rivals.measure_one("cublas_bf16", path)
+    signal.alarm(0)
+    rows = json.loads(path.read_text())["rows"]
+    assert held == [1] and rows[0]["us"] == 5.0 and "us" not in rows[1]
 
 
 def test_rows_know_their_launch(found: tuning.Found) -> None:
