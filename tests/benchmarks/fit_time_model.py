@@ -43,7 +43,7 @@ CLOSE = 0.03  # tiles whose times differ by less are no pair to be told apart
 
 def predicted(row: dict[str, Any], fit: Fit) -> float:
     """Microseconds of a row by the model."""
-    gpu = dataclasses.replace(GPUS[90], early=row["early"], **row["gpu"])
+    gpu = dataclasses.replace(GPUS[row["target"]], early=row["early"], **row["gpu"])
     counts, work = Counts(**row["counts"]), Work(**row["work"])
     return predict(work, counts, gpu, fit).microseconds + (WIDE if row["wide"] else 0)
 
@@ -53,10 +53,11 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
     rows = []
     for path in paths:
         data = json.loads(path.read_text())
+        card = {"gpu": data.get("gpu", {}), "target": data.get("target", 90)}
         for row in data["rows"]:
             counts = data["counts"][row["kernel"]]
             shape = (row.get("n"), row.get("k"), path.name)
-            rows.append({**row, "counts": counts, "gpu": data.get("gpu", {}), "shape": shape})
+            rows.append({**row, "counts": counts, "shape": shape, **card})
     return rows
 
 

@@ -1,12 +1,13 @@
 """`make gpu`: check, tune and time the kernels on the GPU at hand, in six minutes.
 
-    python tests/benchmarks/gpu_kernels.py [--seconds 360] [--out DIR] [--plan]
-        [--stages warm,tests,tune,time,rivals,counters] [--plot RESULTS.json]
+    python tests/benchmarks/gpu_kernels.py [--seconds 360] [--out DIR]
+        [--stages warm,tests,tune,time,rivals,counters] [--commit HASH]
+        [--plan] [--plot RESULTS.json]
 
---plot draws results that a machine without matplotlib left. --plan prints the stages with the seconds that each may take, on any machine. Each stage is a
-process with a time limit; one that would not end in time is not begun; one that fails costs itself
-alone, and is named in the results with its reason. Results are written as they come, into --out
-(tests/benchmarks/results):
+--plan prints the stages with the seconds that each may take, on any machine. --plot draws results
+that a machine without matplotlib left. Each stage is a process with a time limit; one that would
+not end in time is not begun; one that fails costs itself alone, and is named in the results with
+its reason. Results are written as they come, into --out (tests/benchmarks/results):
 
     kernels-<card>.json, .png              everything; the plot of the headline
     kernel-times-<card>-<commit>.json      every time of a tile, for fit_time_model.py
@@ -96,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=plan.SECONDS, help="for everything")
     parser.add_argument("--stages", default=every, help="which, separated by commas")
     parser.add_argument("--out", type=Path, default=plan.RESULTS, help="folder of the results")
+    parser.add_argument("--commit", help="what is measured, where there is no checkout to ask")
     parser.add_argument("--plan", action="store_true", help="print the stages and end")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot results and end")
     parser.add_argument("--run-stage", help=argparse.SUPPRESS)
@@ -114,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(plan.describe(stages, options.seconds))
         return 0
     try:
-        about = plan.machine()
+        about = plan.machine(options.commit)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -132,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     left = options.seconds - (time.monotonic() - begun)
     plan.run_stages(stages, left, lambda n, s: start_stage(n, s, path, out), note)
     draw(results)
+    for leftover in out.glob(".rival*"):  # of a stage that was stopped
+        leftover.unlink()
     bad = [name for name, outcome in outcomes.items() if outcome.status != "done"]
     print(f"wrote {path}" + (f"; not done: {', '.join(bad)}" if bad else ""), flush=True)
     return 1 if bad else 0

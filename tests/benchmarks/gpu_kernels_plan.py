@@ -145,8 +145,8 @@ def run_stages(
     return outcomes
 
 
-def machine() -> dict[str, Any]:
-    """Card, versions and commit; RuntimeError in a sentence if there is no CUDA device."""
+def machine(measured: str | None = None) -> dict[str, Any]:
+    """Card, versions and commit (`measured`, if given); RuntimeError without a CUDA device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -160,7 +160,7 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cores": os.cpu_count(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": measured or commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

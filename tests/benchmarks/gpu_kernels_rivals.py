@@ -41,6 +41,7 @@ TIMING = 8
 ALONE = ("gemlite_w4a8",)
 """What tunes itself in its first calls, and has the GPU for itself meanwhile: after all others."""
 LOCK = ".rivals.lock"
+STUBS = "/usr/local/cuda/lib64/stubs"
 FLUSH = 1 << 28
 LAUNCHES = 8
 
@@ -341,6 +342,7 @@ def _start(
     name: str, out: Path, other: str, files: contextlib.ExitStack
 ) -> tuple[subprocess.Popen[str], IO[str]]:
     environment = dict(os.environ)
+    environment.setdefault("LIBRARY_PATH", STUBS)  # Humming links libcuda
     if name in OTHER:
         environment["PYTHONPATH"] = os.pathsep.join([other, environment.get("PYTHONPATH", "")])
     errors = files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115

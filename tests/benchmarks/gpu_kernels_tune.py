@@ -61,6 +61,8 @@ def _predicted(
     scheme: str, tile: Tile, found: tuning.Found, target: int, m: int, n: int, k: int
 ) -> float | None:
     """By the model; None for what it knows no figures of (JSON has no infinity)."""
+    if not found:
+        return None
     guess = tuning.predicted(SCHEMES[scheme], tile, found, target, m, n, k)
     return guess if guess < float("inf") else None
 
@@ -91,7 +93,9 @@ def measure(
                     if us is None:
                         failed[name] = "the device cannot run it"
                     else:
-                        guess = tuning.predicted(SCHEMES[scheme], tile, found, target, m, n, k)
+                        if not found:
+        return None
+    guess = tuning.predicted(SCHEMES[scheme], tile, found, target, m, n, k)
                         rows.append(
                             row(scheme, tile, target, m, n, k, us, guess, sms, target >= 90)
                         )
@@ -164,7 +168,8 @@ def times_file(
     versions = about.get("versions", {})
     return {
         "card": about.get("card"), "torch": versions.get("torch"),
-        "triton": versions.get("triton"), "commit": about.get("commit"), "how": HOW, "gpu": gpu,
+        "triton": versions.get("triton"), "commit": about.get("commit"), "how": HOW,
+        "target": about.get("capability"), "gpu": gpu,
         "counts": used, "rows": kept,
     }  # fmt: skip
 

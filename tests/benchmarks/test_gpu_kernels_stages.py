@@ -91,6 +91,16 @@ def test_the_fastest_tiles_are_chosen(found: tuning.Found) -> None:
                 Tile(**{k: v for k, v in t.items() if k != "max_m"})
 
 
+def test_without_the_compilers_figures_the_present_tiles_are_timed(found: tuning.Found) -> None:
+    """As on an architecture that nobody compiled the candidates for."""
+    bench, failed = MadeUp(found, Clock()), dict[str, str]()
+    rows = tune.measure(bench, 90, 132, {}, lambda: 1e6, lambda r: None, failed)
+    assert len(rows) == len(warm.shapes()) * 2 * len(tuning.BUCKETS) and not failed
+    assert all(r["predicted"] is None for r in rows)
+    assert tune.summary(rows)["median_error_of_model"] is None
+    assert not tune.times_file(rows, ABOUT, {}, {})["rows"]
+
+
 def test_tuning_stops_when_its_time_is_up(found: tuning.Found) -> None:
     rows, _ = tuned(found, 60.0, 1.0)
     assert 50 <= len(rows) <= 60
