@@ -93,9 +93,7 @@ def measure(
                     if us is None:
                         failed[name] = "the device cannot run it"
                     else:
-                        if not found:
-        return None
-    guess = tuning.predicted(SCHEMES[scheme], tile, found, target, m, n, k)
+                        guess = _predicted(scheme, tile, found, target, m, n, k)
                         rows.append(
                             row(scheme, tile, target, m, n, k, us, guess, sms, target >= 90)
                         )
