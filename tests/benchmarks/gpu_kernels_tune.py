@@ -8,7 +8,7 @@ halves the GEMM alone is timed: what makes integers of activations is the same f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +78,29 @@ def measure(
     rows: list[Row] = []
     for n, k in warm.shapes():
         bench.load(n, k)
-        for scheme in ("w3a16", "w4a8"):
-            for m in tuning.BUCKETS:
-                for tile in warm.offered(scheme, found, target, m, n, k):
-                    if left() < RESERVE:
-                        keep(rows)
-                        return rows
-                    name = f"{scheme} {n}x{k} M={m} {tuning.compiled_as(tile)}"
-                    try:
-                        us = bench.gemm(scheme, m, tile)
-                    except Exception as error:  # of whatever kind: the other tiles count
-                        failed[name] = f"{type(error).__name__}: {error}"[:200]
-                        continue
-                    if us is None:
-                        failed[name] = "the device cannot run it"
-                    else:
-                        guess = _predicted(scheme, tile, found, target, m, n, k)
-                        rows.append(
-                            row(scheme, tile, target, m, n, k, us, guess, sms, target >= 90)
-                        )
+        for scheme, m, tile in _offered(found, target, n, k):
+            if left() < RESERVE:
+                keep(rows)
+                return rows
+            try:
+                us = bench.gemm(scheme, m, tile)
+                reason = "the device cannot run it"
+            except Exception as error:  # of whatever kind: the other tiles count
+                us, reason = None, f"{type(error).__name__}: {error}"[:200]
+            if us is None:
+                failed[f"{scheme} {n}x{k} M={m} {tuning.compiled_as(tile)}"] = reason
+                continue
+            guess = _predicted(scheme, tile, found, target, m, n, k)
+            rows.append(row(scheme, tile, target, m, n, k, us, guess, sms, target >= 90))
         keep(rows)
     return rows
+
+
+def _offered(found: tuning.Found, target: int, n: int, k: int) -> Iterator[tuple[str, int, Tile]]:
+    for scheme in ("w3a16", "w4a8"):
+        for m in tuning.BUCKETS:
+            for tile in warm.offered(scheme, found, target, m, n, k):
+                yield scheme, m, tile
 
 
 def entry(rows: list[Row], architecture: str, source: str) -> dict[str, Any]:

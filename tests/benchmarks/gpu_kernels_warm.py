@@ -81,12 +81,20 @@ def known_counts(target: int) -> tuning.Found:
 
 
 def offered(scheme: str, found: tuning.Found, target: int, m: int, n: int, k: int) -> list[Tile]:
-    """Tiles to time for M tokens: the shortlist of the model of time, and the one of tiles.json."""
+    """Tiles to time for M tokens: the model of time's shortlist, the present one, cuBLAS's.
+
+    cuBLAS's: dequantize, which no fused kernel may be slower than. In slices only what is large.
+    """
     architecture = tiles.architecture_of((target // 10, target % 10))
     assert architecture is not None
     listed = tuning.shortlist(SCHEMES[scheme], found, target, m, n, k, SHORTLIST) if found else []
     present = tiles.select(scheme, architecture, n, k, m)
-    return listed if present in listed else [*listed, present]
+    through_cublas = [
+        tile
+        for tile in tuning.candidates(scheme, m)
+        if tile.regime == "dequantize" and (not tile.block_n or tile in listed)
+    ]
+    return list(dict.fromkeys([*listed, present, *through_cublas]))
 
 
 def jobs(target: int, found: tuning.Found) -> list[Job]:
