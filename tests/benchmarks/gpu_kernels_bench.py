@@ -68,11 +68,15 @@ def quantizers(m: int, k: int, device: torch.device) -> dict[str, Callable[[], o
 
 
 def weight_of(scheme: str, prepared: Tensors, n: int, k: int) -> torch.Tensor:
-    """What prepared tensors stand for, in 16 bits [N, K]."""
-    if scheme == "w3a16":
-        return w3a16.dequantize(prepared["weight_planes"], prepared["scale_zero"], n, k, DTYPE)
-    codes, scale = layout.unpack_w4a8(prepared["weight_nibbles"], prepared["channel_scale"], n)
-    return codes.to(DTYPE).mul_(scale.to(DTYPE))
+    """What prepared tensors stand for, fp32 [N, K]."""
+    if scheme == "w4a8":
+        codes, scale = layout.unpack_w4a8(prepared["weight_nibbles"], prepared["channel_scale"], n)
+        return codes.float().mul_(scale)
+    planes, words = prepared["weight_planes"], prepared["scale_zero"]
+    order = launch.orders(planes.device).weights
+    codes, scale, zero = layout.unpack_w3a16(planes, words, n, k, order, DTYPE)
+    grouped = codes.float().view(n, -1, layout.GROUP)
+    return grouped.sub_(zero[..., None]).mul_(scale.float()[..., None]).view(n, k)
 
 
 class Bench:
@@ -84,11 +88,13 @@ class Bench:
         self.shape = (0, 0)
         self.weights: dict[str, list[Any]] = {}
         self.activations: dict[int, torch.Tensor] = {}
+        self.exact: Tensors = {}
 
     def load(self, n: int, k: int) -> None:
         """A linear [N, K] with random weights; the one before is freed."""
         self.weights.clear()
         self.activations.clear()
+        self.exact.clear()
         torch.cuda.empty_cache()
         self.shape = (n, k)
 
@@ -142,7 +148,9 @@ class Bench:
     def error(self, scheme: str, m: int) -> float:
         """Of the linear, against fp32 with the same weights, relative."""
         x, prepared, (n, k) = self._x(m), self._weights(scheme)[0], self.shape
-        exact = x.float() @ weight_of(scheme, prepared, n, k).float().t()
+        if scheme not in self.exact:
+            self.exact = {scheme: weight_of(scheme, prepared, n, k)}
+        exact = x.float() @ self.exact[scheme].t()
         got = ops.linear(SCHEMES[scheme], x, prepared, n, k).float()
         return float((got - exact).norm() / exact.norm())
 
