@@ -4,9 +4,9 @@
     python -m qig_serve.kernels.compile_report --predict [--arch 90]
 
 The first prints, for every kernel and tile of tiles.json: registers, shared memory, spills, the
-tensor-core instruction in the PTX, and integer and issued instructions a weight of the main loop (of
-a thread's share of the tile's weights). Exit status 1 when a threshold is passed. The second prints
-what time_model.py makes of these: microseconds of a layer's linears, and what limits each.
+tensor-core instruction in the PTX, and integer and issued instructions a weight of the main loop
+(of a thread's share of the tile's weights). Exit status 1 when a threshold is passed. The second
+prints what time_model.py makes of these: microseconds of a layer's linears, and what limits each.
 """
 
 from __future__ import annotations

@@ -120,7 +120,25 @@ def linear(
     return out.reshape(*x.shape[:-1], n)
 
 
-def warm_up(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+def compile_ahead(
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool = False,
+) -> None:
+    """Nothing is compiled on a CPU."""
+
+
+def warm_up(
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool = False,
+) -> None:
     """Nothing to compile; finds out once what this processor offers."""
     if scheme.name == "w3a16":
         _torch_int4_block()

@@ -1,24 +1,25 @@
 """What the kernels share: order of tiles, equal shares of work, partial sums, scratch memory.
 
-Equal shares. A linear is output tiles * K / 128 units of work, numbered tile by tile, of which each
-program takes as many as any other, one after the other. A program that has a whole tile stores it. A
-tile that several programs share goes through the scratch memory: each leaves its partial sum
-there, the last to arrive adds them up in the order of K and stores. So the result depends neither
-on which program was last nor on the other tokens.
+Equal shares. A linear is output tiles * K / 128 units of work, numbered tile by tile, of which
+each program takes as many as any other, one after the other. A program that has a whole tile
+stores it. A tile that several programs share goes through the scratch memory: each leaves its
+partial sum there, the last to arrive adds them up in the order of K and stores. So the result
+depends neither on which program was last nor on the other tokens.
 
     halves, split_k   So many programs a tile that no share crosses one: few registers, so many
                       programs an SM. Partial sums are small, so K may be split a few times more
                       than needed, until every SM has as much to do (`programs`).
-    stream_k          As many programs as fit on the device, and shares cross tiles (Osama et al., arXiv
-                      2301.03598): every SM has the same, with two partial sums a program at most.
+    stream_k          As many programs as fit on the device, and shares cross tiles (Osama et al.,
+                      arXiv 2301.03598): every SM has the same, with two partial sums a program at
+                      most.
 
-All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us (measured on an H200).
-"""
+All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us (measured on an
+H200)."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ class Kernel:
     """The compiler's."""
     inputs: int
     """Inputs along K that a step of the main loop takes."""
-    tile: Tile = Tile("prefill")
+    tile: Tile = field(default_factory=lambda: Tile("prefill"))
     """Of a linear."""
 
     @property
@@ -238,7 +239,9 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
     if tile.regime in ("halves", "split_k", "stream_k"):
-        options["maxnreg"] = min(255, 65536 // (32 * tile.num_warps * tile.programs_per_sm) // 8 * 8)
+        options["maxnreg"] = min(
+            255, 65536 // (32 * tile.num_warps * tile.programs_per_sm) // 8 * 8
+        )
     return options
 
 
@@ -251,6 +254,13 @@ def options(tile: Tile, device: torch.device) -> dict[str, Any]:
 def early(device: torch.device) -> dict[str, Any]:
     """Options of a launch that may start before the kernel before it has ended (Hopper on)."""
     return {"PDL": True, "launch_pdl": True} if has_early_launch(device) else {}
+
+
+def indexed(device: torch.device) -> torch.device:
+    """With its index: "cuda" and "cuda:0" are one device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @functools.cache
@@ -291,6 +301,7 @@ def programs(tile: Tile, output_tiles: int, blocks: int, sms: int) -> int:
     most = min(blocks, max(slots, sms * _MOST_PER_SM) // output_tiles)
     if tile.regime == "stream_k" or output_tiles > MOST_TILES or most <= 1:
         return output_tiles  # a tile each: no counters
+
     def longest(splits: int) -> float:  # of an SM's work, in units of a mean SM's
         count = output_tiles * splits
         return -(-count // sms) * sms / count
@@ -349,9 +360,7 @@ def scratch(device: torch.device) -> Scratch:
     Allocated at the first call (`prepare`), so that it is there before vLLM profiles memory and
     outside of any CUDA graph's pool.
     """
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _scratch(device)
+    return _scratch(indexed(device))
 
 
 @functools.cache

@@ -36,8 +36,8 @@ BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 ALIKE = {86: 80, 89: 80}
 """Targets for which the compiler makes nearly the same of a kernel: one is compiled for both."""
 LEAN = {"w3a16": 1.5, "w4a8": 1.1}
-"""Issued instructions a weight that a tile for FEW tokens may take: an H200's memory delivers a weight
-in the time of 3.2 (w3a16) and 3.9 (w4a8), with every issue slot taken."""
+"""Issued instructions a weight that a tile for FEW tokens may take: an H200's memory delivers a
+weight in the time of 3.2 (w3a16) and 3.9 (w4a8), with every issue slot taken."""
 FEW = 8
 _SLICES_FROM = 4096
 _WORTH = 0.97  # a shape has tiles of its own where they take less than this of the default's time
@@ -272,8 +272,10 @@ def _worse(one: Found, other: Found) -> Found:
     """The larger of each figure, of what is in both."""
 
     def larger(a: Counts, b: Counts) -> Counts:
-        pairs = ((name, value, getattr(b, name)) for name, value in asdict(a).items())
-        return Counts(**{n: v if isinstance(v, str) else max(v, w) for n, v, w in pairs})
+        figures: dict[str, Any] = {}
+        for name, value in asdict(a).items():
+            figures[name] = value if isinstance(value, str) else max(value, getattr(b, name))
+        return Counts(**figures)
 
     return {
         scheme: {n: larger(c, other[scheme][n]) for n, c in tiles.items() if n in other[scheme]}

@@ -2,8 +2,9 @@
 
     out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
-Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then here
-`group_ptx` (a group's codes made numbers, in PTX) and its twin `_codes`, `_product`, `_part`, `w3a16_shared_kernel`.
+Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then
+here `group_ptx` (a group's codes made numbers, in PTX) and its twin `_codes`, `_product`, `_part`,
+`w3a16_shared_kernel`.
 
 Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
 first; 32 of them are three int32 words, and w10 and w21 lie across two words.
@@ -16,12 +17,13 @@ codes, nothing is padded. Scale and zero point of a (row, group) are the 32 bits
 whose last three are the zero point: 3.25 bits a weight in all.
 
 From a field to a number, in one instruction: `(w & 7 << p) | magic`, a lop3, writes the field at
-bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and its
-last mantissa bit is worth 1, so p = 0 gives 128 + v; 0x4180 is 16 with a last bit worth 1/8, so
-p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16 and 10
-in fp16. A register has four bytes: of bytes 0 and 2 that makes two numbers at once, and after one
-shift by 8 of bytes 1 and 3. One packed addition takes 2^(b-p) + zero away, exactly, and one packed
-multiplication scales: what reaches the tensor core is the weight, rounded once to 16 bits.
+bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and
+its last mantissa bit is worth 1, so p = 0 gives 128 + v; 0x4180 is 16 with a last bit worth 1/8,
+so p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16
+and 10 in fp16. A register has four bytes: of bytes 0 and 2 that makes two numbers at once, and
+after one shift by 8 of bytes 1 and 3. One packed addition takes 2^(b-p) + zero away, exactly, and
+one packed multiplication scales: what reaches the tensor core is the weight, rounded once to 16
+bits.
 
 Operations for the 32 weights in the three registers of four byte positions:
 
@@ -33,7 +35,8 @@ Operations for the 32 weights in the three registers of four byte positions:
 Why each regime has its shape (the numbers of tokens are data: tiles.json):
 
     halves, few       halves.py: bound by memory and issue slots, so integers stay integers.
-    split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than unpacking to 16 bits.
+    split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than unpacking to 16
+    bits.
                       An output has too few tiles for a GPU (14 to 36 in qkv, o, down at 128 tokens,
                       for 132 SMs): work is divided in equal shares along K (launch.py).
     prefill, many     The same product without the division: tiles suffice, and token tiles that
@@ -64,7 +67,7 @@ from qig_serve.kernels import (
 from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
-from qig_serve.kernels.tiles import Tile, select
+from qig_serve.kernels.tiles import Regime, Tile, select
 
 MOST_HALVES = 64
 """Most tokens at which halves tiles are tried."""
@@ -173,7 +176,9 @@ def _in_order(
     Names on a GPU, no instruction. The PTX makes numbers of bytes 0 and 2, then of 1 and 3; its
     twin of one byte after the other.
     """
-    every = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(R, 4, 2, 2, 2, 2)  # [.., s / 2, s % 2]
+    every = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(
+        R, 4, 2, 2, 2, 2
+    )  # [.., s / 2, s % 2]
     if ORDER == 16:
         if USE_PTX:
             ordered = every.permute(0, 4, 5, 2, 1, 3)
@@ -477,17 +482,18 @@ def _dequantize_rows(
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
     tiles = halves.candidates(m) if m <= MOST_HALVES else []
+    shapes: tuple[tuple[Regime, int, int, int, int], ...] = (
+        ("split_k", 16, 128, 4, 3), ("split_k", 32, 128, 4, 2), ("split_k", 32, 128, 4, 3),
+        ("split_k", 64, 128, 4, 2), ("stream_k", 64, 128, 4, 2), ("stream_k", 64, 256, 8, 1),
+        ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 256, 8, 1),
+    )  # fmt: skip
     if m > 8:
         tiles += [
             Tile(regime, block_m, block_n, warps, stages, programs)
-            for regime, block_m, block_n, warps, programs in (
-                ("split_k", 16, 128, 4, 3), ("split_k", 32, 128, 4, 2), ("split_k", 32, 128, 4, 3),
-                ("split_k", 64, 128, 4, 2), ("stream_k", 64, 128, 4, 2), ("stream_k", 64, 256, 8, 1),
-                ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 256, 8, 1),
-            )
+            for regime, block_m, block_n, warps, programs in shapes
             if m // 4 <= block_m <= max(32, 2 * m)
             for stages in (2, 3)
-        ]  # fmt: skip
+        ]
     if m >= 128:
         tiles += [
             Tile("prefill", 128, block_n, warps, stages)
@@ -516,7 +522,9 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     if tile.regime == "prefill":
         constants["GROUP_M"] = tile.group_m
         return launch.of_tile(w3a16_prefill_kernel, arguments, constants, tile, layout.GROUP)
-    arguments |= dict(partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32")
+    arguments |= dict(
+        partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32"
+    )
     constants["ALIGNED"] = tile.regime == "split_k"
     return launch.of_tile(w3a16_shared_kernel, arguments, constants, tile, layout.GROUP)
 

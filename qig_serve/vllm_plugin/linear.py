@@ -87,6 +87,8 @@ class QigLinearMethod(LinearMethodBase):
         n, k = sum(output_partition_sizes), input_size_per_partition
         self._check_shape(n, k, input_size, params_dtype)
         layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, params_dtype
+        # While weights are read. Parameters are made on the device that vLLM has set.
+        self.backend.compile_ahead(self.scheme, n, k, params_dtype, torch.get_default_device())
 
         on_disk = tensor_specs(self.scheme, n, input_size)
         for suffix, spec in tensor_specs(self.scheme, n, k).items():
@@ -143,7 +145,10 @@ class QigLinearMethod(LinearMethodBase):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"qig_{name}", parameter)
         layer.qig_names = tuple(prepared)
-        self.backend.warm_up(self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device)
+        has_bias = getattr(layer, "bias", None) is not None
+        self.backend.warm_up(
+            self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device, has_bias
+        )
 
     def _suffixes(self, layer: torch.nn.Module) -> list[str]:
         return list(tensor_specs(self.scheme, layer.qig_n, layer.qig_k))

@@ -2,11 +2,10 @@
 
     python tests/benchmarks/fit_time_model.py [--leave-out LAYER]
 
-Prints the fitted numbers (time_model.Fit holds them), the error of each row by kind of kernel, and of
-how many pairs of tiles of one row (layer, M, scheme) the faster is found. --leave-out: fit without a
-layer's rows, and judge on them alone. The rows are in results/kernel-times-H200.json: 142 timings of 28
-kernels, some of which are no longer in the code.
-"""
+Prints the fitted numbers (time_model.Fit holds them), the error of each row by kind of kernel, and
+of how many pairs of tiles of one row (layer, M, scheme) the faster is found. --leave-out: fit
+without a layer's rows, and judge on them alone. The rows are in results/kernel-times-H200.json:
+142 timings of 28 kernels, some of which are no longer in the code."""
 
 from __future__ import annotations
 
@@ -27,7 +26,9 @@ from qig_serve.kernels.time_model import FIT, GPUS, Fit, Work, predict
 
 ROWS = Path(__file__).parent / "results" / "kernel-times-H200.json"
 NAMES = [field.name for field in dataclasses.fields(Fit)]
-LOW = dict(dict.fromkeys(NAMES, 0.0), launch=0.5, issue=0.8, memory=0.8, cache=4, norm=1.05, bf16=0.3)
+LOW = dict(
+    dict.fromkeys(NAMES, 0.0), launch=0.5, issue=0.8, memory=0.8, cache=4, norm=1.05, bf16=0.3
+)
 HIGH = dict(
     launch=6, early=2, chain=5, chain_tensor=2, issue=3, memory=1.6, cache=80, bf16=1.0, int8=1.2,
     shared_tile=6, partial=50, end=20, norm=12,

@@ -84,7 +84,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def where_eager(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """torch.compile's own tensors stay as they are."""
-        return lambda *a, **k: make(*a, **k) if torch.compiler.is_compiling() else poison(make(*a, **k))
+        return lambda *a, **k: (
+            make(*a, **k) if torch.compiler.is_compiling() else poison(make(*a, **k))
+        )
 
     monkeypatch.setattr(torch, "empty", where_eager(empty))
     monkeypatch.setattr(torch, "empty_like", where_eager(empty_like))
@@ -204,9 +206,7 @@ def test_any_number_of_shares(scheme: str, count: int, monkeypatch: pytest.Monke
     case = make(scheme, m, n, k, torch.float16)
     tile = TILES[scheme]["stream"]
     scratch = launch._allocate(2 * count * tile.block_m * tile.block_n, DEVICE)
-    got = ops.KERNELS[scheme].linear(
-        case.x, case.prepared, n, None, tile, scratch, not INTERPRETED
-    )
+    got = ops.KERNELS[scheme].linear(case.x, case.prepared, n, None, tile, scratch, not INTERPRETED)
     assert_close(got, case.expected(scheme, None), TOLERANCE[torch.float16])
     assert not scratch.counters.any()
 

@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from qig_serve.kernels import fused_linear, launch, layout, quantize_activation, quantizer_ops, reference
+from qig_serve.kernels import (
+    fused_linear,
+    launch,
+    layout,
+    quantize_activation,
+    quantizer_ops,
+    reference,
+)
 from qig_serve.kernels.library import define
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
