@@ -162,33 +162,33 @@ def stored_layer(method: QigLinearMethod, n: int, k: int) -> torch.nn.Module:
 def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before vLLM profiles memory: every shape warmed up, one workspace for all layers.
+    """Before vLLM profiles memory: every shape warmed up, one scratch memory for all layers.
 
     The GPU's kernels are handed CPU tensors here, so that only the compiling is missing.
     """
-    from qig_serve.kernels import launch, ops, tuning
+    from qig_serve.kernels import launch, ops, tiles
 
     monkeypatch.setattr("qig_serve.vllm_plugin.linear.kernel_backend", lambda: ops)
     warmed: list[tuple[Any, ...]] = []
     monkeypatch.setattr(ops, "warm_up", lambda *arguments: warmed.append(arguments))
-    ops.workspace.cache_clear()
+    launch._scratch.cache_clear()
     for name, n, k in (("qkv_proj", 300, 256), ("down_proj", 128, 384)):
         config = QigConfig.from_config(quantization_config(scheme))
         method = QigLinearMethod(config, f"m.{name}")
         layer = stored_layer(method, n, k)
         method.process_weights_after_loading(layer)
-        assert warmed[-1] == (method.scheme, n, k, torch.bfloat16, torch.device("cpu"))
-        assert ops.workspace.cache_info().currsize == 1, "one workspace, whatever the layer"
+        assert warmed[-1] == (method.scheme, n, k, torch.bfloat16, torch.device("cpu"), False)
+        assert launch._scratch.cache_info().currsize == 1, "one scratch memory, whatever the layer"
         names = {name for name, _ in layer.named_parameters()}
-        assert "qig_counters" in names and "weight_packed" not in names
+        assert any(name.startswith("qig_") for name in names) and "weight_packed" not in names
     device = torch.device("cpu")
     largest = max(
-        launch.workspace_size(tile, device)
-        for (architecture, _, _), rows in tuning.tile_table().items()
-        if architecture == ops.INTERPRETER_ARCHITECTURE
+        launch._scratch_size(tile, launch.multiprocessors(device))
+        for (architecture, _, _), rows in tiles.tile_table().items()
+        if architecture == launch.INTERPRETER_ARCHITECTURE
         for _, tile in rows
     )
-    assert ops.workspace(device).numel() == largest > 0
+    assert launch.scratch(device).partials.numel() == largest > 0
 
 
 @pytest.mark.parametrize(
