@@ -6,7 +6,7 @@ states holds between blocks waits in host memory or on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,29 +137,6 @@ def quantized_activations(linears: Sequence[nn.Module], enabled: bool = True) ->
         return (last[1], *args[1:])
 
     handles = [m.register_forward_pre_hook(hook) for m in linears] if enabled else []
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def observed_inputs(
-    linears: Mapping[str, nn.Module], observe: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """Inside, `observe(name, input [B, T, K])` is called for every input of these linears.
-
-    Enter it inside `quantized_activations` to see the inputs as the integer product does.
-    """
-
-    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            observe(name, args[0])
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(make_hook(n)) for n, m in linears.items()]
     try:
         yield
     finally:

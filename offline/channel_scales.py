@@ -12,7 +12,7 @@ error of a group's linears on the calibration tokens, weighted by lambda, is the
 
 which needs no forward pass. Where error compensation follows, m_k is what is left of an error in
 column k once the columns after it have made up for it, 1 / U_kk^2 of GPTQ's factor of the same
-second moments (compensation.Factor.conditional_energy): channels that others can stand in for need
+second moments (Factor.conditional_energy): channels that others can stand in for need
 no finer steps. (Weights only: with int8 activations, whose errors nothing makes up for, it did
 worse on three trained models of four.)
 
@@ -30,12 +30,11 @@ from dataclasses import dataclass
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.offline.compensation import factorize
+from qig_serve.offline.passes.hessian import factorize
 from qig_serve.offline.ranks import ALONE, Ranks
+from qig_serve.offline.recipe import Damping
 
 STEPS, RATE = 150, 0.03
-DAMP = 0.01
-"""Of the second moments, as a fraction of each channel's own."""
 MAX_TOKENS = 4096
 """Tokens whose largest channels are followed; evenly spaced ones, if there are more."""
 
@@ -93,14 +92,16 @@ def minimize_noise(
     scheme: QuantScheme,
     scales: torch.Tensor,
     channel_of: torch.Tensor,
+    damping: Damping | None = None,
     ranks: Ranks = ALONE,
 ) -> torch.Tensor:
     """Scales [outputs of the previous op], fp32, normalized by sqrt(max s * min s).
 
     weights: [N, K] of the group's linears. scales: where to start. channel_of: int64 [K], the
     output of the previous op that feeds each input (query heads share those of a key/value head).
+    damping: of the compensation that follows, if the moments know of one.
     """
-    energy = _error_cost(moments, scales.float()[channel_of], ranks)
+    energy = error_cost(moments, scales.float()[channel_of], damping, ranks)
     column_energy = torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
     logs = scales.float().log()
     logs.grad = torch.zeros_like(logs)
@@ -122,15 +123,17 @@ def minimize_noise(
     return found / (found.max() * found.min()).sqrt()
 
 
-def _error_cost(moments: TokenMoments, columns: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """m [K]; the order of compensation is that of the inputs divided by `columns`."""
+def error_cost(
+    moments: TokenMoments, columns: torch.Tensor, damping: Damping | None, ranks: Ranks = ALONE
+) -> torch.Tensor:
+    """m [K]; the order of compensation is that of the inputs divided by `columns` [K]."""
     energy = moments.energy.clone()
     ranks.sum(energy)
-    if moments.hessian is None:
+    if moments.hessian is None or damping is None:
         return energy
     hessian = moments.hessian / columns[:, None] / columns
     ranks.sum(hessian)
-    left = factorize(hessian, DAMP, act_order=True, by_column=True).conditional_energy()
+    left = factorize(hessian, damping).conditional_energy()
     return torch.where(energy > 0, left * columns.square(), energy)
 
 

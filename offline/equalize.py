@@ -11,9 +11,9 @@ from torch import nn
 
 from qig_serve.offline.architectures import SmoothingGroup
 from qig_serve.offline.baselines import AnswerGradients
-from qig_serve.offline.capture import Store
 from qig_serve.offline.channel_scales import minimize_noise, token_moments
 from qig_serve.offline.parts import ModuleParts, capture_parts, inner_names
+from qig_serve.offline.recipe import Equalization
 from qig_serve.offline.report_data import ModuleReport
 from qig_serve.offline.search import Candidate, SearchBatch, best, evaluate_candidates
 from qig_serve.offline.smoothing import (
@@ -47,32 +47,30 @@ def equalize_group(
     block: nn.Module,
     group: SmoothingGroup,
     streams: Streams,
+    settings: Equalization,
     gradients: AnswerGradients | None,
     index: int,
 ) -> GroupResult:
     """Finds the scales of a group of block `index` and folds them, in place.
 
-    The target is f(X, W) on the full-precision stream. The quantized branch reads the same X
-    (`search_input` fp, the paper's choice), or what the quantized prefix gives in its place, so
-    that the search also weighs what the blocks before have already lost (`quantized`).
+    The target is f(X, W) on the full-precision stream, and the quantized branch reads the same X.
+    `gradients` is needed for the token weights modality and gradient.
     """
-    recipe, where = streams.recipe, f"layer {index}, {group.name}"
+    where = f"layer {index}, {group.name}"
     started = time.monotonic()
-    captured = capture_parts(block, group, streams, where)
+    weighting = settings.weighting
+    captured = capture_parts(block, group, streams, weighting.needs_quantized_input, where)
     after_capture = time.monotonic()
-    tokens = weigh_tokens(block, group, streams, captured, gradients, index)
+    tokens = weigh_tokens(block, group, streams, captured, weighting, gradients, index)
     after_weights = time.monotonic()
 
-    candidates = _candidates(block, group, streams, captured)
-    inputs = captured.inputs
-    if recipe.search_input == "quantized" and captured.quantized_inputs is not None:
-        inputs = captured.quantized_inputs
+    candidates = _candidates(block, group, streams, settings, captured)
     masks = [streams.mask(b) for b in range(len(streams))]
     weights = captured.to_parts(tokens.weights, masks)
 
     def batches() -> Iterator[SearchBatch]:
         for i, call in enumerate(captured.calls):
-            x = inputs.get(i, streams.device)
+            x = captured.inputs.get(i, streams.device)
             target = captured.targets.get(i, streams.device)
             yield SearchBatch(call.with_input(x), target, weights[i])
 
@@ -84,19 +82,19 @@ def equalize_group(
             batches,
             streams.scheme,
             streams.dtype,
-            recipe.loss,
+            settings.loss,
             where,
             streams.ranks,
         )
 
     losses = evaluate(candidates)
-    chosen = best(losses) if recipe.equalize in ("search", "channels") else len(candidates) - 1
+    chosen = best(losses) if settings.kind in ("search", "channels") else len(candidates) - 1
     loss_grid, channels = None, 0.0
-    if recipe.equalize == "channels":
+    if settings.kind == "channels":
         loss_grid = losses[chosen]
         began = time.monotonic()
         candidates.append(
-            _refine(block, group, streams, candidates[chosen], captured.masks, inputs, weights)
+            _refine(block, group, streams, settings, candidates[chosen], captured, weights)
         )
         channels = time.monotonic() - began
         losses += evaluate(candidates[-1:])
@@ -121,17 +119,20 @@ def equalize_group(
         },
     )
     result = GroupResult(report, tokens.weights, fallbacks=tokens.fallbacks)
-    if recipe.equalize != "none":
+    if settings.kind != "none":
         result.columns = candidates[chosen].columns
         result.changed = fold(block, group, candidates[chosen].scales, streams.dtype)
     return result
 
 
 def _candidates(
-    block: nn.Module, group: SmoothingGroup, streams: Streams, captured: ModuleParts
+    block: nn.Module,
+    group: SmoothingGroup,
+    streams: Streams,
+    settings: Equalization,
+    captured: ModuleParts,
 ) -> list[Candidate]:
-    """Round to nearest first (all scales 1), then what the recipe asks for."""
-    recipe = streams.recipe
+    """Round to nearest first (all scales 1), then what the settings ask for."""
     act_mean = previous_outputs(block, group, captured.act_mean)
 
     def candidate(exponent: float, scales: torch.Tensor) -> Candidate:
@@ -139,16 +140,16 @@ def _candidates(
         return Candidate(exponent, scales, columns)
 
     candidates = [candidate(0.0, torch.ones_like(act_mean))]
-    if recipe.equalize in ("search", "channels"):
-        for step in range(1, recipe.grid):
-            exponent = step / recipe.grid
+    if settings.kind in ("search", "channels"):
+        for step in range(1, settings.grid):
+            exponent = step / settings.grid
             candidates.append(candidate(exponent, power_scales(act_mean, exponent)))
-    elif recipe.equalize == "smoothquant":
+    elif settings.kind == "smoothquant":
         weights = [block.get_submodule(name).weight.abs().amax(0) for name in group.linears]
         weight_max = previous_outputs(block, group, torch.stack(weights).amax(0))
         act_max = previous_outputs(block, group, captured.act_max)
-        scales = smoothquant_scales(act_max, weight_max, recipe.smooth_alpha)
-        candidates.append(candidate(recipe.smooth_alpha, scales))
+        scales = smoothquant_scales(act_max, weight_max, settings.smooth_alpha)
+        candidates.append(candidate(settings.smooth_alpha, scales))
     return candidates
 
 
@@ -156,24 +157,26 @@ def _refine(
     block: nn.Module,
     group: SmoothingGroup,
     streams: Streams,
+    settings: Equalization,
     start: Candidate,
-    masks: Sequence[torch.Tensor],
-    inputs: Store,
+    captured: ModuleParts,
     token_weights: Sequence[torch.Tensor],
 ) -> Candidate:
     """Each channel's scale for itself, from those of the grid's best (channel_scales.py)."""
+    # With int8 activations, whose errors nothing makes up for, compensation is left out.
+    damping = None if streams.quantizes_activations else settings.compensation
     moments = token_moments(
         (
-            (inputs.get(i, streams.device)[mask], token_weights[i][mask])
-            for i, mask in enumerate(masks)
+            (captured.inputs.get(i, streams.device)[mask], token_weights[i][mask])
+            for i, mask in enumerate(captured.masks)
         ),
-        sum(int(mask.sum()) for mask in masks),
+        sum(int(mask.sum()) for mask in captured.masks),
         streams.quantizes_activations,
-        compensates=streams.recipe.compensation != "none" and not streams.quantizes_activations,
+        compensates=damping is not None,
     )
     weights = [block.get_submodule(name).weight for name in group.linears]
     channel_of = output_of_channel(block, group, len(start.scales))
     scales = minimize_noise(
-        weights, moments, streams.scheme, start.scales, channel_of, streams.ranks
+        weights, moments, streams.scheme, start.scales, channel_of, damping, streams.ranks
     )
     return Candidate(start.exponent, scales, group_scales(block, group, scales, streams.dtype))

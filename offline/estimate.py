@@ -18,17 +18,17 @@ import torch
 
 from qig_serve.errors import UserError
 from qig_serve.offline.adapter import LoadedModel
-from qig_serve.offline.block import round_block
 from qig_serve.offline.calibration import CalibrationBatch
 from qig_serve.offline.equalize import equalize_group
-from qig_serve.offline.parts import inner_names, wants_quantized
+from qig_serve.offline.parts import inner_names
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.search import quantized_weights
 from qig_serve.offline.streams import Streams
 
 _DRY_GRID = 2
-FirstStreams = Callable[[Sequence[CalibrationBatch], QuantRecipe], Streams]
+FirstStreams = Callable[[Sequence[CalibrationBatch]], Streams]
 """Runs what comes before the decoder on some batches."""
 
 
@@ -119,7 +119,7 @@ def dry_run(
 ) -> Estimate:
     """One block on the heaviest batches; UserError where memory or an input does not do.
 
-    Gradients of the whole model and learned rounding are left out of it, and of the estimate.
+    Gradients of the whole model are left out of it, and of the estimate.
     """
     chosen = heaviest(batches)
     tokens = sum(b.token_mask.numel() for b in chosen)
@@ -128,15 +128,14 @@ def dry_run(
         dry = recipe.model_copy(
             update={
                 "grid": min(recipe.grid, _DRY_GRID),
-                "effort": "normal",
                 "token_weights": "uniform"
                 if recipe.needs_model_gradients
                 else recipe.token_weights,
             }
         )
-        streams = first_streams(chosen, dry)
+        streams = first_streams(chosen)
         before = _now(loaded.device) - started
-        seconds = time_block(loaded, streams, recipe.candidates)
+        seconds = time_block(loaded, streams, dry, recipe.candidates)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
@@ -157,7 +156,9 @@ def dry_run(
     )
 
 
-def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockSeconds:
+def time_block(
+    loaded: LoadedModel, streams: Streams, recipe: QuantRecipe, candidates: int
+) -> BlockSeconds:
     """Puts block 0 through everything; the search is scaled to `candidates` choices of scales."""
     device, seconds = loaded.device, BlockSeconds()
     started = _now(device)
@@ -165,12 +166,12 @@ def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockS
     block = copy.deepcopy(original)
     seconds.load = _now(device) - started
     results = []
-    for group in loaded.arch.groups if streams.recipe.needs_groups else ():
+    for group in loaded.arch.groups if recipe.needs_groups else ():
         started = _now(device)
         module = block.get_submodule(group.loss_module)
         quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
         once = _now(device) - started
-        results.append(equalize_group(block, group, streams, None, 0))
+        results.append(equalize_group(block, group, streams, recipe.equalization, None, 0))
         report = results[-1].report
         seconds.capture += report.seconds["capture"]
         seconds.token_weights += report.seconds["token_weights"]
@@ -180,7 +181,8 @@ def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockS
         seconds.candidates += candidates * once
     parts: dict[str, float] = {}
     started = _now(device)
-    round_block(block, original, loaded.arch.groups, results, streams, "layer 0", parts)
+    method = recipe.rounding_method
+    round_block(block, original, loaded.arch.groups, results, streams, method, "layer 0", parts)
     seconds.statistics = parts.get("statistics", 0.0)
     seconds.rounding += _now(device) - started - seconds.statistics
     started = _now(device)
@@ -198,7 +200,7 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
         n = k = hidden
         if group.loss_module in group.linears:
             n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))
-        widest = max(widest, n + k * (2 if wants_quantized(recipe) else 1))
+        widest = max(widest, n + k * (2 if recipe.weighting.needs_quantized_input else 1))
     return 4 * (2 * hidden + widest)  # fp32
 
 

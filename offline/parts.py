@@ -10,7 +10,6 @@ from torch import nn
 
 from qig_serve.offline.architectures import SmoothingGroup
 from qig_serve.offline.capture import ModuleCall, Store, catch_call, check_finite, run_module
-from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.streams import Streams
 
 
@@ -73,24 +72,21 @@ def inner_names(group: SmoothingGroup) -> list[str]:
     return [n.removeprefix(group.loss_module).removeprefix(".") for n in group.linears]
 
 
-def wants_quantized(recipe: QuantRecipe) -> bool:
-    """Whether a search needs what the quantized prefix gives in place of its input."""
-    attributes = recipe.token_weights == "qig" and recipe.baseline == "quantized"
-    return attributes or recipe.search_input == "quantized"
-
-
 @torch.no_grad()
 def capture_parts(
-    block: nn.Module, group: SmoothingGroup, streams: Streams, where: str
+    block: nn.Module, group: SmoothingGroup, streams: Streams, quantized: bool, where: str
 ) -> ModuleParts:
-    """Runs the block up to the group's loss module on what the search needs."""
-    recipe, module = streams.recipe, block.get_submodule(group.loss_module)
-    found = [("x", streams.fp), *([("xq", streams.quantized)] if wants_quantized(recipe) else [])]
+    """Runs the block up to the group's loss module on what the search needs.
+
+    quantized: whether that includes what the quantized prefix gives in place of the input.
+    """
+    module = block.get_submodule(group.loss_module)
+    found = [("x", streams.fp), *([("xq", streams.quantized)] if quantized else [])]
     stores = {name: streams.new_store(f"{group.name}-{name}") for name, _ in found}
     masks = [streams.mask(b) for b in range(len(streams))]
     calls: list[ModuleCall] = []
     for name, stream in found:
-        calls, parts = [], _Cutter(stores[name], recipe.batch_tokens)
+        calls, parts = [], _Cutter(stores[name], streams.batch_tokens)
         for b, mask in enumerate(masks):
             hidden = stream.get(b, streams.device)
             call = catch_call(block, module, hidden, streams.kwargs(b))

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +30,6 @@ from qig_serve.manifest import CalibrationInfo, QuantizationConfig
 from qig_serve.offline import adapter, compressed_tensors
 from qig_serve.offline.adapter import BlockInputs, LoadedModel
 from qig_serve.offline.baselines import AnswerGradients, model_gradients
-from qig_serve.offline.block import round_block
 from qig_serve.offline.block_files import load_written, read_progress, write_block
 from qig_serve.offline.calibration import (
     CalibrationBatch,
@@ -51,7 +49,8 @@ from qig_serve.offline.progress import RunProgress, device_bytes, host_bytes
 from qig_serve.offline.ranks import ALONE, Ranks, joined
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.report import write_reports
-from qig_serve.offline.report_data import REPORT_FILE, BlockReport, QuantizationReport
+from qig_serve.offline.report_data import REPORT_FILE, BlockReport, LinearReport, QuantizationReport
+from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.streams import Streams
 from qig_serve.offline.tensor_parallel import SIZES, refused_sizes
 from qig_serve.samples import sample_sha256
@@ -85,8 +84,6 @@ def _quantize(
     model: Path, output: Path, recipe: QuantRecipe, ranks: Ranks, resume: bool, quiet: bool
 ) -> QuantizationReport:
     started = time.monotonic()
-    if ranks.size > 1 and recipe.effort == "high":
-        raise UserError("effort high learns on one batch at a time: run it in one process")
     torch.manual_seed(recipe.seed)
     device = pick_device(recipe.device, ranks)
     loaded = adapter.load(model, device=device)
@@ -162,7 +159,7 @@ def _quantize(
             [s for s in samples if s.id in own], batches, loaded.num_blocks
         )
         streams = first_streams(loaded, recipe, batches, folder, ranks)
-        quantize_blocks(loaded, streams, gradients, writer, progress, report, pictured)
+        quantize_blocks(loaded, recipe, streams, gradients, writer, progress, report, pictured)
         ranks.agree()
         report.seconds = time.monotonic() - started
         if writer is not None:
@@ -191,8 +188,8 @@ def look_ahead(
         f"{longest.token_mask.shape[1]} tokens"
     )
 
-    def streams(chosen: Sequence[CalibrationBatch], dry: QuantRecipe) -> Streams:
-        return first_streams(loaded, dry, chosen, folder, ranks)
+    def streams(chosen: Sequence[CalibrationBatch]) -> Streams:
+        return first_streams(loaded, recipe, chosen, folder, ranks)
 
     estimate = dry_run(loaded, recipe, batches, streams)
     progress.line(estimate.line(loaded.num_blocks, loaded.device))
@@ -229,12 +226,22 @@ def first_streams(
         inputs.append(replace(before, hidden=before.hidden[:0]))  # the stores keep it
     loaded.model.to("cpu")  # from here on the device holds one block
     return Streams(
-        recipe, loaded.dtype, loaded.device, batches, inputs, fp, quantized, 0, folder, ranks
+        recipe.quant_scheme,
+        loaded.dtype,
+        loaded.device,
+        recipe.batch_tokens,
+        batches,
+        inputs,
+        fp,
+        quantized,
+        folder=folder,
+        ranks=ranks,
     )
 
 
 def quantize_blocks(
     loaded: LoadedModel,
+    recipe: QuantRecipe,
     streams: Streams,
     gradients: AnswerGradients | None,
     writer: CheckpointWriter | None,
@@ -269,16 +276,18 @@ def quantize_blocks(
 
         results: list[GroupResult] = []
         groups = loaded.arch.groups
-        searched = groups if streams.recipe.needs_groups else ()
+        searched = groups if recipe.needs_groups else ()
         for i, group in enumerate(searched):
             progress.step(f"equalization of {group.name}", 0.75 * i / len(searched))
-            results.append(equalize_group(block, group, streams, gradients, index))
+            results.append(
+                equalize_group(block, group, streams, recipe.equalization, gradients, index)
+            )
             pictured.keep(index, group.name, results[-1].token_weights)
         progress.step("rounding", 0.75)
         tensors, rounding = round_block(
-            block, original, loaded.arch.groups, results, streams, where
+            block, original, loaded.arch.groups, results, streams, recipe.rounding_method, where
         )
-        count_fallbacks(index, results, rounding, report, streams.recipe, progress)
+        count_fallbacks(index, results, rounding, report, recipe, progress)
         progress.step("advancing", 0.9)
         done = BlockReport(
             index=index,
@@ -306,7 +315,7 @@ def quantize_blocks(
 def count_fallbacks(
     index: int,
     results: Sequence[GroupResult],
-    rounding: Mapping[str, Mapping[str, Any]],
+    rounding: Mapping[str, LinearReport],
     report: QuantizationReport,
     recipe: QuantRecipe,
     progress: RunProgress,
@@ -318,10 +327,10 @@ def count_fallbacks(
     """
     found = [text for r in results for text in r.fallbacks]
     found += [
-        f"layer {index}, {name}: {linear['damping_raised']} times the damping asked for, for the "
+        f"layer {index}, {name}: {linear.damping_raised} times the damping asked for, for the "
         "Hessian to be positive definite"
         for name, linear in rounding.items()
-        if "damping_raised" in linear
+        if linear.damping_raised is not None
     ]
     report.fallbacks += [text for text in found if text not in report.fallbacks]
     for text in found:

@@ -106,7 +106,9 @@ def quantize_plain(
             gradients = model_gradients(loaded, batches)
         streams = pipeline.first_streams(loaded, recipe, batches, None)
         pictured = PicturedWeights.choose((), batches, loaded.num_blocks)
-        pipeline.quantize_blocks(loaded, streams, gradients, writer, progress, report, pictured)
+        pipeline.quantize_blocks(
+            loaded, recipe, streams, gradients, writer, progress, report, pictured
+        )
         report.seconds = time.monotonic() - started
         writer.write_text(REPORT_FILE, json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
         writer.publish_plain()

@@ -150,10 +150,9 @@ def exponent_plot(report: QuantizationReport) -> str | None:
 def clip_plot(report: QuantizationReport) -> str | None:
     """Mean clip ratio of the linears across depth, a line a kind of linear."""
     points = [
-        (block.index, name.rpartition(".")[2], float(linear["clip_ratio"]))
+        (block.index, name.rpartition(".")[2], linear.clip_ratio)
         for block in report.blocks
         for name, linear in block.linears.items()
-        if "clip_ratio" in linear
     ]
     if not points:
         return None
@@ -242,35 +241,24 @@ def token_share_plot(report: QuantizationReport) -> str | None:
     )
 
 
-ROUNDING_STEPS = ("rtn", "range", "compensation", "rounds", "refit", "polish", "learned")
-"""The steps of rounding in their order, as they are named in the report."""
-
-
-def rounding_steps(report: QuantizationReport) -> list[str]:
-    """The steps that some linear of the run went through."""
-    linears = [linear for b in report.blocks for linear in b.linears.values()]
-    return [step for step in ROUNDING_STEPS if any(step in linear for linear in linears)]
-
-
 def rounding_plot(report: QuantizationReport) -> str | None:
-    """Output error of the linears after each rounding step, mean over a block's linears."""
-    steps = rounding_steps(report)
-    if not steps:
+    """Output error of the linears, rounded to nearest and by the method: means over a block's."""
+    blocks = [block for block in report.blocks if block.linears]
+    if not blocks:
         return None
     fig, axes = figure()
-    last = {}
-    for number, step in enumerate(steps):
-        points = []
-        for block in report.blocks:
-            found = [float(linear[step]) for linear in block.linears.values() if step in linear]
-            if found:
-                points.append((block.index, _mean(found)))
-        series(axes, number, [p[0] for p in points], [p[1] for p in points], step)
-        last[step] = _mean([p[1] for p in points])
+    nearest = [_mean([v.error_rtn for v in block.linears.values()]) for block in blocks]
+    found = [_mean([v.error for v in block.linears.values()]) for block in blocks]
+    index = [block.index for block in blocks]
+    series(axes, 0, index, nearest, "RTN")
+    series(axes, 1, index, found, report.method)
     axes.set_yscale("log")
     finish(axes, "block", "error / energy")
-    tells = ", ".join(f"{step} {value:.2g}" for step, value in last.items())
-    return svg(fig, f"Output error of the linears after each rounding step, as a mean: {tells}")
+    return svg(
+        fig,
+        f"Output error of the linears, a mean over blocks: {_mean(nearest):.2g} rounded to "
+        f"nearest, {_mean(found):.2g} by the method",
+    )
 
 
 def output_error_plot(report: QuantizationReport) -> str | None:

@@ -53,14 +53,36 @@ class ModuleReport(_Data):
     """Wall time of capture, token_weights, search and channels."""
 
 
+class LinearReport(_Data):
+    """How one linear was rounded, where the method looked at its inputs."""
+
+    tokens: int = 0
+    """Tokens in the statistics."""
+    error_rtn: float = 0.0
+    """Output error of round-to-nearest with min-max ranges, tr((T - Q) H (T - Q)^T), as a fraction
+    of the output's energy tr(W H W^T); T is the method's target, mostly W itself."""
+    error: float = 0.0
+    """The same of the result."""
+    clip_ratio: float = 1.0
+    """Mean over groups of the chosen scale over that of the min-max range: below 1 the range was
+    drawn in."""
+    clipped: float = 0.0
+    """Share of the weights more than half a step outside the range."""
+    shift: float | None = None
+    """Fraction of the target shift that validation kept (rounding/qronos.py)."""
+    shift_damp: float | None = None
+    """Its damping, as a fraction of each input's energy."""
+    damping_raised: int | None = None
+    """Factor by which damping had to grow for the Hessian to be positive definite."""
+
+
 class BlockReport(_Data):
     """One decoder block."""
 
     index: int
     modules: list[ModuleReport] = Field(default_factory=list)
-    linears: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Rounding, a linear: output error after each step as fractions of the output's energy, and
-    what the ranges cut off: `clip_ratio` and `clipped` of ranges.clipping."""
+    linears: dict[str, LinearReport] = Field(default_factory=dict)
+    """By name; empty where the rounding method looks at weights alone."""
     output_error: float = 0.0
     """Mean squared error of the block's output in the quantized model over the mean square of
     the full-precision output, real tokens only."""

@@ -178,17 +178,16 @@ def _losses(report: QuantizationReport) -> str:
         for m in b.modules
         if m.loss_rtn > 0
     ]
-    steps = plots.rounding_steps(report)
     linears = [
-        [b.index, name, *(_g(values.get(step)) for step in steps)]
+        [b.index, name, _g(linear.error_rtn), _g(linear.error)]
         for b in report.blocks
-        for name, values in b.linears.items()
+        for name, linear in b.linears.items()
     ]
     shifts = [
-        [b.index, name, _g(values["shift"]), _g(values["shift_damp"])]
+        [b.index, name, _g(linear.shift), _g(linear.shift_damp)]
         for b in report.blocks
-        for name, values in b.linears.items()
-        if "shift" in values
+        for name, linear in b.linears.items()
+        if linear.shift is not None
     ]
     outputs = [[b.index, _g(b.output_error)] for b in report.blocks]
     return _section(
@@ -203,10 +202,10 @@ def _losses(report: QuantizationReport) -> str:
             _table(["block", "searched", "loss at", "RTN", "after", "ratio"], search, 3),
         ),
         _figure(
-            plots.rounding_plot(report) if steps else None,
-            "Output error of the linears as a fraction of the output's energy, after each step.",
+            plots.rounding_plot(report),
+            "Output error of the linears as a fraction of the output's energy.",
         ),
-        _details("Errors of the linears", _table(["block", "linear", *steps], linears, 2)),
+        _details("Errors of the linears", _table(["block", "linear", "RTN", "after"], linears, 2)),
         _details(
             "Target shift of the compensation, chosen by cross-validation",
             _table(["block", "linear", "strength", "damping"], shifts, 2),
@@ -227,10 +226,9 @@ def _equalization(report: QuantizationReport) -> str:
     ]
     moved = any(m.loss_grid is not None for b in report.blocks for m in b.modules)
     ranges = [
-        [b.index, name, f"{values['clip_ratio']:.3f}", f"{values['clipped']:.2%}"]
+        [b.index, name, f"{linear.clip_ratio:.3f}", f"{linear.clipped:.2%}"]
         for b in report.blocks
-        for name, values in b.linears.items()
-        if "clip_ratio" in values
+        for name, linear in b.linears.items()
     ]
     return _section(
         "Exponents and clip ratios",

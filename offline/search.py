@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -21,9 +20,8 @@ from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.capture import ModuleCall, quantized_activations, run_module
 from qig_serve.offline.ranks import ALONE, Ranks
+from qig_serve.offline.recipe import LossKind
 from qig_serve.packing import fake_quantize, scale_dtype
-
-Loss = Literal["mae", "mse"]
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,10 @@ class Candidate:
     """One an input of the linears, as stored: what the search multiplies by."""
 
 
-def token_loss(output: torch.Tensor, target: torch.Tensor, loss: Loss) -> torch.Tensor:
+def token_loss(output: torch.Tensor, target: torch.Tensor, loss: LossKind) -> torch.Tensor:
     """Loss of each token, [B, T], fp32: mean over output channels of |error| or error^2."""
     error = output.float() - target.float()
     return error.abs().mean(-1) if loss == "mae" else error.square().mean(-1)
-
-
-def weighted_loss(
-    output: torch.Tensor, target: torch.Tensor, token_weights: torch.Tensor, loss: Loss
-) -> torch.Tensor:
-    """Sum over samples of sum_t lambda_t loss_t; a scalar in fp32."""
-    return (token_loss(output, target, loss) * token_weights).sum()
 
 
 def quantized_weights(
@@ -96,7 +87,7 @@ def evaluate_candidates(
     batches: Callable[[], Iterable[SearchBatch]],
     scheme: QuantScheme,
     dtype: torch.dtype,
-    loss: Loss,
+    loss: LossKind,
     where: str,
     ranks: Ranks = ALONE,
 ) -> list[float]:
@@ -112,7 +103,7 @@ def evaluate_candidates(
             for batch in batches():
                 call = batch.call.with_input(batch.call.hidden / candidate.columns)
                 output = run_module(module, call, weights)
-                value = weighted_loss(output, batch.target, batch.token_weights, loss)
+                value = (token_loss(output, batch.target, loss) * batch.token_weights).sum()
                 # Read once a candidate, so that nothing waits for a GPU.
                 total = total.to(value.device) + value
                 weight = weight.to(value.device) + batch.token_weights.sum()

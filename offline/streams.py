@@ -24,17 +24,18 @@ from qig_serve.offline.capture import (
     quantized_activations,
 )
 from qig_serve.offline.ranks import ALONE, Ranks
-from qig_serve.offline.recipe import QuantRecipe
 
 
 @dataclass
 class Streams:
     """Hidden states before the block at hand, one batch of same-length samples at a time."""
 
-    recipe: QuantRecipe
+    scheme: QuantScheme
     dtype: torch.dtype
     """The model's dtype: what scales, norms and biases are stored in."""
     device: torch.device
+    batch_tokens: int
+    """Tokens that pass a module at a time."""
     batches: Sequence[CalibrationBatch]
     inputs: Sequence[BlockInputs]
     """What the model hands to its decoder, a batch."""
@@ -49,11 +50,6 @@ class Streams:
 
     def __len__(self) -> int:
         return len(self.batches)
-
-    @property
-    def scheme(self) -> QuantScheme:
-        """The scheme of the run."""
-        return self.recipe.quant_scheme
 
     @property
     def quantizes_activations(self) -> bool:

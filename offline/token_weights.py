@@ -26,6 +26,7 @@ from qig_serve.offline.baselines import (
 )
 from qig_serve.offline.capture import catch_call, quantized_activations, run_module
 from qig_serve.offline.parts import ModuleParts, inner_names
+from qig_serve.offline.recipe import TokenWeighting
 from qig_serve.offline.report_data import TokenShare
 from qig_serve.offline.search import all_linears, quantized_weights
 from qig_serve.offline.streams import Streams
@@ -49,6 +50,7 @@ def weigh_tokens(
     group: SmoothingGroup,
     streams: Streams,
     captured: ModuleParts,
+    weighting: TokenWeighting,
     gradients: AnswerGradients | None,
     index: int,
 ) -> TokenWeights:
@@ -56,8 +58,7 @@ def weigh_tokens(
 
     `gradients` is needed for the sources modality and gradient.
     """
-    recipe = streams.recipe
-    source = recipe.token_weights
+    source = weighting.source
     masks = [streams.mask(b) for b in range(len(streams))]
     integral, difference = 0.0, 0.0
     magnitude = {} if gradients is None else gradients.of(index, group.loss_module)
@@ -77,13 +78,14 @@ def weigh_tokens(
         raw = [_attention(block, streams, b) for b in range(len(streams))]
     else:
         parts = [
-            attribute_part(block, group, streams, captured, i) for i in range(len(captured.calls))
+            attribute_part(block, group, streams, captured, weighting, i)
+            for i in range(len(captured.calls))
         ]
         raw = captured.to_batches([a.importance for a in parts], masks)
         integral = sum(float(a.integral.double().sum()) for a in parts)
         difference = sum(float(a.difference.double().sum()) for a in parts)
         integral, difference = streams.ranks.total(integral, difference)
-    clip = recipe.iqr and source in ("gradient", "attention", "perturbation", "qig")
+    clip = weighting.iqr and source in ("gradient", "attention", "perturbation", "qig")
     weights, outliers, empty = [], [], 0
     for importance, mask in zip(raw, masks, strict=True):
         clipped = clip_outliers(importance, mask) if clip else importance
@@ -104,10 +106,15 @@ def weigh_tokens(
 
 
 def attribute_part(
-    block: nn.Module, group: SmoothingGroup, streams: Streams, captured: ModuleParts, part: int
+    block: nn.Module,
+    group: SmoothingGroup,
+    streams: Streams,
+    captured: ModuleParts,
+    weighting: TokenWeighting,
+    part: int,
 ) -> Attribution:
     """Importance of one part's tokens: integrated gradients, or the discrepancy alone."""
-    recipe, module = streams.recipe, block.get_submodule(group.loss_module)
+    module = block.get_submodule(group.loss_module)
     call = captured.calls[part]
     weights = quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
     linears = all_linears(module)
@@ -120,19 +127,19 @@ def attribute_part(
             return run_module(module, call.with_input(z), weights)
 
     x, mask = captured.inputs.get(part, streams.device), captured.masks[part]
-    if recipe.token_weights == "perturbation":
+    if weighting.source == "perturbation":
         zero = torch.zeros(len(x), device=x.device)
         return Attribution(discrepancy(full(x), quantized(x)) * mask, zero, zero)
-    if recipe.baseline == "quantized" and captured.quantized_inputs is not None:
+    if weighting.baseline == "quantized" and captured.quantized_inputs is not None:
         # Of the quantized prefix, and int8 as the linears see it: differs from X in the first
         # block too, where the two prefixes are the same.
         x0 = fake_quantize_activation(captured.quantized_inputs.get(part, streams.device))
     else:
         x0 = torch.zeros_like(x)
     # The gradient of one linear is the same all along a path from zero: one node is exact.
-    exact = isinstance(module, nn.Linear) and recipe.baseline == "zero"
-    steps = 1 if exact and not streams.quantizes_activations else recipe.steps
-    return integrate(full, quantized, x, x0, mask, quadrature(recipe.quadrature, steps))
+    exact = isinstance(module, nn.Linear) and weighting.baseline == "zero"
+    steps = 1 if exact and not streams.quantizes_activations else weighting.steps
+    return integrate(full, quantized, x, x0, mask, quadrature(weighting.quadrature, steps))
 
 
 def _attention(block: nn.Module, streams: Streams, b: int) -> torch.Tensor:

@@ -32,19 +32,18 @@ def minmax_params(
     weight: torch.Tensor,
     scheme: QuantScheme,
     dtype: torch.dtype = torch.float32,
-    shrink: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale [N, G] (fp32, rounded to `dtype`) and zero point [N, G] (uint8) or None.
 
-    The range of each group is its own minimum to maximum, widened to contain zero and shrunk by
-    `shrink` (broadcast against [N, G]). Source: round-to-nearest, as in AWQ (arXiv 2306.00978).
+    The range of each group is its own minimum to maximum, widened to contain zero. Source:
+    round-to-nearest, as in AWQ (arXiv 2306.00978).
     """
     w = _grouped(weight.float(), scheme.num_groups(weight.shape[1]))  # [N, G, K/G]
     if scheme.symmetric:
-        scale = round_scale(w.abs().amax(-1) * shrink / scheme.qmax, dtype)
+        scale = round_scale(w.abs().amax(-1) / scheme.qmax, dtype)
         return scale, None
-    lo = w.amin(-1).clamp(max=0) * shrink
-    hi = w.amax(-1).clamp(min=0) * shrink
+    lo = w.amin(-1).clamp(max=0)
+    hi = w.amax(-1).clamp(min=0)
     scale = round_scale((hi - lo) / scheme.qmax, dtype)
     zero = (-lo / scale).round().clamp(0, scheme.qmax).to(torch.uint8)
     return scale, zero
@@ -74,10 +73,9 @@ def fake_quantize(
     weight: torch.Tensor,
     scheme: QuantScheme,
     dtype: torch.dtype = torch.float32,
-    shrink: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """Round-to-nearest weight in fp32 with min-max ranges; scales rounded to `dtype`."""
-    scale, zero = minmax_params(weight, scheme, dtype, shrink)
+    scale, zero = minmax_params(weight, scheme, dtype)
     return dequantize(quantize(weight, scale, zero, scheme), scale, zero)
 
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from qig_serve.offline import block as rounding_of_a_block
 from qig_serve.offline import equalize, estimate
 from qig_serve.offline.adapter import BlockInputs
 from qig_serve.offline.architectures import get_architecture
@@ -33,6 +32,7 @@ from qig_serve.offline.estimate import duration, time_block
 from qig_serve.offline.placement import pick_device
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.rounding import block as rounding_of_a_block
 from qig_serve.offline.streams import Streams
 
 # What is in proportion to the tokens, then what is not.
@@ -88,7 +88,16 @@ def random_streams(
     full.put(0, hidden)
     quantized.put(0, hidden)
     inputs = [BlockInputs(hidden[:0], (kwargs,))]
-    return Streams(recipe, torch.bfloat16, device, [batch], inputs, full, quantized)
+    return Streams(
+        recipe.quant_scheme,
+        torch.bfloat16,
+        device,
+        recipe.batch_tokens,
+        [batch],
+        inputs,
+        full,
+        quantized,
+    )
 
 
 def machine(device: torch.device) -> str:
@@ -140,7 +149,7 @@ def main() -> None:
     )
     streams = random_streams(recipe.model_copy(update={"grid": 2}), rotary, args, device)
     with torch.no_grad():
-        seconds = time_block(loaded, streams, recipe.candidates)
+        seconds = time_block(loaded, streams, recipe, recipe.candidates)
     factor = args.run_samples * args.run_tokens / (args.samples * args.tokens)
     total = args.blocks * seconds.scaled(factor)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,7 @@ from qig_serve.offline.attribution import completeness
 from qig_serve.offline.calibration import load_samples, make_batches
 from qig_serve.offline.parts import capture_parts
 from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.token_weights import attribute_part
 
 RULES = [("gauss", 6), ("gauss", 8), ("gauss", 12), ("gauss", 16), ("uniform", 32)]
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--calib", default="demo")
     parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
-    base = QuantRecipe(scheme=args.scheme, calib=args.calib, samples=args.samples)
+    base = QuantRecipe(method="qig", scheme=args.scheme, calib=args.calib, samples=args.samples)
     loaded = load(args.model)
     samples = load_samples(args.calib, args.samples, 0)
     batches = make_batches(samples, loaded.processor, loaded.image_token_id)
@@ -56,15 +58,21 @@ def main() -> None:
     for index in range(loaded.num_blocks):
         original, block = loaded.block(index), loaded.block(index)
         for group in loaded.arch.groups:
-            captured = capture_parts(block, group, streams, f"layer {index}, {group.name}")
+            captured = capture_parts(
+                block,
+                group,
+                streams,
+                base.weighting.needs_quantized_input,
+                f"layer {index}, {group.name}",
+            )
             masks = [streams.mask(b) for b in range(len(streams))]
             reference: list[torch.Tensor] = []
             for rule, steps in [REFERENCE, *RULES]:
-                streams.recipe = base.model_copy(update={"quadrature": rule, "steps": steps})
+                weighting = replace(base.weighting, quadrature=rule, steps=steps)
                 started = time.process_time()
                 with torch.no_grad():
                     parts = [
-                        attribute_part(block, group, streams, captured, i)
+                        attribute_part(block, group, streams, captured, weighting, i)
                         for i in range(len(captured.calls))
                     ]
                 seconds = time.process_time() - started
@@ -85,9 +93,9 @@ def main() -> None:
                 row = (seconds, error, min(found), sum(found) / len(found))
                 rows.setdefault((group.name, rule, steps), []).append(row)
             captured.clear()
-        streams.recipe = base
-        pipeline.round_block(block, original, loaded.arch.groups, [], streams, f"layer {index}")
-        streams.advance(original, block, pipeline.linears_of(loaded, block), f"layer {index}")
+        where, method = f"layer {index}", base.rounding_method
+        round_block(block, original, loaded.arch.groups, [], streams, method, where)
+        streams.advance(original, block, pipeline.linears_of(loaded, block), where)
     print(f"{args.scheme}: {args.samples} samples, {loaded.num_blocks} blocks")
     print("module     rule           CPU s  completeness  rank corr. (min)  (mean)")
     for (name, rule, steps), measured in rows.items():

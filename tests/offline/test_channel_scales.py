@@ -11,12 +11,15 @@ from qig_serve.offline.channel_scales import (
     TokenMoments,
     _token_noise,
     _weight_noise,
+    error_cost,
     minimize_noise,
     token_moments,
 )
+from qig_serve.offline.recipe import Damping
 from qig_serve.packing import fake_quantize, fake_quantize_activation
 
 K, N, T = 256, 64, 500
+DAMPING = Damping()
 
 
 def case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,11 +113,12 @@ def test_with_compensation_an_error_costs_what_others_cannot_make_up_for() -> No
     moments = token_moments(parts, T, False, compensates=True)
     assert moments.hessian is not None
     torch.testing.assert_close(moments.hessian.diagonal(), moments.energy)
-    cost = channel_scales._error_cost(moments, torch.ones(K), channel_scales.ALONE)
+    cost = error_cost(moments, torch.ones(K), DAMPING)
     assert bool((cost[:2] < 0.15 * moments.energy[:2]).any())
     assert bool((cost <= 1.02 * moments.energy).all())
     halved = token_moments([(a / 2, b) for a, b in parts], T, False, compensates=True)
-    same = channel_scales._error_cost(halved, torch.full((K,), 0.5), channel_scales.ALONE)
+    same = error_cost(halved, torch.full((K,), 0.5), DAMPING)
     torch.testing.assert_close(4 * same, cost, rtol=1e-3, atol=0)
-    found = minimize_noise([weight], moments, SCHEMES["w3a16"], torch.ones(K), torch.arange(K))
+    start, channels = torch.ones(K), torch.arange(K)
+    found = minimize_noise([weight], moments, SCHEMES["w3a16"], start, channels, DAMPING)
     assert bool(found.isfinite().all())

@@ -33,8 +33,10 @@ RECORD = Path(__file__).with_name("golden.json")
 METHODS = ("rtn", "awq-clip", "mbq", "gptq", "qig", "qig+")
 SCHEMES = ("w3a16", "w4a8")
 BLOCKS, SAMPLES, GRID = 2, 8, 5
-SHARE = {"rtn": 0.999, "awq-clip": 0.99, "mbq": 0.99, "qig": 0.99}
-"""Codes of the sample that must be equal on a machine with another probe; 0.8 elsewhere."""
+SHARE = {"gptq": 0.7, "qig+": 0.65}
+"""Codes of the sample that must be equal on a machine with another probe; 0.99 for the methods
+that round to nearest. With SSE for AVX512 it was 1.0 of those, 0.82 to 0.93 of gptq's and 0.78 to
+0.84 of qig+'s."""
 
 
 def probe() -> str:
@@ -130,7 +132,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(name, scheme, method, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "scheme", "method"), cases())
+@pytest.mark.parametrize(("name", "scheme", "method"), list(cases()))
 def test_packed_tensors(
     models: dict[str, Path], name: str, scheme: str, method: str, tmp_path: Path
 ) -> None:
@@ -140,7 +142,7 @@ def test_packed_tensors(
     if record["probe"] == probe():
         assert found["sha256"] == wanted["sha256"]
     equal = codes(found["codes"], scheme) == codes(wanted["codes"], scheme)
-    assert float(equal.float().mean()) >= SHARE.get(method, 0.8)
+    assert float(equal.float().mean()) >= SHARE.get(method, 0.99)
 
 
 def main() -> None:

@@ -16,7 +16,13 @@ from PIL import Image
 
 from qig_serve.offline.pictures import TokenPicture, overlay, picture_png
 from qig_serve.offline.report import add_evaluation, write_reports
-from qig_serve.offline.report_data import BlockReport, ModuleReport, QuantizationReport, TokenShare
+from qig_serve.offline.report_data import (
+    BlockReport,
+    LinearReport,
+    ModuleReport,
+    QuantizationReport,
+    TokenShare,
+)
 from qig_serve.offline.token_map import grid_boxes
 
 
@@ -56,16 +62,14 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
                 index=i,
                 modules=[module(i, "qkv"), module(i, "gate_up")],
                 linears={
-                    "self_attn.q_proj": {
-                        "output_energy": 2.0,
-                        "rtn": 0.1,
-                        "range": 0.05,
-                        "compensation": 0.02,
-                        "clip_ratio": 0.83,
-                        "clipped": 0.0125,
-                        "shift": 0.625,
-                        "shift_damp": 0.03,
-                    }
+                    "self_attn.q_proj": LinearReport(
+                        error_rtn=0.1,
+                        error=0.02,
+                        clip_ratio=0.83,
+                        clipped=0.0125,
+                        shift=0.625,
+                        shift_damp=0.03,
+                    )
                 },
                 output_error=0.01 * (i + 1),
                 seconds=4.0,

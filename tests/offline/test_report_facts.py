@@ -15,8 +15,9 @@ from qig_serve.demo import MODEL_DIR
 from qig_serve.formats import get_scheme
 from qig_serve.offline.pictured import PicturedWeights
 from qig_serve.offline.pipeline import quantize
-from qig_serve.offline.ranges import clipping
 from qig_serve.offline.recipe import make_recipe
+from qig_serve.offline.rounding.linear import clipping
+from qig_serve.offline.rounding.rounded import RoundedLinear
 from qig_serve.packing import minmax_params
 from qig_serve.samples import sample_from_parts
 
@@ -26,24 +27,24 @@ def test_clip_ratio_and_clipped_weights(scheme: str) -> None:
     quant = get_scheme(scheme)
     torch.manual_seed(0)
     weight = torch.randn(4, 256)
-    scale, zero = minmax_params(weight, quant, torch.float32)
-    found = clipping(weight, scale, zero, quant, torch.float32)
-    assert found["clip_ratio"] == pytest.approx(1, abs=1e-4)
+    found = RoundedLinear(torch.empty(0), *minmax_params(weight, quant))
+    ratio, clipped = clipping(weight, found, quant, torch.float32)
+    assert ratio == pytest.approx(1, abs=1e-4)
     # A min-max range loses nothing but what rounding its zero point or its lowest code costs.
-    assert found["clipped"] < 0.01
-    # One outlier a row, and ranges that leave it out: one weight of each row is clipped.
+    assert clipped < 0.01
+    # One outlier per row, and ranges that leave it out: one weight of each row is clipped.
     weight = weight.clamp(-2, 2)
     weight[:, 0] = 2
-    scale, zero = minmax_params(weight, quant, torch.float32)
+    found = RoundedLinear(torch.empty(0), *minmax_params(weight, quant))
     weight[:, 0] = 20
-    found = clipping(weight, scale, zero, quant, torch.float32)
-    assert found["clipped"] == pytest.approx(1 / 256)
-    assert found["clip_ratio"] < (0.7 if quant.group_size else 0.2)
+    ratio, clipped = clipping(weight, found, quant, torch.float32)
+    assert clipped == pytest.approx(1 / 256)
+    assert ratio < (0.7 if quant.group_size else 0.2)
 
 
 def test_a_run_reports_clip_ratios_and_clipped_tokens(tmp_path: Path) -> None:
     recipe = make_recipe(
-        {"scheme": "w3a16", "method": "qig", "range_search": "energy", "calib": "demo"}
+        {"scheme": "w3a16", "method": "qig", "rounding": "clip", "calib": "demo"}
         | {"samples": 2, "grid": 2, "steps": 1, "allow_fallbacks": True},
         "test",
     )
@@ -51,7 +52,7 @@ def test_a_run_reports_clip_ratios_and_clipped_tokens(tmp_path: Path) -> None:
     data: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
     for block in data["blocks"]:
         for linear in block["linears"].values():
-            # The search draws ranges in, 0.35 being the least that it tries before the refit.
+            # The search draws ranges in, 0.35 being the least that it tries.
             assert 0.3 < linear["clip_ratio"] < 1 and 0 < linear["clipped"] < 0.2
     shares = [m["token_shares"] for b in data["blocks"] for m in b["modules"]]
     assert sum(s["image"]["clipped"] for s in shares) > 0

@@ -1,7 +1,8 @@
-"""Range search: the scale and zero point of every group, before any code is rounded.
+"""AWQ's clip search: the range of a group that costs its outputs least, then round to nearest.
 
-Shapes: weight [N, K] in fp32; scale and zero point [N, G]; a metric is the importance of an error
-inside a group, either one weight an input [G, K/G] or a quadratic form [G, K/G, K/G].
+Shapes: weight [N, K] in fp32; scale and zero point [N, G]; a metric is what an error costs inside
+a group, a quadratic form [G, K/G, K/G]. Source: AWQ (arXiv 2306.00978), whose released code
+searches clip thresholds by the output error.
 """
 
 from __future__ import annotations
@@ -9,21 +10,46 @@ from __future__ import annotations
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.packing import minmax_params, round_scale
+from qig_serve.offline.passes.hessian import LinearStats
+from qig_serve.offline.recipe import Rounding
+from qig_serve.offline.rounding.rounded import RoundedLinear
+from qig_serve.packing import minmax_params, quantize, round_scale
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # per candidate: L2 cache; a few 100 MB
 _LEAST_SQUARES_STEPS = 3
 
 
+def round_weight(
+    weight: torch.Tensor,
+    stats: LinearStats | None,
+    scheme: QuantScheme,
+    stored: torch.dtype,
+    method: Rounding,
+) -> RoundedLinear:
+    """See rounding/linear.py."""
+    assert stats is not None
+    scale, zero = search_range(weight, scheme, stored, _range_metric(stats, scheme))
+    return RoundedLinear(quantize(weight, scale, zero, scheme), scale, zero)
+
+
+def _range_metric(stats: LinearStats, scheme: QuantScheme) -> torch.Tensor:
+    """The Hessian's own block of each group, [G, S, S]."""
+    k = len(stats.hessian)
+    groups = scheme.num_groups(k)
+    # Inputs never seen still get a say: they may turn up after calibration.
+    floor = 1e-6 * float(stats.hessian.diagonal().mean()) or 1.0
+    h = stats.hessian.view(groups, k // groups, groups, k // groups)
+    index = torch.arange(groups, device=h.device)
+    return h[index, :, index] + floor * torch.eye(k // groups, device=h.device)
+
+
 def group_error(error: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-    """e^T M e of each group: error [n, G, S], metric [G, S] (diagonal) or [G, S, S] -> [n, G]."""
+    """e^T M e of each group: error [n, G, S], metric [G, S, S] -> [n, G]."""
     return (error * apply_metric(error, metric)).sum(-1)
 
 
 def apply_metric(x: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
     """M x of each group: x [n, G, S] -> [n, G, S]."""
-    if metric.ndim == 2:
-        return x * metric
     return torch.matmul(x.transpose(0, 1), metric).transpose(0, 1)
 
 
@@ -70,30 +96,6 @@ def search_range(
     if scheme.symmetric:
         return scale, None
     return scale, torch.cat([z for z in zeros if z is not None]).to(torch.uint8)
-
-
-def clipping(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    scheme: QuantScheme,
-    dtype: torch.dtype,
-) -> dict[str, float]:
-    """What the chosen ranges do to a weight [N, K], for the report.
-
-    `clip_ratio` is the mean over groups of the chosen scale over that of the min-max range (below
-    1 the range was drawn in); `clipped` the share of weights more than half a step outside it.
-    """
-    minmax, _ = minmax_params(weight, scheme, dtype)
-    groups = scale.shape[1]
-    codes = weight.float().reshape(len(weight), groups, -1) / scale.clamp(min=1e-30)[..., None]
-    if zero is not None:
-        codes = codes + zero.float()[..., None]
-    outside = (codes < scheme.qmin - 0.5) | (codes > scheme.qmax + 0.5)
-    return {
-        "clip_ratio": float((scale / minmax.clamp(min=1e-30)).mean()),
-        "clipped": float(outside.float().mean()),
-    }
 
 
 class _Best:
