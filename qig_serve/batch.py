@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qig_serve.errors import UserError
+from qig_serve.model_directory import read_manifest
 from qig_serve.serving import batch_io, in_process
 from qig_serve.serving.batch_io import Request, Results
 from qig_serve.serving.limits import Limits
@@ -67,7 +68,6 @@ def generate(
     """
     from qig_serve.inspection import require_sound
     from qig_serve.serve import parse_flags, set_environment
-    from qig_serve.serving.describe import read_manifest
 
     read_manifest(directory)
     require_sound(directory)

@@ -24,6 +24,7 @@ from qig_serve.errors import UserError
 from qig_serve.evaluation import Progress
 from qig_serve.evaluation.generation import Engine, ask_server, choose_engine, generate
 from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, normalize, paired
+from qig_serve.model_directory import quantization, read_config
 from qig_serve.samples import Sample, overlap, read_samples, sample_sha256, set_sha256
 
 if TYPE_CHECKING:
@@ -185,8 +186,6 @@ def evaluate_many(
     jobs = [(name, Path(directory)) for name, directory in models]
     if len({name for name, _ in jobs}) < len(jobs):
         raise UserError("two models to evaluate have the same name")
-    from qig_serve.evaluation.models import quantization, read_config
-
     for _, directory in jobs:
         read_config(directory)  # fail now rather than after minutes
     used = choose_engine(engine)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from qig_serve import decoder_checks
 from qig_serve.errors import UserError
-from qig_serve.formats import QUANT_METHOD, tensor_specs
-from qig_serve.manifest import HASHES_FILE, QuantizationConfig, read_quantization_config
+from qig_serve.formats import tensor_specs
+from qig_serve.manifest import HASHES_FILE, QuantizationConfig
+from qig_serve.model_directory import read_config, read_json, read_manifest
 
 INDEX_FILE = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
@@ -98,14 +97,7 @@ class Inspection:
 
 def inspect(directory: Path) -> Inspection:
     """Read the configuration and the headers; UserError when it is no qig checkpoint."""
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise UserError(f"the directory {directory} does not exist")
-    config = read_json(path)
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise UserError(f"{path} has no quantization_config of qig: this is not a qig checkpoint")
-    manifest = read_quantization_config(quantization, str(path))
+    config, manifest = read_config(directory), read_manifest(directory)
     tensors: dict[str, StoredTensor] = {}
     twice: list[str] = []
     shards = sorted(directory.glob("*.safetensors"))
@@ -145,8 +137,12 @@ def verify(directory: Path, progress: Callable[[str, int, int], None] | None = N
 
     `progress` is told what is done, how many files of it, and of how many.
     """
-    manifest = read_json(directory / HASHES_FILE)
-    hashes = manifest.get("files")
+    if not (directory / HASHES_FILE).is_file():
+        raise UserError(
+            f"{directory} has no {HASHES_FILE}, so there are no hashes to compare: it is not a qig "
+            "checkpoint, or not all of one"
+        )
+    hashes = read_json(directory / HASHES_FILE).get("files")
     if not isinstance(hashes, dict) or not hashes:
         raise UserError(f"{directory / HASHES_FILE} lists no files")
     wrong = []
@@ -246,18 +242,3 @@ def _check_index(found: Inspection) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError that names the file for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: this is not a qig checkpoint") from None
-    except RecursionError:
-        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return value

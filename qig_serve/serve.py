@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qig_serve.errors import UserError
+from qig_serve.model_directory import read_manifest
 from qig_serve.serving.limits import Limits
 
 DRAIN_SECONDS = 30
@@ -95,7 +96,7 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
 
     UserError if the directory is no qig checkpoint, or a flag is unsafe.
     """
-    from qig_serve.serving.describe import describe, model_dtype, read_manifest
+    from qig_serve.serving.describe import describe, serving_dtype
 
     read_manifest(directory)
     set_environment(limits)
@@ -104,7 +105,7 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
     args.middleware = [*args.middleware, MIDDLEWARE]
     report = describe(
         directory,
-        model_dtype(directory, args.dtype),
+        serving_dtype(directory, args.dtype),
         args.tensor_parallel_size,
         args.pipeline_parallel_size,
         split_vision_tower=args.mm_encoder_tp_mode != "data" and not args.language_model_only,

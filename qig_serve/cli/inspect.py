@@ -94,7 +94,7 @@ def _record(found: Inspection | None, wrong: list[str], verified: bool) -> dict[
 def _print_facts(console: Console, found: Inspection) -> None:
     from rich.table import Table
 
-    from qig_serve.offline.tensor_parallel import told_sizes
+    from qig_serve.tensor_parallel import in_words
 
     config, scheme = found.config, found.config.quant_scheme
     weights = f"{scheme.bits}-bit weights, " + (
@@ -115,7 +115,7 @@ def _print_facts(console: Console, found: Inspection) -> None:
             "quantized",
             f"{len(found.linears)} linears, {found.bits:.3f} bits a weight with scales and zeros",
         ),
-        ("tensor parallel", told_sizes(config.tensor_parallel_sizes, refused)),
+        ("tensor parallel", in_words(config.tensor_parallel_sizes, refused)),
     ]
     if config.calibration is not None:
         c = config.calibration

@@ -24,10 +24,10 @@ from qig_serve.evaluation.models import (
     batches,
     load_model,
     load_processor,
-    model_dtype,
     model_inputs,
     prompt_text,
 )
+from qig_serve.model_directory import model_dtype
 from qig_serve.samples import Sample
 
 OTHER = "(another answer)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
+from qig_serve.model_directory import model_dtype, read_config, text_config
 from qig_serve.samples import Sample, data_url, load_image
 
 Engine = Literal["auto", "vllm", "transformers", "forced"]
@@ -135,9 +135,7 @@ def _through_vllm(
 
 def _context_length(directory: Path) -> int | None:
     """max_position_embeddings of the language model, None where config.json does not say."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    length = text.get("max_position_embeddings")
+    length = text_config(read_config(directory)).get("max_position_embeddings")
     return int(length) if length else None
 
 
@@ -147,7 +145,7 @@ def _through_transformers(
     max_tokens: int,
     progress: Callable[[int, int], None],
 ) -> list[str]:
-    from qig_serve.evaluation.models import load_model, load_processor, model_dtype
+    from qig_serve.evaluation.models import load_model, load_processor
 
     return generate_with(
         load_model(directory, model_dtype(directory)),

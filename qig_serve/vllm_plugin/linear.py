@@ -21,14 +21,13 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs, unsupported_shape
+from qig_serve.tensor_parallel import sizes_for_inputs
 
 if TYPE_CHECKING:
     from qig_serve.vllm_plugin.config import QigConfig
 
 FUSION_VARIABLE = "QIG_FUSE_QUANTIZATION"
 """1: fusion.py's pass runs when vLLM compiles."""
-
-_MOST_SHARDS = 16  # tensor-parallel sizes offered in an error message
 
 
 def kernel_backend() -> ModuleType:
@@ -122,8 +121,7 @@ class QigLinearMethod(LinearMethodBase):
 
     def _check_shape(self, n: int, k: int, input_size: int, dtype: torch.dtype) -> None:
         if (reason := unsupported_shape(self.scheme, n, k)) and k != input_size:
-            multiple = self.scheme.k_multiple
-            sizes = [t for t in range(1, _MOST_SHARDS + 1) if input_size % (t * multiple) == 0]
+            sizes = sizes_for_inputs(input_size, self.scheme.k_multiple)
             raise ValueError(
                 f"{self.prefix}: {input_size} inputs split {input_size // k} ways: {reason}; "
                 f"use a tensor-parallel size of {' or '.join(map(str, sizes))}"

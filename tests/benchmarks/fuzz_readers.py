@@ -29,7 +29,7 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["qig_serve"]):
-    from qig_serve import inspection, samples
+    from qig_serve import inspection, model_directory, samples
     from qig_serve.errors import UserError
     from qig_serve.offline import adapter, recipe, source_checkpoint, sources
     from qig_serve.serving import describe
@@ -103,9 +103,8 @@ def read_recipe(path: Path) -> None:
 
 def serve_report(directory: Path) -> None:
     """What `qig-serve serve` looks at before vLLM starts."""
-    describe.read_manifest(directory)
-    describe.model_dtype(directory)
-    describe.describe(directory, describe.model_dtype(directory))
+    model_directory.read_manifest(directory)
+    describe.describe(directory, describe.serving_dtype(directory))
 
 
 def make_readers(folder: Path) -> dict[str, tuple[Path, Any, Callable[[], Any]]]:

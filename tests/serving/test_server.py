@@ -329,5 +329,5 @@ def test_full_precision_directory_is_refused(tmp_path: Path) -> None:
         timeout=100,
         env=environment(),
     )
-    assert done.returncode == 2 and "not quantized by qig-serve" in done.stderr
+    assert done.returncode == 2 and "is not a qig checkpoint" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
