@@ -1,4 +1,4 @@
-"""Before hours of work: a dry run of one block on the longest samples, and what it foretells.
+"""Before hours of work: a dry run of one block on the longest samples, and an estimate from it.
 
 The dry run does all that a block is put through, once, on the samples that are longest and on
 those that make the fullest batch, with two exponents instead of the whole grid. It ends in a
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.offline.adapter import LoadedModel
-from qig_serve.offline.calibration import CalibrationBatch
-from qig_serve.offline.equalize import equalize_group
-from qig_serve.offline.parts import inner_names
+from qig_serve.offline.calibration.batches import CalibrationBatch
+from qig_serve.offline.equalization.group import equalize_group
+from qig_serve.offline.passes.capture import quantized_weights
+from qig_serve.offline.passes.parts import inner_names
+from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding.block import round_block
-from qig_serve.offline.search import quantized_weights
-from qig_serve.offline.streams import Streams
+from qig_serve.offline.source.loaded_model import LoadedModel
 
 _DRY_GRID = 2
 FirstStreams = Callable[[Sequence[CalibrationBatch]], Streams]

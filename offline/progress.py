@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qig_serve.offline.checkpoint import ResumableError
+from qig_serve.offline.disk import ResumableError
 
 
 def host_bytes() -> int:

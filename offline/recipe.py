@@ -1,6 +1,6 @@
 """QuantRecipe: every choice of a quantization run. One model for YAML, command line and Python.
 
-A method is a set of defaults; whatever is set explicitly wins, so each ingredient has its switch.
+A method is a set of defaults; values set explicitly win over them.
 What a part of the run needs of the recipe it gets as a small dataclass of its own: TokenWeighting,
 Equalization, Rounding. Imports no torch: the command line's flags are made of the fields.
 """
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
-from qig_serve.offline.sources import CAPTIONS
+from qig_serve.offline.calibration.sources import CAPTIONS
 
 LossKind = Literal["mae", "mse"]
 
@@ -207,7 +207,7 @@ class QuantRecipe(BaseModel):
         scheme = get_scheme(self.scheme)
         if self.baseline == "quantized" and scheme.activation_bits is None:
             raise ValueError(
-                f"baseline quantized needs quantized activations, which {self.scheme} has not"
+                f"baseline quantized needs quantized activations, which {self.scheme} does not have"
             )
         return self
 
@@ -320,5 +320,5 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-01: ValueError
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold fields and values, one a line")
+        raise UserError(f"{path} must hold fields and values, one on each line")
     return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -12,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from qig_serve import decoder_checks
 from qig_serve.errors import UserError
 from qig_serve.formats import tensor_specs
-from qig_serve.manifest import HASHES_FILE, QuantizationConfig
-from qig_serve.model_directory import read_config, read_json, read_manifest
+from qig_serve.hashes import HASHES_FILE, file_sha256
+from qig_serve.manifest import QuantizationConfig
+from qig_serve.model_directory import INDEX_FILE, read_config, read_json, read_manifest
 
-INDEX_FILE = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _SPEC_DTYPES = {"int32": ("I32",), "uint8": ("U8",), "float32": ("F32",)}
 _MODEL_DTYPES = ("F16", "BF16", "F32")
@@ -156,7 +155,7 @@ def verify(directory: Path, progress: Callable[[str, int, int], None] | None = N
         path = directory / relative
         if not os.path.isfile(path):  # False, where pathlib raises, for names no file can have
             wrong.append(f"{name}: missing")
-        elif _sha256(path) != expected:
+        elif file_sha256(path) != expected:
             wrong.append(f"{name}: changed since the checkpoint was written")
     known = {*hashes, HASHES_FILE}
     for path in sorted(directory.rglob("*")):
@@ -237,8 +236,3 @@ def _check_index(found: Inspection) -> None:
             found.problems.append(f"{INDEX_FILE} names the tensor {name}, which is not in {file}")
     for name in sorted(found.tensors.keys() - weight_map.keys()):
         found.problems.append(f"{name}: in {found.tensors[name].file}, but not in {INDEX_FILE}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION, SCHEMES, QuantScheme
 
-HASHES_FILE = "qig_manifest.json"
-"""File beside config.json: {"format_version": 1, "files": {relative path: sha256 hex}}."""
-
 
 class CalibrationInfo(BaseModel):
     """What the checkpoint was calibrated on."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qig_serve.manifest import QuantizationConfig
 
 CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}

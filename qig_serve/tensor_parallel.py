@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qig_serve.architectures import ARCHITECTURES
+
 SIZES = (1, 2, 4, 8, 16)
 """The sizes that are looked at."""
-
-WHOLE_TOWERS = frozenset({"internvl"})
-"""Model types of which vLLM keeps the vision tower whole where its heads do not divide."""
 
 
 def why_refused(config: Any, k_multiple: int, size: int, split_tower: bool = True) -> str | None:
@@ -67,7 +66,8 @@ def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:
 def _tower_heads(config: Any) -> int:
     """Attention heads of the vision tower that must divide; 0 where none must."""
     vision = getattr(config, "vision_config", None)
-    if vision is None or config.model_type in WHOLE_TOWERS:
+    family = ARCHITECTURES.get(config.model_type)
+    if vision is None or (family is not None and not family.splits_tower):
         return 0
     heads = getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None)
     return int(heads or 0)

@@ -97,7 +97,7 @@ class QigQuantizer(HfQuantizer):
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linears of the language model's decoder blocks, by name: what qig quantizes."""
-    from qig_serve.offline.architectures import get_architecture
+    from qig_serve.architectures import get_architecture
 
     inside = get_architecture(model.config.model_type).decoder + ".layers."
     return {

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from qig_serve.offline.architectures import ARCHITECTURES
 from qig_serve.tensor_parallel import (
     SIZES,
-    WHOLE_TOWERS,
     fitting_sizes,
     in_words,
     refused_sizes,
@@ -77,7 +75,3 @@ def test_words_for_people() -> None:
 def test_sizes_for_one_linear() -> None:
     assert sizes_for_inputs(29568, 128) == [1]
     assert sizes_for_inputs(512, 128) == [1, 2, 4]
-
-
-def test_families_with_whole_towers_are_families() -> None:
-    assert set(ARCHITECTURES) >= WHOLE_TOWERS

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qig_serve.offline.ranks import ALONE, Ranks
+from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.recipe import Damping
 
 

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from qig_serve.offline.architectures import SmoothingGroup
-from qig_serve.offline.capture import catch_call, check_finite, quantized_activations
-from qig_serve.offline.equalize import GroupResult
+from qig_serve.architectures import SmoothingGroup
+from qig_serve.offline.passes.capture import catch_call, check_finite, quantized_activations
 from qig_serve.offline.passes.hessian import LinearStats, StatsAccumulator
+from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.recipe import Rounding
-from qig_serve.offline.report_data import LinearReport
+from qig_serve.offline.results import GroupResult, LinearReport
 from qig_serve.offline.rounding.linear import round_linear
 from qig_serve.offline.rounding.rounded import RoundedLinear
-from qig_serve.offline.streams import Streams
 from qig_serve.packing import pack_linear
 
 
@@ -78,7 +77,7 @@ def round_block(
 def _broadcast(found: RoundedLinear | None, source: int, streams: Streams) -> RoundedLinear:
     """What process `source` found, on every process."""
     if streams.ranks.size > 1:
-        shared = streams.ranks.share(None if found is None else found.to("cpu"), source)
+        shared = streams.ranks.broadcast_object(None if found is None else found.to("cpu"), source)
         found = None if shared is None else shared.to(streams.device)
     assert found is not None  # the source process has it
     return found

@@ -36,7 +36,7 @@ def _range_metric(stats: LinearStats, scheme: QuantScheme) -> torch.Tensor:
     """The Hessian's own block of each group, [G, S, S]."""
     k = len(stats.hessian)
     groups = scheme.num_groups(k)
-    # Inputs never seen still get a say: they may turn up after calibration.
+    # Inputs never seen keep a little weight: they may occur after calibration.
     floor = 1e-6 * float(stats.hessian.diagonal().mean()) or 1.0
     h = stats.hessian.view(groups, k // groups, groups, k // groups)
     index = torch.arange(groups, device=h.device)

@@ -13,7 +13,7 @@ import torch
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.passes.hessian import Factor, LinearStats
 from qig_serve.offline.recipe import Rounding
-from qig_serve.offline.report_data import LinearReport
+from qig_serve.offline.results import LinearReport
 from qig_serve.offline.rounding.rounded import RoundedLinear
 from qig_serve.packing import minmax_params
 

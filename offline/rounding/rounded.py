@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qig_serve.offline.report_data import LinearReport
+from qig_serve.offline.results import LinearReport
 from qig_serve.packing import dequantize
 
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.explain import explain_sample
-    from qig_serve.offline.report_page import picture_page
+    from qig_serve.offline.report.page import picture_page
 
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             progress,
         )
     if args.output.suffix == ".png":
-        from qig_serve.offline.pictures import picture_png
+        from qig_serve.offline.report.drawing import picture_png
 
         picture_png(picture, args.output)
     else:

@@ -91,12 +91,11 @@ def make_recipes(
 def _quantize(model: str, output: str, recipe: QuantRecipe) -> tuple[float, int, str | None]:
     """In a process of its own: seconds, peak memory in bytes, and what was wrong."""
     from qig_serve.offline.pipeline import quantize
-    from qig_serve.offline.plain import quantize_plain
     from qig_serve.offline.progress import host_bytes
 
-    make = quantize if recipe.quant_scheme.servable else quantize_plain
+    plain = not recipe.quant_scheme.servable
     try:
-        report = make(model, output, recipe, quiet=True)
+        report = quantize(model, output, recipe, quiet=True, plain=plain)
     except UserError as error:
         return 0.0, 0, str(error)
     return report.seconds, host_bytes(), None

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the rows of offline/architectures.py."""
-    from qig_serve.offline.architectures import ARCHITECTURES
+    from qig_serve.architectures import ARCHITECTURES
 
     rows = [
         {

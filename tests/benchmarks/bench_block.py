@@ -23,17 +23,18 @@ from typing import Any
 
 import torch
 
-from qig_serve.offline import equalize, estimate
-from qig_serve.offline.adapter import BlockInputs
-from qig_serve.offline.architectures import get_architecture
-from qig_serve.offline.calibration import IMAGE, TEXT, CalibrationBatch
-from qig_serve.offline.capture import Store
+from qig_serve.architectures import get_architecture
+from qig_serve.offline import estimate
+from qig_serve.offline.calibration.batches import IMAGE, TEXT, CalibrationBatch
+from qig_serve.offline.equalization import group as equalize
 from qig_serve.offline.estimate import duration, time_block
+from qig_serve.offline.passes.capture import Store
+from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import pick_device
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding import block as rounding_of_a_block
-from qig_serve.offline.streams import Streams
+from qig_serve.offline.source.loaded_model import BlockInputs
 
 # What is in proportion to the tokens, then what is not.
 STEPS = {

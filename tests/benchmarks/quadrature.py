@@ -16,13 +16,14 @@ from dataclasses import replace
 import torch
 
 from qig_serve.offline import pipeline
-from qig_serve.offline.adapter import load
-from qig_serve.offline.attribution import completeness
-from qig_serve.offline.calibration import load_samples, make_batches
-from qig_serve.offline.parts import capture_parts
+from qig_serve.offline.calibration.batches import make_batches
+from qig_serve.offline.calibration.sources import load_calibration
+from qig_serve.offline.importance.attribution import completeness
+from qig_serve.offline.importance.weights import GroupTokens, attribute_part
+from qig_serve.offline.passes.parts import capture_parts
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding.block import round_block
-from qig_serve.offline.token_weights import attribute_part
+from qig_serve.offline.source.loaded_model import load
 
 RULES = [("gauss", 6), ("gauss", 8), ("gauss", 12), ("gauss", 16), ("uniform", 32)]
 REFERENCE = ("uniform", 128)
@@ -51,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     base = QuantRecipe(method="qig", scheme=args.scheme, calib=args.calib, samples=args.samples)
     loaded = load(args.model)
-    samples = load_samples(args.calib, args.samples, 0)
+    samples = load_calibration(args.calib, args.samples, 0)
     batches = make_batches(samples, loaded.processor, loaded.image_token_id)
     streams = pipeline.first_streams(loaded, base, batches, None)
     rows: dict[tuple[str, str, int], list[tuple[float, float, float, float]]] = {}
@@ -69,12 +70,10 @@ def main() -> None:
             reference: list[torch.Tensor] = []
             for rule, steps in [REFERENCE, *RULES]:
                 weighting = replace(base.weighting, quadrature=rule, steps=steps)
+                tokens = GroupTokens(block, group, index, streams, captured, weighting, None)
                 started = time.process_time()
                 with torch.no_grad():
-                    parts = [
-                        attribute_part(block, group, streams, captured, weighting, i)
-                        for i in range(len(captured.calls))
-                    ]
+                    parts = [attribute_part(tokens, i) for i in range(len(captured.calls))]
                 seconds = time.process_time() - started
                 raw = captured.to_batches([p.importance for p in parts], masks)
                 vectors = [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
 from qig_serve.formats import SCHEMES
-from qig_serve.offline.checkpoint import write_hashes
+from qig_serve.offline.disk import write_hashes
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_not_a_checkpoint(source: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_families_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:
-    from qig_serve.offline.architectures import ARCHITECTURES
+    from qig_serve.architectures import ARCHITECTURES
 
     assert main(["families", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -108,8 +108,7 @@ def test_quantize_evaluate_fills_the_card(
     from qig_serve import evaluate
     from qig_serve.cli import main
     from qig_serve.demo.questions import write_jsonl
-    from qig_serve.manifest import HASHES_FILE
-    from qig_serve.offline.checkpoint import file_sha256
+    from qig_serve.hashes import HASHES_FILE, file_sha256
 
     monkeypatch.setattr(evaluate, "choose_engine", lambda _: "transformers")
     questions, out = write_jsonl("calibration", 4, tmp_path), tmp_path / "out"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from qig_serve.errors import UserError
-from qig_serve.offline import adapter
+from qig_serve.offline.source import loaded_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -171,25 +171,25 @@ def _projector_not_finite(d: Path) -> None:
 def test_refused(model: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(model)
     with pytest.raises(UserError, match=message) as caught:
-        adapter.load(model)
+        loaded_model.load(model)
     assert "\n" not in str(caught.value)
 
 
 def test_absent_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        adapter.load(tmp_path / "nowhere")
+        loaded_model.load(tmp_path / "nowhere")
 
 
 def test_shards_are_as_good_as_one_file(intact: Path, model: Path) -> None:
     _index(model, lambda m: None)
-    one, two = adapter.load(intact).block(1), adapter.load(model).block(1)
+    one, two = loaded_model.load(intact).block(1), loaded_model.load(model).block(1)
     for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_only_the_asked_block_is_in_memory(intact: Path) -> None:
     """The loaded model keeps no decoder weight; a block comes in the dtype asked for."""
-    loaded = adapter.load(intact)
+    loaded = loaded_model.load(intact)
     inside = loaded.arch.decoder + ".layers."
     assert not [n for n, _ in loaded.model.named_parameters() if n.startswith(inside)]
     block = loaded.block(1, torch.bfloat16)

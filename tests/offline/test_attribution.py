@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from qig_serve.formats import get_scheme
-from qig_serve.offline.attribution import (
+from qig_serve.offline.importance.attribution import (
     clip_outliers,
     completeness,
     integrate,
     normalize,
     quadrature,
-    quantize_activation_ste,
 )
+from qig_serve.offline.passes.capture import quantize_activation_ste
 from qig_serve.packing import fake_quantize
 
 

@@ -10,14 +10,14 @@ from test_smoothing import make_block
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qig_serve.errors import UserError
-from qig_serve.offline.baselines import (
+from qig_serve.offline.importance.attention import attention_importance
+from qig_serve.offline.importance.gradients import (
     answer_gradients,
     answer_loss,
-    attention_importance,
     modality_importance,
     modality_means,
 )
-from qig_serve.offline.capture import catch_call
+from qig_serve.offline.passes.capture import catch_call
 
 
 def make_batch(answered: bool = True) -> SimpleNamespace:

@@ -15,15 +15,14 @@ from PIL import Image
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
-from qig_serve.offline.calibration import (
+from qig_serve.offline.calibration.batches import (
     calibration_sha256,
-    load_samples,
     make_batches,
     token_counts,
 )
-from qig_serve.offline.ranks import Ranks
+from qig_serve.offline.calibration.sources import CAPTION_QUESTION, CAPTIONS, load_calibration
+from qig_serve.offline.processes import Ranks
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.sources import CAPTION_QUESTION, CAPTIONS
 from qig_serve.samples import Sample, sample_from_parts
 
 
@@ -138,10 +137,10 @@ def test_jsonl_is_sampled_by_seed(tmp_path: Path) -> None:
     ]
     (tmp_path / "s.jsonl").write_text("\n".join(lines))
     source = str(tmp_path / "s.jsonl")
-    first = [s.id for s in load_samples(source, 8, seed=1)]
-    assert len(first) == 8 and first == [s.id for s in load_samples(source, 8, seed=1)]
-    assert first != [s.id for s in load_samples(source, 8, seed=2)]
-    assert len(load_samples(source, 100)) == 30
+    first = [s.id for s in load_calibration(source, 8, seed=1)]
+    assert len(first) == 8 and first == [s.id for s in load_calibration(source, 8, seed=1)]
+    assert first != [s.id for s in load_calibration(source, 8, seed=2)]
+    assert len(load_calibration(source, 100)) == 30
 
 
 def test_llava_conversations(tmp_path: Path) -> None:
@@ -158,19 +157,21 @@ def test_llava_conversations(tmp_path: Path) -> None:
         ],
     }
     (tmp_path / "llava.json").write_text(json.dumps([record]))
-    (sample,) = load_samples(str(tmp_path / "llava.json"), 4, image_folder=str(tmp_path / "images"))
+    (sample,) = load_calibration(
+        str(tmp_path / "llava.json"), 4, image_folder=str(tmp_path / "images")
+    )
     assert sample.id == "x" and sample.answer == "red"
     assert [m["role"] for m in sample.messages] == ["user", "assistant", "user"]
     assert [p["type"] for p in sample.messages[0]["content"]] == ["image", "text"]
     with pytest.raises(UserError, match=r"record 0: the image .*a\.png does not exist"):
-        load_samples(str(tmp_path / "llava.json"), 4)
+        load_calibration(str(tmp_path / "llava.json"), 4)
 
 
 def test_folder_with_captions_beside(tmp_path: Path) -> None:
     _image(tmp_path / "a.png")
     _image(tmp_path / "no-caption.png")
     (tmp_path / "a.txt").write_text("a red field\n")
-    (sample,) = load_samples(str(tmp_path), 4)
+    (sample,) = load_calibration(str(tmp_path), 4)
     assert (sample.id, sample.answer, len(sample.images)) == ("a.png", "a red field", 1)
 
 
@@ -178,18 +179,18 @@ def test_folder_with_csv(tmp_path: Path) -> None:
     _image(tmp_path / "a.png")
     with (tmp_path / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["file_name", "text"], ["a.png", "red, and flat"]])
-    (sample,) = load_samples(str(tmp_path), 4)
+    (sample,) = load_calibration(str(tmp_path), 4)
     assert sample.answer == "red, and flat"
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"captions\.csv, line 2: the image"):
-        load_samples(str(tmp_path), 4)
+        load_calibration(str(tmp_path), 4)
 
 
 def test_demo_calibration_is_not_the_test_set() -> None:
     from qig_serve.demo.questions import samples as draw
     from qig_serve.samples import sample_sha256
 
-    calibration = {sample_sha256(s) for s in load_samples("demo", 16)}
+    calibration = {sample_sha256(s) for s in load_calibration("demo", 16)}
     test = {
         sample_sha256(sample_from_parts(s.id, s.type, s.image, s.question, s.answer))
         for s in draw("test", 16)
@@ -218,12 +219,12 @@ def test_demo_calibration_is_not_the_test_set() -> None:
 )
 def test_refused_sources(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_samples(make(tmp_path), 4)
+        load_calibration(make(tmp_path), 4)
 
 
 def test_text_only_on_request(tmp_path: Path) -> None:
     path = _write(tmp_path / "t.jsonl", '{"messages": [{"role": "user", "content": "Hi"}]}')
-    assert len(load_samples(str(path), 4, text_only=True)) == 1
+    assert len(load_calibration(str(path), 4, text_only=True)) == 1
 
 
 class _Rows(list[dict[str, Any]]):
@@ -265,14 +266,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def test_hugging_face_columns_are_mapped(hub: list[tuple[Any, ...]]) -> None:
     source = "hf:some/captions?split=val&config=en&image=picture&question=q&answer=answer"
-    samples = load_samples(source, 3, seed=1)
+    samples = load_calibration(source, 3, seed=1)
     assert hub == [("some/captions", "en", "val")]
     assert [s.answer for s in samples] == ["a1", "a2", "a3"]  # the first of several captions
     assert [s.id for s in samples] == ["some/captions-0", "some/captions-1", "some/captions-2"]
     parts = samples[0].messages[0]["content"]
     assert [p["type"] for p in parts] == ["image", "text"] and parts[1]["text"] == "What 1?"
     assert samples[0].images[0].size == (40, 30)
-    (caption,) = load_samples("hf:some/captions", 1)  # the usual names, and our question
+    (caption,) = load_calibration("hf:some/captions", 1)  # the usual names, and our question
     assert hub[1] == ("some/captions", None, "train")
     assert caption.answer == "0" and caption.messages[0]["content"][1]["text"] == CAPTION_QUESTION
 
@@ -281,7 +282,7 @@ def test_image_caption_pairs_are_the_default(hub: list[tuple[Any, ...]]) -> None
     recipe = QuantRecipe()
     assert recipe.samples == 128 and recipe.calib == CAPTIONS
     with pytest.raises(UserError, match="no column 'question'; the columns are picture, image, q"):
-        load_samples(recipe.calib, recipe.samples)
+        load_calibration(recipe.calib, recipe.samples)
     assert hub == [("lmms-lab/COCO-Caption2017", None, "val")]
 
 
@@ -295,13 +296,13 @@ def test_image_caption_pairs_are_the_default(hub: list[tuple[Any, ...]]) -> None
 )
 def test_wrong_hugging_face_sources(hub: list[tuple[Any, ...]], source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_samples(source, 4)
+        load_calibration(source, 4)
 
 
 def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs `pip install datasets`; or say with --calib"):
-        load_samples("hf:some/captions", 4)
+        load_calibration("hf:some/captions", 4)
 
 
 # --- through the whole command -------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qig_serve.formats import SCHEMES, QuantScheme
-from qig_serve.offline import channel_scales
-from qig_serve.offline.channel_scales import (
+from qig_serve.offline.equalization import channel_scales
+from qig_serve.offline.equalization.channel_scales import (
     TokenMoments,
     _token_noise,
     _weight_noise,

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from tiny_models import FAMILIES, tiny_model
 
+from qig_serve.architectures import ARCHITECTURES
 from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
 from qig_serve.inspection import verify
 from qig_serve.manifest import read_quantization_config
-from qig_serve.offline.architectures import ARCHITECTURES
-from qig_serve.offline.compressed_tensors import convert_linear, quantization_config
+from qig_serve.offline.checkpoint.compressed_tensors import convert_linear, quantization_config
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
 from qig_serve.packing import minmax_params, pack_linear, unpack_linear
@@ -154,8 +154,8 @@ def test_what_is_published(calibration: Path, tmp_path: Path) -> None:
 def test_a_run_killed_while_it_published_is_resumed(
     calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qig_serve.offline import checkpoint as module
     from qig_serve.offline import pipeline
+    from qig_serve.offline.checkpoint import writer as module
 
     source = tiny_model("llava", tmp_path / "source")
     for form in ("qig", "compressed-tensors"):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
-from qig_serve.offline import adapter
-from qig_serve.offline.calibration import make_batches
-from qig_serve.offline.convert import convert, convert_config, convert_tensor
-from qig_serve.offline.sentencepiece_tokenizer import build
+from qig_serve.offline.calibration.batches import make_batches
+from qig_serve.offline.source import loaded_model
+from qig_serve.offline.source.internvl2 import convert, convert_config, convert_tensor
+from qig_serve.offline.source.sentencepiece_tokenizer import build
 from qig_serve.samples import sample_from_parts
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VIT = 4, 2, 64, 256, 128
@@ -214,7 +214,7 @@ def test_the_port_takes_a_picture_and_can_be_quantized(
     published: tuple[Path, Any], tmp_path: Path
 ) -> None:
     output = convert(published[0], tmp_path / "port")
-    loaded = adapter.load(output)
+    loaded = loaded_model.load(output)
     sample = sample_from_parts("1", "all", Image.new("RGB", (56, 56)), "what color ?", "the star")
     (batch,) = make_batches([sample], loaded.processor, loaded.image_token_id)
     text = loaded.processor.decode(batch.inputs["input_ids"][0])

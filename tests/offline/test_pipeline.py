@@ -17,17 +17,19 @@ from qig_serve.demo.model import ModelSpec, make_model, make_processor, save_mod
 from qig_serve.demo.questions import samples, write_jsonl
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme, tensor_specs
-from qig_serve.manifest import HASHES_FILE, read_quantization_config
+from qig_serve.hashes import HASHES_FILE, file_sha256
+from qig_serve.manifest import read_quantization_config
 from qig_serve.offline import pipeline
-from qig_serve.offline.adapter import load
-from qig_serve.offline.calibration import load_samples, make_batches
-from qig_serve.offline.checkpoint import file_sha256
-from qig_serve.offline.equalize import equalize_group
-from qig_serve.offline.parts import capture_parts
+from qig_serve.offline.calibration.batches import make_batches
+from qig_serve.offline.calibration.sources import load_calibration
+from qig_serve.offline.equalization.group import equalize_group
+from qig_serve.offline.passes.parts import capture_parts
+from qig_serve.offline.passes.streams import Streams
+from qig_serve.offline.placement import ACTIVATIONS
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.report_data import QuantizationReport
+from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.rounding.block import round_block
-from qig_serve.offline.streams import Streams
+from qig_serve.offline.source.loaded_model import load
 from qig_serve.packing import fake_quantize_activation, unpack_linear
 
 TINY = ModelSpec(
@@ -104,7 +106,7 @@ def streams_of(model_dir: Path, calib: str, **fields: Any) -> tuple[Any, Streams
     r = recipe(calib, **fields)
     loaded = load(model_dir)
     batches = make_batches(
-        load_samples(calib, 8, 0),
+        load_calibration(calib, 8, 0),
         loaded.processor,
         loaded.image_token_id,
         batch_tokens=r.batch_tokens,
@@ -208,7 +210,9 @@ def test_quantized_stream_is_the_checkpoint(
     reference.model.language_model.layers[-1].register_forward_hook(hook("full"))
     loaded = load(model_dir)
     error = energy = 0.0
-    for batch in make_batches(load_samples(calib, 8, 0), loaded.processor, loaded.image_token_id):
+    for batch in make_batches(
+        load_calibration(calib, 8, 0), loaded.processor, loaded.image_token_id
+    ):
         with torch.no_grad():
             full(**batch.inputs)
             reference(**batch.inputs)
@@ -411,7 +415,7 @@ def test_fallbacks_are_printed_and_can_be_allowed_later(
     assert not out.exists() and (tmp_path / ".out.partial").is_dir()
     log = (tmp_path / ".out.partial" / pipeline.LOG_FILE).read_text()
     assert "fallback 1: layer 1, mlp.down_proj" in log and "stopped: 1 steps fell back" in log
-    assert not (tmp_path / ".out.partial" / pipeline.ACTIVATIONS / "0").exists()
+    assert not (tmp_path / ".out.partial" / ACTIVATIONS / "0").exists()
 
     calls[:] = [1] * 8  # neither the dry run nor layer 0 is done again
     allowed = recipe(calib, allow_fallbacks=True, **fields)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
 from qig_serve.offline.pipeline import LOG_FILE, quantize
-from qig_serve.offline.ranks import ALONE, Ranks
+from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.report_data import REPORT_FILE, QuantizationReport
+from qig_serve.offline.results import REPORT_FILE, QuantizationReport
 
 
 def fields(calib: str, **more: Any) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def test_a_killed_process_ends_the_other(
 
 
 def test_samples_are_dealt_out() -> None:
-    parts = [Ranks(rank, 3).part(list(range(8))) for rank in range(3)]
+    parts = [Ranks(rank, 3).shard(list(range(8))) for rank in range(3)]
     assert parts == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
@@ -254,7 +254,11 @@ def test_one_process_exchanges_nothing() -> None:
     tensor = torch.tensor([1.0, 2.0])
     ALONE.sum(tensor)
     ALONE.maximum(tensor)
-    ALONE.spread(tensor)
-    assert tensor.tolist() == [1, 2] and ALONE.total(1, 2) == [1, 2] and ALONE.share("x") == "x"
-    ALONE.agree(ValueError())
+    ALONE.broadcast(tensor)
+    assert (
+        tensor.tolist() == [1, 2]
+        and ALONE.total(1, 2) == [1, 2]
+        and ALONE.broadcast_object("x") == "x"
+    )
+    ALONE.barrier(ValueError())
     assert ALONE.writes

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
+from qig_serve.offline.importance.weights import SOURCES
 from qig_serve.offline.recipe import (
     METHODS,
     PRESETS,
     ROUNDINGS,
     Damping,
     QuantRecipe,
+    TokenWeightSource,
     load_recipe,
     make_recipe,
 )
@@ -50,6 +53,10 @@ def test_damping_is_the_recipes() -> None:
 def test_a_rounding_method_is_a_file_and_a_row(name: str) -> None:
     module = import_module(f"qig_serve.offline.rounding.{ROUNDINGS[name].module}")
     assert callable(module.round_weight) and QuantRecipe(rounding=name).rounding == name
+
+
+def test_every_source_of_token_weights_has_a_function() -> None:
+    assert set(get_args(TokenWeightSource)) == set(SOURCES)
 
 
 def test_baseline_follows_the_scheme() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import itertools
 import json
+import os
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,21 @@ import torch
 import yaml
 from PIL import Image
 
-from qig_serve.offline.pictures import TokenPicture, overlay, picture_png
-from qig_serve.offline.report import add_evaluation, write_reports
-from qig_serve.offline.report_data import (
+from qig_serve.inspection import verify
+from qig_serve.offline.disk import ResumableError, write_hashes
+from qig_serve.offline.report.drawing import overlay, picture_png
+from qig_serve.offline.report.pictures import TokenPicture
+from qig_serve.offline.report.token_map import grid_boxes
+from qig_serve.offline.report.write import add_evaluation, write_reports
+from qig_serve.offline.results import (
     BlockReport,
     LinearReport,
     ModuleReport,
     QuantizationReport,
     TokenShare,
 )
-from qig_serve.offline.token_map import grid_boxes
+
+WRITES = os.O_WRONLY | os.O_RDWR
 
 
 def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
@@ -238,14 +246,65 @@ def test_an_evaluation_can_be_added_later(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
     write_reports(make_report(), late, CONFIG, None, [make_picture()])
+    write_hashes(late)
     add_evaluation(late, EVALUATION)
     write_reports(make_report(), early, CONFIG, None, [make_picture()], EVALUATION)
     for name in ("report.json", "report.html", "README.md"):
         assert (late / name).read_text() == (early / name).read_text()
-    manifest = json.loads((late / "qig_manifest.json").read_text())
-    digest = hashlib.sha256((late / "README.md").read_bytes()).hexdigest()
-    assert manifest["files"]["README.md"] == digest
-    assert not list(late.glob("*.tmp"))
+    assert verify(late) == [] and {p.name for p in tmp_path.iterdir()} == {"late", "early"}
+
+
+def test_a_kill_while_an_evaluation_is_added_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
+    """kill -9 before each change on disk: the old files or the new ones, never some of each."""
+    folder = tmp_path / "checkpoint"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    (folder / "sub" / "weights.bin").write_bytes(b"w" * 1000)
+    write_reports(make_report(blocks=1), folder, CONFIG)
+    write_hashes(folder)
+    before, seen = (folder / "report.json").read_text(), []
+    for number in itertools.count():
+        child = os.fork()
+        if child == 0:
+            left = number
+
+            def die(event: str, args: tuple[Any, ...]) -> None:
+                nonlocal left
+                writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
+                if writes or event in ("os.rename", "os.link", "os.mkdir", "os.remove"):
+                    left -= 1
+                    if left < 0:
+                        os._exit(9)
+
+            sys.addaudithook(die)
+            add_evaluation(folder, EVALUATION)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert verify(folder) == []
+        seen.append((folder / "report.json").read_text() != before)
+        if status == 0:
+            break
+        assert status == 9
+    assert seen == sorted(seen) and not seen[0] and seen[-1] and len(seen) > 10
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    write_reports(make_report(blocks=1), folder, CONFIG)
+    write_hashes(folder)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ResumableError, match="the disk is full"):
+        add_evaluation(folder, EVALUATION)
+    assert verify(folder) == [] and [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_every_module_left_alone_has_a_reason(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from PIL import Image
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
+from qig_serve.offline import explain
 from qig_serve.offline.explain import explain_sample
-from qig_serve.offline.token_map import heat_map
+from qig_serve.offline.report.token_map import heat_map
 
 GREY, CHANNEL = (128, 128, 128), 5
 
@@ -128,6 +130,21 @@ def test_command_writes_page_and_png(
 def test_a_missing_picture_is_named(planted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.png does not exist"):
         explain_sample(planted, [tmp_path / "none.png"], "What?", None, _layers(0))
+
+
+def test_tokens_that_cannot_be_mapped_are_refused_before_the_layers(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs(*args: Any) -> None:
+        raise AssertionError("a layer was run")
+
+    def refuses(*args: Any) -> None:
+        raise UserError("cannot be mapped")
+
+    monkeypatch.setattr(explain, "explain_layers", runs)
+    monkeypatch.setattr("qig_serve.offline.report.pictures.token_boxes", refuses)
+    with pytest.raises(UserError, match="cannot be mapped"):
+        explain_sample(planted, [_picture(tmp_path / "p.png", 1, 1)], "What?", None, _layers(0))
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

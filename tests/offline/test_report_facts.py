@@ -13,9 +13,9 @@ from PIL import Image
 
 from qig_serve.demo import MODEL_DIR
 from qig_serve.formats import get_scheme
-from qig_serve.offline.pictured import PicturedWeights
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
+from qig_serve.offline.report.pictures import KeptWeights
 from qig_serve.offline.rounding.linear import clipping
 from qig_serve.offline.rounding.rounded import RoundedLinear
 from qig_serve.packing import minmax_params
@@ -73,7 +73,7 @@ def test_a_sample_without_a_picture_is_named() -> None:
         answer_mask=torch.tensor([[False, False, True]]),
         token_mask=torch.ones(1, 3, dtype=torch.bool),
     )
-    pictured = PicturedWeights((0,), [batch], {(0, 0): sample})  # type: ignore[list-item]
-    pictured.keep(0, "qkv", [torch.full((1, 3), 1 / 3)])
-    assert pictured.pictures(SimpleNamespace(model_type="mystery"), None) == []
-    assert pictured.unmapped[0].startswith("No picture of sample 7: pictures of mystery cannot")
+    kept = KeptWeights((0,), [batch], {(0, 0): sample})  # type: ignore[list-item]
+    kept.keep(0, "qkv", [torch.full((1, 3), 1 / 3)])
+    assert kept.pictures(SimpleNamespace(model_type="mystery"), None) == []
+    assert kept.unmapped[0].startswith("No picture of sample 7: models of type 'mystery' are not")

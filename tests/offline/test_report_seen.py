@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qig_serve.offline import plots
-from qig_serve.offline.report_page import render_html
+from qig_serve.offline.report import plots
+from qig_serve.offline.report.page import render_html
 
 # What people without one kind of cone see, in linear RGB (Machado, Oliveira and Fernandes 2009,
 # severity 1).

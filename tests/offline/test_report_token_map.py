@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from qig_serve.errors import UserError
-from qig_serve.offline.token_map import grid_boxes, heat_map, token_boxes
+from qig_serve.offline.report.token_map import grid_boxes, heat_map, token_boxes
 
 Built = tuple[Any, Any, Any]  # model, processor, config
 
@@ -293,7 +293,7 @@ def test_mass_is_kept_and_tiles_add_up() -> None:
 
 def test_what_cannot_be_mapped_is_said() -> None:
     config = SimpleNamespace(model_type="mystery", image_token_id=5)
-    with pytest.raises(UserError, match="mystery cannot be mapped; known: .*qwen2_vl"):
+    with pytest.raises(UserError, match="'mystery' are not supported; known types: .*qwen2_vl"):
         token_boxes(config, None, {"input_ids": [[5]]}, [])
     _, processor, llava = _llava(crop=False)
     with pytest.raises(UserError, match="3 tokens, but 64 places"):

@@ -10,9 +10,15 @@ from test_smoothing import NORM_MLP, NORM_QKV, UP_DOWN, V_O, make_block
 
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
-from qig_serve.offline.capture import ModuleCall, catch_call, run_module
-from qig_serve.offline.parts import inner_names
-from qig_serve.offline.search import Candidate, SearchBatch, best, evaluate_candidates, token_loss
+from qig_serve.offline.equalization.search import (
+    Candidate,
+    SearchBatch,
+    best,
+    evaluate_candidates,
+    token_loss,
+)
+from qig_serve.offline.passes.capture import ModuleCall, catch_call, run_module
+from qig_serve.offline.passes.parts import inner_names
 from qig_serve.packing import fake_quantize, fake_quantize_activation
 
 

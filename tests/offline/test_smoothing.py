@@ -11,8 +11,8 @@ from torch import nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-from qig_serve.offline.architectures import SmoothingGroup
-from qig_serve.offline.smoothing import (
+from qig_serve.architectures import SmoothingGroup
+from qig_serve.offline.equalization.smoothing import (
     fold,
     group_scales,
     power_scales,

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
-from qig_serve.inspection import INDEX_FILE, inspect, require_sound, verify
-from qig_serve.offline.checkpoint import write_hashes
+from qig_serve.inspection import inspect, require_sound, verify
+from qig_serve.model_directory import INDEX_FILE
+from qig_serve.offline.disk import write_hashes
 
 DOWN = "language_model.model.layers.1.mlp.down_proj"
 SHARD = "model.safetensors"
