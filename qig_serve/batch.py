@@ -96,15 +96,14 @@ async def _run(
     give_way: bool,
 ) -> Totals:
     from qig_serve.serving import media  # noqa: F401  registers the media connector
-    from qig_serve.vllm_plugin import compat
+    from qig_serve.vllm_plugin import compat, patches
 
     async with compat.engine_client()(args) as engine:
         tasks = await engine.get_supported_tasks()
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM stops it if the engine dies
-        app.user_middleware.clear()  # logs, CORS, HTTP metrics: there is no connection
-        app.middleware_stack = None  # vLLM has built it already
+        patches.drop_middlewares(app)
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
             folder = source if source.is_dir() else source.parent

@@ -121,9 +121,9 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
 
     compat.serve_command().cmd(args)
 
-    from qig_serve.serving import safeguards
+    from qig_serve.serving.engine_watch import THIS_PROCESS
 
-    if safeguards.engine_died:
+    if THIS_PROCESS.died:
         print("qig-serve serve: the engine died; its own messages are above", flush=True)
         return 1
     return 0

@@ -1,6 +1,6 @@
 """qig checkpoints in plain transformers, dequantized: for evaluation, not for speed.
 
-    import qig_serve
+    import qig_serve.transformers_plugin
     model = AutoModelForImageTextToText.from_pretrained(DIR)
 
 The weights become ordinary linears in the dtype asked for. With w4a8 the inputs of the quantized
