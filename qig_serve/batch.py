@@ -77,7 +77,7 @@ def generate(
         raise UserError(f"{source}: no requests in it")
     set_environment(Limits())
     args = parse_flags(directory, flags)
-    args.disable_log_stats = True  # the progress bar says it, at no cost a token
+    args.disable_log_stats = True  # the progress bar shows it, at no cost per token
     defaults["model"] = (args.served_model_name or [args.model])[0]
     results = Results(output, resume)
     try:
@@ -110,7 +110,7 @@ async def _run(
             handler = getattr(app.state, "openai_serving_chat", None)  # of models that generate
             chat = in_process.chat_of(handler) if handler else None
             runner = _Runner(app, engine, folder, results, progress, chat)
-            if give_way:  # where cores are few, a step of the engine waits for this thread else
+            if give_way:  # with few cores the engine's steps would wait for this thread
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
             gc.collect()
             gc.freeze()  # walking all that vLLM loaded took a third of this process's time
@@ -189,7 +189,7 @@ class _Runner:
 
 
 class _ProgressBar:
-    """A progress bar on stderr with requests and tokens a second; called with the totals."""
+    """A progress bar on stderr with requests and tokens per second; called with the totals."""
 
     def __init__(self, total: int, quiet: bool = False) -> None:
         from rich.console import Console

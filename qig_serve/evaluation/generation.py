@@ -91,7 +91,7 @@ def _through_vllm(
     from vllm.platforms import current_platform
 
     class Bar(tqdm):
-        """What vLLM takes for its progress bar; draws nothing and tells `progress`."""
+        """What vLLM takes for its progress bar; draws nothing and reports to `progress`."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 3600})

@@ -1,6 +1,6 @@
 """Where pictures may come from: vLLM's media connector with the doors closed.
 
-vLLM fetches any URL unless told otherwise, follows redirects, and connects to whatever address a
+vLLM fetches any URL by default, follows redirects, and connects to whatever address a
 name resolves to. Here remote pictures are off unless domains were allowed, and an address is
 checked where the connection is made, so a name cannot resolve to one thing when checked and to
 another when connected to. Importing this module registers the connector as `qig`; the server

@@ -33,7 +33,7 @@ def test_facts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "w3a16: 3-bit weights, groups of 128, 16-bit activations" in out
     # 3 bits, and in every group of 128 a 16-bit scale and an 8-bit zero point.
-    assert "14 linears, 3.188 bits a weight" in out
+    assert "14 linears, 3.188 bits per weight" in out
     assert "verified: every file is as it was written" in out
     assert re.search(r"self_attn\.q_proj +2 +256 x 256 +3\.188", out)
     assert re.search(r"vision_tower +\d+ KB", out)
