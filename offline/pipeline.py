@@ -26,6 +26,7 @@ from torch import nn
 
 from qig_serve import __version__
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 from qig_serve.formats import FORMAT_VERSION, QuantScheme, unsupported_shape
 from qig_serve.manifest import CalibrationInfo, QuantizationConfig
 from qig_serve.offline import adapter, compressed_tensors
@@ -74,6 +75,7 @@ def quantize(
     nothing left behind, when model, data or recipe are wrong; an interrupted run goes on with
     `resume`. Under torchrun the processes share the samples, and all return the report.
     """
+    require("matplotlib", "the report of a quantized model")
     recipe = recipe or QuantRecipe(calib="demo")
     if not recipe.quant_scheme.servable:
         raise UserError(f"{recipe.scheme} is for comparisons only: no server can load it")

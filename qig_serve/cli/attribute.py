@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
 
+    from qig_serve.extras import require
+
+    require("matplotlib", "the picture")
+
     from rich.console import Console
 
     from qig_serve.evaluation.table import progress_bars

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     make_recipes(args.schemes, args.methods, args.calib, args.samples, 0)  # wrong ones fail now
+    require("matplotlib", "the report of a quantized model")
 
     from rich.console import Console
 

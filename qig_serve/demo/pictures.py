@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from qig_serve.extras import require
+
 GRID = 6
 CELL = 24  # pixels
 IMAGE_SIZE = GRID * CELL  # pixels
@@ -89,6 +91,7 @@ class Scene:
 
 @functools.cache
 def _handwriting() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    require("sklearn", "the demonstration's pictures of handwritten digits")
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     data = load_digits()

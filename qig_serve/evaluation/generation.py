@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 from qig_serve.model_directory import model_dtype, read_config, text_config
 from qig_serve.samples import Sample, data_url, load_image
 
@@ -209,10 +210,8 @@ def ask_server(
 
     A failed request is not an answer: it is counted by itself and never scored.
     """
-    try:
-        from openai import OpenAI, OpenAIError
-    except ImportError:
-        raise UserError("--server needs the openai package: pip install openai") from None
+    require("openai", "--server")
+    from openai import OpenAI, OpenAIError
 
     base = url.rstrip("/")
     client = OpenAI(
