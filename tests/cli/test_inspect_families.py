@@ -131,3 +131,20 @@ def test_families_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ARCHITECTURES)
+
+
+def test_families_is_readable_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row per family: no column so narrow that its words stand below each other."""
+    from qig_serve.offline.architectures import ARCHITECTURES
+
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["families"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert lines[0].split()[0] == "model_type"
+    rows = lines[1 : len(ARCHITECTURES) + 1]
+    assert [row.split()[0] for row in rows] == list(ARCHITECTURES)
+    for row, family in zip(rows, ARCHITECTURES.values(), strict=True):
+        assert row.rstrip().endswith(family.note)
