@@ -24,6 +24,7 @@ import torch
 
 from qig_serve import __version__
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 from qig_serve.formats import QuantScheme, unsupported_shape
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.calibration.sources import load_calibration
@@ -77,6 +78,8 @@ def quantize(
     scheme = recipe.quant_scheme
     if plain and scheme.activation_bits is not None:
         raise UserError(f"{scheme.name} quantizes activations: ordinary weights cannot do that")
+    if not plain:
+        require("matplotlib", "the report of a quantized model")
     if not plain and not scheme.servable:
         raise UserError(f"{scheme.name} is for comparisons only: no server can load it")
     with joined() as ranks:

@@ -50,7 +50,7 @@ class QuantizedLinear:
 
     @property
     def bits(self) -> float:
-        """Bits a weight: codes, scales and zero points together."""
+        """Bits per weight: codes, scales and zero points together."""
         return 8 * self.nbytes / (self.n * self.k)
 
 
@@ -73,7 +73,7 @@ class Inspection:
 
     @property
     def bits(self) -> float:
-        """Bits a quantized weight on average; 0 when there is none."""
+        """Bits per quantized weight on average; 0 when there is none."""
         weights = sum(linear.n * linear.k for linear in self.linears)
         return 8 * sum(linear.nbytes for linear in self.linears) / weights if weights else 0.0
 
@@ -132,9 +132,9 @@ def require_sound(directory: Path) -> Inspection:
 
 
 def verify(directory: Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
-    """Every file against its sha256: what is wrong, a sentence a file; empty when all is well.
+    """Every file against its sha256: what is wrong, one sentence per file; empty when all is well.
 
-    `progress` is told what is done, how many files of it, and of how many.
+    `progress` is called with what is done, how many files so far, and how many in all.
     """
     if not (directory / HASHES_FILE).is_file():
         raise UserError(
@@ -162,7 +162,7 @@ def verify(directory: Path, progress: Callable[[str, int, int], None] | None = N
         name = path.relative_to(directory).as_posix()
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         if path.is_file() and name not in known and not hidden:
-            wrong.append(f"{name}: not in the manifest, so nobody vouches for it")
+            wrong.append(f"{name}: not in the manifest, so it cannot be checked")
     return wrong
 
 
@@ -191,7 +191,7 @@ def _collect_linears(found: Inspection) -> None:
             elif tensor.shape != spec.shape or tensor.dtype not in dtypes:
                 found.problems.append(
                     f"{linear}.{suffix}: {tensor.dtype} {list(tensor.shape)} in {tensor.file}, but "
-                    f"{scheme.name} wants {'/'.join(dtypes)} {list(spec.shape)}"
+                    f"{scheme.name} needs {'/'.join(dtypes)} {list(spec.shape)}"
                 )
             else:
                 nbytes += tensor.nbytes
@@ -220,7 +220,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _check_index(found: Inspection) -> None:
-    """The index, which tells vLLM what to read, against what the shards hold."""
+    """The index, from which vLLM knows what to read, against what the shards hold."""
     path = found.directory / INDEX_FILE
     if not path.is_file():
         return

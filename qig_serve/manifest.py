@@ -1,6 +1,6 @@
 """What a qig checkpoint says about itself: `quantization_config` in config.json.
 
-Read from outside, so validated strictly: a field nobody knows, or a version from the future, is
+Read from outside, so validated strictly: an unknown field, or a version from the future, is
 an error and not a guess.
 """
 

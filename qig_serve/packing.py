@@ -80,7 +80,7 @@ def fake_quantize(
 
 
 def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [..., K] and fp32 scale [..., 1]: symmetric, one scale a token.
+    """int8 codes [..., K] and fp32 scale [..., 1]: symmetric, one scale per token.
 
     scale = max |x| / 127; codes = round half to even (x / scale), within -127..127. A token of
     zeros gets scale 1 and zero codes.
@@ -90,7 +90,7 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
-    """Quantize and dequantize activations a token; same dtype as `x`."""
+    """Quantize and dequantize activations token by token; same dtype as `x`."""
     codes, scale = _activation_codes(x)
     return codes.mul_(scale).to(x.dtype)
 
@@ -110,7 +110,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     n, k = codes.shape
     if k % 32:
-        raise ValueError(f"packing needs a multiple of 32 codes a row, got {k}")
+        raise ValueError(f"packing needs a multiple of 32 codes per row, got {k}")
     low, high = (0, (1 << bits) - 1)
     if codes.dtype == torch.int8:
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1

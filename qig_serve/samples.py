@@ -61,7 +61,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Turned as its EXIF data say, transparency on white, the first picture of an animation: vLLM
     does the same. 16-bit greys keep their upper 8 bits, where vLLM and Pillow would cut at 255.
-    Refused besides what is damaged: more pixels than twice Pillow's limit (179 million), sides
+    Also refused, besides damaged files: more pixels than twice Pillow's limit (179 million), sides
     more than 200 times as long as each other (a processor that makes the short side 336 would
     make billions of pixels of 1 x 65535), and values without a known range (int32, float).
     """
@@ -110,8 +110,8 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise UserError(
-            f"{name} has {'float' if image.mode == 'F' else '32-bit'} pixels, of which nobody "
-            "knows the range: convert it to 8 bits"
+            f"{name} has {'float' if image.mode == 'F' else '32-bit'} pixels whose "
+            "range is not known: convert it to 8 bits"
         )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -186,7 +186,7 @@ def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list
     if not samples:
         if unscored:
             raise UserError(f"{path}: no line has an answer, so there is nothing to score")
-        raise UserError(f"{path} holds no samples: one JSON object a line is wanted")
+        raise UserError(f"{path} holds no samples: it needs one JSON object per line")
     return samples
 
 

@@ -17,17 +17,17 @@ from qig_serve.model_directory import read_manifest
 from qig_serve.serving.limits import Limits
 
 DRAIN_SECONDS = 30
-"""How long SIGTERM waits for requests that are running, unless --shutdown-timeout says else."""
+"""How long SIGTERM waits for requests that are running, unless --shutdown-timeout is given."""
 
 SEQUENCES_A_REQUEST = 128
 """Answers (`n`), and prompts, that one request may ask for; vLLM's 16,384 and 1,024 let one
 request keep all others waiting for minutes. VLLM_MAX_N_SEQUENCES and VLLM_MAX_COMPLETION_PROMPTS
-say else."""
+change them."""
 
 CPU_CACHE_GIB = 4
 """Memory for the KV cache on a CPU, or a quarter of what is free if that is less; vLLM would take
 (and touch, before it answers) nine tenths of the machine. --kv-cache-memory-bytes,
---gpu-memory-utilization and VLLM_CPU_KVCACHE_SPACE say else."""
+--gpu-memory-utilization and VLLM_CPU_KVCACHE_SPACE change it."""
 
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
@@ -92,7 +92,7 @@ def set_environment(limits: Limits) -> None:
 
 
 def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
-    """Serve until stopped; 0 if it was told to stop, 1 if its engine died.
+    """Serve until stopped; 0 if it was asked to stop, 1 if its engine died.
 
     UserError if the directory is no qig checkpoint, or a flag is unsafe.
     """
@@ -121,9 +121,9 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
 
     compat.serve_command().cmd(args)
 
-    from qig_serve.serving import safeguards
+    from qig_serve.serving.engine_watch import THIS_PROCESS
 
-    if safeguards.engine_died:
+    if THIS_PROCESS.died:
         print("qig-serve serve: the engine died; its own messages are above", flush=True)
         return 1
     return 0

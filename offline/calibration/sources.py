@@ -206,7 +206,8 @@ def _hugging_face(source: str, n: int, seed: int) -> list[Sample]:
         import datasets
     except ImportError:
         raise UserError(
-            f"{source} needs `pip install datasets`; or name other data with --calib"
+            f"{source} needs the package datasets: pip install 'qig-serve[datasets]', or name "
+            "other data with --calib"
         ) from None
     try:
         stream = datasets.load_dataset(

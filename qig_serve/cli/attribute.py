@@ -46,7 +46,7 @@ def parse_layers(text: str | None, count: int) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--layers wants numbers with commas between, not {text!r}") from None
+        raise UserError(f"--layers takes numbers separated by commas, not {text!r}") from None
     for number in numbers:
         if not -count <= number < count:
             raise UserError(f"the model has layers 0 to {count - 1}, not {number}")
@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"the folder of {path} does not exist")
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
+
+    from qig_serve.extras import require
+
+    require("matplotlib", "the picture")
 
     from rich.console import Console
 

@@ -29,7 +29,7 @@ def answers_right(
 ) -> list[bool]:
     """Whether greedy decoding would answer each sample exactly.
 
-    Teacher-forced: a greedy answer is right exactly when each token is the likeliest one
+    Teacher-forced: a greedy answer is right exactly when each token is the most likely one
     after the right ones before it.
     """
     dtype = next(model.parameters()).dtype

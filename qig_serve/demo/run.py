@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 
 SCHEMES = ("w3a16", "w4a8")
 METHODS = ("rtn", "qig", "qig+")
@@ -45,6 +46,7 @@ def run_demo(
     from qig_serve.evaluate import evaluate_many, load_samples, write_json
     from qig_serve.evaluation.table import print_whole, progress_bars, results_table
 
+    require("openai", "the demonstration")
     if json_path is not None:
         json_path.absolute().parent.mkdir(parents=True, exist_ok=True)
     console = Console(quiet=quiet)

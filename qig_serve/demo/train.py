@@ -48,7 +48,7 @@ class Settings:
 
     minutes: float = 65.0
     processes: int = 2
-    pictures: int = 24  # a step, over all processes
+    pictures: int = 24  # per step, over all processes
     vision_pictures: int = 64
     vision_share: float = 0.05  # of the time
     warmup_share: float = 0.015

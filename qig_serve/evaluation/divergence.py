@@ -46,7 +46,7 @@ class Divergence:
     kl_p99: float
     kl_max: float
     top1: float
-    """Share of answer tokens on which both models' likeliest token is the same."""
+    """Share of answer tokens on which both models' most likely token is the same."""
     perplexity: float
     perplexity_reference: float
     kl_by_type: dict[str, float]

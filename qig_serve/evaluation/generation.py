@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 from qig_serve.model_directory import model_dtype, read_config, text_config
 from qig_serve.samples import Sample, data_url, load_image
 
@@ -91,7 +92,7 @@ def _through_vllm(
     from vllm.platforms import current_platform
 
     class Bar(tqdm):
-        """What vLLM takes for its progress bar; draws nothing and tells `progress`."""
+        """What vLLM takes for its progress bar; draws nothing and reports to `progress`."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 3600})
@@ -209,10 +210,8 @@ def ask_server(
 
     A failed request is not an answer: it is counted by itself and never scored.
     """
-    try:
-        from openai import OpenAI, OpenAIError
-    except ImportError:
-        raise UserError("--server needs the openai package: pip install openai") from None
+    require("openai", "--server")
+    from openai import OpenAI, OpenAIError
 
     base = url.rstrip("/")
     client = OpenAI(

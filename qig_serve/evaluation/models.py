@@ -21,7 +21,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # ours tells how far things are
+    logging.disable_progress_bar()  # there is one of ours
     if quantization(directory):
         from qig_serve.transformers_plugin import load_dequantized
 

@@ -71,7 +71,7 @@ class Report:
     tensor_parallel_refused: Mapping[int, str]
     """Sizes that do not fit, of tensor_parallel.SIZES and the one asked for -> why."""
     kv_bytes_per_token: int | None
-    """KV cache a token, over all devices; None if config.json does not tell."""
+    """KV cache per token, over all devices; None if config.json does not say."""
     recovery: dict[str, Any] | None
     """What `quantize --evaluate` found, full precision and this checkpoint; None without it."""
 
@@ -111,7 +111,7 @@ class Report:
         )
         needed = f"{_gib(self.memory_bytes)} of weights"
         if self.kv_bytes_per_token is not None:
-            needed += f" and {self.kv_bytes_per_token / 1024:g} KiB of KV cache a token"
+            needed += f" and {self.kv_bytes_per_token / 1024:g} KiB of KV cache per token"
         rows = [
             ("checkpoint", f"{self.manifest.scheme}, quantized with {self.manifest.method}"),
             ("recovery", _recovery_in_words(self.recovery)),
@@ -289,7 +289,7 @@ def _recovery_in_words(recovery: dict[str, Any] | None) -> str:
         f"{recovery['exact_match_full_precision']:.1%}, on {recovery['questions']} questions"
     )
     if recovery["kl_mean"] is not None:
-        words += f"; KL {recovery['kl_mean']:.2g} nats a token, top-1 agreement "
+        words += f"; KL {recovery['kl_mean']:.2g} nats per token, top-1 agreement "
         words += f"{recovery['top1']:.1%}"
     return words
 

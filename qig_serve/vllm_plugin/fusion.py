@@ -4,9 +4,9 @@
     SiLU * mul           -> quantize -> w4a8     becomes  silu_mul_quantize  -> w4a8
 
 One kernel instead of two or three, and the 16-bit activation between them is never written: 112
-launches a step less on 28 layers. vLLM runs the pass after its own, on the graph that Inductor has
-decomposed and before vLLM lowers its RMSNorm (`vllm_ir`), so each pattern is written as the ops
-appear there; a graph without them is left as it is.
+fewer launches per step on 28 layers. vLLM runs the pass after its own, on the graph that Inductor
+has decomposed and before vLLM lowers its RMSNorm (`vllm_ir`), so each pattern is written as the
+ops appear there; a graph without them is left as it is.
 
 Off unless QIG_FUSE_QUANTIZATION=1: it has been tested on graphs, not timed on a GPU, and it is not
 exact against vLLM's own RMSNorm, which normalizes x + residual before rounding it to 16 bits where
@@ -32,7 +32,7 @@ _EPSILON = 1.25e-6  # stands for whatever epsilon a model has
 
 
 def install(vllm_config: Any) -> None:
-    """Have vLLM run the pass when it compiles; may be called once a layer.
+    """Have vLLM run the pass when it compiles; may be called for every layer.
 
     UserError if the place is taken by another pass.
     """

@@ -62,7 +62,7 @@ def device_capability() -> tuple[int, int] | None:
 
 @register_weight_loader_v2_supported_method
 class QigLinearMethod(LinearMethodBase):
-    """w3a16 and w4a8 linears; one object a layer, which knows the layer's name for messages."""
+    """w3a16 and w4a8 linears; one object per layer, which knows the layer's name for messages."""
 
     def __init__(self, config: QigConfig, prefix: str) -> None:
         self.scheme: QuantScheme = config.scheme

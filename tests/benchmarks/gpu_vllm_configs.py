@@ -29,7 +29,7 @@ class BenchModel:
     """How a model is made: its configuration, its processor, and the pictures it is shown."""
 
     family: str
-    """Row of offline/architectures.py and of the tiny models."""
+    """Row of qig_serve/architectures.py and of the tiny models."""
     vocabulary: int
     config: Callable[[Any, bool], Any]
     """(tokenizer, tiny) -> configuration."""

@@ -143,7 +143,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "group-size": (manifest(group_size=64), "the checkpoint says .*group_size=64"),
     "other-scheme": (
         manifest(scheme="w4a8", bits=4, group_size=None),
-        "weight_zero_point: w4a8 stores no|weight_scale: BF16 .* but w4a8 wants F32",
+        "weight_zero_point: w4a8 stores no|weight_scale: BF16 .* but w4a8 needs F32",
     ),
     "unknown-field": (manifest(code="print()"), "code"),
     "method-of-another": (manifest(quant_method="gptq"), "not a qig checkpoint"),

@@ -90,7 +90,7 @@ def test_recovery_is_the_reports(checkpoints: dict[str, Path], tmp_path: Path) -
         "kl_mean": 0.0057,
         "top1": 0.995,
     }
-    words = "88.0% exact match, full precision 90.0%, on 200 questions; KL 0.0057 nats a token"
+    words = "88.0% exact match, full precision 90.0%, on 200 questions; KL 0.0057 nats per token"
     assert any(words in line for line in report.lines())
     (tmp_path / "report.json").write_text('{"evaluation": {}}')
     with pytest.raises(UserError, match=r"report\.json: not a report of this version"):

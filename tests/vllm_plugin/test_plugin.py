@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -50,17 +49,6 @@ def test_registering_twice() -> None:
     register()
     register()
     assert get_quantization_config("qig") is QigConfig
-
-
-@pytest.mark.parametrize(("compiler", "expected"), [("no-such-compiler", "1"), ("sh", None)])
-def test_without_a_compiler_nothing_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, compiler: str, expected: str | None
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "")  # so that it is put back
-    monkeypatch.delenv("VLLM_CPU_CI_ENV")
-    monkeypatch.setenv("CXX", compiler)
-    register()
-    assert os.environ.get("VLLM_CPU_CI_ENV") == expected
 
 
 def test_bad_config_is_one_sentence() -> None:
