@@ -9,7 +9,6 @@ import resource
 import time
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from rich.console import Console
@@ -67,12 +66,7 @@ class RunProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._bar.stop()
         if error is not None:
             self._write(f"stopped: {str(error) or type(error).__name__}")

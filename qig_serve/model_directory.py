@@ -69,6 +69,21 @@ def load_config(directory: Path) -> Any:
         raise UserError(f"{path} is not a usable configuration: {reason}") from None
 
 
+def load_processor(directory: Path) -> Any:
+    """The processor; UserError when the directory has none, or none for images and chats."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} has no usable processor: {error}") from None
+    if getattr(processor, "tokenizer", None) is None:
+        raise UserError(f"{directory} has no image processor beside its tokenizer")
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise UserError(f"{directory} has no chat template, so it cannot be asked anything")
+    return processor
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that is the decoder's; all of it in older files."""
     text = config.get("text_config")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from qig_serve.offline.results import BlockReport, QuantizationReport
+    from qig_serve.offline.results import BlockReport, ModuleReport, QuantizationReport
 
 # Drawn in these colours, then handed to the page's style sheet under these names: the same
 # picture is readable on white and on black.
@@ -103,48 +103,53 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+Points = Sequence[tuple[int, str, float]]
+"""(block, name of the line, value)."""
+
+
+def _lines(axes: Any, points: Points, x: str, y: str) -> None:
+    """One line per name, across depth."""
+    for number, name in enumerate(dict.fromkeys(name for _, name, _ in points)):
+        own = [(block, value) for block, other, value in points if other == name]
+        series(axes, number, [p[0] for p in own], [p[1] for p in own], name)
+    finish(axes, x, y)
+
+
+def _of_modules(
+    report: QuantizationReport, value: Callable[[ModuleReport], float | None]
+) -> Points:
+    """A value of every searched module that has one, by its name."""
+    found = [(b.index, m.name, value(m)) for b in report.blocks for m in b.modules]
+    return sorted(
+        ((index, name, v) for index, name, v in found if v is not None), key=lambda p: p[1]
+    )
+
+
 def loss_plot(report: QuantizationReport) -> str | None:
     """Search loss over round-to-nearest's, one line per module, across depth."""
-    names = sorted({m.name for b in report.blocks for m in b.modules})
-    if not names:
+    points = _of_modules(report, lambda m: m.loss / m.loss_rtn if m.loss_rtn > 0 else None)
+    if not points:
         return None
     fig, axes = figure()
-    for number, name in enumerate(names):
-        points = [
-            (b.index, m.loss / m.loss_rtn)
-            for b in report.blocks
-            for m in b.modules
-            if m.name == name and m.loss_rtn > 0
-        ]
-        series(axes, number, [p[0] for p in points], [p[1] for p in points], name)
     axes.axhline(1, color=_INK, lw=1)
+    _lines(axes, points, "block", "loss / loss of RTN")
     axes.set_ylim(bottom=0)
-    finish(axes, "block", "loss / loss of RTN")
-    worst = max(m.loss / m.loss_rtn for b in report.blocks for m in b.modules if m.loss_rtn > 0)
     return svg(
         fig,
         f"Loss after the search over that of round-to-nearest, by module and block; the largest "
-        f"ratio is {worst:.2f}, 1 would be no gain",
+        f"ratio is {max(p[2] for p in points):.2f}, 1 would be no gain",
     )
 
 
 def exponent_plot(report: QuantizationReport) -> str | None:
     """Chosen equalization exponents across depth."""
-    names = sorted({m.name for b in report.blocks for m in b.modules})
-    if not names:
+    points = _of_modules(report, lambda m: m.exponent)
+    if not points:
         return None
     fig, axes = figure(height=2.4)
-    for number, name in enumerate(names):
-        points = [(b.index, m.exponent) for b in report.blocks for m in b.modules if m.name == name]
-        series(axes, number, [p[0] for p in points], [p[1] for p in points], name)
+    _lines(axes, points, "block", "exponent r")
     axes.set_ylim(-0.03, 1.03)
-    finish(axes, "block", "exponent r")
-    values = [m.exponent for b in report.blocks for m in b.modules]
-    return svg(
-        fig,
-        f"Chosen equalization exponents by module and block, between {min(values):.2f} and "
-        f"{max(values):.2f}",
-    )
+    return svg(fig, f"Chosen equalization exponents by module and block, {_range(points)}")
 
 
 def clip_plot(report: QuantizationReport) -> str | None:
@@ -157,39 +162,28 @@ def clip_plot(report: QuantizationReport) -> str | None:
     if not points:
         return None
     fig, axes = figure(height=2.4)
-    for number, name in enumerate(dict.fromkeys(p[1] for p in points)):
-        own = [p for p in points if p[1] == name]
-        series(axes, number, [p[0] for p in own], [p[2] for p in own], name)
-    finish(axes, "block", "clip ratio")
+    _lines(axes, points, "block", "clip ratio")
+    return svg(fig, f"Range over min-max range by linear and block, {_range(points)}")
+
+
+def _range(points: Points) -> str:
     values = [p[2] for p in points]
-    return svg(
-        fig,
-        f"Range over min-max range by linear and block, between {min(values):.2f} and "
-        f"{max(values):.2f}",
-    )
+    return f"between {min(values):.2f} and {max(values):.2f}"
 
 
 def completeness_plot(report: QuantizationReport) -> str | None:
     """Relative error of the attribution integral across depth."""
-    points = [
-        (b.index, m.name, m.completeness)
-        for b in report.blocks
-        for m in b.modules
-        if m.completeness is not None
-    ]
+    points = _of_modules(report, lambda m: m.completeness)
     if not points:
         return None
     fig, axes = figure(height=2.4)
-    for number, name in enumerate(sorted({p[1] for p in points})):
-        own = [p for p in points if p[1] == name]
-        series(axes, number, [p[0] for p in own], [100 * p[2] for p in own], name)
+    percent = [(block, name, 100 * value) for block, name, value in points]
+    _lines(axes, percent, "block", "error, %")
     axes.set_ylim(bottom=0)
     worst = max(p[2] for p in points)
-    if (
-        worst > 1
-    ):  # a small difference F(X) - F(X0) makes a huge relative error: one must not hide all
+    if worst > 1:
+        # A small difference F(X) - F(X0) makes a huge relative error: one must not hide all.
         axes.set_yscale("symlog", linthresh=1)
-    finish(axes, "block", "error, %")
     return svg(
         fig,
         f"Error of the attribution integral by module and block; the largest is {worst:.2%}",

@@ -10,35 +10,27 @@ from __future__ import annotations
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.offline.passes.hessian import LinearStats
-from qig_serve.offline.recipe import Rounding
-from qig_serve.offline.rounding.rounded import RoundedLinear
+from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
 from qig_serve.packing import minmax_params, quantize, round_scale
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # per candidate: L2 cache; a few 100 MB
 _LEAST_SQUARES_STEPS = 3
 
 
-def round_weight(
-    weight: torch.Tensor,
-    stats: LinearStats | None,
-    scheme: QuantScheme,
-    stored: torch.dtype,
-    method: Rounding,
-) -> RoundedLinear:
+def round_weight(task: RoundingTask) -> RoundedLinear:
     """See rounding/linear.py."""
-    assert stats is not None
-    scale, zero = search_range(weight, scheme, stored, _range_metric(stats, scheme))
-    return RoundedLinear(quantize(weight, scale, zero, scheme), scale, zero)
+    metric = _range_metric(task.moments.hessian, task.scheme)
+    scale, zero = search_range(task.weight, task.scheme, task.stored, metric)
+    return RoundedLinear(quantize(task.weight, scale, zero, task.scheme), scale, zero)
 
 
-def _range_metric(stats: LinearStats, scheme: QuantScheme) -> torch.Tensor:
-    """The Hessian's own block of each group, [G, S, S]."""
-    k = len(stats.hessian)
+def _range_metric(hessian: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """The Hessian's own block of each group: [K, K] -> [G, S, S]."""
+    k = len(hessian)
     groups = scheme.num_groups(k)
     # Inputs never seen keep a little weight: they may occur after calibration.
-    floor = 1e-6 * float(stats.hessian.diagonal().mean()) or 1.0
-    h = stats.hessian.view(groups, k // groups, groups, k // groups)
+    floor = 1e-6 * float(hessian.diagonal().mean()) or 1.0
+    h = hessian.view(groups, k // groups, groups, k // groups)
     index = torch.arange(groups, device=h.device)
     return h[index, :, index] + floor * torch.eye(k // groups, device=h.device)
 

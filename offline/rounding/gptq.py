@@ -13,38 +13,23 @@ from __future__ import annotations
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.offline.passes.hessian import Factor, LinearStats
-from qig_serve.offline.recipe import Rounding
+from qig_serve.offline.passes.hessian import Factor
 from qig_serve.offline.results import LinearReport
-from qig_serve.offline.rounding.rounded import RoundedLinear
+from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
 from qig_serve.packing import minmax_params
 
 
-def round_weight(
-    weight: torch.Tensor,
-    stats: LinearStats | None,
-    scheme: QuantScheme,
-    stored: torch.dtype,
-    method: Rounding,
-) -> RoundedLinear:
+def round_weight(task: RoundingTask) -> RoundedLinear:
     """See rounding/linear.py."""
-    assert stats is not None
-    return compensate(weight, weight, stats, scheme, stored, method)
+    return compensate(task, task.weight)
 
 
-def compensate(
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    stats: LinearStats,
-    scheme: QuantScheme,
-    stored: torch.dtype,
-    method: Rounding,
-) -> RoundedLinear:
-    """GPTQ towards a target [N, K], with the min-max ranges of the weight [N, K]."""
-    assert method.damping is not None
-    factor = stats.factor(method.damping)
-    scale, zero = minmax_params(weight, scheme, stored)
-    codes = compensated_codes(target, factor, scheme, scale, zero)
+def compensate(task: RoundingTask, target: torch.Tensor) -> RoundedLinear:
+    """GPTQ towards a target [N, K], with the min-max ranges of the task's weight."""
+    assert task.method.damping is not None
+    factor = task.moments.factor(task.method.damping)
+    scale, zero = minmax_params(task.weight, task.scheme, task.stored)
+    codes = compensated_codes(target, factor, task.scheme, scale, zero)
     raised = 10**factor.raised if factor.raised else None
     return RoundedLinear(codes, scale, zero, LinearReport(damping_raised=raised), target)
 

@@ -1,12 +1,8 @@
 """Rounds one linear: the method's choice of codes, checked and reported.
 
 A rounding method is a file in this folder and a row of recipe.ROUNDINGS that names it. The file
-has a pure, deterministic function
-
-    round_weight(weight [N, K] fp32, stats, scheme, stored, method) -> RoundedLinear
-
-where `stats` holds the inputs' statistics (None unless the row asks for them), `stored` is the
-dtype in which scales are stored, and `method` is the row with the recipe's damping.
+has a deterministic function `round_weight(task: RoundingTask) -> RoundedLinear` (rounded.py),
+which changes neither the weight nor the statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.passes.hessian import LinearStats
 from qig_serve.offline.recipe import Rounding
-from qig_serve.offline.rounding.rounded import RoundedLinear
+from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
 from qig_serve.packing import fake_quantize, minmax_params, scale_dtype
 
 
@@ -41,7 +37,8 @@ def round_linear(
     weight = weight.float()
     # By name, so that the recipe lists the methods without importing torch.
     round_weight = import_module(f"{__package__}.{method.module}").round_weight
-    rounded: RoundedLinear = round_weight(weight, stats, scheme, stored, method)
+    task = RoundingTask(weight, scheme, stored, method, stats)
+    rounded: RoundedLinear = round_weight(task)
     if stats is not None:
         _fill_report(rounded, weight, stats, scheme, stored)
     return rounded

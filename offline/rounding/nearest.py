@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from qig_serve.formats import QuantScheme
-from qig_serve.offline.passes.hessian import LinearStats
-from qig_serve.offline.recipe import Rounding
-from qig_serve.offline.rounding.rounded import RoundedLinear
+from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
 from qig_serve.packing import minmax_params, quantize
 
 
-def round_weight(
-    weight: torch.Tensor,
-    stats: LinearStats | None,
-    scheme: QuantScheme,
-    stored: torch.dtype,
-    method: Rounding,
-) -> RoundedLinear:
+def round_weight(task: RoundingTask) -> RoundedLinear:
     """See rounding/linear.py."""
-    scale, zero = minmax_params(weight, scheme, stored)
-    return RoundedLinear(quantize(weight, scale, zero, scheme), scale, zero)
+    scale, zero = minmax_params(task.weight, task.scheme, task.stored)
+    return RoundedLinear(quantize(task.weight, scale, zero, task.scheme), scale, zero)

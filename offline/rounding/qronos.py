@@ -17,24 +17,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qig_serve.formats import QuantScheme
-from qig_serve.offline.passes.hessian import LinearStats
-from qig_serve.offline.recipe import Rounding
 from qig_serve.offline.rounding.gptq import compensate
-from qig_serve.offline.rounding.rounded import RoundedLinear
+from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
 
 
-def round_weight(
-    weight: torch.Tensor,
-    stats: LinearStats | None,
-    scheme: QuantScheme,
-    stored: torch.dtype,
-    method: Rounding,
-) -> RoundedLinear:
+def round_weight(task: RoundingTask) -> RoundedLinear:
     """See rounding/linear.py."""
-    assert stats is not None
-    target, shift = validated_target(weight, stats.halves)
-    rounded = compensate(weight, target, stats, scheme, stored, method)
+    target, shift = validated_target(task.weight, task.moments.halves)
+    rounded = compensate(task, target)
     found = {"shift": shift.strength, "shift_damp": shift.damp}
     return replace(rounded, report=rounded.report.model_copy(update=found))
 

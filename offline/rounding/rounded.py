@@ -1,4 +1,4 @@
-"""What a rounding method makes of one linear."""
+"""What a rounding method is given of one linear, and what it makes of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qig_serve.formats import QuantScheme
+from qig_serve.offline.passes.hessian import LinearStats
+from qig_serve.offline.recipe import Rounding
 from qig_serve.offline.results import LinearReport
 from qig_serve.packing import dequantize
+
+
+@dataclass(frozen=True)
+class RoundingTask:
+    """One linear to be rounded."""
+
+    weight: torch.Tensor
+    """fp32 [N, K]."""
+    scheme: QuantScheme
+    stored: torch.dtype
+    """In which the scheme stores scales."""
+    method: Rounding
+    """The row of the rounding method, with the recipe's damping."""
+    stats: LinearStats | None = None
+    """Of the linear's inputs; None unless the row asks for them."""
+
+    @property
+    def moments(self) -> LinearStats:
+        """`stats` of a method that asks for them."""
+        assert self.stats is not None
+        return self.stats
 
 
 @dataclass

@@ -234,18 +234,10 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
             f"supported; known decoders: {', '.join(arch.text_types)}"
         )
     source = SourceCheckpoint(directory)
+    processor = model_directory.load_processor(directory)
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
-
-    try:
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} has no usable processor: {error}") from None
-    if getattr(processor, "tokenizer", None) is None:
-        raise UserError(f"{directory} has no image processor beside its tokenizer")
-    if not (processor.chat_template or processor.tokenizer.chat_template):
-        raise UserError(f"{directory} has no chat template, so samples cannot be rendered")
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the blocks left out are reported as unexpected tensors

@@ -21,11 +21,11 @@ from qig_serve.evaluation.models import (
     answer_text,
     batches,
     load_model,
-    load_processor,
     model_inputs,
     prompt_text,
 )
 from qig_serve.evaluation.statistics import clustered_mean
+from qig_serve.model_directory import load_processor
 from qig_serve.samples import Sample
 
 _LOGIT_BYTES = 256 << 20  # a batch's fp32 logits on answer tokens stay below this

@@ -23,11 +23,10 @@ from qig_serve.evaluation.models import (
     answer_text,
     batches,
     load_model,
-    load_processor,
     model_inputs,
     prompt_text,
 )
-from qig_serve.model_directory import model_dtype
+from qig_serve.model_directory import load_processor, model_dtype
 from qig_serve.samples import Sample
 
 OTHER = "(another answer)"

@@ -146,7 +146,8 @@ def _through_transformers(
     max_tokens: int,
     progress: Callable[[int, int], None],
 ) -> list[str]:
-    from qig_serve.evaluation.models import load_model, load_processor
+    from qig_serve.evaluation.models import load_model
+    from qig_serve.model_directory import load_processor
 
     return generate_with(
         load_model(directory, model_dtype(directory)),

@@ -39,21 +39,6 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     return model.to(device).eval()
 
 
-def load_processor(directory: Path) -> Any:
-    """The processor; UserError when the directory has none or no chat template."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} has no usable processor: {error}") from None
-    if getattr(processor, "tokenizer", None) is None:
-        raise UserError(f"{directory} has no image processor beside its tokenizer")
-    if not (processor.chat_template or processor.tokenizer.chat_template):
-        raise UserError(f"{directory} has no chat template, so there is no way to ask it")
-    return processor
-
-
 def _messages(sample: Sample) -> list[dict[str, Any]]:
     """The conversation as chat templates want it: pictures named, not held."""
     return [

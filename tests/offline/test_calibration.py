@@ -301,7 +301,7 @@ def test_wrong_hugging_face_sources(hub: list[tuple[Any, ...]], source: str, mes
 
 def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs `pip install datasets`; or say with --calib"):
+    with pytest.raises(UserError, match="needs the package datasets: pip install "):
         load_calibration("hf:some/captions", 4)
 
 
@@ -340,7 +340,7 @@ def test_text_only_is_asked_for(
 ) -> None:
     data = _write(tmp_path / "text.jsonl", _line("none", 0, "Hello?"))
     assert _quantize(tiny_llava, data, tmp_path / "out") == 2
-    assert "say --text-only" in capsys.readouterr().err
+    assert "use --text-only" in capsys.readouterr().err
     assert _quantize(tiny_llava, data, tmp_path / "out", "--text-only") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["calibration"]["tokens"]["image"] == 0 < report["calibration"]["tokens"]["text"]

@@ -64,7 +64,7 @@ def _double(moments: TokenMoments) -> TokenMoments:
 
 
 @pytest.mark.parametrize("name", ["w3a16", "w4a8"])
-def test_the_model_foretells_the_error_and_lowers_it(name: str) -> None:
+def test_the_model_predicts_the_error_and_lowers_it(name: str) -> None:
     weight, x, weights = case()
     scheme = SCHEMES[name]
     quantizes = scheme.activation_bits is not None
@@ -78,8 +78,8 @@ def test_the_model_foretells_the_error_and_lowers_it(name: str) -> None:
 
     plain = torch.ones(K)
     found = minimize_noise([weight[:40], weight[40:]], moments, scheme, plain, torch.arange(K))
-    foretold = float(noise(weight, moments, scheme, plain.log())[0]) / 12
-    assert foretold == pytest.approx(error(plain), rel=0.25)
+    expected = float(noise(weight, moments, scheme, plain.log())[0]) / 12
+    assert expected == pytest.approx(error(plain), rel=0.25)
     curve = min(error(x.abs().mean(0) ** (r / 20)) for r in range(20))
     assert error(found) < 0.9 * curve < error(plain)
     assert float(found.max() * found.min()) == pytest.approx(1, rel=1e-4)

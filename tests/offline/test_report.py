@@ -180,7 +180,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert "25.0% of the image tokens, 0.0% of the text tokens" in text  # on the quartile fences
     assert "(77 in these samples) take no part" in text
     assert "<td class=n>0.625</td><td class=n>0.03</td>" in text  # the target shift
-    assert "The dry run foretold 17 s, 1.50 GiB host memory" in text
+    assert "Estimated by the dry run: 17 s, 1.50 GiB host memory" in text
 
 
 def test_references_inside_plots_resolve(tmp_path: Path) -> None:
