@@ -1,4 +1,4 @@
-"""Before hours of work: the dry run finds what would fail, and foretells memory and time."""
+"""Before hours of work: the dry run finds what would fail, and estimates memory and time."""
 
 from __future__ import annotations
 
