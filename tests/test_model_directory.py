@@ -104,7 +104,9 @@ def test_defaults_of_the_class_are_filled_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"quantization_config": {"quant_method": "awq"}}, {"quantization_config": "qig"}]
+    "config",
+    [{}, {"quantization_config": {"quant_method": "awq"}}, {"quantization_config": "qig"}],
+    ids=["full-precision", "another-method", "no-object"],
 )
 def test_not_ours(tmp_path: Path, config: Any) -> None:
     assert quantization(write(tmp_path, config)) is None

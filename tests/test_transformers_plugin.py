@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_llava
 import torch
+from helpers import tiny_llava
 from safetensors.torch import load_file, save_file
 
 from qig_serve import packing

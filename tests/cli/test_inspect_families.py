@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny_llava
 import torch
+from helpers import tiny_llava
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_llava
+from helpers import tiny_llava
 
 from qig_serve.cli import COMMANDS, main, make_parser
 from qig_serve.offline.disk import write_hashes

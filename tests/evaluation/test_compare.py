@@ -40,6 +40,7 @@ def test_methods_carry_recipe_fields() -> None:
         ("w3a16", "qig:steps", "must be FIELD=VALUE"),
         ("w3a16", "qig:stepz=1", "unknown field"),
     ],
+    ids=["scheme", "method", "no-value", "field"],
 )
 def test_wrong_recipes_fail_before_any_work(schemes: str, methods: str, says: str) -> None:
     with pytest.raises(UserError, match=says):

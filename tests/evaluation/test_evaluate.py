@@ -146,6 +146,7 @@ def test_command_writes_json(
         (["x", "--data", "demo", "--json", "no/such/r.json"], "does not exist"),
         (["no-model", "--data", "demo", "--n", "1"], "no-model does not exist"),
     ],
+    ids=["no-model-no-server", "no-data", "no-reference", "absent-model"],
 )
 def test_command_says_what_is_wrong(
     words: list[str], says: str, capsys: pytest.CaptureFixture[str]

@@ -93,6 +93,18 @@ def test_a_conversation_that_ends_with_the_answer(folder: Path) -> None:
         (_line("data:image/png;base64,***"), "line 2: the data URL is not valid base64"),
         (_line("images/red.png", answer=3), 'line 2: "answer" must be text, not int'),
     ],
+    ids=[
+        "cut-short",
+        "list",
+        "no-turn",
+        "role",
+        "content",
+        "part",
+        "absent-image",
+        "network",
+        "base64",
+        "answer",
+    ],
 )
 def test_a_bad_line_is_named(folder: Path, line: str, says: str) -> None:
     (folder / "q.jsonl").write_text(_line("images/red.png", answer="red") + "\n" + line)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_llava
 import torch
+from helpers import tiny_llava
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
@@ -340,9 +340,7 @@ OTHERS = ("method-of-another", "model-type", "architecture", "layers", "endless-
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoints_of_every_family_are_sound(tmp_path: Path) -> None:
     """The checks know what the quantizer writes of each."""
-    import sys
 
-    sys.path.insert(0, str(Path(__file__).parent.parent / "offline"))
     from tiny_models import FAMILIES, tiny_model
 
     from qig_serve.offline.pipeline import quantize

@@ -36,6 +36,17 @@ def lines(path: Path, *rows: Any) -> Path:
         (BAD | {"body": "x"}, "body is missing"),
         (BAD | {"body": {"stream": True}}, "stream is not possible"),
     ],
+    ids=[
+        "no-json",
+        "half-a-pair",
+        "list",
+        "no-id",
+        "id-is-a-number",
+        "method",
+        "url",
+        "body",
+        "stream",
+    ],
 )
 def test_bad_line_is_an_error_row_with_its_number(tmp_path: Path, row: Any, message: str) -> None:
     path = lines(tmp_path / "in.jsonl", GOOD, "", row, GOOD | {"custom_id": "b"})
@@ -108,7 +119,11 @@ def test_pictures_are_embedded(tmp_path: Path) -> None:
         batch_io.embed_pictures(body("gone.png"), tmp_path)
 
 
-@pytest.mark.parametrize("messages", [None, "x", [1], [{"content": [None, {"image_url": 3}]}]])
+@pytest.mark.parametrize(
+    "messages",
+    [None, "x", [1], [{"content": [None, {"image_url": 3}]}]],
+    ids=["none", "text", "numbers", "odd-parts"],
+)
 def test_odd_messages_are_left_to_the_server(tmp_path: Path, messages: Any) -> None:
     assert batch_io.embed_pictures({"messages": messages}, tmp_path) == {"messages": messages}
 

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import tiny_llava
 import torch
+from helpers import tiny_llava
 
 from qig_serve.cli import doctor, main
 from qig_serve.errors import UserError
@@ -140,6 +140,7 @@ def test_dtype_is_the_checkpoints_unless_asked(checkpoints: dict[str, Path]) -> 
         ('{"quantization_config": {"quant_method": "awq"}}', "is not a qig checkpoint"),
         ('{"quantization_config": {"quant_method": "qig"}}', "quantization_config.format_version"),
     ],
+    ids=["no-config", "cut-short", "list", "full-precision", "another-method", "no-version"],
 )
 def test_what_is_no_checkpoint(tmp_path: Path, config: str | None, message: str) -> None:
     if config is not None:

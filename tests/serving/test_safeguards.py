@@ -161,6 +161,7 @@ def test_body_limit_with_and_without_a_length() -> None:
         (rb'{"a": "\ud83d\ude00", "b": 18446744073709551615, "c": 1e30}', None),
         (rb'{"a": "\ud800"', None),
     ],
+    ids=["half-in-a-list", "half-in-a-key", "beyond-64-bits", "below-64-bits", "fine", "no-json"],
 )
 def test_bodies_that_cannot_be_passed_on(body: bytes, fault: str | None) -> None:
     async def run() -> None:

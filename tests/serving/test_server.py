@@ -19,8 +19,8 @@ pytest.importorskip("vllm")
 
 import httpx
 import openai
-import tiny_llava
-from server_process import Server, environment, start_server
+from helpers import tiny_llava
+from helpers.server_process import Server, environment, start_server
 from transformers import AutoTokenizer
 
 TOKENS = 8
@@ -307,6 +307,7 @@ def test_dead_engine_takes_the_process_down(checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--trust-remote-code"], "is refused"), (["--trust-remote"], "is refused")],
+    ids=["whole", "abbreviated"],
 )
 @pytest.mark.slow
 def test_unsafe_flags_are_refused(checkpoint: Path, flags: list[str], message: str) -> None:

@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offline"))
 from tiny_models import FAMILIES, tiny_model
 
 pytest.importorskip("vllm")

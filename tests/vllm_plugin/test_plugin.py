@@ -100,7 +100,7 @@ def test_unsupported_size_names_the_layer() -> None:
 @pytest.mark.parametrize(
     "tensor",
     [torch.zeros(4, 12, dtype=torch.int64), torch.zeros(4, 16, dtype=torch.int32)],
-    ids=str,
+    ids=["another-dtype", "more-columns"],
 )
 def test_wrong_tensors_are_not_cast_or_cut(tensor: torch.Tensor) -> None:
     config = QigConfig.from_config(quantization_config())
