@@ -108,19 +108,38 @@ def minimize_noise(
     adam = torch.optim.Adam([logs], lr=RATE)
     for step in range(STEPS):
         columns = logs.exp()[channel_of]
-        value, gradient = _weight_noise(weights, columns, energy, scheme)
-        if scheme.activation_bits is not None:
-            noise = _token_noise(moments, columns, scheme)
-            ranks.sum(noise)
-            tokens, largest = noise[0], noise[1:]
-            spread = column_energy * columns.square()
-            value = value + tokens * spread.sum()
-            gradient = gradient + largest * spread.sum() + 2 * tokens * spread
+        value, gradient = expected_noise(
+            weights, column_energy, columns, energy, moments, scheme, ranks
+        )
         logs.grad.zero_().index_add_(0, channel_of, gradient / value.clamp(min=1e-30))
         adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         adam.step()
     found = logs.exp()
     return found / (found.max() * found.min()).sqrt()
+
+
+def expected_noise(
+    weights: Sequence[torch.Tensor],
+    column_energy: torch.Tensor,
+    columns: torch.Tensor,
+    energy: torch.Tensor,
+    moments: TokenMoments,
+    scheme: QuantScheme,
+    ranks: Ranks = ALONE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E at the scales `columns` [K] of the inputs, and its gradient [K] in log s.
+
+    column_energy: w [K], the squares of all weights in each column. energy: m [K].
+    """
+    value, gradient = _weight_noise(weights, columns, energy, scheme)
+    if scheme.activation_bits is not None:
+        noise = _token_noise(moments, columns, scheme)
+        ranks.sum(noise)
+        tokens, largest = noise[0], noise[1:]
+        spread = column_energy * columns.square()
+        value = value + tokens * spread.sum()
+        gradient = gradient + largest * spread.sum() + 2 * tokens * spread
+    return value, gradient
 
 
 def error_cost(

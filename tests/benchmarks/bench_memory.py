@@ -42,8 +42,8 @@ from transformers import AutoModelForImageTextToText
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import QuantRecipe, make_recipe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "offline"))
-from tiny_models import FAMILIES, _tokenizer, chat_template, published_name
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.tiny_models import FAMILIES, _tokenizer, chat_template, published_name
 
 matplotlib.use("Agg")
 LAYERS = (4, 8, 16)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "offline"))
-import tiny_models
-from tiny_models import HALF, Tiny
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import tiny_models
+from helpers.tiny_models import HALF, Tiny
 
 STD = 0.02
 

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from helpers.tiny_models import FAMILIES, published_name, tiny_model
 from PIL import Image
-from tiny_models import FAMILIES, published_name, tiny_model
 
 from qig_serve.architectures import ARCHITECTURES, PictureLayout, get_architecture
 from qig_serve.demo.families import FAMILIES as DEMO_FAMILIES

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import FAMILIES, tiny_model
 from PIL import Image
-from tiny_models import FAMILIES, tiny_model
 
 from qig_serve import packing
 from qig_serve.formats import get_scheme

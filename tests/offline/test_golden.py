@@ -1,6 +1,6 @@
 """Golden digests: the tensors that every method packs of the three bundled models, to the byte.
 
-    python tests/offline/test_golden.py        # records them anew, when a method is meant to change
+    PYTHONPATH=tests python tests/offline/test_golden.py        # records them anew
 
 Sums of floating-point numbers depend on a CPU's instructions and on torch's build, so the record
 holds a probe of both. Where this machine's probe is the recorded one, the sha256 of all packed
@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import tensors_of
 from safetensors.torch import load_file, save_file
 
 from qig_serve.demo.bundled import bundled_directory
@@ -88,9 +89,7 @@ def run(model: Path, output: Path, scheme: str, method: str) -> dict[str, Any]:
         scheme=scheme, method=method, calib="demo", samples=SAMPLES, grid=GRID, device="cpu"
     )
     quantize(model, output, recipe, quiet=True)
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(output.glob("*.safetensors")):
-        tensors |= load_file(path)
+    tensors = tensors_of(output)
     packed = sorted(n for n in tensors if n.rpartition(".")[2].startswith("weight_"))
     digest, sample = hashlib.sha256(), b""
     for name in packed:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import tensors_of
+from helpers.small_llava import small_llava
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
-from qig_serve.demo.model import ModelSpec, make_model, make_processor, save_model, train_tokenizer
-from qig_serve.demo.questions import samples, write_jsonl
+from qig_serve.demo.questions import write_jsonl
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme, tensor_specs
 from qig_serve.hashes import HASHES_FILE, file_sha256
@@ -32,20 +33,6 @@ from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import load
 from qig_serve.packing import fake_quantize_activation, unpack_linear
 
-TINY = ModelSpec(
-    name="tiny",
-    family="llava",
-    hidden=128,
-    intermediate=256,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    vision_hidden=64,
-    vision_heads=2,
-    vision_layers=1,
-    vision_intermediate=128,
-    vocab_size=384,
-)
 LINEARS = {
     "self_attn.q_proj": (128, 128),
     "self_attn.k_proj": (64, 128),
@@ -60,24 +47,16 @@ PREFIX = "language_model.model.layers."
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    corpus = [f"{s.question} {s.answer}" for s in samples("train", 24)]
-    tokenizer = train_tokenizer(corpus, TINY.vocab_size)
-    torch.manual_seed(0)
-    model = make_model(TINY, tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        # Livelier than an initialization: biases, uneven norms, a few large channels.
-        if "language_model" in name and name.endswith(("norm.weight", "layernorm.weight")):
-            parameter.data = 0.5 + torch.rand(parameter.shape, generator=generator)
-            parameter.data[:4] *= 16
-        elif "language_model" in name and name.endswith("proj.bias"):
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-        elif "language_model.layers" in name and parameter.ndim == 2:
-            k = parameter.shape[1]
-            parameter.data = torch.randn(parameter.shape, generator=generator) / k**0.5
-    save_model(model, make_processor(TINY, tokenizer), directory)
-    return directory
+    def livelier(name: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Than an initialization: biases, uneven norms, a few large channels."""
+        if name.endswith(("norm.weight", "layernorm.weight")):
+            value = 0.5 + torch.rand(value.shape, generator=generator)
+            value[:4] *= 16
+        elif name.endswith("proj.bias"):
+            value = 0.3 * torch.randn(value.shape, generator=generator)
+        return value
+
+    return small_llava(tmp_path_factory.mktemp("tiny") / "model", livelier)
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +68,6 @@ def recipe(calib: str, **fields: Any) -> QuantRecipe:
     return QuantRecipe(
         **{"calib": calib, "samples": 8, "grid": 5, "device": "cpu", "method": "qig", **fields}
     )
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
 
 
 def shards_of(directory: Path) -> dict[str, str]:

@@ -92,6 +92,7 @@ def test_presets(preset: str) -> None:
         ({"samples": 0}, "samples"),
         ({"method": "magic"}, "method"),
     ],
+    ids=["scheme", "field", "samples", "method"],
 )
 def test_wrong_values_name_the_field(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

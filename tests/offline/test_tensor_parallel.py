@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.tiny_models import FAMILIES, tiny_model
 from PIL import Image
-from tiny_models import FAMILIES, tiny_model
 
 from qig_serve.cli import main
 from qig_serve.offline.pipeline import quantize

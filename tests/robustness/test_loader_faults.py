@@ -341,7 +341,7 @@ OTHERS = ("method-of-another", "model-type", "architecture", "layers", "endless-
 def test_checkpoints_of_every_family_are_sound(tmp_path: Path) -> None:
     """The checks know what the quantizer writes of each."""
 
-    from tiny_models import FAMILIES, tiny_model
+    from helpers.tiny_models import FAMILIES, tiny_model
 
     from qig_serve.offline.pipeline import quantize
     from qig_serve.offline.recipe import make_recipe

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import FAMILIES, tiny_model
 from PIL import Image
-from tiny_models import FAMILIES, tiny_model
 
 pytest.importorskip("vllm")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

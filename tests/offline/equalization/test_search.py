@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_smoothing import NORM_MLP, NORM_QKV, UP_DOWN, V_O, make_block
+from helpers.blocks import DOWN, GATE_UP, QKV, O, make_block
 
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
@@ -42,7 +42,7 @@ def scaled(k: int, exponent: float = 0.5) -> Candidate:
 @pytest.mark.parametrize("scheme_name", ["w3a16", "w4a8"])
 def test_loss_of_a_linear_written_out(scheme_name: str) -> None:
     scheme = get_scheme(scheme_name)
-    module, batch = batch_of(UP_DOWN, torch.rand(2, 12))
+    module, batch = batch_of(DOWN, torch.rand(2, 12))
     candidate = scaled(384)
     (loss,) = evaluate_candidates(
         module, [""], [candidate], lambda: [batch], scheme, torch.float32, "mae", "here"
@@ -55,7 +55,7 @@ def test_loss_of_a_linear_written_out(scheme_name: str) -> None:
     assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("group", [NORM_QKV, V_O, NORM_MLP, UP_DOWN], ids=lambda g: g.name)
+@pytest.mark.parametrize("group", [QKV, O, GATE_UP, DOWN], ids=lambda g: g.name)
 @pytest.mark.parametrize("loss", ["mae", "mse"])
 def test_unquantized_weights_would_lose_nothing(group: object, loss: str) -> None:
     """At 256 levels only the scales are left: f(X / s, W s) = f(X, W) for every group."""
@@ -71,7 +71,7 @@ def test_unquantized_weights_would_lose_nothing(group: object, loss: str) -> Non
 
 def test_w4a8_quantizes_every_linear_of_the_module() -> None:
     """Inside the MLP, down_proj's input is int8 too, though only gate and up are searched."""
-    module, batch = batch_of(NORM_MLP)
+    module, batch = batch_of(GATE_UP)
     ones = Candidate(0.0, torch.ones(256), torch.ones(256))
     scheme = get_scheme("w4a8")
     (with_all,) = evaluate_candidates(
@@ -88,7 +88,7 @@ def test_w4a8_quantizes_every_linear_of_the_module() -> None:
 def test_tokens_without_weight_do_not_count() -> None:
     weights = torch.full((2, 12), 1 / 8)
     weights[:, 8:] = 0
-    module, batch = batch_of(UP_DOWN, weights)
+    module, batch = batch_of(DOWN, weights)
     dirty = batch.call.hidden.clone()
     dirty[:, 8:] = 1e4
     other = SearchBatch(ModuleCall((dirty,), {}), batch.target, weights)
@@ -100,7 +100,7 @@ def test_tokens_without_weight_do_not_count() -> None:
 
 def test_batches_add_up() -> None:
     """The search sees one batch at a time; two halves give what the whole gives."""
-    module, batch = batch_of(UP_DOWN, torch.rand(2, 12))
+    module, batch = batch_of(DOWN, torch.rand(2, 12))
     halves = [
         SearchBatch(
             batch.call.with_input(batch.call.hidden[i : i + 1]),
@@ -116,7 +116,7 @@ def test_batches_add_up() -> None:
 
 
 def test_not_a_number_names_the_layer() -> None:
-    module, batch = batch_of(UP_DOWN)
+    module, batch = batch_of(DOWN)
     batch.call.hidden[0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="layer 3, down"):
         evaluate_candidates(

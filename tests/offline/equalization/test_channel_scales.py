@@ -9,9 +9,8 @@ from qig_serve.formats import SCHEMES, QuantScheme
 from qig_serve.offline.equalization import channel_scales
 from qig_serve.offline.equalization.channel_scales import (
     TokenMoments,
-    _token_noise,
-    _weight_noise,
     error_cost,
+    expected_noise,
     minimize_noise,
     token_moments,
 )
@@ -33,15 +32,9 @@ def case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def noise(
     weight: torch.Tensor, moments: TokenMoments, scheme: QuantScheme, logs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """E and its gradient in log s, put together as in the descent."""
-    columns = logs.exp()
-    value, gradient = _weight_noise([weight], columns, moments.energy, scheme)
-    if scheme.activation_bits is not None:
-        found = _token_noise(moments, columns, scheme)
-        spread = weight.square().sum(0) * columns.square()
-        value = value + found[0] * spread.sum()
-        gradient = gradient + found[1:] * spread.sum() + 2 * found[0] * spread
-    return value, gradient
+    """E and its gradient in log s."""
+    column_energy = weight.square().sum(0)
+    return expected_noise([weight], column_energy, logs.exp(), moments.energy, moments, scheme)
 
 
 @pytest.mark.parametrize("name", ["w3a16", "w4a8"])

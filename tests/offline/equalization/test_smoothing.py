@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.blocks import DOWN, GATE_UP, QKV, O, make_block
 from torch import nn
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 from qig_serve.architectures import SmoothingGroup
 from qig_serve.offline.equalization.smoothing import (
@@ -21,61 +20,6 @@ from qig_serve.offline.equalization.smoothing import (
     share_over_heads,
 )
 
-NORM_QKV = SmoothingGroup(
-    name="qkv",
-    previous="input_layernorm",
-    linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    loss_module="self_attn",
-    kind="norm",
-)
-V_O = SmoothingGroup(
-    name="o",
-    previous="self_attn.v_proj",
-    linears=("self_attn.o_proj",),
-    loss_module="self_attn.o_proj",
-    kind="linear",
-)
-NORM_MLP = SmoothingGroup(
-    name="gate_up",
-    previous="post_attention_layernorm",
-    linears=("mlp.gate_proj", "mlp.up_proj"),
-    loss_module="mlp",
-    kind="norm",
-)
-UP_DOWN = SmoothingGroup(
-    name="down",
-    previous="mlp.up_proj",
-    linears=("mlp.down_proj",),
-    loss_module="mlp.down_proj",
-    kind="linear",
-)
-GROUPS = (NORM_QKV, V_O, NORM_MLP, UP_DOWN)
-
-
-def make_block(seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor]:
-    """A Qwen2 block with GQA (4 heads, 2 kv heads), its keyword arguments, and an input."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        hidden_size=256,
-        intermediate_size=384,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=1,
-    )
-    config._attn_implementation = "sdpa"
-    block = Qwen2DecoderLayer(config, 0).eval().requires_grad_(False)
-    for module in block.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(torch.randn_like(module.weight) / module.in_features**0.5)
-            if module.bias is not None:
-                module.bias.copy_(torch.randn_like(module.bias).bfloat16())
-    for norm in (block.input_layernorm, block.post_attention_layernorm):
-        norm.weight.copy_((1 + 0.3 * torch.randn(256)).bfloat16())
-    x = torch.randn(2, 12, 256)
-    positions = torch.arange(12)[None]
-    rotary = Qwen2RotaryEmbedding(config)(x, positions)
-    return block, {"position_embeddings": rotary, "attention_mask": None}, x
-
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
@@ -86,11 +30,11 @@ def spread_scales(n: int) -> torch.Tensor:
     return torch.logspace(-2, 2, n)[torch.randperm(n)]
 
 
-@pytest.mark.parametrize("group", [NORM_QKV, NORM_MLP, UP_DOWN], ids=lambda g: g.name)
+@pytest.mark.parametrize("group", [QKV, GATE_UP, DOWN], ids=lambda g: g.name)
 def test_folding_preserves_the_function(group: SmoothingGroup) -> None:
     block, kwargs, x = make_block()
     before = block(x, **kwargs)
-    outputs = 384 if group is UP_DOWN else 256
+    outputs = 384 if group is DOWN else 256
     changed = fold(block, group, spread_scales(outputs), torch.bfloat16)
     # The norm is stored in bf16 and its rounding taken up by the columns: nothing is lost.
     assert relative(block(x, **kwargs), before) < 1e-5
@@ -102,7 +46,7 @@ def test_folding_v_into_o_with_shared_heads() -> None:
     before = block(x, **kwargs)
     bias = block.self_attn.v_proj.bias.clone()
     scales = spread_scales(128)  # 2 kv heads of 64, each read by 2 query heads
-    changed = fold(block, V_O, scales, torch.float32)
+    changed = fold(block, O, scales, torch.float32)
     assert relative(block(x, **kwargs), before) < 1e-5
     torch.testing.assert_close(block.self_attn.v_proj.bias, bias / scales)
     assert changed == ["self_attn.v_proj.bias"]
@@ -111,7 +55,7 @@ def test_folding_v_into_o_with_shared_heads() -> None:
 def test_bias_is_stored_in_the_models_dtype() -> None:
     block, kwargs, x = make_block()
     before = block(x, **kwargs)
-    fold(block, V_O, spread_scales(128), torch.bfloat16)
+    fold(block, O, spread_scales(128), torch.bfloat16)
     bias = block.self_attn.v_proj.bias
     assert torch.equal(bias, bias.bfloat16().float())
     assert relative(block(x, **kwargs), before) < 5e-3
@@ -166,10 +110,10 @@ def test_v_to_o_is_equalized_under_grouped_query_attention() -> None:
     """The released code skips it for every GQA model."""
     block, _, _ = make_block()
     act_mean = torch.rand(256) + 0.1
-    small = previous_outputs(block, V_O, act_mean)
+    small = previous_outputs(block, O, act_mean)
     assert small.shape == (128,)
     scales = power_scales(small, 0.5)
-    columns = group_scales(block, V_O, scales, torch.bfloat16)
+    columns = group_scales(block, O, scales, torch.bfloat16)
     assert columns.shape == (256,)
     assert float(columns.std()) > 0
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from helpers.checkpoints import tensors_of
 
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
@@ -62,10 +62,6 @@ def in_two_processes(model: Path, out: Path, cases: dict[str, Any], resume: bool
         process.join(600)
         process.kill()
     assert [p.exitcode for p in processes] == [0, 0]
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    return {k: t for p in directory.glob("*.safetensors") for k, t in load_file(p).items()}
 
 
 def assert_same(one: Path, two: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
+from helpers import tiny_models
 from PIL import Image
 
 from qig_serve.cli import main

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_smoothing import make_block
+from helpers.blocks import make_block
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qig_serve.errors import UserError

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.reports import EVALUATION, make_picture, make_report
 from PIL import Image
 
 from qig_serve.offline.report import plots
@@ -96,8 +97,6 @@ def test_chromium_draws_the_page(tmp_path: Path, theme: str, preferred: int) -> 
 
     Chromium logs every resource that it fails to load, and here it can reach none.
     """
-    from test_report import EVALUATION, make_picture, make_report
-
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
     page.write_text(render_html(make_report(), [make_picture()], EVALUATION))
     done = subprocess.run(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
 
 from qig_serve.errors import UserError
 from qig_serve.offline.source import loaded_model
