@@ -26,6 +26,7 @@ from qig_serve.evaluation.generation import Engine, ask_server, choose_engine, g
 from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, normalize, paired
 from qig_serve.model_directory import quantization, read_config
 from qig_serve.samples import Sample, overlap, read_samples, sample_sha256, set_sha256
+from qig_serve.text_files import read_json
 
 if TYPE_CHECKING:
     from qig_serve.evaluation.divergence import Divergence
@@ -307,13 +308,11 @@ def _result(
 
 def read_outputs(path: Path, samples: Sequence[Sample], evaluation_sha256: str) -> list[str | None]:
     """The outputs in a file of `qig-serve evaluate --json`; UserError for other questions."""
+    record = read_json(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         outputs = [a["output"] for a in record["answers"]]
         ids = [a["id"] for a in record["answers"]]
-    except FileNotFoundError:
-        raise UserError(f"the reference {path} does not exist") from None
-    except (ValueError, KeyError, TypeError):
+    except (LookupError, TypeError):
         raise UserError(f"{path} is not a result of qig-serve evaluate --json") from None
     same_order = ids == [s.id for s in samples]
     if record.get("evaluation_sha256") != evaluation_sha256 or not same_order:

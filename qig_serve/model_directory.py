@@ -6,11 +6,11 @@ evaluation and the server cannot disagree about it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qig_serve import text_files
 from qig_serve.errors import UserError
 from qig_serve.formats import QUANT_METHOD
 
@@ -29,14 +29,7 @@ _BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError that names the file for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except RecursionError:
-        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    value = text_files.read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it is not a JSON object")
     return value

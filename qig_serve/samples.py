@@ -22,11 +22,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from qig_serve.errors import UserError
+from qig_serve.text_files import lines
 
 ImageSource = Path | bytes | Image.Image
 """A file, the bytes of an encoded picture, or a picture in memory."""
@@ -167,17 +169,11 @@ def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list
     """
     if not path.is_file():
         raise UserError(f"the sample file {path} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8: one JSON object a line") from None
     samples: list[Sample] = []
     unscored = 0
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines(path):
         if n is not None and len(samples) >= n:
             break
-        if not line.strip():
-            continue
         sample = _parse_line(line, f"{path}, line {number}", path.parent, number)
         if scored and not sample.answer:
             unscored += 1
@@ -247,12 +243,22 @@ def _resolve(url: str, where: str, folder: Path) -> ImageSource:
         if not data:
             raise UserError(f"{where}: the data URL holds no image")
         return data
-    if "://" in url and not url.startswith("file://"):
+    path = picture_path(url, folder)
+    if path is None:
         raise UserError(f"{where}: {url} is on a network; give a file path or a data URL")
-    path = folder / url.removeprefix("file://")
     if not os.path.isfile(path):
         raise UserError(f"{where}: the image {path} does not exist")
     return path
+
+
+def picture_path(url: str, folder: Path) -> Path | None:
+    """The file that a path or a file:// URL means, relative ones from `folder`; None for others.
+
+    The same in samples and in batches.
+    """
+    if url.startswith("file://"):
+        return folder / unquote(url.removeprefix("file://").removeprefix("localhost"))
+    return None if "://" in url else folder / url
 
 
 def overlap(samples: Sequence[Sample], calibration: Iterable[str]) -> list[str]:
