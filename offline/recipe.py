@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
 from qig_serve.offline.calibration.sources import CAPTIONS
+from qig_serve.text_files import read_text
 
 LossKind = Literal["mae", "mse"]
 
@@ -315,8 +316,9 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
             f"no recipe file {name_or_path}, and no preset of that name: "
             f"the presets are {', '.join(PRESETS)}"
         )
+    text = read_text(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-01: ValueError
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -32,6 +32,8 @@ from qig_serve.text_files import lines
 
 ImageSource = Path | bytes | Image.Image
 """A file, the bytes of an encoded picture, or a picture in memory."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Files with these endings are pictures, in lower or upper case."""
 
 _ROLES = ("system", "user", "assistant")
 

@@ -12,8 +12,6 @@ hf:NAME?split=train&image=image&question=prompt&answer=caption
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -21,13 +19,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
+from qig_serve import text_files
 from qig_serve.errors import UserError
-from qig_serve.samples import ImageSource, Sample, load_image, read_samples, sample_from_parts
+from qig_serve.samples import (
+    IMAGE_SUFFIXES,
+    ImageSource,
+    Sample,
+    load_image,
+    read_samples,
+    sample_from_parts,
+)
 
 CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
 """Pairs of an image and a caption, the paper's kind of calibration data."""
 CAPTION_QUESTION = "Describe the image."
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _IMAGE_COLUMNS = ("image", "file_name", "file", "path", "filename")
 _CAPTION_COLUMNS = ("caption", "text", "answer")
 
@@ -95,10 +100,7 @@ def _demo(n: int, seed: int) -> list[Sample]:
 
 def _conversations(path: Path, folder: Path, n: int, seed: int) -> list[Sample]:
     """LLaVA and ShareGPT4V: [{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    records = text_files.read_json(path)
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a list of conversations")
     # Chosen before they are parsed: such files hold hundreds of thousands.
@@ -159,7 +161,7 @@ def _captioned_folder(folder: Path) -> list[Sample]:
     for path in sorted(folder.rglob("*")):
         beside = path.with_suffix(".txt")
         if path.suffix.lower() in IMAGE_SUFFIXES and beside.is_file():
-            caption = beside.read_text(encoding="utf-8", errors="replace").strip()
+            caption = text_files.read_text(beside).strip()
             name = str(path.relative_to(folder))
             samples.append(sample_from_parts(name, "caption", path, CAPTION_QUESTION, caption))
     if not samples:
@@ -172,23 +174,21 @@ def _captioned_folder(folder: Path) -> list[Sample]:
 
 def _captions_csv(path: Path) -> list[Sample]:
     samples = []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        image = next((c for c in _IMAGE_COLUMNS if c in columns), None)
-        caption = next((c for c in _CAPTION_COLUMNS if c in columns), None)
-        if image is None or caption is None:
-            raise UserError(f"{path}: the columns image and caption are wanted, not {columns}")
-        for row in reader:
-            file_path = path.parent / (row[image] or "")
-            if not file_path.is_file():
-                raise UserError(
-                    f"{path}, line {reader.line_num}: the image {file_path} does not exist"
-                )
-            text = (row[caption] or "").strip()
-            samples.append(
-                sample_from_parts(row[image], "caption", file_path, CAPTION_QUESTION, text)
+    columns = text_files.csv_columns(path)
+    image = next((c for c in _IMAGE_COLUMNS if c in columns), None)
+    caption = next((c for c in _CAPTION_COLUMNS if c in columns), None)
+    if image is None or caption is None:
+        raise UserError(f"{path} needs the columns image and caption, and has {columns}")
+    for row in text_files.csv_rows(path):
+        if row.surplus:
+            raise UserError(
+                f"{path}, line {row.line}: more fields than columns: quote a caption with commas"
             )
+        name, text = row.fields[image], row.fields[caption].strip()
+        file = path.parent / name
+        if not file.is_file():
+            raise UserError(f"{path}, line {row.line}: the image {file} does not exist")
+        samples.append(sample_from_parts(name, "caption", file, CAPTION_QUESTION, text))
     return samples
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,6 +28,19 @@ from qig_serve.offline.recipe import Equalization
 from qig_serve.offline.results import GroupResult, ModuleReport
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a search has chosen."""
+
+    candidate: Candidate
+    losses: list[float]
+    """Of all candidates, in the order in which they were tried."""
+    loss: float
+    loss_grid: float | None = None
+    """Least of the grid, if channels were then moved."""
+    channel_seconds: float = 0.0
+
+
 @torch.no_grad()
 def equalize_group(
     block: nn.Module,
@@ -48,10 +62,45 @@ def equalize_group(
     after_capture = time.monotonic()
     tokens = weigh_tokens(GroupTokens(block, group, index, streams, captured, weighting, gradients))
     after_weights = time.monotonic()
-
-    candidates = _candidates(block, group, streams, settings, captured)
     masks = [streams.mask(b) for b in range(len(streams))]
     weights = captured.to_parts(tokens.weights, masks)
+    found = _search(block, group, streams, settings, captured, weights, where)
+    captured.clear()
+    report = ModuleReport(
+        name=group.name,
+        linears=list(group.linears),
+        loss_module=group.loss_module,
+        exponent=found.candidate.exponent,
+        loss=found.loss,
+        loss_rtn=found.losses[0],
+        losses=found.losses,
+        loss_grid=found.loss_grid,
+        completeness=tokens.completeness,
+        token_shares=tokens.shares,
+        seconds={
+            "capture": after_capture - started,
+            "token_weights": after_weights - after_capture,
+            "search": time.monotonic() - after_weights - found.channel_seconds,
+            "channels": found.channel_seconds,
+        },
+    )
+    result = GroupResult(report, tokens.weights, fallbacks=tokens.fallbacks)
+    if settings.kind != "none":
+        result.columns = found.candidate.columns
+        result.changed = fold(block, group, found.candidate.scales, streams.dtype)
+    return result
+
+
+def _search(
+    block: nn.Module,
+    group: SmoothingGroup,
+    streams: Streams,
+    settings: Equalization,
+    captured: ModuleParts,
+    weights: Sequence[torch.Tensor],
+    where: str,
+) -> _Found:
+    """Tries the candidates; `weights` are those of the parts' tokens."""
 
     def batches() -> Iterator[SearchBatch]:
         for i, call in enumerate(captured.calls):
@@ -72,42 +121,18 @@ def equalize_group(
             streams.ranks,
         )
 
+    candidates = _candidates(block, group, streams, settings, captured)
     losses = evaluate(candidates)
-    chosen = best(losses) if settings.kind in ("search", "channels") else len(candidates) - 1
-    loss_grid, channels = None, 0.0
-    if settings.kind == "channels":
-        loss_grid = losses[chosen]
-        began = time.monotonic()
-        candidates.append(
-            _refine(block, group, streams, settings, candidates[chosen], captured, weights)
-        )
-        channels = time.monotonic() - began
-        losses += evaluate(candidates[-1:])
-        chosen = len(candidates) - 1
-    captured.clear()
-    report = ModuleReport(
-        name=group.name,
-        linears=list(group.linears),
-        loss_module=group.loss_module,
-        exponent=candidates[chosen].exponent,
-        loss=losses[chosen],
-        loss_rtn=losses[0],
-        losses=losses,
-        loss_grid=loss_grid,
-        completeness=tokens.completeness,
-        token_shares=tokens.shares,
-        seconds={
-            "capture": after_capture - started,
-            "token_weights": after_weights - after_capture,
-            "search": time.monotonic() - after_weights - channels,
-            "channels": channels,
-        },
-    )
-    result = GroupResult(report, tokens.weights, fallbacks=tokens.fallbacks)
-    if settings.kind != "none":
-        result.columns = candidates[chosen].columns
-        result.changed = fold(block, group, candidates[chosen].scales, streams.dtype)
-    return result
+    if settings.kind not in ("search", "channels"):
+        return _Found(candidates[-1], losses, losses[-1])
+    chosen = best(losses)
+    if settings.kind == "search":
+        return _Found(candidates[chosen], losses, losses[chosen])
+    began = time.monotonic()
+    moved = _refine(block, group, streams, settings, candidates[chosen], captured, weights)
+    seconds = time.monotonic() - began
+    losses += evaluate([moved])
+    return _Found(moved, losses, losses[-1], losses[chosen], seconds)
 
 
 def _candidates(

@@ -19,6 +19,7 @@ from PIL import Image
 
 from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
+from qig_serve.offline.source.loaded_model import image_token_id
 
 Box = tuple[float, float, float, float]
 
@@ -162,15 +163,6 @@ LAYOUTS: dict[str, Callable[[Any, Any, Given], list[Box | None]]] = {
 """Architecture.pictures -> the boxes of a picture's tokens: (config, processor, picture)."""
 
 
-def image_token_id(config: Any) -> int:
-    """The token that stands for one image feature."""
-    for name in ("image_token_id", "image_token_index"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    raise UserError(f"the configuration of {config.model_type} names no image token")
-
-
 def token_boxes(
     config: Any, processor: Any, inputs: dict[str, Any], images: Sequence[Image.Image]
 ) -> dict[int, tuple[int, Box | None]]:
@@ -181,7 +173,7 @@ def token_boxes(
     """
     layout = LAYOUTS[get_architecture(config.model_type).pictures]
     ids = torch.as_tensor(inputs["input_ids"]).reshape(-1)
-    positions = (ids == image_token_id(config)).nonzero()[:, 0].tolist()
+    positions = (ids == image_token_id(config, processor)).nonzero()[:, 0].tolist()
     grids = inputs.get("image_grid_thw")
     boxes: list[tuple[int, Box | None]] = []
     for number, image in enumerate(images):

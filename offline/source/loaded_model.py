@@ -37,6 +37,15 @@ def outside_blocks(names: Iterable[str], prefix: str) -> list[str]:
     return sorted(found)
 
 
+def image_token_id(config: Any, processor: Any) -> int | None:
+    """The token that stands for a piece of an image; None if neither names one."""
+    for holder in (config, processor):
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(value := getattr(holder, name, None), int):
+                return value
+    return None
+
+
 @dataclass(frozen=True)
 class BlockInputs:
     """What the model hands to its decoder for one batch."""
@@ -117,11 +126,7 @@ class LoadedModel:
     @property
     def image_token_id(self) -> int | None:
         """The token that stands for a piece of an image."""
-        for holder in (self.config, self.processor):
-            for name in ("image_token_id", "image_token_index"):
-                if isinstance(value := getattr(holder, name, None), int):
-                    return value
-        return None
+        return image_token_id(self.config, self.processor)
 
     def source_name(self, index: int, name: str) -> str:
         """The tensor in the files behind parameter `name` of block `index`."""

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qig_serve.errors import UserError
-from qig_serve.samples import picture_path
+from qig_serve.samples import IMAGE_SUFFIXES, picture_path
 from qig_serve.serving.json_faults import find_fault
 from qig_serve.text_files import csv_columns, csv_rows, lines
 
 URL = "/v1/chat/completions"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 CSV_COLUMNS = ("custom_id", "line", "answer", "error")
 
 

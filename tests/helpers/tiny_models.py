@@ -49,7 +49,7 @@ def chat_template(image_text: str) -> str:
     )
 
 
-def _tokenizer(tiny: Tiny) -> Any:
+def make_tokenizer(tiny: Tiny) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,7 +75,7 @@ def _tokenizer(tiny: Tiny) -> Any:
     return fast
 
 
-def _text(tokenizer: Any, **more: Any) -> dict[str, Any]:
+def text_fields(tokenizer: Any, **more: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer) + (-len(tokenizer)) % 64,
         "hidden_size": 256,
@@ -94,7 +94,7 @@ def _text(tokenizer: Any, **more: Any) -> dict[str, Any]:
     }
 
 
-def _common(tokenizer: Any) -> dict[str, Any]:
+def common_fields(tokenizer: Any) -> dict[str, Any]:
     return {
         "tie_word_embeddings": False,
         "eos_token_id": tokenizer.eos_token_id,
@@ -102,11 +102,11 @@ def _common(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _id(tokenizer: Any, token: str) -> int:
+def token_id(tokenizer: Any, token: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
-_VISION = {
+VISION = {
     "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -118,12 +118,12 @@ def _llava_config(tokenizer: Any) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(**_VISION, image_size=56, patch_size=14, projection_dim=128),
-        text_config=LlamaConfig(**_text(tokenizer)),
-        image_token_index=_id(tokenizer, "<image>"),
+        vision_config=CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=128),
+        text_config=LlamaConfig(**text_fields(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=16,
         vision_feature_layer=-1,
-        **_common(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -147,16 +147,16 @@ def _onevision_config(tokenizer: Any) -> Any:
 
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
-            **_VISION, image_size=56, patch_size=14, vision_use_head=False
+            **VISION, image_size=56, patch_size=14, vision_use_head=False
         ),
-        text_config=Qwen2Config(**_text(tokenizer)),
-        image_token_index=_id(tokenizer, "<image>"),
-        video_token_index=_id(tokenizer, "<video>"),
+        text_config=Qwen2Config(**text_fields(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        video_token_index=token_id(tokenizer, "<video>"),
         image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112]],
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_4",
-        **_common(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -185,15 +185,15 @@ def _onevision_processor(tokenizer: Any, template: str) -> Any:
 
 _QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
 
 
-def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
+def qwen_ids(tokenizer: Any) -> dict[str, Any]:
     return {
-        "image_token_id": _id(tokenizer, "<|image_pad|>"),
-        "video_token_id": _id(tokenizer, "<|video_pad|>"),
-        "vision_start_token_id": _id(tokenizer, "<|vision_start|>"),
-        "vision_end_token_id": _id(tokenizer, "<|vision_end|>"),
+        "image_token_id": token_id(tokenizer, "<|image_pad|>"),
+        "video_token_id": token_id(tokenizer, "<|video_pad|>"),
+        "vision_start_token_id": token_id(tokenizer, "<|vision_start|>"),
+        "vision_end_token_id": token_id(tokenizer, "<|vision_end|>"),
     }
 
 
@@ -209,9 +209,9 @@ def _qwen2_vl_config(tokenizer: Any) -> Any:
             "mlp_ratio": 2,
             "patch_size": 14,
         },
-        text_config=_text(tokenizer, rope_parameters=_MROPE),
-        **_qwen_ids(tokenizer),
-        **_common(tokenizer),
+        text_config=text_fields(tokenizer, rope_parameters=MROPE),
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -229,16 +229,16 @@ def _qwen2_5_vl_config(tokenizer: Any) -> Any:
             "window_size": 112,
             "fullatt_block_indexes": [1],
         },
-        text_config=_text(tokenizer, rope_parameters=_MROPE),
-        **_qwen_ids(tokenizer),
-        **_common(tokenizer),
+        text_config=text_fields(tokenizer, rope_parameters=MROPE),
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
 def _qwen3_vl_config(tokenizer: Any) -> Any:
     from transformers import Qwen3VLConfig
 
-    rope = {**_MROPE, "mrope_interleaved": True}
+    rope = {**MROPE, "mrope_interleaved": True}
     return Qwen3VLConfig(
         vision_config={
             "depth": 3,
@@ -251,9 +251,9 @@ def _qwen3_vl_config(tokenizer: Any) -> Any:
             "deepstack_visual_indexes": [0, 1],
         },
         # More blocks than helpings of image features, as in every published model.
-        text_config=_text(tokenizer, rope_parameters=rope, num_hidden_layers=3),
-        **_qwen_ids(tokenizer),
-        **_common(tokenizer),
+        text_config=text_fields(tokenizer, rope_parameters=rope, num_hidden_layers=3),
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -281,13 +281,13 @@ def _internvl_config(tokenizer: Any) -> Any:
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
     return InternVLConfig(
-        vision_config=InternVLVisionConfig(**_VISION, image_size=[56, 56], patch_size=[14, 14]),
-        text_config=Qwen2Config(**_text(tokenizer)),
-        image_token_id=_id(tokenizer, "<IMG_CONTEXT>"),
+        vision_config=InternVLVisionConfig(**VISION, image_size=[56, 56], patch_size=[14, 14]),
+        text_config=Qwen2Config(**text_fields(tokenizer)),
+        image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=4,
         downsample_ratio=0.5,
         vision_feature_layer=-1,
-        **_common(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -308,7 +308,7 @@ def _internvl_processor(tokenizer: Any, template: str) -> Any:
 def _gemma3_config(tokenizer: Any) -> Any:
     from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
-    text = _text(
+    text = text_fields(
         tokenizer,
         num_hidden_layers=3,
         sliding_window=32,
@@ -322,14 +322,14 @@ def _gemma3_config(tokenizer: Any) -> Any:
     )
     return Gemma3Config(
         vision_config=SiglipVisionConfig(
-            **_VISION, image_size=56, patch_size=14, vision_use_head=False
+            **VISION, image_size=56, patch_size=14, vision_use_head=False
         ),
         text_config=Gemma3TextConfig(**text),
         mm_tokens_per_image=4,
-        image_token_index=_id(tokenizer, "<image_soft_token>"),
-        boi_token_index=_id(tokenizer, "<start_of_image>"),
-        eoi_token_index=_id(tokenizer, "<end_of_image>"),
-        **{**_common(tokenizer), "tie_word_embeddings": True},
+        image_token_index=token_id(tokenizer, "<image_soft_token>"),
+        boi_token_index=token_id(tokenizer, "<start_of_image>"),
+        eoi_token_index=token_id(tokenizer, "<end_of_image>"),
+        **{**common_fields(tokenizer), "tie_word_embeddings": True},
     )
 
 
@@ -360,11 +360,11 @@ def _idefics_config(kind: str) -> Callable[[Any], Any]:
 
         vision = getattr(transformers, f"{kind}VisionConfig")
         return getattr(transformers, f"{kind}Config")(
-            vision_config=vision(**_VISION, image_size=56, patch_size=14),
-            text_config=transformers.LlamaConfig(**_text(tokenizer)),
-            image_token_id=_id(tokenizer, "<image>"),
+            vision_config=vision(**VISION, image_size=56, patch_size=14),
+            text_config=transformers.LlamaConfig(**text_fields(tokenizer)),
+            image_token_id=token_id(tokenizer, "<image>"),
             scale_factor=2,
-            **_common(tokenizer),
+            **common_fields(tokenizer),
         )
 
     return make
@@ -483,7 +483,7 @@ def tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
     from transformers import AutoModelForImageTextToText
 
     tiny = FAMILIES[family]
-    tokenizer = _tokenizer(tiny)
+    tokenizer = make_tokenizer(tiny)
     torch.manual_seed(seed)
     config = tiny.config(tokenizer)
     config.dtype = "bfloat16"

@@ -209,13 +209,22 @@ def test_demo_calibration_is_not_the_test_set() -> None:
         (lambda d: str(_write(d / "none.json", "[]")), "no samples"),
         (lambda d: str(d), "no captioned images"),
         (
+            lambda d: str(_write(d / "c.csv", "image,caption\nx.png,one, two\n").parent),
+            "line 2: more fields than columns: quote",
+        ),
+        (
+            lambda d: str(_write(d / "c.csv", "name,text\nx.png,one\n").parent),
+            "needs the columns image and caption",
+        ),
+        (
             lambda d: str(
                 _write(d / "t.jsonl", '{"messages": [{"role": "user", "content": "Hi"}]}')
             ),
             "no calibration sample .* has an image",
         ),
     ],
-    ids=["none", "absent", "empty", "broken", "object", "no-record", "no-captions", "no-image"],
+    ids=["none", "absent", "empty", "broken", "object", "no-record", "no-captions"]
+    + ["unquoted", "columns", "no-image"],
 )
 def test_refused_sources(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
