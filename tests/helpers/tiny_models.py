@@ -8,12 +8,14 @@ every linear's input divides by 128. Tensor names are those of published files, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 WORDS = ("What color is the star? Describe it.", "a large red star", "user", "assistant", "system")
@@ -508,3 +510,16 @@ def tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
     }
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def one_sample(directory: Path) -> str:
+    """A JSONL with one question about a red picture, written into a directory; its path."""
+    Image.new("RGB", (56, 56), "red").save(directory / "red.png")
+    content = [
+        {"type": "image_url", "image_url": {"url": "red.png"}},
+        {"type": "text", "text": "What color is the star?"},
+    ]
+    line = {"id": "1", "messages": [{"role": "user", "content": content}], "answer": "red"}
+    path = directory / "calib.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    return str(path)

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tiny_models import FAMILIES, tiny_model
-from PIL import Image
+from helpers.tiny_models import one_sample, tiny_model
 
 from qig_serve.cli import main
 from qig_serve.offline.pipeline import quantize
@@ -15,13 +14,9 @@ from qig_serve.offline.recipe import make_recipe
 
 
 def test_recorded_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
-    content = [{"type": "image_url", "image_url": {"url": "red.png"}}]
-    line = {"id": "1", "messages": [{"role": "user", "content": content}], "answer": "red"}
-    (tmp_path / "calib.jsonl").write_text(json.dumps(line) + "\n")
-    assert "llava" in FAMILIES
+    calib = one_sample(tmp_path)
     source = tiny_model("llava", tmp_path / "source")
-    options = {"method": "rtn", "calib": str(tmp_path / "calib.jsonl"), "samples": 1}
+    options = {"method": "rtn", "calib": calib, "samples": 1}
     quantize(source, tmp_path / "out", make_recipe(options), quiet=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["tensor_parallel_sizes"] == [1, 2]

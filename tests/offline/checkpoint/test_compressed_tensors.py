@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, tiny_model
+from helpers.tiny_models import FAMILIES, one_sample, tiny_model
 from PIL import Image
 
 from qig_serve.architectures import ARCHITECTURES
@@ -59,15 +59,7 @@ def test_the_library_decompresses_our_weights(scheme: str, n: int) -> None:
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("calibration")
-    Image.new("RGB", (56, 56), "red").save(directory / "red.png")
-    content = [
-        {"type": "image_url", "image_url": {"url": "red.png"}},
-        {"type": "text", "text": "What color is the star?"},
-    ]
-    line = {"id": "1", "messages": [{"role": "user", "content": content}], "answer": "red"}
-    (directory / "calib.jsonl").write_text(json.dumps(line) + "\n")
-    return directory / "calib.jsonl"
+    return Path(one_sample(tmp_path_factory.mktemp("calibration")))
 
 
 def checkpoint(
