@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION
 from qig_serve.hashes import HASHES_FILE, file_sha256
+from qig_serve.model_directory import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,45 @@ def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
         partial.chmod(path.parent.stat().st_mode & 0o666)
         sync(partial)
         partial.rename(path)
+
+
+def save_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, prefix: str
+) -> list[Path]:
+    """Named tensors as files of about SHARD_BYTES, PREFIX-00000.safetensors and so on."""
+    shards: list[Path] = []
+    part: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        shards.append(directory / f"{prefix}-{len(shards):05d}.safetensors")
+        save_shard(part, shards[-1])
+        part.clear()
+
+    for name, tensor in tensors:
+        if part and sum(t.nbytes for t in part.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        part[name] = tensor
+    if part:
+        flush()
+    return shards
+
+
+def number_shards(shards: Sequence[Path]) -> None:
+    """Renames a model's shards to model-00001-of-N and so on, and writes their index."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, path in enumerate(shards, start=1):
+        final = path.with_name(f"model-{i:05d}-of-{len(shards):05d}.safetensors")
+        if path != final:
+            path.rename(final)
+        with final.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                weight_map[name] = final.name
+                total += entry["data_offsets"][1] - entry["data_offsets"][0]
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(shards[0].with_name(INDEX_FILE), json.dumps(index, indent=2) + "\n")
 
 
 def write_hashes(directory: Path, skipped: Collection[Path] = ()) -> None:

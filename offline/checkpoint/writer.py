@@ -12,7 +12,7 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION
 from qig_serve.hashes import HASHES_FILE, file_sha256
-from qig_serve.model_directory import INDEX_FILE
 from qig_serve.offline.checkpoint.forms import Form
 from qig_serve.offline.disk import (
-    SHARD_BYTES,
     ResumableError,
     disk_errors,
+    number_shards,
     save_shard,
+    save_shards,
     sync,
     write_hashes,
     write_text,
@@ -189,8 +189,7 @@ class CheckpointWriter:
             if form.convert is not None:
                 done_with = shards  # kept to the end: a killed run is resumed from them
                 shards = [_converted(path, form) for path in shards]
-            shards += self._copy_untouched()
-            self._write_index(shards)
+            number_shards(shards + self._copy_untouched())
             self._copy_other_files()
             config = json.loads((self.source.directory / "config.json").read_text("utf-8"))
             config |= form.config
@@ -221,41 +220,9 @@ class CheckpointWriter:
 
     def _copy_untouched(self) -> list[Path]:
         replaced = {name for block in self._blocks.values() for name in block["replaced"]}
-        shards: list[Path] = []
-        part: dict[str, torch.Tensor] = {}
-        size = 0
-
-        def flush() -> None:
-            path = self.directory / f"rest-{len(shards):05d}.safetensors"
-            save_shard(part, path)
-            shards.append(path)
-
-        for name in self.source:
-            if name in replaced:
-                continue
-            tensor = self.source.tensor(name)
-            bytes_ = tensor.numel() * tensor.element_size()
-            if part and size + bytes_ > SHARD_BYTES:
-                flush()
-                part, size = {}, 0
-            part[name] = tensor
-            size += bytes_
-        if part:
-            flush()
-        return shards
-
-    def _write_index(self, shards: list[Path]) -> None:
-        weight_map: dict[str, str] = {}
-        total = 0
-        for i, path in enumerate(shards, start=1):
-            final = path.with_name(f"model-{i:05d}-of-{len(shards):05d}.safetensors")
-            if path != final:
-                path.rename(final)
-            for name, nbytes in _tensor_bytes(final):
-                weight_map[name] = final.name
-                total += nbytes
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(self.directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+        untouched = (name for name in self.source if name not in replaced)
+        tensors = ((name, self.source.tensor(name)) for name in untouched)
+        return save_shards(tensors, self.directory, "rest")
 
     def _copy_other_files(self) -> None:
         root = self.source.directory
@@ -281,16 +248,6 @@ def _converted(path: Path, form: Form) -> Path:
     target = path.with_name(path.name.replace("block-", "converted-"))
     save_shard(form.convert(load_file(path)), target)
     return target
-
-
-def _tensor_bytes(path: Path) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of a shard's tensors, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, end - start
 
 
 def _differences(stored: Any, now: Mapping[str, Any], keys: list[str]) -> str:

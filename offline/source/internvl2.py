@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from qig_serve.errors import UserError
-from qig_serve.model_directory import INDEX_FILE
-from qig_serve.offline.disk import SHARD_BYTES
+from qig_serve.offline.disk import number_shards, save_shards
 from qig_serve.offline.source.sentencepiece_tokenizer import build
 from qig_serve.offline.source.tensors import SourceCheckpoint
 
@@ -43,72 +41,47 @@ CHAT_TEMPLATE = (
 
 _DECODER = "language_model.model."
 _TOWER = "vision_tower."
-# (source name, name in the port); what is not here nor split below is refused.
-_RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern + "$"), target)
-    for pattern, target in (
-        (r"language_model\.model\.tok_embeddings\.weight", _DECODER + "embed_tokens.weight"),
-        (r"language_model\.model\.norm\.weight", _DECODER + "norm.weight"),
-        (r"language_model\.output\.weight", "language_model.lm_head.weight"),
-        (
-            r"language_model\.model\.layers\.(\d+)\.attention\.wo\.(weight|bias)",
-            _DECODER + r"layers.\1.self_attn.o_proj.\2",
-        ),
-        (
-            r"language_model\.model\.layers\.(\d+)\.feed_forward\.w1\.weight",
-            _DECODER + r"layers.\1.mlp.gate_proj.weight",
-        ),
-        (
-            r"language_model\.model\.layers\.(\d+)\.feed_forward\.w3\.weight",
-            _DECODER + r"layers.\1.mlp.up_proj.weight",
-        ),
-        (
-            r"language_model\.model\.layers\.(\d+)\.feed_forward\.w2\.weight",
-            _DECODER + r"layers.\1.mlp.down_proj.weight",
-        ),
-        (
-            r"language_model\.model\.layers\.(\d+)\.attention_norm\.weight",
-            _DECODER + r"layers.\1.input_layernorm.weight",
-        ),
-        (
-            r"language_model\.model\.layers\.(\d+)\.ffn_norm\.weight",
-            _DECODER + r"layers.\1.post_attention_layernorm.weight",
-        ),
-        (r"vision_model\.embeddings\.class_embedding", _TOWER + "embeddings.cls_token"),
-        (
-            r"vision_model\.embeddings\.position_embedding",
-            _TOWER + "embeddings.position_embeddings",
-        ),
-        (
-            r"vision_model\.embeddings\.patch_embedding\.(weight|bias)",
-            _TOWER + r"embeddings.patch_embeddings.projection.\1",
-        ),
-        (
-            r"vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.(weight|bias)",
-            _TOWER + r"encoder.layer.\1.attention.projection_layer.\2",
-        ),
-        (
-            r"vision_model\.encoder\.layers\.(\d+)\.attn\.([qk])_norm\.weight",
-            _TOWER + r"encoder.layer.\1.attention.\2_norm.weight",
-        ),
-        (r"vision_model\.encoder\.layers\.(\d+)\.ls([12])", _TOWER + r"encoder.layer.\1.lambda_\2"),
-        (
-            r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(fc[12])\.(weight|bias)",
-            _TOWER + r"encoder.layer.\1.mlp.\2.\3",
-        ),
-        (
-            r"vision_model\.encoder\.layers\.(\d+)\.norm1\.(weight|bias)",
-            _TOWER + r"encoder.layer.\1.layernorm_before.\2",
-        ),
-        (
-            r"vision_model\.encoder\.layers\.(\d+)\.norm2\.(weight|bias)",
-            _TOWER + r"encoder.layer.\1.layernorm_after.\2",
-        ),
-        (r"mlp1\.0\.(weight|bias)", r"multi_modal_projector.layer_norm.\1"),
-        (r"mlp1\.1\.(weight|bias)", r"multi_modal_projector.linear_1.\1"),
-        (r"mlp1\.3\.(weight|bias)", r"multi_modal_projector.linear_2.\1"),
-    )
-)
+_PLACES = {
+    "BLOCK": (r"language_model.model.layers.(\d+)", r"language_model.model.layers.\1"),
+    "LAYER": (r"vision_model.encoder.layers.(\d+)", r"vision_tower.encoder.layer.\1"),
+    "EMBEDDINGS": ("vision_model.embeddings", "vision_tower.embeddings"),
+}
+# Name in the source, name in the port; what is not here nor split below is refused.
+_TABLE = r"""
+language_model.model.tok_embeddings.weight   language_model.model.embed_tokens.weight
+language_model.model.norm.weight             language_model.model.norm.weight
+language_model.output.weight                 language_model.lm_head.weight
+BLOCK.attention.wo.(weight|bias)             BLOCK.self_attn.o_proj.\2
+BLOCK.feed_forward.w1.weight                 BLOCK.mlp.gate_proj.weight
+BLOCK.feed_forward.w3.weight                 BLOCK.mlp.up_proj.weight
+BLOCK.feed_forward.w2.weight                 BLOCK.mlp.down_proj.weight
+BLOCK.attention_norm.weight                  BLOCK.input_layernorm.weight
+BLOCK.ffn_norm.weight                        BLOCK.post_attention_layernorm.weight
+EMBEDDINGS.class_embedding                   EMBEDDINGS.cls_token
+EMBEDDINGS.position_embedding                EMBEDDINGS.position_embeddings
+EMBEDDINGS.patch_embedding.(weight|bias)     EMBEDDINGS.patch_embeddings.projection.\1
+LAYER.attn.proj.(weight|bias)                LAYER.attention.projection_layer.\2
+LAYER.attn.([qk])_norm.weight                LAYER.attention.\2_norm.weight
+LAYER.ls([12])                               LAYER.lambda_\2
+LAYER.mlp.(fc[12]).(weight|bias)             LAYER.mlp.\2.\3
+LAYER.norm1.(weight|bias)                    LAYER.layernorm_before.\2
+LAYER.norm2.(weight|bias)                    LAYER.layernorm_after.\2
+mlp1.0.(weight|bias)                         multi_modal_projector.layer_norm.\1
+mlp1.1.(weight|bias)                         multi_modal_projector.linear_1.\1
+mlp1.3.(weight|bias)                         multi_modal_projector.linear_2.\1
+"""
+
+
+def _renames() -> Iterator[tuple[re.Pattern[str], str]]:
+    """(pattern of source names, name in the port) of each line of the table."""
+    for line in _TABLE.strip().splitlines():
+        source, target = line.split()
+        for place, (old, new) in _PLACES.items():
+            source, target = source.replace(place, old), target.replace(place, new)
+        yield re.compile(source.replace(".", r"\.") + "$"), target
+
+
+_RENAMES = tuple(_renames())
 _WQKV = re.compile(r"language_model\.model\.layers\.(\d+)\.attention\.wqkv\.(weight|bias)$")
 _VISION_QKV = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)$")
 
@@ -273,7 +246,8 @@ def convert(
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _write_tensors(source, partial, config["text_config"], progress)
+        tensors = _converted(source, config["text_config"], progress)
+        number_shards(save_shards(tensors, partial, "part"))
         _write_configs(partial, config, original, tokenizer)
         for name in ("LICENSE", "README.md"):
             if (source_dir / name).is_file():
@@ -286,46 +260,22 @@ def convert(
     return output
 
 
-def _write_tensors(
+def _converted(
     source: SourceCheckpoint,
-    directory: Path,
     text: dict[str, Any],
     progress: Callable[[str, int, int], None] | None,
-) -> None:
-    heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
-    files: list[Path] = []
-    shard: dict[str, torch.Tensor] = {}
-    names: dict[Path, list[str]] = {}
-    total = size = 0
-
-    def flush() -> None:
-        path = directory / f"part-{len(files):05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes 600
-        files.append(path)
-        names[path] = list(shard)
-
-    all_names = list(source)
-    for done, name in enumerate(all_names, start=1):
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The port's tensors, by name, one source tensor after another."""
+    names = list(source)
+    for done, name in enumerate(names, start=1):
         if progress is not None:
-            progress("converting", done, len(all_names))
+            progress("converting", done, len(names))
         tensor = source.tensor(name)
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{name} in {source.directory} holds NaN or infinity")
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-            shard, size = {}, 0
-        shard.update(convert_tensor(name, tensor, heads, kv_heads))
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    weight_map: dict[str, str] = {}
-    for i, path in enumerate(files, start=1):
-        final = path.with_name(f"model-{i:05d}-of-{len(files):05d}.safetensors")
-        path.rename(final)
-        weight_map |= dict.fromkeys(names[path], final.name)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        yield from convert_tensor(
+            name, tensor, text["num_attention_heads"], text["num_key_value_heads"]
+        )
 
 
 def _write_configs(
