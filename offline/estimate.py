@@ -101,14 +101,9 @@ def heaviest(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
     """The batch of the longest sample, and the one with most tokens if that is another."""
     longest = max(batches, key=lambda b: b.token_mask.shape[1])
     fullest = max(batches, key=lambda b: b.token_mask.numel())
-    return (
-        [longest]
-        if fullest.token_mask.numel() == longest.token_mask.numel()
-        else [
-            longest,
-            fullest,
-        ]
-    )
+    if fullest.token_mask.numel() == longest.token_mask.numel():
+        return [longest]
+    return [longest, fullest]
 
 
 def dry_run(
@@ -186,7 +181,7 @@ def time_block(
     seconds.statistics = parts.get("statistics", 0.0)
     seconds.rounding += _now(device) - started - seconds.statistics
     started = _now(device)
-    linears = [block.get_submodule(n) for g in loaded.arch.groups for n in g.linears]
+    linears = [block.get_submodule(name) for name in loaded.arch.linears]
     streams.advance(original, block, linears, "layer 0")
     seconds.advance = _now(device) - started
     return seconds

@@ -75,7 +75,7 @@ def quantization_config(
     translated; so linears are named by the parts of their names that all have in common.
     """
     decoder = arch.decoder.rpartition(".")[2]
-    linears = "|".join(re.escape(name) for group in arch.groups for name in group.linears)
+    linears = "|".join(re.escape(name) for name in arch.linears)
     weights = {
         "num_bits": _BITS,
         "type": "int",

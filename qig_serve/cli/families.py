@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
             "model_type": row.name,
             "vllm_class": row.vllm_class,
             "tested": list(TESTED),
-            "quantized": [name for group in row.groups for name in group.linears],
+            "quantized": list(row.linears),
             "smoothing": [f"{g.previous} -> {', '.join(g.linears)}" for g in row.groups],
             "note": row.note,
         }

@@ -94,7 +94,8 @@ def main() -> None:
             captured.clear()
         where, method = f"layer {index}", base.rounding_method
         round_block(block, original, loaded.arch.groups, [], streams, method, where)
-        streams.advance(original, block, pipeline.linears_of(loaded, block), where)
+        linears = [block.get_submodule(name) for name in loaded.arch.linears]
+        streams.advance(original, block, linears, where)
     print(f"{args.scheme}: {args.samples} samples, {loaded.num_blocks} blocks")
     print("module     rule           CPU s  completeness  rank corr. (min)  (mean)")
     for (name, rule, steps), measured in rows.items():
