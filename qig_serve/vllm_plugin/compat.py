@@ -109,3 +109,20 @@ def inductor_pass() -> Any:
     return find(
         "InductorPass", "vllm.compilation.passes.inductor_pass", "vllm.compilation.inductor_pass"
     )
+
+
+def model_registry() -> Any:
+    """Architecture -> what loads its class, in the attribute `models`."""
+    return find("ModelRegistry", "vllm.model_executor.models")
+
+
+def lora_support() -> Any:
+    """Model class -> whether it takes LoRA adapters."""
+    return find(
+        "supports_lora", "vllm.model_executor.models", "vllm.model_executor.models.interfaces"
+    )
+
+
+def adapter_config() -> Any:
+    """The class that reads and validates an adapter's configuration."""
+    return find("PEFTHelper", "vllm.lora.peft_helper")

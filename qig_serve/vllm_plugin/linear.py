@@ -155,6 +155,8 @@ class QigLinearMethod(LinearMethodBase):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"qig_{name}", parameter)
         layer.qig_names = tuple(prepared)
+        # vLLM's LoRA layers ask a tensor of one of their known names where the layer lies.
+        layer.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
         self.backend.warm_up(self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device)
 
     def _suffixes(self, layer: torch.nn.Module) -> list[str]:
