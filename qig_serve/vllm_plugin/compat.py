@@ -111,16 +111,17 @@ def inductor_pass() -> Any:
     )
 
 
+_MODELS = "vllm.model_executor.models"
+
+
 def model_registry() -> Any:
     """Architecture -> what loads its class, in the attribute `models`."""
-    return find("ModelRegistry", "vllm.model_executor.models")
+    return find("ModelRegistry", _MODELS)
 
 
 def lora_support() -> Any:
     """Model class -> whether it takes LoRA adapters."""
-    return find(
-        "supports_lora", "vllm.model_executor.models", "vllm.model_executor.models.interfaces"
-    )
+    return find("supports_lora", _MODELS, f"{_MODELS}.interfaces")
 
 
 def adapter_config() -> Any:
