@@ -73,6 +73,15 @@ class QuantizationConfig(BaseModel):
         """The scheme of the weights."""
         return SCHEMES[self.scheme]
 
+    @property
+    def is_equalized(self) -> bool:
+        """Whether channels were rescaled, so that activations are not the source model's.
+
+        True where the checkpoint does not say.
+        """
+        unsaid = "none" if self.method in ("rtn", "gptq") else "unknown"
+        return bool(self.recipe.get("equalize", unsaid) != "none")
+
     def is_ignored(self, module: str) -> bool:
         """Whether a module (checkpoint name) is left in 16 bits."""
         return any(module == name or module.startswith(name + ".") for name in self.ignore)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qig_serve.errors import UserError
 from qig_serve.model_directory import read_manifest
+from qig_serve.serving.adapters import check_adapters
 from qig_serve.serving.limits import Limits
 
 DRAIN_SECONDS = 30
@@ -98,7 +99,7 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
     """
     from qig_serve.serving.describe import describe, serving_dtype
 
-    read_manifest(directory)
+    manifest = read_manifest(directory)
     set_environment(limits)
 
     args = parse_flags(directory, flags)
@@ -115,7 +116,8 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
             f"{directory} cannot be served here: {report.problems[0]} "
             f"(`qig-serve doctor {directory}` says more)"
         )
-    print("\n".join(report.lines()), flush=True)
+    note = check_adapters(directory, manifest, args)
+    print("\n".join([*report.lines(), *([note] if note else [])]), flush=True)
 
     from qig_serve.vllm_plugin import compat
 

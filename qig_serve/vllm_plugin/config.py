@@ -89,8 +89,9 @@ class QigConfig(QuantizationConfig):
             return None  # attention, embeddings and lm_head stay in 16 bits
         if self.is_ignored(prefix):
             return UnquantizedLinearMethod()
-        patches.do_without_a_compiler(get_current_vllm_config())
-        return QigLinearMethod(self, prefix)
+        vllm_config = get_current_vllm_config()
+        patches.do_without_a_compiler(vllm_config)
+        return QigLinearMethod(self, prefix, vllm_config.load_config.load_format == "dummy")
 
     def is_ignored(self, prefix: str) -> bool:
         """Whether a module (vLLM's name) is left in 16 bits; ValueError if only partly so."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FUSION_VARIABLE = "QIG_FUSE_QUANTIZATION"
 """1: fusion.py's pass runs when vLLM compiles."""
 
+_SMALLEST_SCALE = 1e-6  # of dummy weights
+
 
 def kernel_backend() -> ModuleType:
     """The kernels of the platform vLLM runs on; RuntimeError if there are none for it."""
@@ -64,7 +66,9 @@ def device_capability() -> tuple[int, int] | None:
 class QigLinearMethod(LinearMethodBase):
     """w3a16 and w4a8 linears; one object per layer, which knows the layer's name for messages."""
 
-    def __init__(self, config: QigConfig, prefix: str) -> None:
+    def __init__(self, config: QigConfig, prefix: str, dummy: bool = False) -> None:
+        """dummy: vLLM fills the weights with small random numbers (--load-format dummy)."""
+        self.dummy = dummy
         self.scheme: QuantScheme = config.scheme
         self.prefix = prefix
         self.backend = kernel_backend()
@@ -135,6 +139,8 @@ class QigLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
         tensors = {suffix: getattr(layer, suffix).data for suffix in self._suffixes(layer)}
+        if self.dummy:  # scales of either sign, which no kernel has to understand
+            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(_SMALLEST_SCALE)
         if not bool((tensors["weight_scale"] > 0).all()):
             raise ValueError(
                 f"{self.prefix}.weight_scale: the checkpoint has no scales for this layer, or "
@@ -149,6 +155,8 @@ class QigLinearMethod(LinearMethodBase):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"qig_{name}", parameter)
         layer.qig_names = tuple(prepared)
+        # vLLM's LoRA layers ask a tensor of one of their known names where the layer lies.
+        layer.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
         self.backend.warm_up(self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device)
 
     def _suffixes(self, layer: torch.nn.Module) -> list[str]:

@@ -139,6 +139,15 @@ def test_bf16_logprobs_within_noise(
     assert our.mean() < 1.5 * their.mean()
 
 
+@pytest.mark.parametrize("scheme", [pytest.param("w3a16", marks=pytest.mark.slow), "w4a8"])
+def test_dummy_weights_answer(checkpoints: dict[str, Path], scheme: str, release: None) -> None:
+    """`--load-format dummy`: for timing, nothing is read but the headers."""
+    llm = load(checkpoints[scheme], load_format="dummy")
+    answers = ask(llm)
+    del llm
+    assert [len(a.token_ids) for a in answers] == [TOKENS] * len(QUESTIONS)
+
+
 def forced_logprobs(model: Any, source: Path, index: int, tokens: list[int]) -> torch.Tensor:
     """The log-probabilities that `model` gives to `tokens` as the answer to a question."""
     inputs = prompt(source, index)

@@ -130,6 +130,25 @@ def test_missing_scales_are_noticed() -> None:
         method.process_weights_after_loading(layer)
 
 
+def test_dummy_weights_have_scales_of_either_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM fills them with small random numbers, for timing: no sign of a damaged checkpoint."""
+    config = QigConfig.from_config(quantization_config("w4a8"))
+    method = QigLinearMethod(config, "m.q_proj", dummy=True)
+    layer = stored_layer(method, 4, 128)
+    layer.weight_scale.data.uniform_(-1e-3, 1e-3)
+    layer.weight_scale.data[0] = 0
+    prepared: list[dict[str, torch.Tensor]] = []
+
+    def prepare(scheme: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+        prepared.append(dict(tensors))
+        return tensors
+
+    monkeypatch.setattr(method.backend, "prepare", prepare)
+    monkeypatch.setattr(method.backend, "warm_up", lambda *arguments: None)
+    method.process_weights_after_loading(layer)
+    assert bool((prepared[0]["weight_scale"] > 0).all())
+
+
 def stored_layer(method: QigLinearMethod, n: int, k: int) -> torch.nn.Module:
     """A layer as vLLM's loader leaves it: random codes and positive scales."""
     layer = torch.nn.Module()
