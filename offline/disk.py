@@ -92,6 +92,7 @@ def save_shards(
     """Named tensors as files of about SHARD_BYTES, PREFIX-00000.safetensors and so on."""
     shards: list[Path] = []
     part: dict[str, torch.Tensor] = {}
+    size = 0
 
     def flush() -> None:
         shards.append(directory / f"{prefix}-{len(shards):05d}.safetensors")
@@ -99,9 +100,11 @@ def save_shards(
         part.clear()
 
     for name, tensor in tensors:
-        if part and sum(t.nbytes for t in part.values()) + tensor.nbytes > SHARD_BYTES:
+        if part and size + tensor.nbytes > SHARD_BYTES:
             flush()
+            size = 0
         part[name] = tensor
+        size += tensor.nbytes
     if part:
         flush()
     return shards

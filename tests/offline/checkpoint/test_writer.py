@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qig_serve.errors import UserError
 from qig_serve.hashes import HASHES_FILE, file_sha256
 from qig_serve.model_directory import INDEX_FILE
+from qig_serve.offline import disk
 from qig_serve.offline.checkpoint.forms import Form
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
@@ -263,3 +264,18 @@ def test_a_file_cut_after_it_was_opened_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"w in .*model\.safetensors cannot be read.*shorter"):
         source.tensor("w")
+
+
+def test_shards_are_cut_and_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About as large as asked for, a larger tensor alone, every tensor in the index once."""
+    monkeypatch.setattr(disk, "SHARD_BYTES", 100)
+    sizes = {"a": 10, "b": 10, "c": 10, "d": 50, "e": 1}
+    tensors = [(name, torch.zeros(n)) for name, n in sizes.items()]
+    disk.number_shards(disk.save_shards(iter(tensors), tmp_path, "rest"))
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    files = [f"model-{i:05d}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    assert index["weight_map"] == dict(
+        zip("abcde", [files[i] for i in (0, 0, 1, 2, 3)], strict=True)
+    )
+    assert index["metadata"]["total_size"] == 4 * sum(sizes.values())
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == files
