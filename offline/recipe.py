@@ -270,23 +270,12 @@ class QuantRecipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+# The paper's settings: 128 image-caption pairs, 32 equal steps, 20 exponents, MAE, IQR clip, the
+# full-precision path with a zero baseline (w3a16) or the quantized input (w4a8).
+_PAPER = {"method": "qig", "quadrature": "uniform", "steps": 32}
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's settings: 128 image-caption pairs, 32 equal steps, 20 exponents, MAE, IQR clip,
-    # the full-precision path with a zero baseline (w3a16) or the quantized input (w4a8).
-    "paper-w3a16": {
-        "scheme": "w3a16",
-        "method": "qig",
-        "quadrature": "uniform",
-        "steps": 32,
-        "baseline": "zero",
-    },
-    "paper-w4a8": {
-        "scheme": "w4a8",
-        "method": "qig",
-        "quadrature": "uniform",
-        "steps": 32,
-        "baseline": "quantized",
-    },
+    "paper-w3a16": {"scheme": "w3a16", "baseline": "zero", **_PAPER},
+    "paper-w4a8": {"scheme": "w4a8", "baseline": "quantized", **_PAPER},
     "ours-w3a16": {"scheme": "w3a16", "method": "qig+"},
     "ours-w4a8": {"scheme": "w4a8", "method": "qig+"},
 }
