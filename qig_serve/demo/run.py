@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qig_serve.errors import UserError
 from qig_serve.extras import require
+from qig_serve.http_clients import open_loopback, openai_client
 
 SCHEMES = ("w3a16", "w4a8")
 METHODS = ("rtn", "qig", "qig+")
@@ -148,8 +148,7 @@ def _server(checkpoint: Path, log: Path, console: Any) -> Iterator[str]:
 
 def _healthy(url: str) -> bool:
     try:
-        # S310: the URL is our own server's.
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:  # noqa: S310
+        with open_loopback(f"{url}/health", timeout=2) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -157,8 +156,6 @@ def _healthy(url: str) -> bool:
 
 def _ask(url: str, picture: Path, console: Any) -> dict[str, str]:
     """One question about one held-out picture, through the official client."""
-    from openai import OpenAI
-
     from qig_serve.demo.questions import make_sample
     from qig_serve.samples import data_url
 
@@ -168,7 +165,7 @@ def _ask(url: str, picture: Path, console: Any) -> dict[str, str]:
         {"type": "image_url", "image_url": {"url": data_url(sample.image)}},
         {"type": "text", "text": sample.question},
     ]
-    with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
+    with openai_client(url, "none", timeout=120, purpose="the demonstration") as client:
         reply = client.chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": content}],

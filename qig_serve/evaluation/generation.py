@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
-from qig_serve.extras import require
+from qig_serve.http_clients import openai_client, proxy_in_words
 from qig_serve.model_directory import model_dtype, read_config, text_config
 from qig_serve.samples import Sample, data_url, load_image
 
@@ -211,19 +211,16 @@ def ask_server(
 
     A failed request is not an answer: it is counted by itself and never scored.
     """
-    require("openai", "--server")
-    from openai import OpenAI, OpenAIError
+    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai_client(url, key, timeout=600, purpose="--server")
+    from openai import OpenAIError
 
-    base = url.rstrip("/")
-    client = OpenAI(
-        base_url=base if base.endswith("/v1") else base + "/v1",
-        api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
-        timeout=600,
-    )
     try:
         model = model or next(iter(client.models.list())).id
     except (OpenAIError, StopIteration) as error:
-        raise UserError(f"the server at {url} does not answer ({error}): is it running?") from None
+        raise UserError(
+            f"the server at {url} does not answer{proxy_in_words(url)} ({error}): is it running?"
+        ) from None
 
     def ask(sample: Sample) -> tuple[str | None, str]:
         messages = _chat(sample, lambda i: {"type": "image_url", "image_url": {"url": data_url(i)}})

@@ -119,3 +119,18 @@ def do_without_a_compiler(vllm_config: Any) -> None:
     if vllm_config.compilation_config.backend == "inductor":
         vllm_config.compilation_config.backend = "eager"
     torch.compiler.set_stance("force_eager")  # the sampler, of which no configuration speaks
+
+
+@_depends_on("torch", "2.9", "3")
+def ask_for_amx() -> None:
+    """Ask the operating system for the CPU's tile registers, where it has them; repeated at will.
+
+    vLLM's attention uses them in bf16 without asking, which ends the process with an illegal
+    instruction. With 16-bit weights oneDNN has always asked before; with ours, and a first
+    request without a picture, nothing has.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()

@@ -6,6 +6,8 @@ import base64
 import importlib.metadata
 import inspect
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,8 @@ pytest.importorskip("vllm")
 
 import fastapi
 import torch
+from helpers import tiny_llava
+from helpers.server_process import environment
 from packaging.version import Version
 from starlette.middleware import Middleware
 
@@ -104,6 +108,43 @@ def test_without_a_compiler_nothing_is_compiled(
     patches.do_without_a_compiler(config)
     assert config.compilation_config.backend == after
     assert stances == (["force_eager"] if compiler == "no-such-compiler" else [])
+
+
+@pytest.mark.parametrize(("has", "asked"), [(True, 1), (False, 0)], ids=["amx", "no-amx"])
+def test_amx_is_asked_for_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, has: bool, asked: int
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: calls.append(True))
+    patches.ask_for_amx()
+    assert len(calls) == asked
+
+
+TEXT_FIRST = """
+import sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=512, max_num_seqs=4, enforce_eager=True)
+    message = {"role": "user", "content": "Describe it."}
+    (answer,) = llm.chat([message], SamplingParams(max_tokens=4), use_tqdm=False)
+    print("answered", len(answer.outputs[0].token_ids))
+"""
+
+
+@pytest.mark.slow
+def test_a_first_request_without_a_picture_is_answered(tmp_path: Path) -> None:
+    """In a process of its own: any 16-bit linear asks for AMX on its way."""
+    source = tiny_llava.build(tmp_path / "source")
+    checkpoint = tiny_llava.quantize(source, tmp_path / "w4a8", "w4a8")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", TEXT_FIRST, str(checkpoint)],
+        env=environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and "answered 4" in done.stdout, done.stderr[-2000:]
 
 
 def test_registering_changes_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
