@@ -45,11 +45,11 @@ def test_counts_and_estimate_are_printed(
     assert QuantizationReport.model_validate_json(stored).estimate == report.estimate
     # The log holds the same lines, each with the time, and the steps inside the blocks.
     log = (tmp_path / "out" / pipeline.LOG_FILE).read_text().splitlines()
-    told = [line.split("  ", 1)[1] for line in log]
-    assert told[:3] == lines[:3]
-    assert "block 1/2: equalization of qkv" in told
+    logged = [line.split("  ", 1)[1] for line in log]
+    assert logged[:3] == lines[:3]
+    assert "block 1/2: equalization of qkv" in logged
     assert [line for line in lines if line.startswith("block")] == [
-        line for line in told if "output error" in line
+        line for line in logged if "output error" in line
     ]
 
 

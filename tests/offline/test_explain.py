@@ -105,12 +105,12 @@ def test_command_writes_page_and_png(
     assert "% of the weight on the image" in capsys.readouterr().err
     record = tmp_path / "o.json"
     assert main([*base, "-o", str(tmp_path / "o.png"), "--layers", "0", "--json", str(record)]) == 0
-    told = json.loads(record.read_text())
-    layer = told["layers"]["layer 0"]
-    assert len(told["tokens"]) == len(layer["weights"]) and sum(layer["weights"]) == pytest.approx(
-        1
-    )
-    on_image = [w for t, w in zip(told["tokens"], layer["weights"], strict=True) if t["box"]]
+    written = json.loads(record.read_text())
+    layer = written["layers"]["layer 0"]
+    assert len(written["tokens"]) == len(layer["weights"]) and sum(
+        layer["weights"]
+    ) == pytest.approx(1)
+    on_image = [w for t, w in zip(written["tokens"], layer["weights"], strict=True) if t["box"]]
     assert len(on_image) == 36 and sum(on_image) == pytest.approx(layer["image_share"])
     capsys.readouterr()
     assert main([*base, "-o", str(tmp_path / "o.png"), "--layers", "0", "--quiet"]) == 0

@@ -69,7 +69,7 @@ def assert_same(one: Path, two: Path) -> None:
 
     Error compensation passes the last bit of a sum on from column to column until a code flips,
     and from there to all that comes after: with it the first group's codes, which no code has
-    come before, are compared, and for the rest how well they do. Where the scales a channel weigh
+    come before, are compared, and for the rest how well they do. Where the scales of channels weigh
     what compensation leaves of an error (weights only), they too follow the last bits, by up to
     0.4%: then the first group's folded scales are compared, and no codes.
     """
@@ -198,8 +198,10 @@ def test_torchrun(tiny_llava: Path, seven_samples: str, tmp_path: Path) -> None:
     assert_same(tmp_path / "one", tmp_path / "out")
     again = torchrun(*words, "--output", str(tmp_path / "out"))
     assert again.returncode != 0 and "exitcode  : 2" in again.stderr
-    told = [line for line in again.stderr.splitlines() if line.startswith("qig-serve quantize: ")]
-    assert len(told) == 1 and "exists already" in told[0]
+    printed = [
+        line for line in again.stderr.splitlines() if line.startswith("qig-serve quantize: ")
+    ]
+    assert len(printed) == 1 and "exists already" in printed[0]
     assert {p.name for p in tmp_path.iterdir()} == {"out", "one"}
 
 

@@ -95,9 +95,9 @@ def test_warnings_come_first(tmp_path: Path) -> None:
 def test_an_incomplete_attribution_is_a_warning(tmp_path: Path) -> None:
     """Block 5's error is 2.4%; with int8 activations it is approximate anyway."""
     write_reports(make_report(6), tmp_path, CONFIG)
-    told = "Block 5, qkv: the attribution misses completeness by 2.4%"
-    assert told in (tmp_path / "README.md").read_text()
-    assert told in (tmp_path / "report.html").read_text()
+    warning = "Block 5, qkv: the attribution misses completeness by 2.4%"
+    assert warning in (tmp_path / "README.md").read_text()
+    assert warning in (tmp_path / "report.html").read_text()
     write_reports(make_report(6, scheme="w4a8"), tmp_path, CONFIG)
     assert "misses completeness" not in (tmp_path / "README.md").read_text()
 
