@@ -1,12 +1,12 @@
 """Golden digests: the tensors that every method packs of the three bundled models, to the byte.
 
-    PYTHONPATH=tests python tests/offline/test_golden.py        # records them anew
+    OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/offline/test_golden.py     # records them anew
 
-Sums of floating-point numbers depend on a CPU's instructions and on torch's build, so the record
-holds a probe of both. Where this machine's probe is the recorded one, the sha256 of all packed
-tensors must be equal. Elsewhere a sample of the codes must be: all but a share of them, which
-rounding to nearest keeps small and error compensation, where one other code changes those behind
-it, does not.
+Sums of floating-point numbers depend on a CPU's instructions, on the number of threads and on
+torch's build, so the record holds a probe of them. Where this machine's probe is the recorded one,
+the sha256 of all packed tensors must be equal. Elsewhere a sample of the codes must be: all but a
+share of them, which rounding to nearest keeps small and error compensation, where one other code
+changes those behind it, does not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ that round to nearest. With SSE for AVX512 it was 1.0 of those, 0.82 to 0.93 of 
 def probe() -> str:
     """What this machine makes of the operations whose last bits differ between machines."""
     g = torch.Generator().manual_seed(0)
-    digest = hashlib.sha256(torch.__version__.encode())
+    digest = hashlib.sha256(f"{torch.__version__} {torch.get_num_threads()}".encode())
     for rows, inner, columns in ((257, 256, 768), (96, 768, 256), (1, 384, 256)):
         a, b = torch.randn(rows, inner, generator=g), torch.randn(columns, inner, generator=g)
         q = a.view(1, 1, rows, inner)
@@ -107,15 +107,6 @@ def codes(text: str, scheme: str) -> torch.Tensor:
     return unpack(words[None], get_scheme(scheme).bits, get_scheme(scheme).symmetric)[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over threads are other sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("golden")
@@ -148,7 +139,6 @@ def main() -> None:
     """Records the digests of this machine."""
     import tempfile
 
-    torch.set_num_threads(1)
     record: dict[str, Any] = {"probe": probe(), "runs": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for name in MODELS:
