@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qig_serve.errors import UserError
 from qig_serve.evaluation import Progress
@@ -178,7 +178,7 @@ def evaluate_many(
 
     `reference` is a full-precision model directory, or a JSON file that `qig-serve evaluate`
     wrote on the same questions (then there are no logits, hence no KL), or None. KL is taken on
-    the first `kl_samples` questions; 0 leaves it out. The engine "forced" tells answers by
+    the first `kl_samples` questions; 0 leaves it out. The engine "forced" finds answers by
     teacher forcing (evaluation/forced.py). UserError when an input is wrong.
     """
     samples, say = list(samples), progress or _silent
@@ -193,44 +193,27 @@ def evaluate_many(
     hashes = [sample_sha256(s) for s in samples]
     set_hash = set_sha256(hashes)
 
-    outputs: dict[str, list[str | None]] = {}
-    divergences: dict[str, Divergence] = {}
     reference_outputs: list[str | None] | None = None
     full: Path | None = None
     if reference is not None and Path(reference).is_file():
         reference_outputs = read_outputs(Path(reference), samples, set_hash)
     elif reference is not None:
-        full = Path(reference)
-        read_config(full)
-        if quantization(full):
-            raise UserError(f"the reference {full} is quantized: give the full-precision model")
-
-    if full is not None and kl_samples > 0:
-        from qig_serve.evaluation.divergence import divergences as compare
-
-        # Before vLLM: its CPU worker rearranges this process's threads.
+        full = _full_precision(Path(reference))
+    divergences: dict[str, Divergence] = {}
+    if full is not None:
         others = [(name, path) for name, path in jobs if path.resolve() != full.resolve()]
-        if others:
-            divergences.update(compare(full, others, samples[:kl_samples], say))
-    if full is not None and all(path.resolve() != full.resolve() for _, path in jobs):
-        jobs.insert(0, (REFERENCE, full))
-    forced: dict[str, list[str]] = {}
-    if used == "forced":
-        if full is None:
-            raise UserError("answers can be forced only against a full-precision model directory")
-        from qig_serve.evaluation.forced import forced_answers
+        if others and kl_samples > 0:
+            from qig_serve.evaluation.divergence import divergences as compare
 
-        forced = forced_answers(full, jobs, samples, max_tokens, say)
+            # Before vLLM: its CPU worker rearranges this process's threads.
+            divergences = dict(compare(full, others, samples[:kl_samples], say))
+        if len(others) == len(jobs):
+            jobs.insert(0, (REFERENCE, full))
+    outputs = _answers(jobs, full, samples, used, max_tokens, say)
+    results = {}
     for name, directory in jobs:
-        step = partial(say, f"{name}: answers ({used})")
-        step(0, len(samples))
-        outputs[name] = list(
-            forced.get(name) or generate(directory, samples, used, max_tokens, step)
-        )
         if full is not None and directory.resolve() == full.resolve():
             reference_outputs = outputs[name]
-
-    results = {}
     for name, directory in jobs:
         config = quantization(directory)
         is_full = full is not None and directory.resolve() == full.resolve()
@@ -249,6 +232,39 @@ def evaluate_many(
             calibration_overlap=_calibration_overlap(directory, samples),
         )
     return results
+
+
+def _full_precision(directory: Path) -> Path:
+    """The directory of a reference; UserError if it is none in full precision."""
+    read_config(directory)
+    if quantization(directory):
+        raise UserError(f"the reference {directory} is quantized: give the full-precision model")
+    return directory
+
+
+def _answers(
+    jobs: Sequence[tuple[str, Path]],
+    full: Path | None,
+    samples: Sequence[Sample],
+    engine: Literal["vllm", "transformers", "forced"],
+    max_tokens: int,
+    say: Progress,
+) -> dict[str, list[str | None]]:
+    """Every model's answers by name; those forced need the full-precision model `full`."""
+    forced: dict[str, list[str]] = {}
+    if engine == "forced":
+        if full is None:
+            raise UserError("answers can be forced only against a full-precision model directory")
+        from qig_serve.evaluation.forced import forced_answers
+
+        forced = forced_answers(full, jobs, samples, max_tokens, say)
+    outputs: dict[str, list[str | None]] = {}
+    for name, directory in jobs:
+        step = partial(say, f"{name}: answers ({engine})")
+        step(0, len(samples))
+        found = forced.get(name) or generate(directory, samples, engine, max_tokens, step)
+        outputs[name] = list(found)
+    return outputs
 
 
 def evaluate_server(

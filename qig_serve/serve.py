@@ -15,6 +15,7 @@ from pathlib import Path
 from qig_serve.errors import UserError
 from qig_serve.model_directory import read_manifest
 from qig_serve.serving.adapters import check_adapters
+from qig_serve.serving.folders import check_folders
 from qig_serve.serving.limits import Limits
 
 DRAIN_SECONDS = 30
@@ -37,7 +38,8 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     """vLLM's `serve` arguments for a checkpoint: the user's flags, and our defaults.
 
     Registers the plugin and sets the process up as vLLM's own command line does. UserError for a
-    flag that would run code from a checkpoint; vLLM's parser exits with 2 for one it refuses.
+    flag that would run code from a checkpoint, and for folders that cannot be written; vLLM's
+    parser exits with 2 for one it refuses.
     """
     from qig_serve.serving.describe import unsupported_version
 
@@ -50,6 +52,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
 
     from qig_serve.vllm_plugin import compat, register
 
+    check_folders(cuda=current_platform.is_cuda())
     register()
     compat.cli_environment()()
     names = {flag.partition("=")[0].replace("_", "-") for flag in flags}

@@ -91,6 +91,8 @@ def _through_vllm(
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
+    from qig_serve.serving.folders import check_folders
+
     class Bar(tqdm):
         """What vLLM takes for its progress bar; draws nothing and reports to `progress`."""
 
@@ -102,6 +104,7 @@ def _through_vllm(
             progress(min(int(self.n), len(samples)), len(samples))
             return None
 
+    check_folders(cuda=current_platform.is_cuda())
     most_images = max((len(s.images) for s in samples), default=0)
     settings: dict[str, Any] = {}
     if current_platform.is_cpu():
