@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny_llava
-from server_process import Server, start_server
+from helpers import tiny_llava
+from helpers.server_process import Server, start_server
 
 
 @pytest.fixture(scope="session")

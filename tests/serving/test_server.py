@@ -19,8 +19,8 @@ pytest.importorskip("vllm")
 
 import httpx
 import openai
-import tiny_llava
-from server_process import Server, environment, start_server
+from helpers import tiny_llava
+from helpers.server_process import Server, environment, start_server
 from transformers import AutoTokenizer
 
 TOKENS = 8
@@ -307,6 +307,7 @@ def test_dead_engine_takes_the_process_down(checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--trust-remote-code"], "is refused"), (["--trust-remote"], "is refused")],
+    ids=["whole", "abbreviated"],
 )
 @pytest.mark.slow
 def test_unsafe_flags_are_refused(checkpoint: Path, flags: list[str], message: str) -> None:
@@ -329,5 +330,5 @@ def test_full_precision_directory_is_refused(tmp_path: Path) -> None:
         timeout=100,
         env=environment(),
     )
-    assert done.returncode == 2 and "not quantized by qig-serve" in done.stderr
+    assert done.returncode == 2 and "is not a qig checkpoint" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -52,17 +51,6 @@ def test_registering_twice() -> None:
     assert get_quantization_config("qig") is QigConfig
 
 
-@pytest.mark.parametrize(("compiler", "expected"), [("no-such-compiler", "1"), ("sh", None)])
-def test_without_a_compiler_nothing_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, compiler: str, expected: str | None
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "")  # so that it is put back
-    monkeypatch.delenv("VLLM_CPU_CI_ENV")
-    monkeypatch.setenv("CXX", compiler)
-    register()
-    assert os.environ.get("VLLM_CPU_CI_ENV") == expected
-
-
 def test_bad_config_is_one_sentence() -> None:
     with pytest.raises(UserError, match="quantization_config: unknown scheme 'w5'"):
         QigConfig.from_config(quantization_config() | {"scheme": "w5"})
@@ -99,7 +87,7 @@ def test_fused_layers_are_ignored_whole_or_not_at_all() -> None:
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_uneven_tensor_parallel_split_names_sizes_that_work(scheme: str) -> None:
     method = QigLinearMethod(QigConfig.from_config(quantization_config(scheme)), "m.down_proj")
-    with pytest.raises(ValueError, match="768 inputs split 4 ways.*size of 1 or 2 or 3 or 6$"):
+    with pytest.raises(ValueError, match="768 inputs split 4 ways.*size of 1 or 2$"):
         method._check_shape(256, 192, 768, torch.bfloat16)
 
 
@@ -112,7 +100,7 @@ def test_unsupported_size_names_the_layer() -> None:
 @pytest.mark.parametrize(
     "tensor",
     [torch.zeros(4, 12, dtype=torch.int64), torch.zeros(4, 16, dtype=torch.int32)],
-    ids=str,
+    ids=["another-dtype", "more-columns"],
 )
 def test_wrong_tensors_are_not_cast_or_cut(tensor: torch.Tensor) -> None:
     config = QigConfig.from_config(quantization_config())
@@ -140,6 +128,25 @@ def test_missing_scales_are_noticed() -> None:
         layer.register_parameter(name, parameter)
     with pytest.raises(ValueError, match=r"m\.q_proj\.weight_scale: .* inspect --verify"):
         method.process_weights_after_loading(layer)
+
+
+def test_dummy_weights_have_scales_of_either_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM fills them with small random numbers, for timing: no sign of a damaged checkpoint."""
+    config = QigConfig.from_config(quantization_config("w4a8"))
+    method = QigLinearMethod(config, "m.q_proj", dummy=True)
+    layer = stored_layer(method, 4, 128)
+    layer.weight_scale.data.uniform_(-1e-3, 1e-3)
+    layer.weight_scale.data[0] = 0
+    prepared: list[dict[str, torch.Tensor]] = []
+
+    def prepare(scheme: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+        prepared.append(dict(tensors))
+        return tensors
+
+    monkeypatch.setattr(method.backend, "prepare", prepare)
+    monkeypatch.setattr(method.backend, "warm_up", lambda *arguments: None)
+    method.process_weights_after_loading(layer)
+    assert bool((prepared[0]["weight_scale"] > 0).all())
 
 
 def stored_layer(method: QigLinearMethod, n: int, k: int) -> torch.nn.Module:
