@@ -27,10 +27,10 @@ rounding: 2^-9 of each); reference.split_halves is the definition.
 Four neighbouring bytes are a register of the tensor core's left operand. Each of the eight outputs
 is 8 * code, at bits 3-5 of its bytes: c4, c5, c6 by one mask, c0, c1, c2 by a shift and a mask, c3
 and c7 gathered from two planes by two shifts, a blend and a mask. 17 operations for 32 weights,
-0.53 a weight.
+0.53 per weight.
 
 8-bit weights (of the output head) need no unpacking: weight_bytes int8 [pairs, N_pad/128, 2, 128,
-128], no zero points, and one scale a row as the last factor. The rest is the same.
+128], no zero points, and one scale per row as the last factor. The rest is the same.
 
 What is small travels in one word: of a (token, group) s / 8, for the codes are 8 * code, and minus
 the sum of q (x_scale_sum: bits 23-30, fp32's exponent, and 0-22), of a (row, group) the scale and
@@ -49,8 +49,8 @@ The order of inputs. A sum over k does not care for it, so codes lie where they 
   - x's halves are stored as the int8 product takes them, which is as the bytes lie; but up to
     Triton 3.7 mma.sync's int8 has eight neighbours a thread too, and that is ORDERS[4].
 
-Work is divided into equal shares (launch.py). The scaling of a group costs 5 operations a row and
-token, 5 BLOCK_M / 128 a weight: so the kernel is for few tokens, and tiles.json says how few.
+Work is divided into equal shares (launch.py). The scaling of a group costs 5 operations per row and
+token, 5 BLOCK_M / 128 per weight: so the kernel is for few tokens, and tiles.json says how few.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ stores it. A tile that several programs share goes through the scratch memory: e
 partial sum there, the last to arrive adds them up in the order of K and stores. So the result
 depends neither on which program was last nor on the other tokens.
 
-    halves, split_k   So many programs a tile that no share crosses one: few registers, so many
-                      programs an SM. Partial sums are small, so K may be split a few times more
+    halves, split_k   So many programs per tile that no share crosses one: few registers, so many
+                      programs per SM. Partial sums are small, so K may be split a few times more
                       than needed, until every SM has as much to do (`programs`).
     stream_k          As many programs as fit on the device, and shares cross tiles (Osama et al.,
                       arXiv 2301.03598): every SM has the same, with two partial sums a program at
@@ -53,7 +53,7 @@ def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, COLUMNS: tl.constexpr) -> 
     """x [K block, COLUMNS] at ptrs, whose rows past M are row M - 1 again; they are never stored.
 
     A narrow tile does not read them: at M = 1 they would add a third to the bytes that reach an
-    SM. A wide one does, rather than spend 0.1 integer instructions a weight on masks.
+    SM. A wide one does, rather than spend 0.1 integer instructions per weight on masks.
     """
     if COLUMNS < 64:
         return tl.load(ptrs, mask=in_range, other=0)
@@ -86,7 +86,7 @@ def share(
     No number here exceeds the units of a launch, and nothing is divided by more than `size`.
     """
     program = tl.program_id(0)
-    if ALIGNED:  # `size` programs a tile
+    if ALIGNED:  # `size` programs per tile
         start = program // size * blocks
         part = program % size
         return start + part * blocks // size, start + (part + 1) * blocks // size
@@ -233,7 +233,7 @@ def orders(device: torch.device) -> Orders:
 
 
 def compiler_options(tile: Tile) -> dict[str, Any]:
-    """Warps, and registers that leave room for as many programs an SM as the work is divided for.
+    """Warps, and registers that leave room for as many programs per SM as the work is divided for.
 
     Left alone the compiler takes more registers than it needs, and fewer programs fit.
     """
@@ -323,7 +323,7 @@ class Scratch:
     """Memory that every linear on a device shares: launches follow one another on a stream."""
 
     partials: torch.Tensor
-    """int32: partial sums of 4 bytes, two tiles a program."""
+    """int32: partial sums of 4 bytes, two tiles per program."""
     counters: torch.Tensor
     """int32 zeros, one an output tile; every launch leaves them at zero."""
 

@@ -107,7 +107,7 @@ def unpack_w3a16(
 
 
 def repack_w8a16(codes: torch.Tensor, scale: torch.Tensor, order: int) -> dict[str, torch.Tensor]:
-    """8-bit weights, symmetric, a scale a row -> `weight_bytes` and `row_scale`.
+    """8-bit weights, symmetric, a scale per row -> `weight_bytes` and `row_scale`.
 
     codes int8 [N, K], scale fp32 [N, 1]; order as the activations' halves have it. Returns
     weight_bytes int8 [pairs, N_pad / 128, 2, 128, 128] and row_scale fp32 [N_pad], 8 times the

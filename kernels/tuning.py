@@ -36,7 +36,7 @@ BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 ALIKE = {86: 80, 89: 80}
 """Targets for which the compiler makes nearly the same of a kernel: one is compiled for both."""
 LEAN = {"w3a16": 1.5, "w4a8": 1.1}
-"""Issued instructions a weight that a tile for FEW tokens may take: an H200's memory delivers a
+"""Issued instructions per weight that a tile for FEW tokens may take: an H200's memory delivers a
 weight in the time of 3.2 (w3a16) and 3.9 (w4a8), with every issue slot taken."""
 FEW = 8
 _SLICES_FROM = 4096

@@ -3,7 +3,7 @@
     out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
 Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then
-here `group_ptx` (a group's codes made numbers, in PTX) and its twin `_codes`, `_product`, `_part`,
+here `half_group_ptx` (half a group's codes made numbers, in PTX) and its twin `_codes`, `_product`, `_part`,
 `w3a16_shared_kernel`.
 
 Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
@@ -14,7 +14,7 @@ first; 32 of them are three int32 words, and w10 and w21 lie across two words.
 
 Kernel layout (layout.py): three byte planes a pair of groups, drawn in halves.py; 24 bits hold 8
 codes, nothing is padded. Scale and zero point of a (row, group) are the 32 bits of an fp32 number
-whose last three are the zero point: 3.25 bits a weight in all.
+whose last three are the zero point: 3.25 bits per weight in all.
 
 From a field to a number, in one instruction: `(w & 7 << p) | magic`, a lop3, writes the field at
 bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and
@@ -27,7 +27,7 @@ bits.
 
 Operations for the 32 weights in the three registers of four byte positions:
 
-    shifts by 8                                  8      0.25 a weight
+    shifts by 8                                  8      0.25 per weight
     lop3: 16 fields, 2 to gather c3 and c7      18      0.56
     shifts to gather c3 and c7                   4      0.13
     packed additions, multiplications           32     (1.00, not on the integer pipe)
@@ -45,7 +45,7 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
                       beat. A large weight goes through the scratch in slices of rows.
 
 A product is made 64 inputs at a time: two slices of 32, so that 128 x 128 outputs (128 registers a
-thread of four warps) and half a group of weights (32) fit without a spill, and two programs an SM.
+thread of four warps) and half a group of weights (32) fit without a spill, and two programs per SM.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _number(out: str, word: str, p: int, float_type: str) -> str:
 def half_group_ptx(half: int, float_type: str) -> str:
     """PTX of half a group: c0..c3 (half 0) or c4..c7 of four byte positions.
 
-    $0-$7 out, two registers a code; $8 $9 $10 planes A, B, C; $11 $12 zero points and $13 $14
+    $0-$7 out, two registers per code; $8 $9 $10 planes A, B, C; $11 $12 zero points and $13 $14
     scales, each twice in a register (a register for two positions: all are of one row).
     """
     one = _BIAS[float_type] << _MANTISSA[float_type]

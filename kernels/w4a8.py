@@ -13,7 +13,7 @@ Kernel layout (layout.py): a byte holds the codes of two inputs 64 apart, in blo
 
 A register of the tensor core's left operand is four neighbouring bytes. From one such register
 `p & 0xF0F0F0F0` is four times 16 w[64 + kk] as int8 and `(p << 4) & 0xF0F0F0F0` four times
-16 w[kk]: the sign comes along, three operations for eight weights (0.375 a weight). The 16 is in
+16 w[kk]: the sign comes along, three operations for eight weights (0.375 per weight). The 16 is in
 channel_scale. The int32 sum cannot overflow below K = 132,000: 16 * 8 * 127 * K < 2^31. It is
 exact, also across splits of K, and scaled once at the end:
 
@@ -26,7 +26,7 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
                         the tensor cores from registers, and work is divided in equal shares along
                         K (launch.py). Partial sums are int32: the same however K is divided.
     prefill             Many: bound by the tensor cores, at twice the bf16 rate. The same loop
-                        undivided; 128 x 128 outputs by four warps, two programs an SM, so that one
+                        undivided; 128 x 128 outputs by four warps, two programs per SM, so that one
                         unpacks while the other multiplies.
 
 Activations are quantized a token by quantize_activation.py, fused there with what precedes.

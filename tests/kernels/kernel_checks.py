@@ -256,7 +256,7 @@ def test_what_is_not_finite_stays_in_its_token(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("m", [1, 7, 33])
 @pytest.mark.parametrize("k", [384, 1024])
 def test_eight_bit_weights(m: int, k: int) -> None:
-    """As an output head has them: the same kernel, bytes for planes, one scale a row."""
+    """As an output head has them: the same kernel, bytes for planes, one scale per row."""
     n = 300
     generator = torch.Generator().manual_seed(m)
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)

@@ -38,7 +38,7 @@ def tile_of(scheme: str, target: int, tokens: int = 1) -> Tile:
 )
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_tiles_stay_lean(scheme: str, target: int, tokens: int, instruction: str) -> None:
-    """No spills, tensor cores, instructions a weight; all tiles of all targets are slow."""
+    """No spills, tensor cores, instructions per weight; all tiles of all targets are slow."""
     compiled = compile_report.compile_tile(
         scheme, target, tile_of(scheme, target, tokens), m=tokens
     )
