@@ -3,8 +3,8 @@
     out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
 Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then
-here `half_group_ptx` (half a group's codes made numbers, in PTX) and its twin `_codes`, `_product`, `_part`,
-`w3a16_shared_kernel`.
+here `half_group_ptx` (half a group's codes made numbers, in PTX) and its twin `_codes`, `_product`,
+`_part`, `w3a16_shared_kernel`.
 
 Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
 first; 32 of them are three int32 words, and w10 and w21 lie across two words.
@@ -12,7 +12,7 @@ first; 32 of them are three int32 words, and w10 and w21 lie across two words.
     word 0                     word 1                    word 2
     w0 w1 ... w9 w10(2 bits)   w10(1) w11 ... w21(1)     w21(2) w22 ... w31
 
-Kernel layout (layout.py): three byte planes a pair of groups, drawn in halves.py; 24 bits hold 8
+Kernel layout (layout.py): three byte planes of a group, drawn in halves.py; 24 bits hold 8
 codes, nothing is padded. Scale and zero point of a (row, group) are the 32 bits of an fp32 number
 whose last three are the zero point: 3.25 bits per weight in all.
 
@@ -35,17 +35,17 @@ Operations for the 32 weights in the three registers of four byte positions:
 Why each regime has its shape (the numbers of tokens are data: tiles.json):
 
     halves, few       halves.py: bound by memory and issue slots, so integers stay integers.
-    split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than unpacking to 16
-    bits.
-                      An output has too few tiles for a GPU (14 to 36 in qkv, o, down at 128 tokens,
-                      for 132 SMs): work is divided in equal shares along K (launch.py).
+    split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than making numbers of
+                      16 bits. An output has too few tiles for a GPU (14 to 36 in qkv, o, down at
+                      128 tokens, for 132 SMs): work is divided in equal shares along K (launch.py).
     prefill, many     The same product without the division: tiles suffice, and token tiles that
                       share weights run beside each other, for L2.
     dequantize, more  Weights into 16-bit scratch, then cuBLAS: the floor the fused prefill has to
                       beat. A large weight goes through the scratch in slices of rows.
 
-A product is made 64 inputs at a time: two slices of 32, so that 128 x 128 outputs (128 registers a
-thread of four warps) and half a group of weights (32) fit without a spill, and two programs per SM.
+A product is made of 64 inputs at a time, four slices of 16: so that 128 x 128 outputs (128
+registers of a thread of four warps) and half a group of weights (32) fit without a spill, and two
+programs fit an SM.
 """
 
 from __future__ import annotations
