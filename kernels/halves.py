@@ -256,7 +256,7 @@ def product(
     tiles, pairs = weights.shape[1], weights.shape[0]
     tiles_m, tiles_n = triton.cdiv(m, tile.block_m), triton.cdiv(tiles * ROW_TILE, tile.block_n)
     count = launch.programs(tile, tiles_m * tiles_n, pairs, launch.multiprocessors(halves.device))
-    partials = scratch.partial_sums(tile, count, torch.float32)
+    partials = scratch.partial_sums(tile, count, tiles_m * tiles_n, torch.float32)
     out = torch.empty(m, n, dtype=dtype, device=halves.device)
     halves_kernel[(count,)](
         halves, x_scale_sum.view(torch.int64), weights,

@@ -327,10 +327,15 @@ class Scratch:
     counters: torch.Tensor
     """int32 zeros, one an output tile; every launch leaves them at zero."""
 
-    def partial_sums(self, tile: Tile, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """For `count` programs, in a 4-byte dtype; ValueError if they do not fit."""
+    def partial_sums(
+        self, tile: Tile, count: int, output_tiles: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """For `count` programs, in a 4-byte dtype; ValueError if they do not fit.
+
+        As many programs as output tiles have a whole one each, and no partial sums.
+        """
         wanted = _places(tile, count) * tile.block_m * tile.block_n
-        if wanted > self.partials.numel():
+        if count != output_tiles and wanted > self.partials.numel():
             held = self.partials.numel()
             raise ValueError(f"{wanted} partial sums do not fit scratch memory for {held}")
         return self.partials.view(dtype)

@@ -428,7 +428,7 @@ def linear(
     count = launch.programs(tile, output_tiles, groups, launch.multiprocessors(x.device))
     constants["ALIGNED"] = aligned = tile.regime == "split_k"
     w3a16_shared_kernel[(count,)](
-        *tensors, scratch.partial_sums(tile, count, torch.float32), scratch.counters,
+        *tensors, scratch.partial_sums(tile, count, output_tiles, torch.float32), scratch.counters,
         m, n, k, tiles, tiles_m, *launch.shares(count, output_tiles, groups, aligned), **constants,
     )  # fmt: skip
     return out

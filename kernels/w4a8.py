@@ -261,7 +261,7 @@ def product(
     count = launch.programs(tile, output_tiles, blocks, launch.multiprocessors(codes.device))
     constants["ALIGNED"] = aligned = tile.regime == "split_k"
     w4a8_shared_kernel[(count,)](
-        *tensors, scratch.partial_sums(tile, count, torch.int32), scratch.counters,
+        *tensors, scratch.partial_sums(tile, count, output_tiles, torch.int32), scratch.counters,
         m, n, k, n_pad, tiles_m, *launch.shares(count, output_tiles, blocks, aligned), **constants,
     )  # fmt: skip
     return out
