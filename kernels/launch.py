@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qig_serve.kernels.layout import GROUP
 from qig_serve.kernels.tiles import Tile, architecture_of, tile_table
 
 INTERPRETER_ARCHITECTURE = "sm_80"  # whose tiles are taken where there is no GPU
@@ -339,6 +340,41 @@ class Scratch:
             held = self.partials.numel()
             raise ValueError(f"{wanted} partial sums do not fit scratch memory for {held}")
         return self.partials.view(dtype)
+
+
+def run(
+    prefill: Any,
+    shared: Any,
+    tensors: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, int, int, int],
+    rows: int,
+    tile: Tile,
+    scratch: Scratch,
+    sums: torch.dtype,
+    **constants: Any,
+) -> None:
+    """Launch a scheme's kernel for a prefill, split_k or stream_k tile.
+
+    tensors: activations first, then what the kernels take up to `out`; sizes: M, N, K and the size
+    of the weight's layout that they take; rows: of the weight, padded; sums: dtype of partial
+    sums. """
+    activations = tensors[0]
+    assert activations is not None
+    device, (m, _, k, _) = activations.device, sizes
+    tiles_m = triton.cdiv(m, tile.block_m)
+    output_tiles = tiles_m * triton.cdiv(rows, tile.block_n)
+    constants |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages)
+    constants |= options(tile, device)
+    if tile.regime == "prefill":
+        prefill[(output_tiles,)](*tensors, *sizes, GROUP_M=tile.group_m, **constants)
+        return
+    blocks, aligned = k // GROUP, tile.regime == "split_k"
+    count = programs(tile, output_tiles, blocks, multiprocessors(device))
+    partials = scratch.partial_sums(tile, count, output_tiles, sums)
+    shared[(count,)](
+        *tensors, partials, scratch.counters, *sizes, tiles_m,
+        *shares(count, output_tiles, blocks, aligned), ALIGNED=aligned, **constants,
+    )  # fmt: skip
 
 
 def _places(tile: Tile, count: int) -> int:

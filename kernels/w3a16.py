@@ -235,13 +235,19 @@ def _product(
 
 @triton.jit
 def _pointers(
-    x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N: tl.constexpr
+    x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of an output tile: rows [BLOCK_N], and what `_product` takes of pointers."""
+    """Of an output tile: rows [BLOCK_N], and what `_product` takes of pointers.
+
+    WIDE: x may have more than 2^31 elements.
+    """
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = tl.minimum(rows, TILES * 128 - 1)  # a half-filled last tile stores not all it reads
     weight_ptrs = weight_ptr + (stored // 128 * 12288 + stored % 128 * 16)[:, None]
     rows_read = tl.minimum(tokens, M - 1)[None, :]
+    if WIDE:
+        rows_read = rows_read.to(tl.int64)
     x_ptrs = x_ptr + (rows_read * K + tl.arange(0, 64)[:, None])
     return rows, x_ptrs, weight_ptrs + tl.arange(0, 16)[None, :], scale_zero_ptr + stored * 2
 
@@ -262,7 +268,7 @@ def _part(
     token = tile % tiles_m * BLOCK_M
     tokens = token + tl.arange(0, BLOCK_M)
     rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
-        x_ptr, weight_ptr, scale_zero_ptr, tile // tiles_m, tokens, M, K, TILES, BLOCK_N
+        x_ptr, weight_ptr, scale_zero_ptr, tile // tiles_m, tokens, M, K, TILES, BLOCK_N, False
     )
     acc = _product(
         x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, start, end, TILES,
@@ -326,7 +332,7 @@ def w3a16_prefill_kernel(
     tile_m, tile = launch.grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
-        x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N
+        x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N, True
     )
     if PDL:
         line = tl.minimum(tile * (BLOCK_N // 128) * 96 + tl.arange(0, 128), TILES * 96 - 1)
@@ -409,27 +415,12 @@ def linear(
         return halves.product(
             halves_of_x, x_scale_sum, planes, scale_zero, bias, n, x.dtype, tile, scratch, use_ptx
         )
-    tiles = planes.shape[1]
-    tiles_m = triton.cdiv(m, tile.block_m)
-    output_tiles = tiles_m * triton.cdiv(tiles * layout.ROW_TILE, tile.block_n)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    tensors = (x, planes, scale_zero, bias, out)
-    constants = dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
+    tiles = planes.shape[1]
+    launch.run(
+        w3a16_prefill_kernel, w3a16_shared_kernel, (x, planes, scale_zero, bias, out),
+        (m, n, k, tiles), tiles * layout.ROW_TILE, tile, scratch, torch.float32,
         ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
-        **launch.options(tile, x.device),
-    )  # fmt: skip
-    if tile.regime == "prefill":
-        w3a16_prefill_kernel[(output_tiles,)](
-            *tensors, m, n, k, tiles, GROUP_M=tile.group_m, **constants
-        )
-        return out
-    groups = k // layout.GROUP
-    count = launch.programs(tile, output_tiles, groups, launch.multiprocessors(x.device))
-    constants["ALIGNED"] = aligned = tile.regime == "split_k"
-    w3a16_shared_kernel[(count,)](
-        *tensors, scratch.partial_sums(tile, count, output_tiles, torch.float32), scratch.counters,
-        m, n, k, tiles, tiles_m, *launch.shares(count, output_tiles, groups, aligned), **constants,
     )  # fmt: skip
     return out
 

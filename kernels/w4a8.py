@@ -245,24 +245,10 @@ def product(
     nibbles, channel_scale = prepared["weight_nibbles"], prepared["channel_scale"]
     n_pad = nibbles.shape[1]
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    tiles_m = triton.cdiv(m, tile.block_m)
-    output_tiles = tiles_m * triton.cdiv(n_pad, tile.block_n)
-    tensors = (codes, token_scale, nibbles, channel_scale, bias, out)
-    constants = dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
-        HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile, codes.device),
-    )  # fmt: skip
-    if tile.regime == "prefill":
-        w4a8_prefill_kernel[(output_tiles,)](
-            *tensors, m, n, k, n_pad, GROUP_M=tile.group_m, **constants
-        )
-        return out
-    blocks = k // layout.GROUP
-    count = launch.programs(tile, output_tiles, blocks, launch.multiprocessors(codes.device))
-    constants["ALIGNED"] = aligned = tile.regime == "split_k"
-    w4a8_shared_kernel[(count,)](
-        *tensors, scratch.partial_sums(tile, count, output_tiles, torch.int32), scratch.counters,
-        m, n, k, n_pad, tiles_m, *launch.shares(count, output_tiles, blocks, aligned), **constants,
+    launch.run(
+        w4a8_prefill_kernel, w4a8_shared_kernel,
+        (codes, token_scale, nibbles, channel_scale, bias, out), (m, n, k, n_pad), n_pad, tile,
+        scratch, torch.int32, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
     )  # fmt: skip
     return out
 
