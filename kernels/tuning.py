@@ -115,7 +115,9 @@ def predicted(
         # In slices the scratch is small, and the vendor's kernels end in more part-filled waves.
         return time if m >= _SLICES_FROM and n > 2 * tile.block_n else float("inf")
     counts = found.get(scheme.name, {}).get(compiled_as(tile))
-    if counts is None or counts.spills or counts.stack or counts.shared > SHARED_LIMIT[target]:
+    if counts is None or not counts.tensor_core or counts.spills or counts.stack:
+        return float("inf")
+    if counts.shared > SHARED_LIMIT[target]:
         return float("inf")
     kernel = KERNELS[scheme.name].kernel(
         tile, "bf16", launch.orders_of((target // 10, target % 10))
@@ -274,7 +276,8 @@ def _worse(one: Found, other: Found) -> Found:
     def larger(a: Counts, b: Counts) -> Counts:
         figures: dict[str, Any] = {}
         for name, value in asdict(a).items():
-            figures[name] = value if isinstance(value, str) else max(value, getattr(b, name))
+            other = getattr(b, name)
+            figures[name] = min(value, other) if isinstance(value, str) else max(value, other)
         return Counts(**figures)
 
     return {
