@@ -51,7 +51,7 @@ slow: $(STAMP)  ## the tests that take minutes
 bench-cpu: $(STAMP)  ## the CPU path against bf16 F.linear
 	$(BIN)/python tests/benchmarks/bench_cpu.py
 
-compile-report: $(STAMP)  ## cross-compile every kernel; registers, spills, instructions a weight
+compile-report: $(STAMP)  ## cross-compile every kernel; registers, spills, instructions per weight
 	$(BIN)/python -m qig_serve.kernels.compile_report
 
 # On a GPU machine torch and triton are the machine's own; .venv, where there is one, holds CPU builds

@@ -4,9 +4,9 @@
     python -m qig_serve.kernels.compile_report --predict [--arch 90]
 
 The first prints, for every kernel and tile of tiles.json: registers, shared memory, spills, the
-tensor-core instruction in the PTX, and integer and issued instructions a weight of the main loop (of
-a thread's share of the tile's weights). Exit status 1 when a threshold is passed. The second prints
-what time_model.py makes of these: microseconds of a layer's linears, and what limits each.
+tensor-core instruction in the PTX, and integer and issued instructions per weight of the main loop
+(of a thread's share of the tile's weights). Exit status 1 when a threshold is passed. The second
+prints what time_model.py makes of these: microseconds of a layer's linears, and what limits each.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Compiled:
                 found.append(f"{where}: no tensor-core instruction")
             most = LEAN.get(self.scheme)
             if self.one_token and most is not None and self.issued_per_weight > most + 0.005:
-                found.append(f"{where}: {self.issued_per_weight:.2f} issued a weight > {most}")
+                found.append(f"{where}: {self.issued_per_weight:.2f} issued per weight > {most}")
         return found
 
 

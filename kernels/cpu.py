@@ -2,15 +2,15 @@
 
 What `prepare` keeps of a linear [N, K], and what then runs:
 
-    w3a16  bf16, fp16   4.25 bits a weight. `packed`, uint8 in torch's int4 layout, holds
+    w3a16  bf16, fp16   4.25 bits per weight. `packed`, uint8 in torch's int4 layout, holds
                         code - zero + 8; `scales` [K/128, N, 2] a scale and a zero offset.
                         Few rows: torch's int4 GEMM. Many: dequantized a few columns at a time
                         into a scratch that stays in cache, then torch's GEMM.
-    w4a8   bf16         4.27 bits a weight. `packed`, uint8 in vLLM's int4 layout, with `zeros`,
+    w4a8   bf16         4.27 bits per weight. `packed`, uint8 in vLLM's int4 layout, with `zeros`,
                         `scales` and `compensation`. Few rows: vLLM's int4 GEMM with int8
                         activations, four rows a call. Many: widened to int8 a few columns at a
                         time into scratch, then vLLM's int8 GEMM. Both want AVX-512 VNNI.
-    w4a8   otherwise    8 bits a weight: `codes` int8 [N, K] and `scale`; torch's int8 GEMM.
+    w4a8   otherwise    8 bits per weight: `codes` int8 [N, K] and `scale`; torch's int8 GEMM.
     both   fp32         the reference: fp32 weights (w3a16) or int8 codes (w4a8), plain arithmetic.
 
 A 3-bit code minus its zero point lies in -7..7, so four bits hold it without a zero point and
@@ -120,7 +120,25 @@ def linear(
     return out.reshape(*x.shape[:-1], n)
 
 
-def warm_up(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+def compile_ahead(
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool = False,
+) -> None:
+    """Nothing is compiled on a CPU."""
+
+
+def warm_up(
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool = False,
+) -> None:
     """Nothing to compile; finds out once what this processor offers."""
     if scheme.name == "w3a16":
         _torch_int4_block()

@@ -27,28 +27,30 @@ rounding: 2^-9 of each); reference.split_halves is the definition.
 Four neighbouring bytes are a register of the tensor core's left operand. Each of the eight outputs
 is 8 * code, at bits 3-5 of its bytes: c4, c5, c6 by one mask, c0, c1, c2 by a shift and a mask, c3
 and c7 gathered from two planes by two shifts, a blend and a mask. 17 operations for 32 weights,
-0.53 a weight.
+0.53 per weight.
 
 8-bit weights (of the output head) need no unpacking: weight_bytes int8 [pairs, N_pad/128, 2, 128,
-128], no zero points, and one scale a row as the last factor. The rest is the same.
+128], no zero points, and one scale per row as the last factor. The rest is the same.
 
 What is small travels in one word: of a (token, group) s / 8, for the codes are 8 * code, and minus
-the sum of q (x_scale_sum: bits 23-30, fp32's exponent, and 0-22), of a (row, group) the scale and the zero point
-(scale_zero: fp32, whose last three bits are the zero point; the scale is used with them, which is
-worth seven units in its last place, 8e-7). Two groups are one step of the loop and one load of each.
+the sum of q (x_scale_sum: bits 23-30, fp32's exponent, and 0-22), of a (row, group) the scale and
+the zero point (scale_zero: fp32, whose last three bits are the zero point; the scale is used with
+them, which is worth seven units in its last place, 8e-7). Two groups are one step of the loop and
+one load of each.
 
 The order of inputs. A sum over k does not care for it, so codes lie where they cost nothing:
-  - The bf16 kernels (w3a16.py) read the same planes, and make numbers of bytes 0 and 2, then 1 and 3
-    of a register. On Hopper (wgmma) a thread's registers hold inputs 2t, 2t+1 and 2t+8, 2t+9 of 16:
-    byte 4t + i of a slice of 16 holds 2t + (0, 8, 1, 9)[i] (layout.ORDERS[16]).
+
+  - The bf16 kernels (w3a16.py) read the same planes, and make numbers of bytes 0 and 2 of a
+    register, then of 1 and 3. On Hopper (wgmma) a thread's registers hold inputs 2t, 2t+1 and 2t+8,
+    2t+9 of 16: byte 4t + i of a slice of 16 holds 2t + (0, 8, 1, 9)[i] (layout.ORDERS[16]).
   - mma.sync (the others) is given eight neighbouring inputs a thread by Triton wherever a value was
     joined from several. So byte 4t + i of slice c of 16 holds 8t + 4 (c % 2) + (0, 2, 1, 3)[i] of
     slice c / 2 of 32 (ORDERS[32]).
-  - x's halves are stored in the order in which the int8 product takes them: as the bytes lie; but up
-    to Triton 3.7 mma.sync's int8 has eight neighbours a thread too, which is ORDERS[4].
+  - x's halves are stored as the int8 product takes them, which is as the bytes lie; but up to
+    Triton 3.7 mma.sync's int8 has eight neighbours a thread too, and that is ORDERS[4].
 
-Work is divided into equal shares (launch.py). The scaling of a group costs 5 operations a row and
-token, 5 BLOCK_M / 128 a weight: so the kernel is for few tokens, and tiles.json says how few.
+Work is divided into equal shares (launch.py). The scaling of a group costs 5 operations per row and
+token, 5 BLOCK_M / 128 per weight: so the kernel is for few tokens, and tiles.json says how few.
 """
 
 from __future__ import annotations
@@ -254,7 +256,7 @@ def product(
     tiles, pairs = weights.shape[1], weights.shape[0]
     tiles_m, tiles_n = triton.cdiv(m, tile.block_m), triton.cdiv(tiles * ROW_TILE, tile.block_n)
     count = launch.programs(tile, tiles_m * tiles_n, pairs, launch.multiprocessors(halves.device))
-    partials = scratch.partial_sums(tile, count, torch.float32)
+    partials = scratch.partial_sums(tile, count, tiles_m * tiles_n, torch.float32)
     out = torch.empty(m, n, dtype=dtype, device=halves.device)
     halves_kernel[(count,)](
         halves, x_scale_sum.view(torch.int64), weights,

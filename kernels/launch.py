@@ -1,24 +1,25 @@
 """What the kernels share: order of tiles, equal shares of work, partial sums, scratch memory.
 
-Equal shares. A linear is output tiles * K / 128 units of work, numbered tile by tile, of which each
-program takes as many as any other, one after the other. A program that has a whole tile stores it. A
-tile that several programs share goes through the scratch memory: each leaves its partial sum
-there, the last to arrive adds them up in the order of K and stores. So the result depends neither
-on which program was last nor on the other tokens.
+Equal shares. A linear is output tiles * K / 128 units of work, numbered tile by tile, of which
+each program takes as many as any other, one after the other. A program that has a whole tile
+stores it. A tile that several programs share goes through the scratch memory: each leaves its
+partial sum there, the last to arrive adds them up in the order of K and stores. So the result
+depends neither on which program was last nor on the other tokens.
 
-    halves, split_k   So many programs a tile that no share crosses one: few registers, so many
-                      programs an SM. Partial sums are small, so K may be split a few times more
+    halves, split_k   So many programs per tile that no share crosses one: few registers, so many
+                      programs per SM. Partial sums are small, so K may be split a few times more
                       than needed, until every SM has as much to do (`programs`).
-    stream_k          As many programs as fit on the device, and shares cross tiles (Osama et al., arXiv
-                      2301.03598): every SM has the same, with two partial sums a program at most.
+    stream_k          As many programs as fit on the device, and shares cross tiles (Osama et al.,
+                      arXiv 2301.03598): every SM has the same, with two partial sums a program at
+                      most.
 
-All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us (measured on an H200).
-"""
+All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us (measured on an
+H200)."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qig_serve.kernels.layout import GROUP
 from qig_serve.kernels.tiles import Tile, architecture_of, tile_table
 
 INTERPRETER_ARCHITECTURE = "sm_80"  # whose tiles are taken where there is no GPU
@@ -52,7 +54,7 @@ def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, COLUMNS: tl.constexpr) -> 
     """x [K block, COLUMNS] at ptrs, whose rows past M are row M - 1 again; they are never stored.
 
     A narrow tile does not read them: at M = 1 they would add a third to the bytes that reach an
-    SM. A wide one does, rather than spend 0.1 integer instructions a weight on masks.
+    SM. A wide one does, rather than spend 0.1 integer instructions per weight on masks.
     """
     if COLUMNS < 64:
         return tl.load(ptrs, mask=in_range, other=0)
@@ -85,7 +87,7 @@ def share(
     No number here exceeds the units of a launch, and nothing is divided by more than `size`.
     """
     program = tl.program_id(0)
-    if ALIGNED:  # `size` programs a tile
+    if ALIGNED:  # `size` programs per tile
         start = program // size * blocks
         part = program % size
         return start + part * blocks // size, start + (part + 1) * blocks // size
@@ -184,7 +186,7 @@ class Kernel:
     """The compiler's."""
     inputs: int
     """Inputs along K that a step of the main loop takes."""
-    tile: Tile = Tile("prefill")
+    tile: Tile = field(default_factory=lambda: Tile("prefill"))
     """Of a linear."""
 
     @property
@@ -232,13 +234,15 @@ def orders(device: torch.device) -> Orders:
 
 
 def compiler_options(tile: Tile) -> dict[str, Any]:
-    """Warps, and registers that leave room for as many programs an SM as the work is divided for.
+    """Warps, and registers that leave room for as many programs per SM as the work is divided for.
 
     Left alone the compiler takes more registers than it needs, and fewer programs fit.
     """
     options: dict[str, Any] = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
     if tile.regime in ("halves", "split_k", "stream_k"):
-        options["maxnreg"] = min(255, 65536 // (32 * tile.num_warps * tile.programs_per_sm) // 8 * 8)
+        options["maxnreg"] = min(
+            255, 65536 // (32 * tile.num_warps * tile.programs_per_sm) // 8 * 8
+        )
     return options
 
 
@@ -251,6 +255,13 @@ def options(tile: Tile, device: torch.device) -> dict[str, Any]:
 def early(device: torch.device) -> dict[str, Any]:
     """Options of a launch that may start before the kernel before it has ended (Hopper on)."""
     return {"PDL": True, "launch_pdl": True} if has_early_launch(device) else {}
+
+
+def indexed(device: torch.device) -> torch.device:
+    """With its index: "cuda" and "cuda:0" are one device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @functools.cache
@@ -291,6 +302,7 @@ def programs(tile: Tile, output_tiles: int, blocks: int, sms: int) -> int:
     most = min(blocks, max(slots, sms * _MOST_PER_SM) // output_tiles)
     if tile.regime == "stream_k" or output_tiles > MOST_TILES or most <= 1:
         return output_tiles  # a tile each: no counters
+
     def longest(splits: int) -> float:  # of an SM's work, in units of a mean SM's
         count = output_tiles * splits
         return -(-count // sms) * sms / count
@@ -312,17 +324,57 @@ class Scratch:
     """Memory that every linear on a device shares: launches follow one another on a stream."""
 
     partials: torch.Tensor
-    """int32: partial sums of 4 bytes, two tiles a program."""
+    """int32: partial sums of 4 bytes, two tiles per program."""
     counters: torch.Tensor
     """int32 zeros, one an output tile; every launch leaves them at zero."""
 
-    def partial_sums(self, tile: Tile, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """For `count` programs, in a 4-byte dtype; ValueError if they do not fit."""
+    def partial_sums(
+        self, tile: Tile, count: int, output_tiles: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """For `count` programs, in a 4-byte dtype; ValueError if they do not fit.
+
+        As many programs as output tiles have a whole one each, and no partial sums.
+        """
         wanted = _places(tile, count) * tile.block_m * tile.block_n
-        if wanted > self.partials.numel():
+        if count != output_tiles and wanted > self.partials.numel():
             held = self.partials.numel()
             raise ValueError(f"{wanted} partial sums do not fit scratch memory for {held}")
         return self.partials.view(dtype)
+
+
+def run(
+    prefill: Any,
+    shared: Any,
+    tensors: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, int, int, int],
+    rows: int,
+    tile: Tile,
+    scratch: Scratch,
+    sums: torch.dtype,
+    **constants: Any,
+) -> None:
+    """Launch a scheme's kernel for a prefill, split_k or stream_k tile.
+
+    tensors: activations first, then what the kernels take up to `out`; sizes: M, N, K and the size
+    of the weight's layout that they take; rows: of the weight, padded; sums: dtype of partial
+    sums. """
+    activations = tensors[0]
+    assert activations is not None
+    device, (m, _, k, _) = activations.device, sizes
+    tiles_m = triton.cdiv(m, tile.block_m)
+    output_tiles = tiles_m * triton.cdiv(rows, tile.block_n)
+    constants |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages)
+    constants |= options(tile, device)
+    if tile.regime == "prefill":
+        prefill[(output_tiles,)](*tensors, *sizes, GROUP_M=tile.group_m, **constants)
+        return
+    blocks, aligned = k // GROUP, tile.regime == "split_k"
+    count = programs(tile, output_tiles, blocks, multiprocessors(device))
+    partials = scratch.partial_sums(tile, count, output_tiles, sums)
+    shared[(count,)](
+        *tensors, partials, scratch.counters, *sizes, tiles_m,
+        *shares(count, output_tiles, blocks, aligned), ALIGNED=aligned, **constants,
+    )  # fmt: skip
 
 
 def _places(tile: Tile, count: int) -> int:
@@ -349,9 +401,7 @@ def scratch(device: torch.device) -> Scratch:
     Allocated at the first call (`prepare`), so that it is there before vLLM profiles memory and
     outside of any CUDA graph's pool.
     """
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _scratch(device)
+    return _scratch(indexed(device))
 
 
 @functools.cache

@@ -59,11 +59,10 @@ def repack_w3a16(
 ) -> dict[str, torch.Tensor]:
     """Tensors of formats.tensor_specs("w3a16") -> `weight_planes` and `scale_zero`.
 
-    packed int32 [N, K * 3 / 32], scale [N, K / 128] of 16 bits, zero uint8 [N, K / 128]; order: 16 or
-    32, of the device's tensor cores. Returns weight_planes int8 [pairs, N_pad / 128, 2, 3, 128, 16]
-    and scale_zero int32 [pairs, N_pad, 2]: the bits of the scale in fp32, and in its last three, which
-    are zero in a scale of 16 bits, the zero point.
-    """
+    packed int32 [N, K * 3 / 32], scale [N, K / 128] of 16 bits, zero uint8 [N, K / 128]; order: 16
+    or 32, of the device's tensor cores. Returns weight_planes int8 [pairs, N_pad / 128, 2, 3, 128,
+    16] and scale_zero int32 [pairs, N_pad, 2]: the bits of the scale in fp32, and in its last
+    three, which are zero in a scale of 16 bits, the zero point."""
     n, words = packed.shape
     groups = words * 32 // 3 // GROUP
     tiles, pairs = padded_rows(n) // ROW_TILE, padded_pairs(groups * GROUP)
@@ -108,16 +107,19 @@ def unpack_w3a16(
 
 
 def repack_w8a16(codes: torch.Tensor, scale: torch.Tensor, order: int) -> dict[str, torch.Tensor]:
-    """8-bit weights, symmetric, a scale a row -> `weight_bytes` and `row_scale`.
+    """8-bit weights, symmetric, a scale per row -> `weight_bytes` and `row_scale`.
 
     codes int8 [N, K], scale fp32 [N, 1]; order as the activations' halves have it. Returns
-    weight_bytes int8 [pairs, N_pad / 128, 2, 128, 128] and row_scale fp32 [N_pad], 8 times the scale (x's is an eighth).
-    """
+    weight_bytes int8 [pairs, N_pad / 128, 2, 128, 128] and row_scale fp32 [N_pad], 8 times the
+    scale (x's is an eighth)."""
     pairs = padded_pairs(codes.shape[1])
     padded = F.pad(_pad_rows(codes), (0, pairs * PAIR - codes.shape[1]))
     ordered = padded.reshape(-1, ROW_TILE, pairs, 2, GROUP)[..., ORDERS[order]]
     data = ordered.permute(2, 0, 3, 1, 4).contiguous()
-    return {"weight_bytes": data, "row_scale": _pad_rows(scale.float() * 8).reshape(-1).contiguous()}
+    return {
+        "weight_bytes": data,
+        "row_scale": _pad_rows(scale.float() * 8).reshape(-1).contiguous(),
+    }
 
 
 def repack_w4a8(packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:

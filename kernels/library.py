@@ -1,9 +1,8 @@
 """The torch library `qig`, to which the kernel modules add their ops, and what every op does first.
 
-Each op has a fake implementation, so torch.compile sees through; each depends on shapes alone, waits
-for nothing and searches nothing, so CUDA graphs capture it. Without a GPU the ops run under
-TRITON_INTERPRET=1, slowly, which is how the tests run them.
-"""
+Each op has a fake implementation, so torch.compile sees through; each depends on shapes alone,
+waits for nothing and searches nothing, so CUDA graphs capture it. Without a GPU the ops run under
+TRITON_INTERPRET=1, slowly, which is how the tests run them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The GPU kernels behind the functions that the vLLM plugin calls.
 
 A scheme is one row of formats.SCHEMES and one module here, which exports prepare, apply, linear,
-zeros, warm_up, candidates, kernel, unsupported and FUSES_ACTIVATIONS, and adds its ops to library.py's:
+zeros, warm_up, candidates, kernel, unsupported and FUSES_ACTIVATIONS, and adds its ops to
+library.py's:
 
     qig::w3a16_linear    x [M, K] -> [M, N]; fused_linear.py adds what comes before it
     qig::w4a8_linear     codes and scale of qig::quantize_activation -> [M, N]
@@ -11,7 +12,10 @@ quantizer_ops.py has those that quantize activations.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -26,6 +30,7 @@ from qig_serve.kernels import (
 )
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Tile
+from qig_serve.kernels.warm_up import COMPILATION
 
 KERNELS: dict[str, ModuleType] = {"w3a16": w3a16, "w4a8": w4a8}
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -97,9 +102,7 @@ def run(
 ) -> torch.Tensor:
     """`linear` of x [M, K] with a tile of one's own: for tuning, tests and warming up."""
     scratch = scratch or launch.scratch_for(tile, x.device)
-    return KERNELS[scheme.name].linear(
-        x, prepared, n, bias, tile, scratch, library.use_ptx(x)
-    )
+    return KERNELS[scheme.name].linear(x, prepared, n, bias, tile, scratch, library.use_ptx(x))
 
 
 def fuses_activations(scheme: QuantScheme) -> bool:
@@ -107,18 +110,63 @@ def fuses_activations(scheme: QuantScheme) -> bool:
     return bool(KERNELS[scheme.name].FUSES_ACTIVATIONS)
 
 
-def warm_up(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile every bucket's kernel for a linear [N, K], with and without bias."""
+def compile_ahead(
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool = False,
+) -> None:
+    """Begin to compile, in the background, what a linear [N, K] launches for any number of
+    tokens."""
     if device.type != "cuda":
         return
+    device = launch.indexed(device)
+    module = KERNELS[scheme.name]
+    COMPILATION.begin(
+        (scheme.name, k, dtype, device),
+        functools.partial(_on, device, module.warm_up, k, dtype, device),
+    )
+    for tile, m in warm_up_tiles(scheme, n, k, device):
+        arguments = (scheme, n, k, dtype, device, tile, m, has_bias)
+        COMPILATION.begin(arguments, functools.partial(_on, device, _launch, *arguments))
+
+
+def warm_up(
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool = False,
+) -> None:
+    """Wait until every kernel that was begun, and this linear's, is compiled."""
+    compile_ahead(scheme, n, k, dtype, device, has_bias)
+    COMPILATION.finish()
+
+
+def _on(device: torch.device, function: Callable[..., None], *arguments: Any) -> None:
     with torch.cuda.device(device):
-        KERNELS[scheme.name].warm_up(k, dtype, device)
-        for tile, m in warm_up_tiles(scheme, n, k, device):
-            prepared = KERNELS[scheme.name].zeros(n, k, device)
-            x = torch.zeros(m, k, dtype=dtype, device=device)
-            for bias in (None, torch.zeros(n, dtype=dtype, device=device)):
-                run(scheme, x, prepared, n, bias, tile)
+        function(*arguments)
         torch.cuda.synchronize(device)
+
+
+def _launch(
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tile: Tile,
+    m: int,
+    has_bias: bool,
+) -> None:
+    """One launch on zeros, in scratch memory of its own: Triton compiles what it has not yet."""
+    prepared = KERNELS[scheme.name].zeros(n, k, device)
+    x = torch.zeros(m, k, dtype=dtype, device=device)
+    bias = torch.zeros(n, dtype=dtype, device=device) if has_bias else None
+    run(scheme, x, prepared, n, bias, tile)
 
 
 def warm_up_tiles(

@@ -1,6 +1,6 @@
 """Activations to integers in one pass over x, alone or fused with the RMSNorm or SiLU before.
 
-    codes    int8, one scale a token: what w4a8 multiplies.
+    codes    int8, one scale per token: what w4a8 multiplies.
     halves   16-bit fixed point, one power of two a (token, group of 128): what w3a16 multiplies on
              int8 tensor cores, as two int8 halves.
 
@@ -13,9 +13,9 @@ A kernel is one of each. Without a scale over the whole row (halves of x or of S
 has 1,024 columns of a token, so that one token keeps many multiprocessors busy; otherwise a program
 holds the token's row in registers.
 
-Codes. scale = largest / 127 and inverse = 1 / scale, once a row; a code is x * inverse rounded half
-to even, and rounded once. One fused multiply-add does it, because fp32 numbers near 1.5 * 2^23 lie
-one apart:
+Codes. scale = largest / 127 and inverse = 1 / scale, once per row; a code is x * inverse rounded
+half to even, and rounded once. One fused multiply-add does it, because fp32 numbers near 1.5 *
+2^23 lie one apart:
 
     x * inverse + 1.5 * 2^23 = 0 10010110 1qqqqqqqqqqqqqqqqqqqqqq      (sign, exponent, mantissa)
     as an integer            = 0x4B400000 + q, so the low byte is q as int8
@@ -38,14 +38,14 @@ The power of two is found in the bits, rounding the exponent up:
 The product may be an ulp or two (2^-23) off, which never decides: the 16-bit float nearest to 32639
 times a power of two is 32640 times it, 2^-15 away.
 
-The exponent of scale / 8 and minus the sum of q, |sum| <= 128 * 32639 < 2^22, share a word of 32 bits
-(halves.py reads it), and the two words of a pair of groups lie side by side. Inputs are stored in the
-order in which the tensor cores take them (layout.ORDERS).
+The exponent of scale / 8 and minus the sum of q, |sum| <= 128 * 32639 < 2^22, share a word of 32
+bits (halves.py reads it), and the two words of a pair of groups lie side by side. Inputs are
+stored in the order in which the tensor cores take them (layout.ORDERS).
 
-A NaN or an infinity makes its row's scale NaN, or its group's infinite, and the codes zero: 0 / 0 or
-0 * infinity reaches the output as NaN, and no integer is undefined. Magnitudes are compared as integers, since a maximum of floats
-loses NaN; of the 16-bit floats, so that a row waits for its maximum in 16 bits an element.
-Zeros get scale 1 (codes) or 2^-123 (halves).
+A NaN or an infinity makes its row's scale NaN, or its group's infinite, and the codes zero: 0 / 0
+or 0 * infinity reaches the output as NaN, and no integer is undefined. Magnitudes are compared as
+integers, since a maximum of floats loses NaN; of the 16-bit floats, so that a row waits for its
+maximum in 16 bits per element. Zeros get scale 1 (codes) or 2^-123 (halves).
 
 Roundings are those of vLLM's unfused modules when vLLM compiles. Both take every step in fp32 and
 round to 16 bits once, when the result is stored, and RMSNorm sees the sum with the residual before
@@ -63,8 +63,6 @@ What may still differ is fp32's last bit, by the order in which squares are adde
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -267,7 +265,8 @@ def split_halves_kernel(
 @triton.jit(do_not_specialize=["M"])
 def rms_norm_halves_kernel(
     x_ptr, residual_ptr, weight_ptr, halves_ptr, x_scale_sum_ptr, added_ptr, M, K, eps,
-    BLOCK_K: tl.constexpr, ORDER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_K: tl.constexpr, ORDER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     token, columns = _columns(BLOCK_K)
     row = _normalized(
@@ -320,7 +319,7 @@ def row_options(k: int, m: int = 1) -> dict[str, int]:
 
 
 def chunk_options() -> dict[str, int]:
-    """The same where programs hold CHUNK columns: 8 a thread, 16 bytes."""
+    """The same where programs hold CHUNK columns: 8 per thread, 16 bytes."""
     return {"BLOCK_K": CHUNK, "num_warps": CHUNK // 256}
 
 
@@ -388,7 +387,9 @@ def silu_mul_quantize(gate_up: torch.Tensor) -> Codes:
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     codes, scale = empty_codes(gate_up, k)
     if m:
-        silu_mul_quantize_kernel[(m,)](gate_up, codes, scale, k, **row_options(k, m), **launch.early(gate_up.device))
+        silu_mul_quantize_kernel[(m,)](
+            gate_up, codes, scale, k, **row_options(k, m), **launch.early(gate_up.device)
+        )
     return codes, scale
 
 
@@ -454,7 +455,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(m, k, dtype=gate_up.dtype, device=gate_up.device)
     if m:
-        silu_mul_kernel[_chunks(m, k)](gate_up, out, k, **chunk_options(), **launch.early(gate_up.device))
+        silu_mul_kernel[_chunks(m, k)](
+            gate_up, out, k, **chunk_options(), **launch.early(gate_up.device)
+        )
     return out
 
 

@@ -81,9 +81,8 @@ def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tenso
     A (token, group of 128) has unit s, the smallest power of two from 2^-123 with largest / s <=
     32639, and q = x / s rounded half to even = 256 * high + low. halves: the high ones, then the
     low, inputs in layout.ORDERS[order]. x_scale_sum: bits 23-30 are those of s / 8 in fp32, bits
-    0-22 minus the sum of q in two's complement; of an odd number of groups the last pair's second is
-    one of zeros. A group with a NaN or an infinity has the bits of infinity, and zeros.
-    """
+    0-22 minus the sum of q in two's complement; of an odd number of groups the last pair's second
+    is one of zeros. A group with a NaN or an infinity has the bits of infinity, and zeros."""
     groups = x.unflatten(-1, (-1, layout.GROUP)).double()
     largest = groups.abs().amax(-1)
     finite = largest.isfinite()
@@ -104,7 +103,8 @@ def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def units_and_sums(x_scale_sum: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The units s, fp64 [M, groups] (NaN where infinite), and the sums of q, int32, of the words."""
+    """The units s, fp64 [M, groups] (NaN where infinite), and the sums of q, int32, of the
+    words."""
     words = x_scale_sum.transpose(0, 1).flatten(1)[:, :groups]
     unit = 8 * (words & ~_SUM).contiguous().view(torch.float32).double()
     unit = torch.where(unit.isfinite(), unit, torch.nan)

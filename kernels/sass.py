@@ -27,7 +27,6 @@ _INTEGER = re.compile(
 _TENSOR = re.compile(r"[HIQ]MMA|[HIQ]GMMA|UTC[A-Z]*MMA")
 
 
-
 @dataclass(frozen=True)
 class Counts:
     """What a compiled kernel takes; of the main loop, for a step of K by one warp."""
@@ -98,7 +97,8 @@ def tensor_core(ptx: str) -> str:
 
 
 def compile_kernel(kernel: Kernel, target: int) -> Any:
-    """triton.compile as a launch with 16-byte aligned tensors would, for compute capability 80..."""
+    """triton.compile as a launch with 16-byte aligned tensors would, for compute capability
+    80..."""
     function = kernel.function
     names = function.arg_names
     early = {"PDL": target >= 90} if "PDL" in names else {}

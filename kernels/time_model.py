@@ -10,14 +10,13 @@ five times, for they overlap but not wholly:
     cache     R * bytes of weights and activations / the SM's share of the L2 cache's
     tensor    R * multiplications / the tensor cores' rate
 
-Programs come in rounds of as many as registers, shared memory and warps let an SM hold; to that come
-the launch, the end of each tile, and where programs share a tile the writing and adding of partial
-sums. The eleven numbers of `Fit` were fitted to the 142 timings of 28 kernels on an H200 that
-tests/benchmarks/results/kernel-times-H200.json holds (with Triton 3.6; tests/benchmarks/
-fit_time_model.py repeats the fit and prints its errors): median error 5%, 92% of the pairs of tiles
-of a row (layer, M, scheme) in the right order. For other GPUs only their own rates are put in, which
-is extrapolation: good for choosing between tiles, not for promises.
-"""
+Programs come in rounds of as many as registers, shared memory and warps let an SM hold; to that
+come the launch, the end of each tile, and where programs share a tile the writing and adding of
+partial sums. The eleven numbers of `Fit` were fitted to the 142 timings of 28 kernels on an H200
+that tests/benchmarks/results/kernel-times-H200.json holds (with Triton 3.6; tests/benchmarks/
+fit_time_model.py repeats the fit and prints its errors): median error 5%, 92% of the pairs of
+tiles of a row (layer, M, scheme) in the right order. For other GPUs only their own rates are put
+in, which is extrapolation: good for choosing between tiles, not for promises."""
 
 from __future__ import annotations
 
@@ -57,7 +56,8 @@ GPUS = {
     100: Gpu("B200", 148, 1850, 7.2e12, 8192, 16384, 233472, 64, True, 126 << 20),
     120: Gpu("RTX 5090", 170, 2410, 1.65e12, 512, 2048, early=True, l2=96 << 20),
 }
-"""A card of each compute capability: H200's bandwidth measured, the others' by datasheet, less 8%."""
+"""A card of each compute capability: H200's bandwidth measured, the others' by datasheet, less
+8%."""
 
 
 @dataclass(frozen=True)

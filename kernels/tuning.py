@@ -36,8 +36,8 @@ BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 ALIKE = {86: 80, 89: 80}
 """Targets for which the compiler makes nearly the same of a kernel: one is compiled for both."""
 LEAN = {"w3a16": 1.5, "w4a8": 1.1}
-"""Issued instructions a weight that a tile for FEW tokens may take: an H200's memory delivers a weight
-in the time of 3.2 (w3a16) and 3.9 (w4a8), with every issue slot taken."""
+"""Issued instructions per weight that a tile for FEW tokens may take: an H200's memory delivers a
+weight in the time of 3.2 (w3a16) and 3.9 (w4a8), with every issue slot taken."""
 FEW = 8
 _SLICES_FROM = 4096
 _WORTH = 0.97  # a shape has tiles of its own where they take less than this of the default's time
@@ -115,7 +115,9 @@ def predicted(
         # In slices the scratch is small, and the vendor's kernels end in more part-filled waves.
         return time if m >= _SLICES_FROM and n > 2 * tile.block_n else float("inf")
     counts = found.get(scheme.name, {}).get(compiled_as(tile))
-    if counts is None or counts.spills or counts.stack or counts.shared > SHARED_LIMIT[target]:
+    if counts is None or not counts.tensor_core or counts.spills or counts.stack:
+        return float("inf")
+    if counts.shared > SHARED_LIMIT[target]:
         return float("inf")
     kernel = KERNELS[scheme.name].kernel(
         tile, "bf16", launch.orders_of((target // 10, target % 10))
@@ -272,8 +274,11 @@ def _worse(one: Found, other: Found) -> Found:
     """The larger of each figure, of what is in both."""
 
     def larger(a: Counts, b: Counts) -> Counts:
-        pairs = ((name, value, getattr(b, name)) for name, value in asdict(a).items())
-        return Counts(**{n: v if isinstance(v, str) else max(v, w) for n, v, w in pairs})
+        figures: dict[str, Any] = {}
+        for name, value in asdict(a).items():
+            other = getattr(b, name)
+            figures[name] = min(value, other) if isinstance(value, str) else max(value, other)
+        return Counts(**figures)
 
     return {
         scheme: {n: larger(c, other[scheme][n]) for n, c in tiles.items() if n in other[scheme]}

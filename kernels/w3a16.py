@@ -2,8 +2,9 @@
 
     out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
-Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then here
-`group_ptx` (a group's codes made numbers, in PTX) and its twin `_codes`, `_product`, `_part`, `w3a16_shared_kernel`.
+Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then
+here `half_group_ptx` (half a group's codes made numbers, in PTX) and its twin `_codes`, `_product`,
+`_part`, `w3a16_shared_kernel`.
 
 Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
 first; 32 of them are three int32 words, and w10 and w21 lie across two words.
@@ -11,21 +12,22 @@ first; 32 of them are three int32 words, and w10 and w21 lie across two words.
     word 0                     word 1                    word 2
     w0 w1 ... w9 w10(2 bits)   w10(1) w11 ... w21(1)     w21(2) w22 ... w31
 
-Kernel layout (layout.py): three byte planes a pair of groups, drawn in halves.py; 24 bits hold 8
+Kernel layout (layout.py): three byte planes of a group, drawn in halves.py; 24 bits hold 8
 codes, nothing is padded. Scale and zero point of a (row, group) are the 32 bits of an fp32 number
-whose last three are the zero point: 3.25 bits a weight in all.
+whose last three are the zero point: 3.25 bits per weight in all.
 
 From a field to a number, in one instruction: `(w & 7 << p) | magic`, a lop3, writes the field at
-bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and its
-last mantissa bit is worth 1, so p = 0 gives 128 + v; 0x4180 is 16 with a last bit worth 1/8, so
-p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16 and 10
-in fp16. A register has four bytes: of bytes 0 and 2 that makes two numbers at once, and after one
-shift by 8 of bytes 1 and 3. One packed addition takes 2^(b-p) + zero away, exactly, and one packed
-multiplication scales: what reaches the tensor core is the weight, rounded once to 16 bits.
+bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and
+its last mantissa bit is worth 1, so p = 0 gives 128 + v; 0x4180 is 16 with a last bit worth 1/8,
+so p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16
+and 10 in fp16. A register has four bytes: of bytes 0 and 2 that makes two numbers at once, and
+after one shift by 8 of bytes 1 and 3. One packed addition takes 2^(b-p) + zero away, exactly, and
+one packed multiplication scales: what reaches the tensor core is the weight, rounded once to 16
+bits.
 
 Operations for the 32 weights in the three registers of four byte positions:
 
-    shifts by 8                                  8      0.25 a weight
+    shifts by 8                                  8      0.25 per weight
     lop3: 16 fields, 2 to gather c3 and c7      18      0.56
     shifts to gather c3 and c7                   4      0.13
     packed additions, multiplications           32     (1.00, not on the integer pipe)
@@ -33,16 +35,17 @@ Operations for the 32 weights in the three registers of four byte positions:
 Why each regime has its shape (the numbers of tokens are data: tiles.json):
 
     halves, few       halves.py: bound by memory and issue slots, so integers stay integers.
-    split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than unpacking to 16 bits.
-                      An output has too few tiles for a GPU (14 to 36 in qkv, o, down at 128 tokens,
-                      for 132 SMs): work is divided in equal shares along K (launch.py).
+    split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than making numbers of
+                      16 bits. An output has too few tiles for a GPU (14 to 36 in qkv, o, down at
+                      128 tokens, for 132 SMs): work is divided in equal shares along K (launch.py).
     prefill, many     The same product without the division: tiles suffice, and token tiles that
                       share weights run beside each other, for L2.
     dequantize, more  Weights into 16-bit scratch, then cuBLAS: the floor the fused prefill has to
                       beat. A large weight goes through the scratch in slices of rows.
 
-A product is made 64 inputs at a time: two slices of 32, so that 128 x 128 outputs (128 registers a
-thread of four warps) and half a group of weights (32) fit without a spill, and two programs an SM.
+A product is made of 64 inputs at a time, four slices of 16: so that 128 x 128 outputs (128
+registers of a thread of four warps) and half a group of weights (32) fit without a spill, and two
+programs fit an SM.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ from qig_serve.kernels import (
 from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
-from qig_serve.kernels.tiles import Tile, select
+from qig_serve.kernels.tiles import Regime, Tile, select
 
 MOST_HALVES = 64
 """Most tokens at which halves tiles are tried."""
@@ -101,7 +104,7 @@ def _number(out: str, word: str, p: int, float_type: str) -> str:
 def half_group_ptx(half: int, float_type: str) -> str:
     """PTX of half a group: c0..c3 (half 0) or c4..c7 of four byte positions.
 
-    $0-$7 out, two registers a code; $8 $9 $10 planes A, B, C; $11 $12 zero points and $13 $14
+    $0-$7 out, two registers per code; $8 $9 $10 planes A, B, C; $11 $12 zero points and $13 $14
     scales, each twice in a register (a register for two positions: all are of one row).
     """
     one = _BIAS[float_type] << _MANTISSA[float_type]
@@ -173,7 +176,9 @@ def _in_order(
     Names on a GPU, no instruction. The PTX makes numbers of bytes 0 and 2, then of 1 and 3; its
     twin of one byte after the other.
     """
-    every = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(R, 4, 2, 2, 2, 2)  # [.., s / 2, s % 2]
+    every = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(
+        R, 4, 2, 2, 2, 2
+    )  # [.., s / 2, s % 2]
     if ORDER == 16:
         if USE_PTX:
             ordered = every.permute(0, 4, 5, 2, 1, 3)
@@ -230,13 +235,19 @@ def _product(
 
 @triton.jit
 def _pointers(
-    x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N: tl.constexpr
+    x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of an output tile: rows [BLOCK_N], and what `_product` takes of pointers."""
+    """Of an output tile: rows [BLOCK_N], and what `_product` takes of pointers.
+
+    WIDE: x may have more than 2^31 elements.
+    """
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = tl.minimum(rows, TILES * 128 - 1)  # a half-filled last tile stores not all it reads
     weight_ptrs = weight_ptr + (stored // 128 * 12288 + stored % 128 * 16)[:, None]
     rows_read = tl.minimum(tokens, M - 1)[None, :]
+    if WIDE:
+        rows_read = rows_read.to(tl.int64)
     x_ptrs = x_ptr + (rows_read * K + tl.arange(0, 64)[:, None])
     return rows, x_ptrs, weight_ptrs + tl.arange(0, 16)[None, :], scale_zero_ptr + stored * 2
 
@@ -257,7 +268,7 @@ def _part(
     token = tile % tiles_m * BLOCK_M
     tokens = token + tl.arange(0, BLOCK_M)
     rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
-        x_ptr, weight_ptr, scale_zero_ptr, tile // tiles_m, tokens, M, K, TILES, BLOCK_N
+        x_ptr, weight_ptr, scale_zero_ptr, tile // tiles_m, tokens, M, K, TILES, BLOCK_N, False
     )
     acc = _product(
         x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, start, end, TILES,
@@ -321,7 +332,7 @@ def w3a16_prefill_kernel(
     tile_m, tile = launch.grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
-        x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N
+        x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N, True
     )
     if PDL:
         line = tl.minimum(tile * (BLOCK_N // 128) * 96 + tl.arange(0, 128), TILES * 96 - 1)
@@ -404,27 +415,12 @@ def linear(
         return halves.product(
             halves_of_x, x_scale_sum, planes, scale_zero, bias, n, x.dtype, tile, scratch, use_ptx
         )
-    tiles = planes.shape[1]
-    tiles_m = triton.cdiv(m, tile.block_m)
-    output_tiles = tiles_m * triton.cdiv(tiles * layout.ROW_TILE, tile.block_n)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    tensors = (x, planes, scale_zero, bias, out)
-    constants = dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
+    tiles = planes.shape[1]
+    launch.run(
+        w3a16_prefill_kernel, w3a16_shared_kernel, (x, planes, scale_zero, bias, out),
+        (m, n, k, tiles), tiles * layout.ROW_TILE, tile, scratch, torch.float32,
         ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
-        **launch.options(tile, x.device),
-    )  # fmt: skip
-    if tile.regime == "prefill":
-        w3a16_prefill_kernel[(output_tiles,)](
-            *tensors, m, n, k, tiles, GROUP_M=tile.group_m, **constants
-        )
-        return out
-    groups = k // layout.GROUP
-    count = launch.programs(tile, output_tiles, groups, launch.multiprocessors(x.device))
-    constants["ALIGNED"] = aligned = tile.regime == "split_k"
-    w3a16_shared_kernel[(count,)](
-        *tensors, scratch.partial_sums(tile, count, torch.float32), scratch.counters,
-        m, n, k, tiles, tiles_m, *launch.shares(count, output_tiles, groups, aligned), **constants,
     )  # fmt: skip
     return out
 
@@ -477,17 +473,18 @@ def _dequantize_rows(
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
     tiles = halves.candidates(m) if m <= MOST_HALVES else []
+    shapes: tuple[tuple[Regime, int, int, int, int], ...] = (
+        ("split_k", 16, 128, 4, 3), ("split_k", 32, 128, 4, 2), ("split_k", 32, 128, 4, 3),
+        ("split_k", 64, 128, 4, 2), ("stream_k", 64, 128, 4, 2), ("stream_k", 64, 256, 8, 1),
+        ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 256, 8, 1),
+    )  # fmt: skip
     if m > 8:
         tiles += [
             Tile(regime, block_m, block_n, warps, stages, programs)
-            for regime, block_m, block_n, warps, programs in (
-                ("split_k", 16, 128, 4, 3), ("split_k", 32, 128, 4, 2), ("split_k", 32, 128, 4, 3),
-                ("split_k", 64, 128, 4, 2), ("stream_k", 64, 128, 4, 2), ("stream_k", 64, 256, 8, 1),
-                ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 256, 8, 1),
-            )
+            for regime, block_m, block_n, warps, programs in shapes
             if m // 4 <= block_m <= max(32, 2 * m)
             for stages in (2, 3)
-        ]  # fmt: skip
+        ]
     if m >= 128:
         tiles += [
             Tile("prefill", 128, block_n, warps, stages)
@@ -516,7 +513,9 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     if tile.regime == "prefill":
         constants["GROUP_M"] = tile.group_m
         return launch.of_tile(w3a16_prefill_kernel, arguments, constants, tile, layout.GROUP)
-    arguments |= dict(partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32")
+    arguments |= dict(
+        partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32"
+    )
     constants["ALIGNED"] = tile.regime == "split_k"
     return launch.of_tile(w3a16_shared_kernel, arguments, constants, tile, layout.GROUP)
 

@@ -13,7 +13,7 @@ Kernel layout (layout.py): a byte holds the codes of two inputs 64 apart, in blo
 
 A register of the tensor core's left operand is four neighbouring bytes. From one such register
 `p & 0xF0F0F0F0` is four times 16 w[64 + kk] as int8 and `(p << 4) & 0xF0F0F0F0` four times
-16 w[kk]: the sign comes along, three operations for eight weights (0.375 a weight). The 16 is in
+16 w[kk]: the sign comes along, three operations for eight weights (0.375 per weight). The 16 is in
 channel_scale. The int32 sum cannot overflow below K = 132,000: 16 * 8 * 127 * K < 2^31. It is
 exact, also across splits of K, and scaled once at the end:
 
@@ -21,12 +21,12 @@ exact, also across splits of K, and scaled once at the end:
 
 Why each regime has its shape (the numbers of tokens are data: tiles.json):
 
-    split_k, stream_k   Few tokens: bound by memory. More: by work that does not divide, for an output
-                        has 14 to 300 tiles for 132 SMs. W x^T, the unpacked weights go to the tensor
-                        cores from registers, and work is divided in equal shares along K
-                        (launch.py). Partial sums are int32: a sum is the same however divided.
+    split_k, stream_k   Few tokens: bound by memory. More: by work that does not divide, for an
+                        output has 14 to 300 tiles for 132 SMs. W x^T, the unpacked weights go to
+                        the tensor cores from registers, and work is divided in equal shares along
+                        K (launch.py). Partial sums are int32: the same however K is divided.
     prefill             Many: bound by the tensor cores, at twice the bf16 rate. The same loop
-                        undivided; 128 x 128 outputs by four warps, two programs an SM, so that one
+                        undivided; 128 x 128 outputs by four warps, two programs per SM, so that one
                         unpacks while the other multiplies.
 
 Activations are quantized a token by quantize_activation.py, fused there with what precedes.
@@ -43,7 +43,7 @@ import triton.language as tl
 from qig_serve.kernels import launch, layout, library, quantize_activation, quantizer_ops
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
-from qig_serve.kernels.tiles import Tile, select
+from qig_serve.kernels.tiles import Regime, Tile, select
 
 MAX_K = (1 << 31) // (16 * 8 * 127) // 128 * 128
 """Largest K whose int32 sum of 16 * code * activation cannot overflow."""
@@ -91,7 +91,9 @@ def _sum_of_products(
 ):  # fmt: skip
     """16 * codes^T weights over blocks of 128 inputs: int32 [BLOCK_N, BLOCK_M]."""
     # A half-filled last tile reads the last row again rather than past the end.
-    nibble_ptrs = nibbles_ptr + tl.minimum(rows, N_PAD - 1)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    nibble_ptrs = (
+        nibbles_ptr + tl.minimum(rows, N_PAD - 1)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    )
     rows_read = tl.minimum(tokens, M - 1)[None, :].to(tl.int64)
     code_ptrs = codes_ptr + rows_read * K + tl.arange(0, 128)[:, None]
     in_range = (tokens < M)[None, :]
@@ -160,15 +162,15 @@ def w4a8_shared_kernel(
         launch.start_early(nibbles_ptr + line * 128, PDL)
     if ALIGNED:  # no share crosses a tile
         _part(
-            first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
-            partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
+            first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr,
+            out_ptr, partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
             BLOCK_M, BLOCK_N, STAGES, ALIGNED, HAS_BIAS, USE_PTX,
         )  # fmt: skip
     else:
         while first < last:
             first = _part(
-                first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
-                partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
+                first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr,
+                out_ptr, partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
                 BLOCK_M, BLOCK_N, STAGES, ALIGNED, HAS_BIAS, USE_PTX,
             )  # fmt: skip
 
@@ -243,24 +245,10 @@ def product(
     nibbles, channel_scale = prepared["weight_nibbles"], prepared["channel_scale"]
     n_pad = nibbles.shape[1]
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    tiles_m = triton.cdiv(m, tile.block_m)
-    output_tiles = tiles_m * triton.cdiv(n_pad, tile.block_n)
-    tensors = (codes, token_scale, nibbles, channel_scale, bias, out)
-    constants = dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
-        HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile, codes.device),
-    )  # fmt: skip
-    if tile.regime == "prefill":
-        w4a8_prefill_kernel[(output_tiles,)](
-            *tensors, m, n, k, n_pad, GROUP_M=tile.group_m, **constants
-        )
-        return out
-    blocks = k // layout.GROUP
-    count = launch.programs(tile, output_tiles, blocks, launch.multiprocessors(codes.device))
-    constants["ALIGNED"] = aligned = tile.regime == "split_k"
-    w4a8_shared_kernel[(count,)](
-        *tensors, scratch.partial_sums(tile, count, torch.int32), scratch.counters,
-        m, n, k, n_pad, tiles_m, *launch.shares(count, output_tiles, blocks, aligned), **constants,
+    launch.run(
+        w4a8_prefill_kernel, w4a8_shared_kernel,
+        (codes, token_scale, nibbles, channel_scale, bias, out), (m, n, k, n_pad), n_pad, tile,
+        scratch, torch.int32, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
     )  # fmt: skip
     return out
 
@@ -268,18 +256,19 @@ def product(
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
     block_m = max(16, 1 << (m - 1).bit_length())
+    shapes: tuple[tuple[Regime, int, int, int, tuple[int, ...]], ...] = (
+        ("split_k", 16, 128, 4, (4, 5, 6)), ("split_k", 16, 256, 4, (2, 3)),
+        ("split_k", 32, 128, 4, (3, 4, 5)), ("split_k", 64, 128, 4, (2, 3, 4)),
+        ("stream_k", 64, 128, 4, (2, 3)), ("stream_k", 128, 256, 8, (1,)),
+        ("stream_k", 128, 128, 4, (2,)),
+    )  # fmt: skip
     tiles = [
         Tile(regime, tokens, block_n, warps, stages, programs)
-        for regime, tokens, block_n, warps, offered in (
-            ("split_k", 16, 128, 4, (4, 5, 6)), ("split_k", 16, 256, 4, (2, 3)),
-            ("split_k", 32, 128, 4, (3, 4, 5)), ("split_k", 64, 128, 4, (2, 3, 4)),
-            ("stream_k", 64, 128, 4, (2, 3)), ("stream_k", 128, 256, 8, (1,)),
-            ("stream_k", 128, 128, 4, (2,)),
-        )
+        for regime, tokens, block_n, warps, offered in shapes
         if block_m // 4 <= tokens <= block_m
         for stages in (3, 4)
         for programs in offered
-    ]  # fmt: skip
+    ]
     if m >= 128:
         tiles += [
             Tile("prefill", 128, block_n, warps, stages)
@@ -302,7 +291,9 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     if tile.regime == "prefill":
         constants["GROUP_M"] = tile.group_m
         return launch.of_tile(w4a8_prefill_kernel, arguments, constants, tile, layout.GROUP)
-    arguments |= dict(partials_ptr="*i32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32")
+    arguments |= dict(
+        partials_ptr="*i32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32"
+    )
     constants["ALIGNED"] = tile.regime == "split_k"
     return launch.of_tile(w4a8_shared_kernel, arguments, constants, tile, layout.GROUP)
 

@@ -1,4 +1,4 @@
-"""Before hours of work: a dry run of one block on the longest samples, and what it foretells.
+"""Before hours of work: a dry run of one block on the longest samples, and an estimate from it.
 
 The dry run does all that a block is put through, once, on the samples that are longest and on
 those that make the fullest batch, with two exponents instead of the whole grid. It ends in a
@@ -17,18 +17,18 @@ from dataclasses import dataclass
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.offline.adapter import LoadedModel
-from qig_serve.offline.block import round_block
-from qig_serve.offline.calibration import CalibrationBatch
-from qig_serve.offline.equalize import equalize_group
-from qig_serve.offline.parts import inner_names, wants_quantized
+from qig_serve.offline.calibration.batches import CalibrationBatch
+from qig_serve.offline.equalization.group import equalize_group
+from qig_serve.offline.passes.capture import quantized_weights
+from qig_serve.offline.passes.parts import inner_names
+from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.search import quantized_weights
-from qig_serve.offline.streams import Streams
+from qig_serve.offline.rounding.block import round_block
+from qig_serve.offline.source.loaded_model import LoadedModel
 
 _DRY_GRID = 2
-FirstStreams = Callable[[Sequence[CalibrationBatch], QuantRecipe], Streams]
+FirstStreams = Callable[[Sequence[CalibrationBatch]], Streams]
 """Runs what comes before the decoder on some batches."""
 
 
@@ -101,14 +101,9 @@ def heaviest(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
     """The batch of the longest sample, and the one with most tokens if that is another."""
     longest = max(batches, key=lambda b: b.token_mask.shape[1])
     fullest = max(batches, key=lambda b: b.token_mask.numel())
-    return (
-        [longest]
-        if fullest.token_mask.numel() == longest.token_mask.numel()
-        else [
-            longest,
-            fullest,
-        ]
-    )
+    if fullest.token_mask.numel() == longest.token_mask.numel():
+        return [longest]
+    return [longest, fullest]
 
 
 def dry_run(
@@ -119,7 +114,7 @@ def dry_run(
 ) -> Estimate:
     """One block on the heaviest batches; UserError where memory or an input does not do.
 
-    Gradients of the whole model and learned rounding are left out of it, and of the estimate.
+    Gradients of the whole model are left out of it, and of the estimate.
     """
     chosen = heaviest(batches)
     tokens = sum(b.token_mask.numel() for b in chosen)
@@ -128,15 +123,14 @@ def dry_run(
         dry = recipe.model_copy(
             update={
                 "grid": min(recipe.grid, _DRY_GRID),
-                "effort": "normal",
                 "token_weights": "uniform"
                 if recipe.needs_model_gradients
                 else recipe.token_weights,
             }
         )
-        streams = first_streams(chosen, dry)
+        streams = first_streams(chosen)
         before = _now(loaded.device) - started
-        seconds = time_block(loaded, streams, recipe.candidates)
+        seconds = time_block(loaded, streams, dry, recipe.candidates)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
@@ -157,7 +151,9 @@ def dry_run(
     )
 
 
-def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockSeconds:
+def time_block(
+    loaded: LoadedModel, streams: Streams, recipe: QuantRecipe, candidates: int
+) -> BlockSeconds:
     """Puts block 0 through everything; the search is scaled to `candidates` choices of scales."""
     device, seconds = loaded.device, BlockSeconds()
     started = _now(device)
@@ -165,12 +161,12 @@ def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockS
     block = copy.deepcopy(original)
     seconds.load = _now(device) - started
     results = []
-    for group in loaded.arch.groups if streams.recipe.needs_groups else ():
+    for group in loaded.arch.groups if recipe.needs_groups else ():
         started = _now(device)
         module = block.get_submodule(group.loss_module)
         quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
         once = _now(device) - started
-        results.append(equalize_group(block, group, streams, None, 0))
+        results.append(equalize_group(block, group, streams, recipe.equalization, None, 0))
         report = results[-1].report
         seconds.capture += report.seconds["capture"]
         seconds.token_weights += report.seconds["token_weights"]
@@ -180,11 +176,12 @@ def time_block(loaded: LoadedModel, streams: Streams, candidates: int) -> BlockS
         seconds.candidates += candidates * once
     parts: dict[str, float] = {}
     started = _now(device)
-    round_block(block, original, loaded.arch.groups, results, streams, "layer 0", parts)
+    method = recipe.rounding_method
+    round_block(block, original, loaded.arch.groups, results, streams, method, "layer 0", parts)
     seconds.statistics = parts.get("statistics", 0.0)
     seconds.rounding += _now(device) - started - seconds.statistics
     started = _now(device)
-    linears = [block.get_submodule(n) for g in loaded.arch.groups for n in g.linears]
+    linears = [block.get_submodule(name) for name in loaded.arch.linears]
     streams.advance(original, block, linears, "layer 0")
     seconds.advance = _now(device) - started
     return seconds
@@ -198,7 +195,7 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
         n = k = hidden
         if group.loss_module in group.linears:
             n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))
-        widest = max(widest, n + k * (2 if wants_quantized(recipe) else 1))
+        widest = max(widest, n + k * (2 if recipe.weighting.needs_quantized_input else 1))
     return 4 * (2 * hidden + widest)  # fp32
 
 

@@ -8,35 +8,34 @@ at the input that the rounded layers before give (attribution.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from qig_serve.architectures import SmoothingGroup
 from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme, get_scheme
-from qig_serve.offline import adapter
-from qig_serve.offline.architectures import SmoothingGroup
-from qig_serve.offline.attribution import (
+from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
+from qig_serve.offline.importance.attribution import (
     Quadrature,
+    attribute,
     clip_outliers,
     completeness,
-    integrate,
     normalize,
     quadrature,
 )
-from qig_serve.offline.calibration import CalibrationBatch, make_batches
-from qig_serve.offline.capture import (
-    ModuleCall,
+from qig_serve.offline.passes.capture import (
+    all_linears,
     catch_call,
     first_output,
     quantized_activations,
-    run_module,
 )
-from qig_serve.offline.pictures import TokenPicture, token_picture
-from qig_serve.offline.search import all_linears, quantized_weights
+from qig_serve.offline.passes.parts import inner_names
+from qig_serve.offline.report.pictures import TokenPicture, token_picture
+from qig_serve.offline.source import loaded_model
 from qig_serve.packing import fake_quantize, fake_quantize_activation, scale_dtype
 from qig_serve.samples import Sample, load_image
 
@@ -77,15 +76,14 @@ def explain_sample(
     content.append({"type": "text", "text": prompt})
     sample = Sample("picture", "picture", ({"role": "user", "content": content},), answer)
 
-    loaded = adapter.load(directory)
+    loaded = loaded_model.load(directory)
     chosen = choose_layers(loaded.num_blocks)
     (batch,) = make_batches(
         [sample], loaded.processor, loaded.image_token_id, max_length=_MAX_LENGTH
     )
-    rule = quadrature("gauss", steps)
-    found = explain_layers(loaded, batch, chosen, quant_scheme, rule, progress)
     answered = batch.answer_mask[0].nonzero()
     names = ", ".join(path.name for path in images)
+    # Before the layers are run: tokens that cannot be mapped must not cost the time of all others.
     picture = token_picture(
         f"{names}: {prompt}",
         loaded.config,
@@ -94,14 +92,18 @@ def explain_sample(
         pictures,
         batch.token_mask[0],
         int(answered[0]) if len(answered) else batch.token_mask.shape[1],
-        {f"layer {index}": layer.weights for index, layer in found.items()},
+        {},
     )
-    return picture, {f"layer {index}": layer.completeness for index, layer in found.items()}
+    rule = quadrature("gauss", steps)
+    found = explain_layers(loaded, batch, chosen, quant_scheme, rule, progress)
+    weights = {f"layer {index}": layer.weights.float() for index, layer in found.items()}
+    errors = {f"layer {index}": layer.completeness for index, layer in found.items()}
+    return replace(picture, weights=weights), errors
 
 
 @torch.no_grad()
 def explain_layers(
-    loaded: adapter.LoadedModel,
+    loaded: loaded_model.LoadedModel,
     batch: CalibrationBatch,
     chosen: Sequence[int],
     scheme: QuantScheme,
@@ -160,38 +162,13 @@ def _explain(
     """`start` is the block's input in the rounded model, None for paths that start at zero."""
     total, worst = torch.zeros(mask.shape, device=mask.device), 0.0
     for group in groups:
-        module = block.get_submodule(group.loss_module)
+        module, x0 = block.get_submodule(group.loss_module), None
         call = catch_call(block, module, hidden, kwargs)
-        x = call.hidden
-        x0 = torch.zeros_like(x)
         if start is not None:
             x0 = fake_quantize_activation(catch_call(block, module, start, kwargs).hidden)
-        full, rounded = _branches(module, group, call, scheme, dtype)
-        result = integrate(full, rounded, x, x0, mask, rule)
+        result = attribute(module, inner_names(group), call, x0, mask, scheme, dtype, rule)
         weights, _ = normalize(clip_outliers(result.importance, mask), mask)
         total += weights
         error = completeness(float(result.integral.sum()), float(result.difference.sum()))
         worst = max(worst, error)
     return LayerWeights(total[0].cpu() / len(groups), worst)
-
-
-def _branches(
-    module: nn.Module,
-    group: SmoothingGroup,
-    call: ModuleCall,
-    scheme: QuantScheme,
-    dtype: torch.dtype,
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """f(., W) and f(., W_q) as functions of the module's input."""
-    names = [n.removeprefix(group.loss_module).removeprefix(".") for n in group.linears]
-    weights = quantized_weights(module, names, None, scheme, dtype)
-    inner = all_linears(module)
-
-    def full(z: torch.Tensor) -> torch.Tensor:
-        return run_module(module, call.with_input(z))
-
-    def rounded(z: torch.Tensor) -> torch.Tensor:
-        with quantized_activations(inner, scheme.activation_bits is not None):
-            return run_module(module, call.with_input(z), weights)
-
-    return full, rounded

@@ -5,9 +5,9 @@
     -> report -> publish
 
 Two streams of hidden states go through the decoder side by side, that of the original model and
-that of the quantized prefix (streams.py). One block is resident at a time (twice: as it was and as
-it becomes), and one batch of samples at a time passes it. Several processes (torchrun) share the
-samples, see ranks.py: all go through this loop, and rank 0 writes.
+that of the quantized prefix (passes/streams.py). One block is resident at a time (twice: as it was
+and as it becomes), and one batch of samples at a time passes it. Several processes (torchrun) share
+the samples, see processes.py: all go through this loop, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -19,42 +19,39 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from qig_serve import __version__
 from qig_serve.errors import UserError
-from qig_serve.formats import FORMAT_VERSION, QuantScheme, unsupported_shape
-from qig_serve.manifest import CalibrationInfo, QuantizationConfig
-from qig_serve.offline import adapter, compressed_tensors
-from qig_serve.offline.adapter import BlockInputs, LoadedModel
-from qig_serve.offline.baselines import AnswerGradients, model_gradients
-from qig_serve.offline.block import round_block
-from qig_serve.offline.block_files import load_written, read_progress, write_block
-from qig_serve.offline.calibration import (
-    CalibrationBatch,
-    calibration_sha256,
-    load_samples,
-    make_batches,
-    token_counts,
-)
-from qig_serve.offline.capture import Store, check_finite
-from qig_serve.offline.checkpoint import CheckpointWriter, ResumableError
-from qig_serve.offline.disk import disk_errors
-from qig_serve.offline.equalize import GroupResult, equalize_group
+from qig_serve.extras import require
+from qig_serve.formats import QuantScheme, unsupported_shape
+from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
+from qig_serve.offline.calibration.sources import load_calibration
+from qig_serve.offline.checkpoint.blocks import load_written, read_progress, write_block
+from qig_serve.offline.checkpoint.writer import CheckpointWriter
+from qig_serve.offline.disk import ResumableError
+from qig_serve.offline.equalization.group import equalize_group
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
-from qig_serve.offline.pictured import PicturedWeights
+from qig_serve.offline.importance.gradients import AnswerGradients, model_gradients
+from qig_serve.offline.passes.capture import Store, check_finite
+from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import ACTIVATIONS, offload_folder, pick_device
+from qig_serve.offline.processes import ALONE, Ranks, joined
 from qig_serve.offline.progress import RunProgress, device_bytes, host_bytes
-from qig_serve.offline.ranks import ALONE, Ranks, joined
+from qig_serve.offline.publish import new_report, publish
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.report import write_reports
-from qig_serve.offline.report_data import REPORT_FILE, BlockReport, QuantizationReport
-from qig_serve.offline.streams import Streams
-from qig_serve.offline.tensor_parallel import SIZES, refused_sizes
-from qig_serve.samples import sample_sha256
+from qig_serve.offline.report.pictures import KeptWeights
+from qig_serve.offline.results import (
+    REPORT_FILE,
+    BlockReport,
+    GroupResult,
+    LinearReport,
+    QuantizationReport,
+)
+from qig_serve.offline.rounding.block import round_block
+from qig_serve.offline.source import loaded_model
+from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
 
 LOG_FILE = "quantize.log"
 """The run's progress, in the hidden directory beside the output and then in the checkpoint."""
@@ -63,35 +60,47 @@ LOG_FILE = "quantize.log"
 def quantize(
     model: Path | str,
     output: Path | str,
-    recipe: QuantRecipe | None = None,
+    recipe: QuantRecipe,
     *,
     resume: bool = False,
     quiet: bool = False,
+    plain: bool = False,
 ) -> QuantizationReport:
     """Quantizes a Hugging Face model directory and writes the checkpoint to `output`.
 
     The same recipe, samples, seed and number of processes give the same bytes. UserError, with
     nothing left behind, when model, data or recipe are wrong; an interrupted run goes on with
     `resume`. Under torchrun the processes share the samples, and all return the report.
+
+    `plain` writes an ordinary model instead, of the weights that the codes stand for: for
+    comparisons, any weight-only scheme, those without a kernel included (checkpoint/forms.py).
     """
-    recipe = recipe or QuantRecipe(calib="demo")
-    if not recipe.quant_scheme.servable:
-        raise UserError(f"{recipe.scheme} is for comparisons only: no server can load it")
+    scheme = recipe.quant_scheme
+    if plain and scheme.activation_bits is not None:
+        raise UserError(f"{scheme.name} quantizes activations: ordinary weights cannot do that")
+    if not plain:
+        require("matplotlib", "the report of a quantized model")
+    if not plain and not scheme.servable:
+        raise UserError(f"{scheme.name} is for comparisons only: no server can load it")
     with joined() as ranks:
-        return _quantize(Path(model), Path(output), recipe, ranks, resume, quiet)
+        return _quantize(Path(model), Path(output), recipe, ranks, resume, quiet, plain)
 
 
 def _quantize(
-    model: Path, output: Path, recipe: QuantRecipe, ranks: Ranks, resume: bool, quiet: bool
+    model: Path,
+    output: Path,
+    recipe: QuantRecipe,
+    ranks: Ranks,
+    resume: bool,
+    quiet: bool,
+    plain: bool,
 ) -> QuantizationReport:
     started = time.monotonic()
-    if ranks.size > 1 and recipe.effort == "high":
-        raise UserError("effort high learns on one batch at a time: run it in one process")
     torch.manual_seed(recipe.seed)
     device = pick_device(recipe.device, ranks)
-    loaded = adapter.load(model, device=device)
+    loaded = loaded_model.load(model, device=device)
     check_shapes(loaded, recipe.quant_scheme)
-    samples = load_samples(
+    samples = load_calibration(
         recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only
     )
     batches = make_batches(
@@ -102,35 +111,14 @@ def _quantize(
         max_length=recipe.max_length,
         ranks=ranks,
     )
-    info = CalibrationInfo(
-        source=recipe.calib,
-        samples=len(samples),
-        sha256=calibration_sha256(samples),
-        seed=recipe.seed,
-    )
-    counts = token_counts(batches)
-    tokens = dict(zip(counts, map(int, ranks.total(*counts.values())), strict=True))
-    report = QuantizationReport(
-        model=str(model),
-        family=loaded.arch.name,
-        scheme=recipe.scheme,
-        method=recipe.method,
-        recipe=recipe.recorded(),
-        calibration={
-            **info.model_dump(),
-            "tokens": tokens,
-            # So that an evaluation can tell which of its questions were calibrated on.
-            "sample_sha256": [sample_sha256(s) for s in samples],
-        },
-        left_alone=loaded.left_alone(),
-        producer=f"qig-serve {__version__}",
-    )
+    report = new_report(loaded, recipe, samples, batches, ranks)
     fingerprint = {
         "version": __version__,
         "model": loaded.source.fingerprint(),
-        "data": info.sha256,
+        "data": report.calibration["sha256"],
         "recipe": recipe.recorded(),
-        "run": {"processes": ranks.size},  # sums depend on it in the last bits
+        # Sums depend on the number of processes in the last bits.
+        "run": {"processes": ranks.size, "plain": plain},
     }
     with ExitStack() as stack:
         writer = None
@@ -141,13 +129,10 @@ def _quantize(
         progress = stack.enter_context(
             RunProgress(loaded.num_blocks, device, quiet or not ranks.writes, log)
         )
-        progress.line(
-            f"calibration: {len(samples)} samples of {tokens['image']} image, {tokens['text']} "
-            f"text and {tokens['special']} template tokens"
-            + (f", shared by {ranks.size} processes" if ranks.size > 1 else "")
-        )
-        folder = stack.enter_context(offload_folder(recipe, writer, ranks))
-        if not ranks.share(writer.finished if writer is not None else 0):
+        progress.line(calibration_line(report, ranks))
+        on_disk, beside = recipe.offload == "disk", None if writer is None else writer.directory
+        folder = stack.enter_context(offload_folder(on_disk, beside, ranks))
+        if not ranks.broadcast_object(writer.finished if writer is not None else 0):
             estimate = look_ahead(loaded, recipe, batches, ranks, folder, progress)
             report.estimate = asdict(estimate)
         gradients = None
@@ -157,13 +142,10 @@ def _quantize(
                 "the only step that holds all of it in memory"
             )
             gradients = model_gradients(loaded, batches, ranks)
-        own = {name for batch in batches for name in batch.ids}
-        pictured = PicturedWeights.choose(
-            [s for s in samples if s.id in own], batches, loaded.num_blocks
-        )
+        kept = KeptWeights.choose(samples, batches, loaded.num_blocks)
         streams = first_streams(loaded, recipe, batches, folder, ranks)
-        quantize_blocks(loaded, streams, gradients, writer, progress, report, pictured)
-        ranks.agree()
+        quantize_blocks(loaded, recipe, streams, gradients, writer, progress, report, kept)
+        ranks.barrier()
         report.seconds = time.monotonic() - started
         if writer is not None:
             progress.line(
@@ -171,9 +153,19 @@ def _quantize(
             )
             progress.close_log()
             shutil.rmtree(writer.directory / ACTIVATIONS, ignore_errors=True)
-            publish(loaded, writer, report, info, recipe, pictured)
+            publish(loaded, writer, report, recipe, kept, plain)
             progress.line(f"wrote {output} in {time.monotonic() - started:.0f} s")
     return report
+
+
+def calibration_line(report: QuantizationReport, ranks: Ranks) -> str:
+    """How much there is to calibrate on, for people."""
+    tokens = report.calibration["tokens"]
+    shared = f", shared by {ranks.size} processes" if ranks.size > 1 else ""
+    return (
+        f"calibration: {report.calibration['samples']} samples of {tokens['image']} image, "
+        f"{tokens['text']} text and {tokens['special']} template tokens{shared}"
+    )
 
 
 def look_ahead(
@@ -191,8 +183,8 @@ def look_ahead(
         f"{longest.token_mask.shape[1]} tokens"
     )
 
-    def streams(chosen: Sequence[CalibrationBatch], dry: QuantRecipe) -> Streams:
-        return first_streams(loaded, dry, chosen, folder, ranks)
+    def streams(chosen: Sequence[CalibrationBatch]) -> Streams:
+        return first_streams(loaded, recipe, chosen, folder, ranks)
 
     estimate = dry_run(loaded, recipe, batches, streams)
     progress.line(estimate.line(loaded.num_blocks, loaded.device))
@@ -202,12 +194,11 @@ def look_ahead(
 def check_shapes(loaded: LoadedModel, scheme: QuantScheme) -> None:
     """UserError that names the first linear whose size the scheme does not divide."""
     for index in range(loaded.num_blocks):
-        for group in loaded.arch.groups:
-            for name in group.linears:
-                weight = loaded.source_name(index, f"{name}.weight")
-                n, k = loaded.source.shape(weight)
-                if reason := unsupported_shape(scheme, n, k):
-                    raise UserError(f"{weight} cannot be quantized: {reason}")
+        for name in loaded.arch.linears:
+            weight = loaded.source_name(index, f"{name}.weight")
+            n, k = loaded.source.shape(weight)
+            if reason := unsupported_shape(scheme, n, k):
+                raise UserError(f"{weight} cannot be quantized: {reason}")
 
 
 def first_streams(
@@ -229,25 +220,35 @@ def first_streams(
         inputs.append(replace(before, hidden=before.hidden[:0]))  # the stores keep it
     loaded.model.to("cpu")  # from here on the device holds one block
     return Streams(
-        recipe, loaded.dtype, loaded.device, batches, inputs, fp, quantized, 0, folder, ranks
+        recipe.quant_scheme,
+        loaded.dtype,
+        loaded.device,
+        recipe.batch_tokens,
+        batches,
+        inputs,
+        fp,
+        quantized,
+        folder=folder,
+        ranks=ranks,
     )
 
 
 def quantize_blocks(
     loaded: LoadedModel,
+    recipe: QuantRecipe,
     streams: Streams,
     gradients: AnswerGradients | None,
     writer: CheckpointWriter | None,
     progress: RunProgress,
     report: QuantizationReport,
-    pictured: PicturedWeights,
+    kept: KeptWeights,
 ) -> None:
     """The loop over the decoder. Blocks that an interrupted run has written are only passed.
 
     `writer` is None in the processes that do not write.
     """
-    ranks = streams.ranks
-    first = ranks.share(writer.finished if writer is not None else 0)
+    ranks, groups = streams.ranks, loaded.arch.groups
+    first = ranks.broadcast_object(writer.finished if writer is not None else 0)
     if first:
         if writer is not None:
             report.blocks, report.fallbacks = read_progress(writer, first)
@@ -258,33 +259,35 @@ def quantize_blocks(
         original = loaded.block(index)
         block = copy.deepcopy(original)
         where = f"layer {index}"
+        linears = [block.get_submodule(name) for name in loaded.arch.linears]
         if index < first:
             progress.step("passing", 0.0)
             if writer is not None:
                 load_written(loaded, block, index, writer, streams.scheme)
             for parameter in block.parameters():
-                ranks.spread(parameter.data)
-            streams.advance(original, block, linears_of(loaded, block), where)
+                ranks.broadcast(parameter.data)
+            streams.advance(original, block, linears, where)
             continue
 
         results: list[GroupResult] = []
-        groups = loaded.arch.groups
-        searched = groups if streams.recipe.needs_groups else ()
+        searched = groups if recipe.needs_groups else ()
         for i, group in enumerate(searched):
             progress.step(f"equalization of {group.name}", 0.75 * i / len(searched))
-            results.append(equalize_group(block, group, streams, gradients, index))
-            pictured.keep(index, group.name, results[-1].token_weights)
+            results.append(
+                equalize_group(block, group, streams, recipe.equalization, gradients, index)
+            )
+            kept.keep(index, group.name, results[-1].token_weights)
         progress.step("rounding", 0.75)
         tensors, rounding = round_block(
-            block, original, loaded.arch.groups, results, streams, where
+            block, original, groups, results, streams, recipe.rounding_method, where
         )
-        count_fallbacks(index, results, rounding, report, streams.recipe, progress)
+        count_fallbacks(index, results, rounding, report, recipe, progress)
         progress.step("advancing", 0.9)
         done = BlockReport(
             index=index,
             modules=[r.report for r in results],
             linears=rounding,
-            output_error=streams.advance(original, block, linears_of(loaded, block), where),
+            output_error=streams.advance(original, block, linears, where),
             seconds=time.monotonic() - started,
             host_bytes=host_bytes(),
             device_bytes=device_bytes(streams.device),
@@ -295,18 +298,22 @@ def quantize_blocks(
             # The report first: a block that is written counts as done, and is not reported again.
             writer.write_text(REPORT_FILE, report.model_dump_json())
             write_block(loaded, block, index, tensors, results, writer)
-        ratio = [f"{m.name} {m.loss / max(m.loss_rtn, 1e-30):.2f}" for m in done.modules]
-        complete = [f"{m.completeness:.1%}" for m in done.modules if m.completeness is not None]
-        text = f"output error {done.output_error:.2e}"
-        text += f", loss over RTN: {' '.join(ratio)}" if ratio else ""
-        text += f", completeness {' '.join(complete)}" if complete else ""
-        progress.block_done(text, first)
+        progress.block_done(block_line(done), first)
+
+
+def block_line(done: BlockReport) -> str:
+    """What is printed of a finished block."""
+    ratio = [f"{m.name} {m.loss / max(m.loss_rtn, 1e-30):.2f}" for m in done.modules]
+    complete = [f"{m.completeness:.1%}" for m in done.modules if m.completeness is not None]
+    text = f"output error {done.output_error:.2e}"
+    text += f", loss over RTN: {' '.join(ratio)}" if ratio else ""
+    return text + (f", completeness {' '.join(complete)}" if complete else "")
 
 
 def count_fallbacks(
     index: int,
     results: Sequence[GroupResult],
-    rounding: Mapping[str, Mapping[str, Any]],
+    rounding: Mapping[str, LinearReport],
     report: QuantizationReport,
     recipe: QuantRecipe,
     progress: RunProgress,
@@ -318,10 +325,10 @@ def count_fallbacks(
     """
     found = [text for r in results for text in r.fallbacks]
     found += [
-        f"layer {index}, {name}: {linear['damping_raised']} times the damping asked for, for the "
+        f"layer {index}, {name}: {linear.damping_raised} times the damping asked for, for the "
         "Hessian to be positive definite"
         for name, linear in rounding.items()
-        if "damping_raised" in linear
+        if linear.damping_raised is not None
     ]
     report.fallbacks += [text for text in found if text not in report.fallbacks]
     for text in found:
@@ -331,49 +338,3 @@ def count_fallbacks(
             f"{len(found)} steps fell back to a simpler way, the first: {found[0]}. Run again with "
             "--allow-fallbacks to accept that, and with --resume if a block was finished"
         )
-
-
-def linears_of(loaded: LoadedModel, block: nn.Module) -> list[nn.Module]:
-    """The quantized linears of a block."""
-    return [block.get_submodule(n) for group in loaded.arch.groups for n in group.linears]
-
-
-def publish(
-    loaded: LoadedModel,
-    writer: CheckpointWriter,
-    report: QuantizationReport,
-    info: CalibrationInfo,
-    recipe: QuantRecipe,
-    pictured: PicturedWeights,
-) -> None:
-    """Publishes the checkpoint with its reports."""
-    scheme = recipe.quant_scheme
-    refused = refused_sizes(loaded.config, scheme.k_multiple)
-    config = QuantizationConfig(
-        quant_method="qig",
-        format_version=FORMAT_VERSION,
-        scheme=scheme.name,
-        bits=scheme.bits,
-        group_size=scheme.group_size,
-        ignore=report.left_alone,
-        model_type=loaded.config.model_type,
-        architectures=loaded.config.architectures or [],
-        method=recipe.method,
-        produced_by=report.producer,
-        calibration=info,
-        tensor_parallel_sizes=[size for size in SIZES if size not in refused],
-        recipe=recipe.recorded(),
-        summary={
-            **report.summary(),
-            "tensor_parallel_refused": {str(size): why for size, why in refused.items()},
-        },
-    ).model_dump(mode="json")
-    card = loaded.directory / "README.md"
-    pictures = pictured.pictures(loaded.config, loaded.processor)
-    report.warnings += pictured.unmapped
-    with disk_errors(writer.directory):
-        write_reports(report, writer.directory, config, card if card.is_file() else None, pictures)
-    compressed = None
-    if recipe.format == "compressed-tensors":
-        compressed = compressed_tensors.quantization_config(loaded.arch, scheme, report.left_alone)
-    writer.publish(config, compressed)

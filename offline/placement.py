@@ -10,26 +10,25 @@ from pathlib import Path
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.offline.checkpoint import CheckpointWriter
 from qig_serve.offline.disk import disk_errors
-from qig_serve.offline.ranks import ALONE, Ranks, local_rank
-from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.processes import ALONE, Ranks, local_rank
 
 ACTIVATIONS = "activations"
-"""The folder beside the blocks, with one a process in it."""
+"""The folder beside the blocks, with one for each process in it."""
 
 
 @contextmanager
-def offload_folder(
-    recipe: QuantRecipe, writer: CheckpointWriter | None, ranks: Ranks
-) -> Iterator[Path | None]:
-    """Where activations of this process wait with `offload` disk; gone afterwards."""
+def offload_folder(on_disk: bool, beside: Path | None, ranks: Ranks) -> Iterator[Path | None]:
+    """Where activations of this process wait if not in memory (None); gone afterwards.
+
+    beside: the directory of the checkpoint in the making; None in the processes that do not write.
+    """
     parent = None
-    if writer is not None:
-        parent = writer.directory / ACTIVATIONS
+    if beside is not None:
+        parent = beside / ACTIVATIONS
         shutil.rmtree(parent, ignore_errors=True)  # a killed run leaves its own
-    parent = ranks.share(parent)
-    if recipe.offload == "ram" or parent is None:
+    parent = ranks.broadcast_object(parent)
+    if not on_disk or parent is None:
         yield None
         return
     folder = parent / str(ranks.rank)
@@ -50,7 +49,7 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.size > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise UserError(f"device {name} cannot serve {ranks.size} processes: say cuda")
+            raise UserError(f"device {name} cannot serve {ranks.size} processes: use --device cuda")
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)

@@ -9,13 +9,12 @@ import resource
 import time
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qig_serve.offline.checkpoint import ResumableError
+from qig_serve.offline.disk import ResumableError
 
 
 def host_bytes() -> int:
@@ -67,12 +66,7 @@ class RunProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._bar.stop()
         if error is not None:
             self._write(f"stopped: {str(error) or type(error).__name__}")

@@ -1,52 +1,117 @@
 """QuantRecipe: every choice of a quantization run. One model for YAML, command line and Python.
 
-A method is a set of defaults; whatever is set explicitly wins, so each ingredient has its switch.
+A method is a set of defaults; values set explicitly win over them.
+What a part of the run needs of the recipe it gets as a small dataclass of its own: TokenWeighting,
+Equalization, Rounding. Imports no torch: the command line's flags are made of the fields.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
-from qig_serve.offline.sources import CAPTIONS
+from qig_serve.offline.calibration.sources import CAPTIONS
+from qig_serve.text_files import read_text
 
-Method = Literal["qig", "qig+", "mbq", "awq", "awq-clip", "smoothquant", "gptq", "rtn"]
-RangeSearch = Literal["minmax", "mse", "energy", "conditional", "hessian"]
-Compensation = Literal["none", "gptq", "gptaq", "qronos"]
-DampBy = Literal["column", "mean"]
-TokenWeights = Literal["uniform", "modality", "gradient", "attention", "perturbation", "qig"]
+LossKind = Literal["mae", "mse"]
+
+
+@dataclass(frozen=True)
+class Damping:
+    """How a Hessian is damped, and in which order its columns are factored."""
+
+    fraction: float = 0.01
+    """What is added to the diagonal, as a fraction of `by`."""
+    by: Literal["column", "mean"] = "column"
+    """"column": of each entry itself, which does not see the scale of inputs; "mean": of the
+    diagonal's mean, as in GPTQ."""
+    act_order: bool = True
+    """Columns in descending order of input energy; groups stay those of the stored layout."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A rounding method: a file in offline/rounding/ and what it needs."""
+
+    module: str
+    """The file, which has the method's `round_weight`."""
+    statistics: bool = True
+    """Whether it looks at the inputs of a linear, or only at its weight."""
+    weighted: bool = False
+    """Whether token weights weigh those statistics; otherwise all real tokens count alike."""
+    shifted: bool = False
+    """Whether it needs full-precision inputs beside those of the quantized prefix, in two halves
+    of the samples."""
+    damping: Damping | None = None
+    """Of a method that compensates errors; None for one that does not."""
+
+
+# Add a method: its file, and a row here.
+ROUNDINGS: dict[str, Rounding] = {
+    "nearest": Rounding("nearest", statistics=False),
+    "clip": Rounding("clip", weighted=True),
+    "gptq": Rounding("gptq", damping=Damping(by="mean")),
+    "gptq-weighted": Rounding("gptq", damping=Damping(by="mean"), weighted=True),
+    "qronos": Rounding("qronos", damping=Damping(), shifted=True),
+}
 
 # What a method means, as values of the fields below.
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"equalize": "none", "token_weights": "uniform"},
     "awq": {"equalize": "search", "token_weights": "uniform"},
-    # AWQ's clip search: the range of a group that costs its outputs least.
-    "awq-clip": {"equalize": "search", "token_weights": "uniform", "range_search": "hessian"},
+    "awq-clip": {"equalize": "search", "token_weights": "uniform", "rounding": "clip"},
     "mbq": {"equalize": "search", "token_weights": "modality"},
     "qig": {"equalize": "search", "token_weights": "qig"},
     "smoothquant": {"equalize": "smoothquant", "token_weights": "uniform"},
-    "gptq": {
-        "equalize": "none",
-        "token_weights": "uniform",
-        "compensation": "gptq",
-        "damp_by": "mean",
-    },
-    # Token weights choose the equalization and not the rounding. They, searched ranges, refitted
-    # scales and polished codes there lower the error on calibration samples further; on questions
-    # held out they did not lower KL. Nor did the quantized prefix as the search's input.
-    "qig+": {
-        "equalize": "channels",
-        "token_weights": "qig",
-        "compensation": "qronos",
-        "validate_shift": True,
-        "weighted_rounding": False,
-    },
+    "gptq": {"equalize": "none", "token_weights": "uniform", "rounding": "gptq"},
+    "gptq-qig": {"equalize": "none", "token_weights": "qig", "rounding": "gptq-weighted"},
+    "qig+": {"equalize": "channels", "token_weights": "qig", "rounding": "qronos"},
 }
+
+if TYPE_CHECKING:
+    Method = str
+    RoundingName = str
+else:  # the tables' keys: a row is enough
+    Method = Literal[tuple(METHODS)]
+    RoundingName = Literal[tuple(ROUNDINGS)]
+TokenWeightSource = Literal["uniform", "modality", "gradient", "attention", "perturbation", "qig"]
+EqualizeKind = Literal["channels", "search", "smoothquant", "none"]
+
+
+@dataclass(frozen=True)
+class TokenWeighting:
+    """How tokens are weighted in a search: the recipe's fields of these names."""
+
+    source: TokenWeightSource
+    iqr: bool
+    baseline: Literal["zero", "quantized"]
+    quadrature: Literal["gauss", "uniform"]
+    steps: int
+
+    @property
+    def needs_quantized_input(self) -> bool:
+        """Whether it looks at what the quantized prefix gives in place of a module's input."""
+        return self.source == "qig" and self.baseline == "quantized"
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """How equalization scales are chosen: the recipe's fields of these names."""
+
+    kind: EqualizeKind
+    grid: int
+    smooth_alpha: float
+    loss: LossKind
+    weighting: TokenWeighting
+    compensation: Damping | None
+    """Of the rounding that follows; None if it compensates nothing."""
+
 
 EXECUTION_FIELDS = frozenset({"device", "offload", "allow_fallbacks"})
 """Fields that say where a run happens and when it fails, and not what it computes."""
@@ -82,7 +147,7 @@ class QuantRecipe(BaseModel):
     )
     text_only: bool = Field(default=False, description="allow calibration without images")
 
-    token_weights: TokenWeights = Field(
+    token_weights: TokenWeightSource = Field(
         default="qig",
         description="how tokens are weighted in the losses; modality (mbq) and gradient need a "
         "backward pass of the whole model, with all of it in memory",
@@ -100,57 +165,21 @@ class QuantRecipe(BaseModel):
     # (tests/benchmarks/quadrature.py).
     steps: int = Field(default=6, ge=1, le=256, description="nodes of the quadrature")
 
-    equalize: Literal["channels", "search", "smoothquant", "none"] = Field(
+    equalize: EqualizeKind = Field(
         default="search",
         description="how equalization scales are chosen; channels: search, then each channel's for "
         "itself, by a model of the rounding noise",
     )
     grid: int = Field(default=20, ge=1, description="equalization exponents 0, 1/grid, ...")
     smooth_alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of smoothquant")
-    loss: Literal["mae", "mse"] = Field(default="mae", description="loss of the search")
-    search_input: Literal["fp", "quantized"] = Field(
-        default="fp",
-        description="input of the quantized branch in the search: of the full-precision prefix "
-        "(as the paper), or of the quantized prefix",
-    )
+    loss: LossKind = Field(default="mae", description="loss of the search")
 
-    range_search: RangeSearch = Field(
-        default="minmax",
-        description="what an error costs while ranges are searched; minmax: no search",
-    )
-    range_rounds: int = Field(
-        default=0,
-        ge=0,
-        description="searches of the ranges for what compensation really rounds, each followed "
-        "by compensation",
-    )
-    compensation: Compensation = Field(
-        default="none", description="error compensation while rounding"
-    )
-    validate_shift: bool = Field(
-        default=False,
-        description="apply as much of qronos' target shift, with as much damping, as lowers the "
-        "error on samples that it was not fitted to",
-    )
-    weighted_rounding: bool = Field(
-        default=True, description="let token weights weigh the statistics of rounding too"
-    )
+    rounding: RoundingName = Field(default="nearest", description="how weights are rounded")
     act_order: bool = Field(
         default=True, description="compensate in descending order of input energy"
     )
-    damp: float = Field(default=0.01, gt=0, description="damping, as a fraction of damp_by")
-    damp_by: DampBy = Field(
-        default="column",
-        description="energy that damping is measured by: each input's own, or the mean as in GPTQ",
-    )
-    scale_refit: bool = Field(
-        default=False, description="closed-form refit of scales after rounding"
-    )
-    polish_sweeps: int = Field(
-        default=0, ge=0, description="coordinate-descent sweeps over the codes"
-    )
-    effort: Literal["normal", "high"] = Field(
-        default="normal", description="high: learned rounding too"
+    damp: float = Field(
+        default=0.01, gt=0, description="damping of the compensation, as a fraction of input energy"
     )
 
     batch_tokens: int = Field(default=2048, ge=1, description="tokens that pass a block at a time")
@@ -172,8 +201,6 @@ class QuantRecipe(BaseModel):
         scheme = SCHEMES.get(str(values.get("scheme", "w3a16")))
         if scheme is not None and scheme.activation_bits is not None:
             filled["baseline"] = "quantized"
-        if values.get("compensation", "qronos") != "qronos":
-            filled.pop("validate_shift", None)  # it is a part of qronos
         return {**filled, **values}
 
     @model_validator(mode="after")
@@ -181,10 +208,8 @@ class QuantRecipe(BaseModel):
         scheme = get_scheme(self.scheme)
         if self.baseline == "quantized" and scheme.activation_bits is None:
             raise ValueError(
-                f"baseline quantized needs quantized activations, which {self.scheme} has not"
+                f"baseline quantized needs quantized activations, which {self.scheme} does not have"
             )
-        if self.validate_shift and self.compensation != "qronos":
-            raise ValueError(f"validate_shift needs compensation qronos, not {self.compensation}")
         return self
 
     @property
@@ -193,15 +218,32 @@ class QuantRecipe(BaseModel):
         return get_scheme(self.scheme)
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether rounding looks at the inputs of a linear, or only at its weight."""
-        return (
-            self.range_search != "minmax"
-            or self.compensation != "none"
-            or self.scale_refit
-            or self.polish_sweeps > 0
-            or self.effort == "high"
+    def weighting(self) -> TokenWeighting:
+        """How tokens are weighted."""
+        return TokenWeighting(
+            self.token_weights, self.iqr, self.baseline, self.quadrature, self.steps
         )
+
+    @property
+    def equalization(self) -> Equalization:
+        """How equalization scales are chosen."""
+        return Equalization(
+            self.equalize,
+            self.grid,
+            self.smooth_alpha,
+            self.loss,
+            self.weighting,
+            self.rounding_method.damping,
+        )
+
+    @property
+    def rounding_method(self) -> Rounding:
+        """The row of the rounding method, with the recipe's damping."""
+        row = ROUNDINGS[self.rounding]
+        if row.damping is None:
+            return row
+        damping = replace(row.damping, fraction=self.damp, act_order=self.act_order)
+        return replace(row, damping=damping)
 
     @property
     def needs_groups(self) -> bool:
@@ -228,23 +270,12 @@ class QuantRecipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+# The paper's settings: 128 image-caption pairs, 32 equal steps, 20 exponents, MAE, IQR clip, the
+# full-precision path with a zero baseline (w3a16) or the quantized input (w4a8).
+_PAPER = {"method": "qig", "quadrature": "uniform", "steps": 32}
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's settings: 128 image-caption pairs, 32 equal steps, 20 exponents, MAE, IQR clip,
-    # the full-precision path with a zero baseline (w3a16) or the quantized input (w4a8).
-    "paper-w3a16": {
-        "scheme": "w3a16",
-        "method": "qig",
-        "quadrature": "uniform",
-        "steps": 32,
-        "baseline": "zero",
-    },
-    "paper-w4a8": {
-        "scheme": "w4a8",
-        "method": "qig",
-        "quadrature": "uniform",
-        "steps": 32,
-        "baseline": "quantized",
-    },
+    "paper-w3a16": {"scheme": "w3a16", "baseline": "zero", **_PAPER},
+    "paper-w4a8": {"scheme": "w4a8", "baseline": "quantized", **_PAPER},
     "ours-w3a16": {"scheme": "w3a16", "method": "qig+"},
     "ours-w4a8": {"scheme": "w4a8", "method": "qig+"},
 }
@@ -274,10 +305,11 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
             f"no recipe file {name_or_path}, and no preset of that name: "
             f"the presets are {', '.join(PRESETS)}"
         )
+    text = read_text(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-01: ValueError
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold fields and values, one a line")
+        raise UserError(f"{path} must hold fields and values, one on each line")
     return values

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qig_serve.errors import UserError
+from qig_serve.model_directory import read_manifest
 from qig_serve.serving import batch_io, in_process
 from qig_serve.serving.batch_io import Request, Results
 from qig_serve.serving.limits import Limits
@@ -67,7 +68,6 @@ def generate(
     """
     from qig_serve.inspection import require_sound
     from qig_serve.serve import parse_flags, set_environment
-    from qig_serve.serving.describe import read_manifest
 
     read_manifest(directory)
     require_sound(directory)
@@ -77,7 +77,7 @@ def generate(
         raise UserError(f"{source}: no requests in it")
     set_environment(Limits())
     args = parse_flags(directory, flags)
-    args.disable_log_stats = True  # the progress bar says it, at no cost a token
+    args.disable_log_stats = True  # the progress bar shows it, at no cost per token
     defaults["model"] = (args.served_model_name or [args.model])[0]
     results = Results(output, resume)
     try:
@@ -96,22 +96,21 @@ async def _run(
     give_way: bool,
 ) -> Totals:
     from qig_serve.serving import media  # noqa: F401  registers the media connector
-    from qig_serve.vllm_plugin import compat
+    from qig_serve.vllm_plugin import compat, patches
 
     async with compat.engine_client()(args) as engine:
         tasks = await engine.get_supported_tasks()
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM stops it if the engine dies
-        app.user_middleware.clear()  # logs, CORS, HTTP metrics: there is no connection
-        app.middleware_stack = None  # vLLM has built it already
+        patches.drop_middlewares(app)
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
             folder = source if source.is_dir() else source.parent
             handler = getattr(app.state, "openai_serving_chat", None)  # of models that generate
             chat = in_process.chat_of(handler) if handler else None
             runner = _Runner(app, engine, folder, results, progress, chat)
-            if give_way:  # where cores are few, a step of the engine waits for this thread else
+            if give_way:  # with few cores the engine's steps would wait for this thread
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
             gc.collect()
             gc.freeze()  # walking all that vLLM loaded took a third of this process's time
@@ -190,7 +189,7 @@ class _Runner:
 
 
 class _ProgressBar:
-    """A progress bar on stderr with requests and tokens a second; called with the totals."""
+    """A progress bar on stderr with requests and tokens per second; called with the totals."""
 
     def __init__(self, total: int, quiet: bool = False) -> None:
         from rich.console import Console

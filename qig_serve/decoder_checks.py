@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from qig_serve.manifest import QuantizationConfig
+from qig_serve.model_directory import text_config
 
 _LAYER = re.compile(r"(.*\blayers)\.(\d{1,6})\.(.*)")
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
@@ -50,12 +51,6 @@ def problems(
     text = text_config(config)
     yield from _uneven_layers(layers, text.get("num_hidden_layers"))
     yield from _other_sizes(text, linears)
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that is the decoder's; all of it in older files."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
 
 
 def _another_architecture(config: Mapping[str, Any], manifest: QuantizationConfig) -> Iterator[str]:

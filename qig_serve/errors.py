@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where, and what to do."""
+    """Something the user can correct: says what is wrong, where, and what to do."""

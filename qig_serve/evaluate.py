@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qig_serve.errors import UserError
 from qig_serve.evaluation import Progress
 from qig_serve.evaluation.generation import Engine, ask_server, choose_engine, generate
 from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, normalize, paired
+from qig_serve.model_directory import quantization, read_config
 from qig_serve.samples import Sample, overlap, read_samples, sample_sha256, set_sha256
+from qig_serve.text_files import read_json
 
 if TYPE_CHECKING:
     from qig_serve.evaluation.divergence import Divergence
@@ -176,7 +178,7 @@ def evaluate_many(
 
     `reference` is a full-precision model directory, or a JSON file that `qig-serve evaluate`
     wrote on the same questions (then there are no logits, hence no KL), or None. KL is taken on
-    the first `kl_samples` questions; 0 leaves it out. The engine "forced" tells answers by
+    the first `kl_samples` questions; 0 leaves it out. The engine "forced" finds answers by
     teacher forcing (evaluation/forced.py). UserError when an input is wrong.
     """
     samples, say = list(samples), progress or _silent
@@ -185,52 +187,33 @@ def evaluate_many(
     jobs = [(name, Path(directory)) for name, directory in models]
     if len({name for name, _ in jobs}) < len(jobs):
         raise UserError("two models to evaluate have the same name")
-    from qig_serve.evaluation.models import quantization, read_config
-
     for _, directory in jobs:
         read_config(directory)  # fail now rather than after minutes
     used = choose_engine(engine)
     hashes = [sample_sha256(s) for s in samples]
     set_hash = set_sha256(hashes)
 
-    outputs: dict[str, list[str | None]] = {}
-    divergences: dict[str, Divergence] = {}
     reference_outputs: list[str | None] | None = None
     full: Path | None = None
     if reference is not None and Path(reference).is_file():
         reference_outputs = read_outputs(Path(reference), samples, set_hash)
     elif reference is not None:
-        full = Path(reference)
-        read_config(full)
-        if quantization(full):
-            raise UserError(f"the reference {full} is quantized: give the full-precision model")
-
-    if full is not None and kl_samples > 0:
-        from qig_serve.evaluation.divergence import divergences as compare
-
-        # Before vLLM: its CPU worker rearranges this process's threads.
+        full = _full_precision(Path(reference))
+    divergences: dict[str, Divergence] = {}
+    if full is not None:
         others = [(name, path) for name, path in jobs if path.resolve() != full.resolve()]
-        if others:
-            divergences.update(compare(full, others, samples[:kl_samples], say))
-    if full is not None and all(path.resolve() != full.resolve() for _, path in jobs):
-        jobs.insert(0, (REFERENCE, full))
-    forced: dict[str, list[str]] = {}
-    if used == "forced":
-        if full is None:
-            raise UserError("answers can be forced only against a full-precision model directory")
-        from qig_serve.evaluation.forced import forced_answers
+        if others and kl_samples > 0:
+            from qig_serve.evaluation.divergence import divergences as compare
 
-        forced = forced_answers(full, jobs, samples, max_tokens, say)
+            # Before vLLM: its CPU worker rearranges this process's threads.
+            divergences = dict(compare(full, others, samples[:kl_samples], say))
+        if len(others) == len(jobs):
+            jobs.insert(0, (REFERENCE, full))
+    outputs = _answers(jobs, full, samples, used, max_tokens, say)
+    results = {}
     for name, directory in jobs:
-        step = partial(say, f"{name}: answers ({used})")
-        step(0, len(samples))
-        outputs[name] = list(
-            forced.get(name) or generate(directory, samples, used, max_tokens, step)
-        )
         if full is not None and directory.resolve() == full.resolve():
             reference_outputs = outputs[name]
-
-    results = {}
     for name, directory in jobs:
         config = quantization(directory)
         is_full = full is not None and directory.resolve() == full.resolve()
@@ -249,6 +232,39 @@ def evaluate_many(
             calibration_overlap=_calibration_overlap(directory, samples),
         )
     return results
+
+
+def _full_precision(directory: Path) -> Path:
+    """The directory of a reference; UserError if it is none in full precision."""
+    read_config(directory)
+    if quantization(directory):
+        raise UserError(f"the reference {directory} is quantized: give the full-precision model")
+    return directory
+
+
+def _answers(
+    jobs: Sequence[tuple[str, Path]],
+    full: Path | None,
+    samples: Sequence[Sample],
+    engine: Literal["vllm", "transformers", "forced"],
+    max_tokens: int,
+    say: Progress,
+) -> dict[str, list[str | None]]:
+    """Every model's answers by name; those forced need the full-precision model `full`."""
+    forced: dict[str, list[str]] = {}
+    if engine == "forced":
+        if full is None:
+            raise UserError("answers can be forced only against a full-precision model directory")
+        from qig_serve.evaluation.forced import forced_answers
+
+        forced = forced_answers(full, jobs, samples, max_tokens, say)
+    outputs: dict[str, list[str | None]] = {}
+    for name, directory in jobs:
+        step = partial(say, f"{name}: answers ({engine})")
+        step(0, len(samples))
+        found = forced.get(name) or generate(directory, samples, engine, max_tokens, step)
+        outputs[name] = list(found)
+    return outputs
 
 
 def evaluate_server(
@@ -308,13 +324,11 @@ def _result(
 
 def read_outputs(path: Path, samples: Sequence[Sample], evaluation_sha256: str) -> list[str | None]:
     """The outputs in a file of `qig-serve evaluate --json`; UserError for other questions."""
+    record = read_json(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         outputs = [a["output"] for a in record["answers"]]
         ids = [a["id"] for a in record["answers"]]
-    except FileNotFoundError:
-        raise UserError(f"the reference {path} does not exist") from None
-    except (ValueError, KeyError, TypeError):
+    except (LookupError, TypeError):
         raise UserError(f"{path} is not a result of qig-serve evaluate --json") from None
     same_order = ids == [s.id for s in samples]
     if record.get("evaluation_sha256") != evaluation_sha256 or not same_order:

@@ -36,9 +36,9 @@ class QuantScheme:
     symmetric: bool
     """True: signed codes, no zero point. False: unsigned codes with an integer zero point."""
     group_size: int | None
-    """Inputs that share a scale; None means one scale an output channel."""
+    """Inputs that share a scale; None means one scale per output channel."""
     activation_bits: int | None = None
-    """8: activations are int8, symmetric, one scale a token. None: left in 16 bits."""
+    """8: activations are int8, symmetric, one scale per token. None: left in 16 bits."""
     servable: bool = True
     """False for stress schemes, which exist only to compare methods."""
 
@@ -54,7 +54,7 @@ class QuantScheme:
 
     @property
     def packed_factor(self) -> Fraction:
-        """Codes an int32 word: 32/3 for 3 bits, 8 for 4 bits."""
+        """Codes per int32 word: 32/3 for 3 bits, 8 for 4 bits."""
         return Fraction(32, self.bits)
 
     @property

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from qig_serve import decoder_checks
 from qig_serve.errors import UserError
-from qig_serve.formats import QUANT_METHOD, tensor_specs
-from qig_serve.manifest import HASHES_FILE, QuantizationConfig, read_quantization_config
+from qig_serve.formats import tensor_specs
+from qig_serve.hashes import HASHES_FILE, file_sha256
+from qig_serve.manifest import QuantizationConfig
+from qig_serve.model_directory import INDEX_FILE, read_config, read_json, read_manifest
 
-INDEX_FILE = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _SPEC_DTYPES = {"int32": ("I32",), "uint8": ("U8",), "float32": ("F32",)}
 _MODEL_DTYPES = ("F16", "BF16", "F32")
@@ -52,7 +50,7 @@ class QuantizedLinear:
 
     @property
     def bits(self) -> float:
-        """Bits a weight: codes, scales and zero points together."""
+        """Bits per weight: codes, scales and zero points together."""
         return 8 * self.nbytes / (self.n * self.k)
 
 
@@ -75,7 +73,7 @@ class Inspection:
 
     @property
     def bits(self) -> float:
-        """Bits a quantized weight on average; 0 when there is none."""
+        """Bits per quantized weight on average; 0 when there is none."""
         weights = sum(linear.n * linear.k for linear in self.linears)
         return 8 * sum(linear.nbytes for linear in self.linears) / weights if weights else 0.0
 
@@ -98,14 +96,7 @@ class Inspection:
 
 def inspect(directory: Path) -> Inspection:
     """Read the configuration and the headers; UserError when it is no qig checkpoint."""
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise UserError(f"the directory {directory} does not exist")
-    config = read_json(path)
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise UserError(f"{path} has no quantization_config of qig: this is not a qig checkpoint")
-    manifest = read_quantization_config(quantization, str(path))
+    config, manifest = read_config(directory), read_manifest(directory)
     tensors: dict[str, StoredTensor] = {}
     twice: list[str] = []
     shards = sorted(directory.glob("*.safetensors"))
@@ -141,12 +132,16 @@ def require_sound(directory: Path) -> Inspection:
 
 
 def verify(directory: Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
-    """Every file against its sha256: what is wrong, a sentence a file; empty when all is well.
+    """Every file against its sha256: what is wrong, one sentence per file; empty when all is well.
 
-    `progress` is told what is done, how many files of it, and of how many.
+    `progress` is called with what is done, how many files so far, and how many in all.
     """
-    manifest = read_json(directory / HASHES_FILE)
-    hashes = manifest.get("files")
+    if not (directory / HASHES_FILE).is_file():
+        raise UserError(
+            f"{directory} has no {HASHES_FILE}, so there are no hashes to compare: it is not a qig "
+            "checkpoint, or not all of one"
+        )
+    hashes = read_json(directory / HASHES_FILE).get("files")
     if not isinstance(hashes, dict) or not hashes:
         raise UserError(f"{directory / HASHES_FILE} lists no files")
     wrong = []
@@ -160,14 +155,14 @@ def verify(directory: Path, progress: Callable[[str, int, int], None] | None = N
         path = directory / relative
         if not os.path.isfile(path):  # False, where pathlib raises, for names no file can have
             wrong.append(f"{name}: missing")
-        elif _sha256(path) != expected:
+        elif file_sha256(path) != expected:
             wrong.append(f"{name}: changed since the checkpoint was written")
     known = {*hashes, HASHES_FILE}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         if path.is_file() and name not in known and not hidden:
-            wrong.append(f"{name}: not in the manifest, so nobody vouches for it")
+            wrong.append(f"{name}: not in the manifest, so it cannot be checked")
     return wrong
 
 
@@ -196,7 +191,7 @@ def _collect_linears(found: Inspection) -> None:
             elif tensor.shape != spec.shape or tensor.dtype not in dtypes:
                 found.problems.append(
                     f"{linear}.{suffix}: {tensor.dtype} {list(tensor.shape)} in {tensor.file}, but "
-                    f"{scheme.name} wants {'/'.join(dtypes)} {list(spec.shape)}"
+                    f"{scheme.name} needs {'/'.join(dtypes)} {list(spec.shape)}"
                 )
             else:
                 nbytes += tensor.nbytes
@@ -225,7 +220,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _check_index(found: Inspection) -> None:
-    """The index, which tells vLLM what to read, against what the shards hold."""
+    """The index, from which vLLM knows what to read, against what the shards hold."""
     path = found.directory / INDEX_FILE
     if not path.is_file():
         return
@@ -241,23 +236,3 @@ def _check_index(found: Inspection) -> None:
             found.problems.append(f"{INDEX_FILE} names the tensor {name}, which is not in {file}")
     for name in sorted(found.tensors.keys() - weight_map.keys()):
         found.problems.append(f"{name}: in {found.tensors[name].file}, but not in {INDEX_FILE}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError that names the file for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: this is not a qig checkpoint") from None
-    except RecursionError:
-        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return value

@@ -1,6 +1,6 @@
 """What a qig checkpoint says about itself: `quantization_config` in config.json.
 
-Read from outside, so validated strictly: a field nobody knows, or a version from the future, is
+Read from outside, so validated strictly: an unknown field, or a version from the future, is
 an error and not a guess.
 """
 
@@ -12,9 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION, SCHEMES, QuantScheme
-
-HASHES_FILE = "qig_manifest.json"
-"""File beside config.json: {"format_version": 1, "files": {relative path: sha256 hex}}."""
 
 
 class CalibrationInfo(BaseModel):
@@ -75,6 +72,15 @@ class QuantizationConfig(BaseModel):
     def quant_scheme(self) -> QuantScheme:
         """The scheme of the weights."""
         return SCHEMES[self.scheme]
+
+    @property
+    def is_equalized(self) -> bool:
+        """Whether channels were rescaled, so that activations are not the source model's.
+
+        True where the checkpoint does not say.
+        """
+        unsaid = "none" if self.method in ("rtn", "gptq") else "unknown"
+        return bool(self.recipe.get("equalize", unsaid) != "none")
 
     def is_ignored(self, module: str) -> bool:
         """Whether a module (checkpoint name) is left in 16 bits."""

@@ -32,19 +32,18 @@ def minmax_params(
     weight: torch.Tensor,
     scheme: QuantScheme,
     dtype: torch.dtype = torch.float32,
-    shrink: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale [N, G] (fp32, rounded to `dtype`) and zero point [N, G] (uint8) or None.
 
-    The range of each group is its own minimum to maximum, widened to contain zero and shrunk by
-    `shrink` (broadcast against [N, G]). Source: round-to-nearest, as in AWQ (arXiv 2306.00978).
+    The range of each group is its own minimum to maximum, widened to contain zero. Source:
+    round-to-nearest, as in AWQ (arXiv 2306.00978).
     """
     w = _grouped(weight.float(), scheme.num_groups(weight.shape[1]))  # [N, G, K/G]
     if scheme.symmetric:
-        scale = round_scale(w.abs().amax(-1) * shrink / scheme.qmax, dtype)
+        scale = round_scale(w.abs().amax(-1) / scheme.qmax, dtype)
         return scale, None
-    lo = w.amin(-1).clamp(max=0) * shrink
-    hi = w.amax(-1).clamp(min=0) * shrink
+    lo = w.amin(-1).clamp(max=0)
+    hi = w.amax(-1).clamp(min=0)
     scale = round_scale((hi - lo) / scheme.qmax, dtype)
     zero = (-lo / scale).round().clamp(0, scheme.qmax).to(torch.uint8)
     return scale, zero
@@ -74,15 +73,14 @@ def fake_quantize(
     weight: torch.Tensor,
     scheme: QuantScheme,
     dtype: torch.dtype = torch.float32,
-    shrink: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """Round-to-nearest weight in fp32 with min-max ranges; scales rounded to `dtype`."""
-    scale, zero = minmax_params(weight, scheme, dtype, shrink)
+    scale, zero = minmax_params(weight, scheme, dtype)
     return dequantize(quantize(weight, scale, zero, scheme), scale, zero)
 
 
 def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [..., K] and fp32 scale [..., 1]: symmetric, one scale a token.
+    """int8 codes [..., K] and fp32 scale [..., 1]: symmetric, one scale per token.
 
     scale = max |x| / 127; codes = round half to even (x / scale), within -127..127. A token of
     zeros gets scale 1 and zero codes.
@@ -92,7 +90,7 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
-    """Quantize and dequantize activations a token; same dtype as `x`."""
+    """Quantize and dequantize activations token by token; same dtype as `x`."""
     codes, scale = _activation_codes(x)
     return codes.mul_(scale).to(x.dtype)
 
@@ -112,7 +110,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     n, k = codes.shape
     if k % 32:
-        raise ValueError(f"packing needs a multiple of 32 codes a row, got {k}")
+        raise ValueError(f"packing needs a multiple of 32 codes per row, got {k}")
     low, high = (0, (1 << bits) - 1)
     if codes.dtype == torch.int8:
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1

@@ -22,14 +22,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from qig_serve.errors import UserError
+from qig_serve.text_files import lines
 
 ImageSource = Path | bytes | Image.Image
 """A file, the bytes of an encoded picture, or a picture in memory."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Files with these endings are pictures, in lower or upper case."""
 
 _ROLES = ("system", "user", "assistant")
 
@@ -61,7 +65,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Turned as its EXIF data say, transparency on white, the first picture of an animation: vLLM
     does the same. 16-bit greys keep their upper 8 bits, where vLLM and Pillow would cut at 255.
-    Refused besides what is damaged: more pixels than twice Pillow's limit (179 million), sides
+    Also refused, besides damaged files: more pixels than twice Pillow's limit (179 million), sides
     more than 200 times as long as each other (a processor that makes the short side 336 would
     make billions of pixels of 1 x 65535), and values without a known range (int32, float).
     """
@@ -110,8 +114,8 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise UserError(
-            f"{name} has {'float' if image.mode == 'F' else '32-bit'} pixels, of which nobody "
-            "knows the range: convert it to 8 bits"
+            f"{name} has {'float' if image.mode == 'F' else '32-bit'} pixels whose "
+            "range is not known: convert it to 8 bits"
         )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -167,17 +171,11 @@ def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list
     """
     if not path.is_file():
         raise UserError(f"the sample file {path} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8: one JSON object a line") from None
     samples: list[Sample] = []
     unscored = 0
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines(path):
         if n is not None and len(samples) >= n:
             break
-        if not line.strip():
-            continue
         sample = _parse_line(line, f"{path}, line {number}", path.parent, number)
         if scored and not sample.answer:
             unscored += 1
@@ -186,7 +184,7 @@ def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list
     if not samples:
         if unscored:
             raise UserError(f"{path}: no line has an answer, so there is nothing to score")
-        raise UserError(f"{path} holds no samples: one JSON object a line is wanted")
+        raise UserError(f"{path} holds no samples: it needs one JSON object per line")
     return samples
 
 
@@ -247,12 +245,22 @@ def _resolve(url: str, where: str, folder: Path) -> ImageSource:
         if not data:
             raise UserError(f"{where}: the data URL holds no image")
         return data
-    if "://" in url and not url.startswith("file://"):
+    path = picture_path(url, folder)
+    if path is None:
         raise UserError(f"{where}: {url} is on a network; give a file path or a data URL")
-    path = folder / url.removeprefix("file://")
     if not os.path.isfile(path):
         raise UserError(f"{where}: the image {path} does not exist")
     return path
+
+
+def picture_path(url: str, folder: Path) -> Path | None:
+    """The file that a path or a file:// URL means, relative ones from `folder`; None for others.
+
+    The same in samples and in batches.
+    """
+    if url.startswith("file://"):
+        return folder / unquote(url.removeprefix("file://").removeprefix("localhost"))
+    return None if "://" in url else folder / url
 
 
 def overlap(samples: Sequence[Sample], calibration: Iterable[str]) -> list[str]:

@@ -13,20 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qig_serve.errors import UserError
+from qig_serve.model_directory import read_manifest
+from qig_serve.serving.adapters import check_adapters
+from qig_serve.serving.folders import check_folders
 from qig_serve.serving.limits import Limits
 
 DRAIN_SECONDS = 30
-"""How long SIGTERM waits for requests that are running, unless --shutdown-timeout says else."""
+"""How long SIGTERM waits for requests that are running, unless --shutdown-timeout is given."""
 
 SEQUENCES_A_REQUEST = 128
 """Answers (`n`), and prompts, that one request may ask for; vLLM's 16,384 and 1,024 let one
 request keep all others waiting for minutes. VLLM_MAX_N_SEQUENCES and VLLM_MAX_COMPLETION_PROMPTS
-say else."""
+change them."""
 
 CPU_CACHE_GIB = 4
 """Memory for the KV cache on a CPU, or a quarter of what is free if that is less; vLLM would take
 (and touch, before it answers) nine tenths of the machine. --kv-cache-memory-bytes,
---gpu-memory-utilization and VLLM_CPU_KVCACHE_SPACE say else."""
+--gpu-memory-utilization and VLLM_CPU_KVCACHE_SPACE change it."""
 
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
@@ -35,7 +38,8 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     """vLLM's `serve` arguments for a checkpoint: the user's flags, and our defaults.
 
     Registers the plugin and sets the process up as vLLM's own command line does. UserError for a
-    flag that would run code from a checkpoint; vLLM's parser exits with 2 for one it refuses.
+    flag that would run code from a checkpoint, and for folders that cannot be written; vLLM's
+    parser exits with 2 for one it refuses.
     """
     from qig_serve.serving.describe import unsupported_version
 
@@ -48,6 +52,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
 
     from qig_serve.vllm_plugin import compat, register
 
+    check_folders(cuda=current_platform.is_cuda())
     register()
     compat.cli_environment()()
     names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
@@ -91,20 +96,20 @@ def set_environment(limits: Limits) -> None:
 
 
 def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
-    """Serve until stopped; 0 if it was told to stop, 1 if its engine died.
+    """Serve until stopped; 0 if it was asked to stop, 1 if its engine died.
 
     UserError if the directory is no qig checkpoint, or a flag is unsafe.
     """
-    from qig_serve.serving.describe import describe, model_dtype, read_manifest
+    from qig_serve.serving.describe import describe, serving_dtype
 
-    read_manifest(directory)
+    manifest = read_manifest(directory)
     set_environment(limits)
 
     args = parse_flags(directory, flags)
     args.middleware = [*args.middleware, MIDDLEWARE]
     report = describe(
         directory,
-        model_dtype(directory, args.dtype),
+        serving_dtype(directory, args.dtype),
         args.tensor_parallel_size,
         args.pipeline_parallel_size,
         split_vision_tower=args.mm_encoder_tp_mode != "data" and not args.language_model_only,
@@ -114,15 +119,16 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
             f"{directory} cannot be served here: {report.problems[0]} "
             f"(`qig-serve doctor {directory}` says more)"
         )
-    print("\n".join(report.lines()), flush=True)
+    note = check_adapters(directory, manifest, args)
+    print("\n".join([*report.lines(), *([note] if note else [])]), flush=True)
 
     from qig_serve.vllm_plugin import compat
 
     compat.serve_command().cmd(args)
 
-    from qig_serve.serving import safeguards
+    from qig_serve.serving.engine_watch import THIS_PROCESS
 
-    if safeguards.engine_died:
+    if THIS_PROCESS.died:
         print("qig-serve serve: the engine died; its own messages are above", flush=True)
         return 1
     return 0

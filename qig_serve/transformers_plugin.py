@@ -1,10 +1,10 @@
 """qig checkpoints in plain transformers, dequantized: for evaluation, not for speed.
 
-    import qig_serve
+    import qig_serve.transformers_plugin
     model = AutoModelForImageTextToText.from_pretrained(DIR)
 
 The weights become ordinary linears in the dtype asked for. With w4a8 the inputs of the quantized
-linears are int8-quantized a token, as the served model does, so logits agree up to rounding.
+linears are int8-quantized per token, as the served model does, so logits agree up to rounding.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedInputLinear(nn.Linear):
-    """A linear whose input [..., K] is int8-quantized and dequantized, one scale a token."""
+    """A linear whose input [..., K] is int8-quantized and dequantized, one scale per token."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(fake_quantize_activation(input))
@@ -97,7 +97,7 @@ class QigQuantizer(HfQuantizer):
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linears of the language model's decoder blocks, by name: what qig quantizes."""
-    from qig_serve.offline.architectures import get_architecture
+    from qig_serve.architectures import get_architecture
 
     inside = get_architecture(model.config.model_type).decoder + ".layers."
     return {

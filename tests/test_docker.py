@@ -29,6 +29,22 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_images_run_under_any_user_of_group_0(name: str) -> None:
+    """As OpenShift runs them; test_docker_image.py does so with the CPU's."""
+    text = (DOCKER / name).read_text()
+    assert "install -d -o qig -g 0 -m 2775 /cache" in text
+    assert "chgrp -R 0 /home/qig" in text and "chmod -R g=u /home/qig" in text
+    assert "HOME=/home/qig" in text  # Docker's own for a user it does not know is /
+
+
+def test_versions_outside_the_lock_file_are_the_lock_files() -> None:
+    lock = (DOCKER / "requirements-cpu.lock").read_text().splitlines()
+    (step,) = (ln for ln in (DOCKER / "Dockerfile").read_text().splitlines() if "rich==" in ln)
+    pinned = re.findall(r"(\S+==\S+)", step)
+    assert len(pinned) == 3 and set(pinned) <= set(lock)
+
+
 def test_compose_lint_passes(tmp_path: Path) -> None:
     # With MODEL_DIR filled in, or the rules about mounts are not looked at.
     text = re.sub(r"\$\{MODEL_DIR:[^}]+\}", "/models/m", (DOCKER / "compose.yaml").read_text())

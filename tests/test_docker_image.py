@@ -7,6 +7,7 @@ the base image is Debian's own Python 3.11; nothing else is different.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -51,6 +52,8 @@ class Image:
         default_factory=lambda: {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
     )
     user: str = "0"
+    group: str | None = None
+    """None: the one of the user's own number."""
     workdir: str = "/"
     shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
     health: list[str] = field(default_factory=list)
@@ -60,10 +63,15 @@ class Image:
     def in_root(self, argv: list[str], env: dict[str, str]) -> list[str]:
         """argv inside the root as the image's user, with HOME as Docker sets it."""
         users = [ln.split(":") for ln in (self.root / "etc/passwd").read_text().splitlines()]
-        home = next(u[5] for u in users if u[2] == self.user)
+        home = next((u[5] for u in users if u[2] == self.user), "/")
         pairs = [f"{k}={v}" for k, v in ({"HOME": home} | self.env | env).items()]
         inner = ["env", "-i", f"--chdir={self.workdir}", *pairs, *argv]
-        return ["chroot", f"--userspec={self.user}:{self.user}", str(self.root), *inner]
+        return [
+            "chroot",
+            f"--userspec={self.user}:{self.group or self.user}",
+            str(self.root),
+            *inner,
+        ]
 
     def command(
         self, argv: list[str], mounts: list[str], env: dict[str, str], flags: tuple[str, ...]
@@ -282,6 +290,17 @@ def test_the_user_and_what_it_may_write(image: Image) -> None:
     done = _checked(image.command(["sh", "-c", probe], [], {}, ("--net",)), timeout=300)
     assert done.stdout.split("\n")[:2] == ["10001", "10001"]
     assert re.findall(r"writable (\S+)", done.stdout) == ["/cache", "/home/qig"]
+
+
+def test_any_user_of_group_0_may_write_and_run(image: Image) -> None:
+    """As OpenShift runs images: a user id that no file knows, and group 0."""
+    other = dataclasses.replace(image, user="54321", group="0")
+    probe = "id -u; id -G; for p in /cache $HOME; do touch $p/a && echo wrote $p; done; true"
+    done = _checked(other.command(["sh", "-c", probe], [], {}, ("--net",)), timeout=300)
+    assert done.stdout.split("\n")[:2] == ["54321", "0"]
+    assert re.findall(r"wrote (\S+)", done.stdout) == ["/cache", "/home/qig"]
+    doctor = "from qig_serve.serving.folders import check_folders; check_folders(cuda=False)"
+    _checked(other.command(["python", "-c", doctor], [], {}, ("--net",)), timeout=300)
 
 
 def test_entrypoint_and_default_command(image: Image) -> None:

@@ -62,6 +62,7 @@ def test_manifest_reads_and_matches_prefixes() -> None:
         ({"quant_method": "awq"}, "quant_method"),
         ({"ignore": "all"}, "ignore"),
     ],
+    ids=["version", "scheme", "stress-scheme", "bits", "group-size", "field", "method", "ignore"],
 )
 def test_manifest_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -35,6 +35,7 @@ def _loaded(modules: set[str], *names: str) -> list[str]:
         ("import qig_serve.serve, qig_serve.batch", ("qig_serve.offline",)),
         ("import qig_serve.evaluate", ("qig_serve.offline",)),
     ],
+    ids=["package", "plugin", "command", "kernels", "oracle", "quantizer", "server", "evaluation"],
 )
 def test_rooms_stay_apart(statement: str, banned: tuple[str, ...]) -> None:
     assert _loaded(_modules_after(statement), *banned) == []

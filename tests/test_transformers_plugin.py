@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_llava
 import torch
+from helpers import tiny_llava
 from safetensors.torch import load_file, save_file
 
 from qig_serve import packing
@@ -38,16 +38,14 @@ def _inputs(source: Path) -> Any:
     return processor(text=[text], images=[tiny_llava.picture()], return_tensors="pt")
 
 
-def test_from_pretrained_after_importing_the_package(source: Path, checkpoint: Path) -> None:
+def test_from_pretrained_after_importing_the_plugin(source: Path, checkpoint: Path) -> None:
     """In a fresh process, as a user writes it; logits equal the reference's."""
     inputs = _inputs(source)
     with torch.no_grad():
         expected = tiny_llava.reference(source, checkpoint, torch.float32)(**inputs).logits
     torch.save(dict(inputs), checkpoint.parent / "inputs.pt")
     program = f"""
-import qig_serve
-import sys
-assert "torch" not in sys.modules and "transformers" not in sys.modules
+import qig_serve.transformers_plugin
 import torch
 from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained({str(checkpoint)!r}, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The `qig-serve` command: one file a subcommand, heavy imports inside the call.
+"""The `qig-serve` command: one file per subcommand, heavy imports inside the call.
 
 A subcommand is a module here with `HELP: str`, `add_arguments(parser)` and `run(args) -> int`.
 """

@@ -46,7 +46,7 @@ def parse_layers(text: str | None, count: int) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--layers wants numbers with commas between, not {text!r}") from None
+        raise UserError(f"--layers takes numbers separated by commas, not {text!r}") from None
     for number in numbers:
         if not -count <= number < count:
             raise UserError(f"the model has layers 0 to {count - 1}, not {number}")
@@ -63,11 +63,15 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
 
+    from qig_serve.extras import require
+
+    require("matplotlib", "the picture")
+
     from rich.console import Console
 
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.explain import explain_sample
-    from qig_serve.offline.report_page import picture_page
+    from qig_serve.offline.report.page import picture_page
 
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             progress,
         )
     if args.output.suffix == ".png":
-        from qig_serve.offline.pictures import picture_png
+        from qig_serve.offline.report.drawing import picture_png
 
         picture_png(picture, args.output)
     else:

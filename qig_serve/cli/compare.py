@@ -3,9 +3,9 @@
 One table: exact match overall and by question type, McNemar against full precision and between
 methods, KL to full precision (mean, 99th percentile), top-1 agreement, whole-answer agreement,
 answer perplexity ratio, calibration time, peak memory. All models, full precision too, answer
-through transformers, so that nothing but the weights differs; greedy answers are told by teacher
-forcing unless --engine says otherwise. w2a16 and w2a16-channel are stress
-schemes, for telling methods apart where the served schemes are too mild; no server loads them.
+through transformers, so that nothing but the weights differs; greedy answers are found by
+teacher forcing unless --engine says otherwise. w2a16 and w2a16-channel are stress schemes, for
+comparing methods where the served schemes are too mild; no server loads them.
 
 examples:
   qig-serve compare MODEL --schemes w3a16,w4a8 --methods rtn,awq,mbq,gptq,qig,qig+ --seeds 3 \\
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,17 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default="rtn,awq,mbq,qig", metavar="A,B,...")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--calib", required=True, metavar="SRC", help="calibration samples")
-    parser.add_argument("--samples", type=int, default=128, help="calibration samples a seed")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples per seed")
     parser.add_argument(
         "--data", required=True, metavar="SRC", help="questions: JSONL, or demo, or demo:dev"
     )
-    parser.add_argument("--n", type=int, help="questions a seed (demo: 2000)")
+    parser.add_argument("--n", type=int, help="questions per seed (demo: 2000)")
     parser.add_argument("--kl-samples", type=int, default=500, help="questions for KL")
     parser.add_argument(
         "--engine",
         choices=("forced", "transformers", "vllm"),
         default="forced",
-        help="how answers are told: by teacher forcing (default; the same exact match and "
+        help="how answers are found: by teacher forcing (default; the same exact match and "
         "agreement in a tenth of the time), or by generation",
     )
     parser.add_argument("--max-tokens", type=int, default=160, help="longest answer")
@@ -91,12 +92,11 @@ def make_recipes(
 def _quantize(model: str, output: str, recipe: QuantRecipe) -> tuple[float, int, str | None]:
     """In a process of its own: seconds, peak memory in bytes, and what was wrong."""
     from qig_serve.offline.pipeline import quantize
-    from qig_serve.offline.plain import quantize_plain
     from qig_serve.offline.progress import host_bytes
 
-    make = quantize if recipe.quant_scheme.servable else quantize_plain
+    plain = not recipe.quant_scheme.servable
     try:
-        report = make(model, output, recipe, quiet=True)
+        report = quantize(model, output, recipe, quiet=True, plain=plain)
     except UserError as error:
         return 0.0, 0, str(error)
     return report.seconds, host_bytes(), None
@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     make_recipes(args.schemes, args.methods, args.calib, args.samples, 0)  # wrong ones fail now
+    require("matplotlib", "the report of a quantized model")
 
     from rich.console import Console
 
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         for seed in range(args.seeds):
             recipes = make_recipes(args.schemes, args.methods, args.calib, args.samples, seed)
             runs += _one_seed(args, seed, recipes, folder, full, messages)
-            if args.json:  # after every seed, so that an interrupted run has told something
+            if args.json:  # after every seed, so that an interrupted run leaves its figures
                 write_json(args.json, {"settings": _settings(args), **to_json(runs, full)})
     out = Console()
     print_whole(out, summary_table(runs, full))
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on beside the model: the options, versions, the machine."""
+    """What the figures depend on besides the model: the options, versions, the machine."""
     import torch
     import transformers
 
@@ -179,7 +180,7 @@ def _one_seed(
     samples = load_samples(args.data, args.n, seed)
     costs: dict[tuple[str, str], tuple[float, int]] = {}
     directories: dict[tuple[str, str], Path] = {}
-    # A fresh process a run: its peak memory is then its own.
+    # A fresh process for each run: its peak memory is then its own.
     for number, (key, recipe) in enumerate(recipes.items(), start=1):
         name = "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
         directories[key] = folder / name

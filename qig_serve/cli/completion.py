@@ -34,9 +34,11 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the script."""
-    import shtab
-
     from qig_serve.cli import make_parser
+    from qig_serve.extras import require
+
+    require("shtab", "the completion script")
+    import shtab
 
     parser = make_parser(None)
     for action in _actions(parser):

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.errors import UserError
     from qig_serve.evaluate import write_json
     from qig_serve.evaluation.table import progress_bars
-    from qig_serve.offline.convert import convert
+    from qig_serve.offline.source.internvl2 import convert
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise UserError(f"the folder of {args.json} does not exist")

@@ -29,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    from qig_serve.serving.describe import describe, model_dtype, read_manifest
+    from qig_serve.model_directory import read_manifest
+    from qig_serve.serving.describe import describe, serving_dtype
 
     read_manifest(args.directory)
-    dtype = model_dtype(args.directory, args.dtype)
+    dtype = serving_dtype(args.directory, args.dtype)
     report = describe(args.directory, dtype, args.tensor_parallel_size, args.pipeline_parallel_size)
     print(json.dumps(report.as_json(), indent=2) if args.json else "\n".join(report.lines()))
     return 1 if report.problems else 0

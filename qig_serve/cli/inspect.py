@@ -94,11 +94,11 @@ def _record(found: Inspection | None, wrong: list[str], verified: bool) -> dict[
 def _print_facts(console: Console, found: Inspection) -> None:
     from rich.table import Table
 
-    from qig_serve.offline.tensor_parallel import told_sizes
+    from qig_serve.tensor_parallel import in_words
 
     config, scheme = found.config, found.config.quant_scheme
     weights = f"{scheme.bits}-bit weights, " + (
-        f"groups of {scheme.group_size}" if scheme.group_size else "one scale an output channel"
+        f"groups of {scheme.group_size}" if scheme.group_size else "one scale per output channel"
     )
     activations = f"{scheme.activation_bits}-bit" if scheme.activation_bits else "16-bit"
     refused = config.summary.get("tensor_parallel_refused", {})
@@ -113,19 +113,19 @@ def _print_facts(console: Console, found: Inspection) -> None:
         ),
         (
             "quantized",
-            f"{len(found.linears)} linears, {found.bits:.3f} bits a weight with scales and zeros",
+            f"{len(found.linears)} linears, {found.bits:.3f} bits per weight with scales and zeros",
         ),
-        ("tensor parallel", told_sizes(config.tensor_parallel_sizes, refused)),
+        ("tensor parallel", in_words(config.tensor_parallel_sizes, refused)),
     ]
     if config.calibration is not None:
         c = config.calibration
-        told = f"{c.samples} samples of {c.source}, seed {c.seed}, sha256 {c.sha256[:16]}"
-        facts.insert(2, ("calibrated on", told))
+        source = f"{c.samples} samples of {c.source}, seed {c.seed}, sha256 {c.sha256[:16]}"
+        facts.insert(2, ("calibrated on", source))
     for name, text in facts:
         console.print(f"{name:<16}{text}")
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("quantized linear", "layers", "out x in", "bits a weight"):
+    for column in ("quantized linear", "layers", "out x in", "bits per weight"):
         table.add_column(column, justify="left" if column.startswith("q") else "right")
     kinds: dict[tuple[str, int, int], list[float]] = {}
     for linear in found.linears:

@@ -109,9 +109,9 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 
     from qig_serve.evaluate import load_samples, write_json
-    from qig_serve.offline.checkpoint import partial_directory
-    from qig_serve.offline.model_card import calibration_figures
+    from qig_serve.offline.checkpoint.writer import partial_directory
     from qig_serve.offline.pipeline import quantize
+    from qig_serve.offline.report.card import calibration_figures
 
     if args.evaluate and recipe.format != "qig":
         raise UserError(
@@ -154,7 +154,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Any]) -> dict[str, Any]:
 
     from qig_serve.evaluate import evaluate_many
     from qig_serve.evaluation.table import print_whole, progress_bars, results_table
-    from qig_serve.offline.report import add_evaluation
+    from qig_serve.offline.report.write import add_evaluation
 
     console = Console(stderr=True, quiet=args.quiet)
     with progress_bars(console, args.quiet) as progress:

@@ -19,7 +19,7 @@ from qig_serve.demo.model import SUFFIX, question_prefix
 from qig_serve.demo.pictures import Pixels
 
 # Weight of an answer's tokens in the loss. A caption has twenty times the tokens of the other
-# answers; yes and no are one bit a question, and the slowest to be learned.
+# answers; yes and no are one bit per question, and the slowest to be learned.
 TOKEN_WEIGHTS = {"caption": 0.5, "exist": 3.0, "relation": 3.0}
 
 
@@ -93,7 +93,7 @@ def make_batch(
     questions: Sequence[Sequence[tuple[str, str, str]]],
     dtype: torch.dtype,
 ) -> Batch:
-    """One sequence a picture, of its (type, question, answer) triples."""
+    """One sequence per picture, of its (type, question, answer) triples."""
     shared = len(encoder.prefix)
     rows, segments = [], []
     positions: list[Positions] = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qig_serve.demo.model import ModelSpec
 
 IMAGE_TOKENS = GRID * GRID
-Positions = list[tuple[int, int, int]]  # (time, row, column) a token
+Positions = list[tuple[int, int, int]]  # (time, row, column) per token
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ _PATCH = CELL // _MERGE
 def _qwen2_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
     from transformers import Qwen2VLConfig
 
-    half = spec.hidden // spec.heads // 2  # rotary pairs a head
+    half = spec.hidden // spec.heads // 2  # rotary pairs per head
     time = half // 4
     rows = (half - time) // 2
     return Qwen2VLConfig(

@@ -18,18 +18,18 @@ from qig_serve import packing
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
 from qig_serve.demo.model import load_model
 from qig_serve.demo.outliers import activation_spread, decoder_layers
-from qig_serve.demo.questions import TYPES, Sample, samples
+from qig_serve.demo.questions import TYPES, Question, samples
 from qig_serve.evaluation.statistics import paired
 from qig_serve.formats import QuantScheme, get_scheme
 
 
 @torch.no_grad()
 def answers_right(
-    model: Any, encoder: Encoder, asked: Sequence[Sample], device: str = "cpu", chunk: int = 50
+    model: Any, encoder: Encoder, asked: Sequence[Question], device: str = "cpu", chunk: int = 50
 ) -> list[bool]:
     """Whether greedy decoding would answer each sample exactly.
 
-    Teacher-forced: a greedy answer is right exactly when each token is the likeliest one
+    Teacher-forced: a greedy answer is right exactly when each token is the most likely one
     after the right ones before it.
     """
     dtype = next(model.parameters()).dtype
@@ -45,7 +45,7 @@ def answers_right(
     return right
 
 
-def by_type(asked: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:
+def by_type(asked: Sequence[Question], right: Sequence[bool]) -> dict[str, float]:
     """Share of right answers by type of question and over "all"."""
     scores = {}
     for kind in TYPES:

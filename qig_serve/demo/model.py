@@ -152,7 +152,7 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int, family: str = "llava
 
 
 def make_processor(spec: ModelSpec, tokenizer: Any) -> Any:
-    """The family's processor: a picture becomes one image token a grid cell."""
+    """The family's processor: a picture becomes one image token per grid cell."""
     family = get_family(spec.family)
     return family.make_processor(tokenizer, chat_template(family))
 
@@ -201,7 +201,7 @@ def to_bfloat16(model: Any) -> Any:
 def published_name(family: Family, name: str) -> str:
     """The name that published checkpoint files have for a parameter of the transformers 5 module.
 
-    transformers 5 nests modules otherwise than the files it published earlier; readers of such
+    transformers 5 nests modules in another way than the files published earlier; readers of such
     checkpoints, vLLM among them, go by the published names.
     """
     for ours, theirs in family.published:

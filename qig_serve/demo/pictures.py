@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from qig_serve.extras import require
+
 GRID = 6
 CELL = 24  # pixels
 IMAGE_SIZE = GRID * CELL  # pixels
@@ -71,7 +73,7 @@ class Digit:
 
 @dataclass(frozen=True)
 class Word:
-    """A word, one letter a cell from (row, column) to the right."""
+    """A word, one letter per cell from (row, column) to the right."""
 
     row: int
     column: int
@@ -89,6 +91,7 @@ class Scene:
 
 @functools.cache
 def _handwriting() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    require("sklearn", "the demonstration's pictures of handwritten digits")
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     data = load_digits()
@@ -131,7 +134,7 @@ def make_scene(
     for _ in range(rng.randint(3, 6)):
         row, column = free.pop()
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
-        # Repeats make counting and telling apart worth asking about.
+        # Repeats make counting and naming places worth asking about.
         if things and rng.random() < 0.3:
             color = rng.choice(things).color
         if things and rng.random() < 0.3:
@@ -251,7 +254,7 @@ def render(scene: Scene, rng: random.Random) -> Pixels:
 
 
 # Classes a label column can take: size, colour, shape, digit and letter, with 0 for nothing;
-# then the cell's own row and column, so that an image token tells where it is.
+# then the cell's own row and column, so that an image token says where it is.
 LABEL_CLASSES = (len(SIZES) + 1, len(COLORS) + 1, len(SHAPES) + 1, 11, len(LETTERS) + 1, GRID, GRID)
 
 

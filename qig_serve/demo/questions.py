@@ -27,7 +27,7 @@ SEED_STRIDE = 1 << 24  # seeds between two values of `seed` inside a split
 
 
 @dataclass(frozen=True)
-class Sample:
+class Question:
     """One question about one picture, with its exact answer."""
 
     id: str
@@ -210,7 +210,7 @@ ASK: dict[str, Callable[[Scene, random.Random], tuple[str, str]]] = {
 }
 
 
-def make_sample(split: str, index: int, seed: int = 0) -> Sample:
+def make_sample(split: str, index: int, seed: int = 0) -> Question:
     """The sample of a split with this index; its type is index modulo the number of types."""
     rng = random.Random(picture_seed(split, index, seed))
     kind = TYPES[index % len(TYPES)]
@@ -219,7 +219,7 @@ def make_sample(split: str, index: int, seed: int = 0) -> Sample:
     scene = make_scene(rng, split, with_digit, with_word)
     pixels = render(scene, rng)
     question, answer = ASK[kind](scene, rng)
-    return Sample(str(index), kind, Image.fromarray(pixels), question, answer)
+    return Question(str(index), kind, Image.fromarray(pixels), question, answer)
 
 
 def make_lesson(index: int, seed: int = 0, plain: bool = False) -> Lesson:
@@ -235,7 +235,7 @@ def make_lesson(index: int, seed: int = 0, plain: bool = False) -> Lesson:
     return Lesson(scene, pixels, tuple((kind, *ASK[kind](scene, rng)) for kind in kinds))
 
 
-def samples(split: str, n: int, seed: int = 0) -> Iterator[Sample]:
+def samples(split: str, n: int, seed: int = 0) -> Iterator[Question]:
     """The first n samples of a split, all types in turn; `seed` gives another draw of it."""
     for index in range(n):
         yield make_sample(split, index, seed)

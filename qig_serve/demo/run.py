@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qig_serve.errors import UserError
+from qig_serve.extras import require
+from qig_serve.http_clients import open_loopback, openai_client
 
 SCHEMES = ("w3a16", "w4a8")
 METHODS = ("rtn", "qig", "qig+")
@@ -45,6 +46,7 @@ def run_demo(
     from qig_serve.evaluate import evaluate_many, load_samples, write_json
     from qig_serve.evaluation.table import print_whole, progress_bars, results_table
 
+    require("openai", "the demonstration")
     if json_path is not None:
         json_path.absolute().parent.mkdir(parents=True, exist_ok=True)
     console = Console(quiet=quiet)
@@ -146,8 +148,7 @@ def _server(checkpoint: Path, log: Path, console: Any) -> Iterator[str]:
 
 def _healthy(url: str) -> bool:
     try:
-        # S310: the URL is our own server's.
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:  # noqa: S310
+        with open_loopback(f"{url}/health", timeout=2) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -155,8 +156,6 @@ def _healthy(url: str) -> bool:
 
 def _ask(url: str, picture: Path, console: Any) -> dict[str, str]:
     """One question about one held-out picture, through the official client."""
-    from openai import OpenAI
-
     from qig_serve.demo.questions import make_sample
     from qig_serve.samples import data_url
 
@@ -166,7 +165,7 @@ def _ask(url: str, picture: Path, console: Any) -> dict[str, str]:
         {"type": "image_url", "image_url": {"url": data_url(sample.image)}},
         {"type": "text", "text": sample.question},
     ]
-    with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
+    with openai_client(url, "none", timeout=120, purpose="the demonstration") as client:
         reply = client.chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": content}],

@@ -48,7 +48,7 @@ class Settings:
 
     minutes: float = 65.0
     processes: int = 2
-    pictures: int = 24  # a step, over all processes
+    pictures: int = 24  # per step, over all processes
     vision_pictures: int = 64
     vision_share: float = 0.05  # of the time
     warmup_share: float = 0.015
@@ -148,6 +148,40 @@ def learning_rate(settings: Settings, elapsed: float) -> tuple[float, bool]:
     return settings.rate * min(since / warm, left / (total - vision - warm), 1.0), False
 
 
+def _print_progress(
+    elapsed: float, step: int, sums: torch.Tensor, scores: dict[str, float]
+) -> None:
+    """sums [3]: answer loss, cell loss, and the steps that they are sums of."""
+    answer, cell = (sums[:2] / sums[2].clamp(min=1)).tolist()
+    print(
+        f"{elapsed / 60:5.1f} min  step {step}  answer loss {answer:.4f}  "
+        f"cell loss {cell:.4f}  exact match "
+        + " ".join(f"{kind} {100 * score:.1f}" for kind, score in scores.items()),
+        flush=True,
+    )
+
+
+def _answer_loss(
+    model: Any, encoder: Encoder, lessons: list[Any], device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted loss on answer tokens, and the image tokens [B, tokens, hidden]."""
+    pixels, questions = [x.pixels for x in lessons], [x.questions for x in lessons]
+    batch = make_batch(encoder, pixels, questions, torch.bfloat16).to(device)
+    logits, image = answer_logits(model, batch, encoder.before_image)
+    losses = F.cross_entropy(logits.float(), batch.target, reduction="none")
+    return (losses * batch.weight).sum() / batch.weight.sum(), image
+
+
+def _optimizer(model: Any, cells: torch.nn.Linear, settings: Settings, unused: Any) -> MasterAdamW:
+    """Of everything that is trained; the model and the cells' classifier become bf16."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(unused))
+    named = [*model.named_parameters(), *cells.named_parameters(prefix="cells")]
+    to_bfloat16(model)
+    to_bfloat16(cells)
+    return MasterAdamW([(n, p) for n, p in named if p.requires_grad], settings.decay)
+
+
 def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) -> None:
     torch.set_num_threads(1)
     world = settings.processes
@@ -168,14 +202,9 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
         start_from(model, tokenizer, settings.start_from, spec.sink_channel)
     model = model.to(device)
     cells = torch.nn.Linear(spec.hidden, sum(LABEL_CLASSES)).to(device)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(family.unused))
-    named = [*model.named_parameters(), *cells.named_parameters(prefix="cells")]
-    to_bfloat16(model)
+    optimizer = _optimizer(model, cells, settings, family.unused)
     if device == "cpu":
         model.set_attn_implementation("eager")  # a fifth faster: fused attention's backward is slow
-    to_bfloat16(cells)
-    optimizer = MasterAdamW([(n, p) for n, p in named if p.requires_grad], settings.decay)
     step, seen, before = 0, [0, 0], 0.0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -194,13 +223,7 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
         if done or elapsed - reported > settings.report_seconds:
             if rank == 0:
                 scores = by_type(dev, answers_right(model, encoder, dev, device))
-                answer, cell = (sums[:2] / sums[2].clamp(min=1)).tolist()
-                print(
-                    f"{elapsed / 60:5.1f} min  step {step}  answer loss {answer:.4f}  "
-                    f"cell loss {cell:.4f}  exact match "
-                    + " ".join(f"{kind} {100 * score:.1f}" for kind, score in scores.items()),
-                    flush=True,
-                )
+                _print_progress(elapsed, step, sums, scores)
                 state = {
                     "optimizer": optimizer.state(),
                     "step": step,
@@ -224,20 +247,9 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
         if vision:
             pixels = to_pixels(x.pixels for x in lessons).to(device, torch.bfloat16)
             answer_loss = torch.zeros(())
-            image = family.image_tokens(model, pixels)
-            cell_loss = _cell_loss(cells(image), labels)
-            loss = cell_loss
+            loss = cell_loss = _cell_loss(cells(family.image_tokens(model, pixels)), labels)
         else:
-            batch = make_batch(
-                encoder,
-                [x.pixels for x in lessons],
-                [x.questions for x in lessons],
-                torch.bfloat16,
-            )
-            batch = batch.to(device)
-            logits, image = answer_logits(model, batch, encoder.before_image)
-            losses = F.cross_entropy(logits.float(), batch.target, reduction="none")
-            answer_loss = (losses * batch.weight).sum() / batch.weight.sum()
+            answer_loss, image = _answer_loss(model, encoder, lessons, device)
             cell_loss = _cell_loss(cells(image), labels)
             loss = answer_loss + settings.cell_loss * cell_loss
         loss.backward()

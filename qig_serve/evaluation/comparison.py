@@ -76,7 +76,7 @@ def _error(results: Sequence[EvaluationResult]) -> float | None:
 
 
 def summarize(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> list[Summary]:
-    """A summary a scheme and method, in the order of the runs. `full`: seed -> full precision."""
+    """A summary per scheme and method, in the order of the runs. `full`: seed -> full precision."""
     out = []
     for scheme, method in dict.fromkeys((r.scheme, r.method) for r in runs):
         own = [r for r in runs if (r.scheme, r.method) == (scheme, method)]
@@ -119,11 +119,11 @@ def pairwise(runs: Sequence[Run], scheme: str) -> dict[tuple[str, str], Paired]:
 def to_json(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> dict[str, Any]:
     """Everything, JSON-ready; models by name, since their folders may be gone."""
 
-    def told(result: EvaluationResult) -> dict[str, Any]:
+    def to_record(result: EvaluationResult) -> dict[str, Any]:
         return {**result.to_json(), "model": Path(result.model).name}
 
     return {
-        "full_precision": {str(seed): told(result) for seed, result in full.items()},
+        "full_precision": {str(seed): to_record(result) for seed, result in full.items()},
         "summary": [dataclasses.asdict(s) for s in summarize(runs, full)],
         "pairwise": [
             {"scheme": scheme, "first": a, "second": b, **dataclasses.asdict(test)}
@@ -131,7 +131,7 @@ def to_json(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> dict[s
             for (a, b), test in pairwise(runs, scheme).items()
         ],
         "runs": [
-            told(r.result)  # which knows of no method if its checkpoint is an ordinary model
+            to_record(r.result)  # which knows of no method if its checkpoint is an ordinary model
             | {
                 "scheme": r.scheme,
                 "method": r.method,
@@ -209,9 +209,9 @@ _MARKERS = "os^Dv*PX"
 
 
 def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) -> None:
-    """KL and exact match a scheme, a point a seed, methods side by side; format by suffix.
+    """KL and exact match, a panel per scheme and a point per seed; format by suffix.
 
-    Methods are told apart by their place and marker as well as by colour.
+    Methods are distinguished by their place and marker as well as by colour.
     """
     from matplotlib.figure import Figure
 
@@ -228,7 +228,7 @@ def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) 
         return 100 * run.result.exact_match
 
     measures: list[tuple[str, Callable[[Run], float | None]]] = [
-        ("KL, nats a token", kl),
+        ("KL, nats per token", kl),
         ("exact match, %", exact),
     ]
     for line, (label, measure) in zip(grid, measures, strict=True):

@@ -21,11 +21,11 @@ from qig_serve.evaluation.models import (
     answer_text,
     batches,
     load_model,
-    load_processor,
     model_inputs,
     prompt_text,
 )
 from qig_serve.evaluation.statistics import clustered_mean
+from qig_serve.model_directory import load_processor
 from qig_serve.samples import Sample
 
 _LOGIT_BYTES = 256 << 20  # a batch's fp32 logits on answer tokens stay below this
@@ -46,7 +46,7 @@ class Divergence:
     kl_p99: float
     kl_max: float
     top1: float
-    """Share of answer tokens on which both models' likeliest token is the same."""
+    """Share of answer tokens on which both models' most likely token is the same."""
     perplexity: float
     perplexity_reference: float
     kl_by_type: dict[str, float]

@@ -1,8 +1,8 @@
-"""Greedy answers told by teacher forcing: one forward pass where generation takes one a token.
+"""Greedy answers by teacher forcing: one forward pass where generation takes one per token.
 
 Greedy decoding gives a text exactly when the model, reading it, finds each next token the
-likeliest. So whether a model answers rightly, and whether it answers as full precision does, can
-be told from two known texts: the wanted answer, and full precision's own answer where that
+most likely. So whether a model answers rightly, and whether it answers as full precision does, can
+be found from two known texts: the wanted answer, and full precision's own answer where that
 differs. What else a model would have said stays unknown (OTHER). Token for token: an answer that
 differs from the wanted one in case or white space alone counts as another.
 """
@@ -23,11 +23,10 @@ from qig_serve.evaluation.models import (
     answer_text,
     batches,
     load_model,
-    load_processor,
-    model_dtype,
     model_inputs,
     prompt_text,
 )
+from qig_serve.model_directory import load_processor, model_dtype
 from qig_serve.samples import Sample
 
 OTHER = "(another answer)"
@@ -53,10 +52,10 @@ def spoken(
         )
         longest = max(lengths[i] for i in group)
         logits = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits
-        likeliest = logits[:, :-1].argmax(-1)  # [B, longest]
+        most_likely = logits[:, :-1].argmax(-1)  # [B, longest]
         for row, i in enumerate(group):
             wanted = inputs["input_ids"][row, -lengths[i] :]
-            found[i] = torch.equal(likeliest[row, -lengths[i] :], wanted)
+            found[i] = torch.equal(most_likely[row, -lengths[i] :], wanted)
         done += len(group)
         progress(done, len(samples))
     return found
@@ -71,7 +70,7 @@ def forced_answers(
 ) -> dict[str, list[str]]:
     """Name -> the greedy answer to each sample; `models` may hold the reference itself.
 
-    Only what the reference answers otherwise than wanted is generated, once.
+    Only where the reference's answer is not the wanted one is it generated, once.
     """
     processor = load_processor(reference)
     wanted = [s.answer or "" for s in samples]

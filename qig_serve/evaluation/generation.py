@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
+from qig_serve.http_clients import openai_client, proxy_in_words
+from qig_serve.model_directory import model_dtype, read_config, text_config
 from qig_serve.samples import Sample, data_url, load_image
 
 Engine = Literal["auto", "vllm", "transformers", "forced"]
@@ -90,8 +91,10 @@ def _through_vllm(
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
+    from qig_serve.serving.folders import check_folders
+
     class Bar(tqdm):
-        """What vLLM takes for its progress bar; draws nothing and tells `progress`."""
+        """What vLLM takes for its progress bar; draws nothing and reports to `progress`."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 3600})
@@ -101,6 +104,7 @@ def _through_vllm(
             progress(min(int(self.n), len(samples)), len(samples))
             return None
 
+    check_folders(cuda=current_platform.is_cuda())
     most_images = max((len(s.images) for s in samples), default=0)
     settings: dict[str, Any] = {}
     if current_platform.is_cpu():
@@ -135,9 +139,7 @@ def _through_vllm(
 
 def _context_length(directory: Path) -> int | None:
     """max_position_embeddings of the language model, None where config.json does not say."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    length = text.get("max_position_embeddings")
+    length = text_config(read_config(directory)).get("max_position_embeddings")
     return int(length) if length else None
 
 
@@ -147,7 +149,8 @@ def _through_transformers(
     max_tokens: int,
     progress: Callable[[int, int], None],
 ) -> list[str]:
-    from qig_serve.evaluation.models import load_model, load_processor, model_dtype
+    from qig_serve.evaluation.models import load_model
+    from qig_serve.model_directory import load_processor
 
     return generate_with(
         load_model(directory, model_dtype(directory)),
@@ -211,21 +214,16 @@ def ask_server(
 
     A failed request is not an answer: it is counted by itself and never scored.
     """
-    try:
-        from openai import OpenAI, OpenAIError
-    except ImportError:
-        raise UserError("--server needs the openai package: pip install openai") from None
+    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai_client(url, key, timeout=600, purpose="--server")
+    from openai import OpenAIError
 
-    base = url.rstrip("/")
-    client = OpenAI(
-        base_url=base if base.endswith("/v1") else base + "/v1",
-        api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
-        timeout=600,
-    )
     try:
         model = model or next(iter(client.models.list())).id
     except (OpenAIError, StopIteration) as error:
-        raise UserError(f"the server at {url} does not answer ({error}): is it running?") from None
+        raise UserError(
+            f"the server at {url} does not answer{proxy_in_words(url)} ({error}): is it running?"
+        ) from None
 
     def ask(sample: Sample) -> tuple[str | None, str]:
         messages = _chat(sample, lambda i: {"type": "image_url", "image_url": {"url": data_url(i)}})

@@ -6,7 +6,7 @@
 
 No code is written, only data: pictures with a metadata.jsonl, as the `imagefolder` loader of
 Hugging Face datasets reads them, and a YAML a harness. Scored by the harnesses' own `exact_match`,
-told to ignore case and surplus white space, which is what `statistics.normalize` does.
+asked to ignore case and surplus white space, which is what `statistics.normalize` does.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,8 @@ from typing import Any
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.formats import QUANT_METHOD
+from qig_serve.model_directory import quantization
 from qig_serve.samples import Sample, load_image
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory; UserError when there is none."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return config
-
-
-def quantization(directory: Path) -> dict[str, Any] | None:
-    """`quantization_config` of a qig checkpoint, None for a model in full precision."""
-    config = read_config(directory).get("quantization_config")
-    return config if config and config.get("quant_method") == QUANT_METHOD else None
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -42,7 +21,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # ours tells how far things are
+    logging.disable_progress_bar()  # there is one of ours
     if quantization(directory):
         from qig_serve.transformers_plugin import load_dequantized
 
@@ -58,33 +37,6 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
             raise UserError(f"{directory} cannot be loaded: {error}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
-
-
-def model_dtype(directory: Path) -> torch.dtype:
-    """The dtype that config.json names; float32 where it names none."""
-    config = read_config(directory)
-    text = config.get("text_config") or {}
-    names = [c.get(k) for c in (config, text) for k in ("dtype", "torch_dtype")]
-    name = next((n for n in names if n), "float32")
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{directory / 'config.json'}: unknown dtype {name!r}")
-    return dtype
-
-
-def load_processor(directory: Path) -> Any:
-    """The processor; UserError when the directory has none or no chat template."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} has no usable processor: {error}") from None
-    if getattr(processor, "tokenizer", None) is None:
-        raise UserError(f"{directory} has no image processor beside its tokenizer")
-    if not (processor.chat_template or processor.tokenizer.chat_template):
-        raise UserError(f"{directory} has no chat template, so there is no way to ask it")
-    return processor
 
 
 def _messages(sample: Sample) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Results for people: one rich table, a column a model."""
+"""Results for people: one rich table with a column per model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small(value: float | None) -> str:
 
 
 def results_table(results: Mapping[str, EvaluationResult], title: str = "") -> Table:
-    """Exact match overall and by type, transitions, KL and agreement, a column a model."""
+    """Exact match overall and by type, transitions, KL and agreement, with a column per model."""
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left")
@@ -60,7 +60,7 @@ def results_table(results: Mapping[str, EvaluationResult], title: str = "") -> T
     row("  McNemar p", [small(p.p_value) if p else "-" for p in pairs])
     row("same whole answer", [percent(r.agreement) for r in columns])
     kls = [r.divergence for r in columns]
-    row("KL, mean (nats a token)", [small(d.kl_mean) if d else "-" for d in kls])
+    row("KL, mean (nats per token)", [small(d.kl_mean) if d else "-" for d in kls])
     row("  standard error", [small(d.kl_se) if d else "-" for d in kls])
     row("  median", [small(d.kl_median) if d else "-" for d in kls])
     row("  99th percentile", [small(d.kl_p99) if d else "-" for d in kls])

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qig_serve.errors import UserError
+from qig_serve.samples import IMAGE_SUFFIXES, picture_path
 from qig_serve.serving.json_faults import find_fault
+from qig_serve.text_files import csv_columns, csv_rows, lines
 
 URL = "/v1/chat/completions"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 CSV_COLUMNS = ("custom_id", "line", "answer", "error")
 
 
@@ -73,28 +74,25 @@ def count_requests(path: Path) -> int:
     """How many requests `read_requests` gives, for the progress bar."""
     if path.is_dir():
         return len(_pictures(path))
-    if path.suffix.lower() == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            return max(0, sum(1 for _ in csv.reader(file)) - 1)
-    with path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+    rows = csv_rows(path) if path.suffix.lower() == ".csv" else lines(path)
+    return sum(1 for _ in rows)
 
 
 def _from_jsonl(path: Path) -> Iterator[Request]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if raw.strip():
-                yield _parse_line(number, raw)
+    for number, text in lines(path):
+        yield _parse_line(number, text)
 
 
-def _parse_line(number: int, raw: bytes) -> Request:
+def _parse_line(number: int, text: str) -> Request:
     try:
-        line = json.loads(raw)
+        line = json.loads(text)
+    except RecursionError:
+        return Request(number, None, error="not JSON: nested too deeply")
     except ValueError as error:
         return Request(number, None, error=f"not JSON: {error}")
     if not isinstance(line, dict):
         return Request(number, None, error=f"a JSON object is wanted, not {type(line).__name__}")
-    if fault := find_fault(raw):
+    if fault := find_fault(text.encode()):
         return Request(number, None, error=fault)
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
@@ -127,20 +125,20 @@ def _from_folder(folder: Path, prompt: str | None) -> Iterator[Request]:
 
 
 def _from_csv(path: Path, prompt: str | None) -> Iterator[Request]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        columns = rows.fieldnames or []
-        needed = ["image"] if prompt else ["image", "prompt"]
-        if missing := [column for column in needed if column not in columns]:
-            raise UserError(f"{path}: its first line has no column {' and no '.join(missing)}")
-        for row in rows:
-            number = rows.line_num
-            custom_id = row.get("custom_id") or str(number)
-            question = row.get("prompt") or prompt
-            if not question or not row["image"]:
-                yield Request(number, custom_id, error="image or prompt is empty")
-            else:
-                yield Request(number, custom_id, body=_question(row["image"], question))
+    columns = csv_columns(path)
+    needed = ["image"] if prompt else ["image", "prompt"]
+    if missing := [column for column in needed if column not in columns]:
+        raise UserError(f"{path}: its first line has no column {' and no '.join(missing)}")
+    for row in csv_rows(path):
+        custom_id = row.fields.get("custom_id") or str(row.line)
+        question = row.fields.get("prompt") or prompt
+        if row.surplus:
+            error = f"{row.surplus[0]!r} belongs to no column: quote fields that have commas"
+            yield Request(row.line, custom_id, error=error)
+        elif not question or not row.fields["image"]:
+            yield Request(row.line, custom_id, error="image or prompt is empty")
+        else:
+            yield Request(row.line, custom_id, body=_question(row.fields["image"], question))
 
 
 def _question(image: str, prompt: str) -> dict[str, Any]:
@@ -170,18 +168,19 @@ def _embed_message(message: Any, folder: Path) -> Any:
 
 def _embed_part(part: Any, folder: Path) -> Any:
     image = part.get("image_url") if isinstance(part, dict) else None
-    if not isinstance(image, dict):
+    url = image.get("url") if isinstance(image, dict) else image
+    if not isinstance(url, str) or url[:5].lower() == "data:":
         return part
-    url = image.get("url")
-    if not isinstance(url, str) or url[:5].lower() == "data:" or "://" in url:
+    path = picture_path(url, folder)
+    if path is None:  # on a network: the server says whether it may
         return part
-    path = folder / url
     try:
         data = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
         raise ValueError(f"cannot read the picture {path}: {error.strerror}") from None
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    return part | {"image_url": image | {"url": f"data:{kind};base64,{data}"}}
+    embedded = f"data:{kind};base64,{data}"
+    return part | {"image_url": image | {"url": embedded} if isinstance(image, dict) else embedded}
 
 
 def result_row(request: Request, status: int, request_id: str, body: Any) -> dict[str, Any]:
@@ -275,13 +274,16 @@ class Results:
                         row = json.loads(raw)
                         self._note(row["custom_id"], int(row["line"]))
                     except (ValueError, KeyError, TypeError):
-                        raise UserError(
-                            f"{self.path}: byte {whole}: not a row of this command's output; "
-                            "--resume continues only a file that it wrote"
-                        ) from None
+                        raise self._not_ours(whole) from None
                     whole += len(raw)
         with self.path.open("rb+") as file:
             file.truncate(whole)
+
+    def _not_ours(self, byte: int) -> UserError:
+        return UserError(
+            f"{self.path}: byte {byte}: not a row of this command's output; --resume continues "
+            "only a file that it wrote"
+        )
 
     def _read_csv_rows(self, raw: bytes) -> int:
         """Rows end with CR LF outside quotes; those are the only line ends counted."""
@@ -290,11 +292,14 @@ class Results:
             if byte == ord('"'):
                 quoted = not quoted
             elif byte == ord("\n") and not quoted:
-                row = next(csv.reader([raw[whole : i + 1].decode("utf-8")]), [])
+                try:
+                    row = next(csv.reader([raw[whole : i + 1].decode()]), [])
+                    if whole:
+                        self._note(row[0], int(row[1]))
+                except (ValueError, LookupError, csv.Error):
+                    raise self._not_ours(whole) from None
                 if whole == 0 and tuple(row) != CSV_COLUMNS:
                     raise UserError(f"{self.path}: not this command's output: other columns")
-                if whole:
-                    self._note(row[0], int(row[1]))
                 whole = i + 1
         return whole
 

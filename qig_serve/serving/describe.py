@@ -16,17 +16,22 @@ from typing import Any
 
 import torch
 
-from qig_serve.decoder_checks import text_config
 from qig_serve.errors import UserError
-from qig_serve.formats import QUANT_METHOD, QuantScheme, tensor_specs, unsupported_shape
-from qig_serve.inspection import read_json, require_sound
-from qig_serve.manifest import QuantizationConfig, read_quantization_config
+from qig_serve.formats import QuantScheme, tensor_specs
+from qig_serve.inspection import require_sound
+from qig_serve.manifest import QuantizationConfig
+from qig_serve.model_directory import (
+    dtype_named,
+    load_config,
+    model_dtype,
+    read_config,
+    text_config,
+)
+from qig_serve.tensor_parallel import fitting_sizes, in_words, refused_sizes, why_refused
 from qig_serve.vllm_plugin import SUPPORTED_VLLM, check_vllm_version
 
 _ROW_PARALLEL = ("o_proj", "down_proj")
 """Linears whose inputs tensor parallelism splits; it splits the outputs of the others."""
-
-_SIZES = (1, 2, 4, 8)
 
 _SHOWN = 3  # problems; usually the same one in every layer
 
@@ -63,12 +68,17 @@ class Report:
     device_bytes: int
     """Memory of the device."""
     tensor_parallel_size: int
-    tensor_parallel_sizes: tuple[int, ...]
-    """Sizes up to 8 that split every quantized layer and the attention heads evenly."""
+    tensor_parallel_refused: Mapping[int, str]
+    """Sizes that do not fit, of tensor_parallel.SIZES and the one asked for -> why."""
     kv_bytes_per_token: int | None
-    """KV cache a token, over all devices; None if config.json does not tell."""
+    """KV cache per token, over all devices; None if config.json does not say."""
     recovery: dict[str, Any] | None
     """What `quantize --evaluate` found, full precision and this checkpoint; None without it."""
+
+    @property
+    def tensor_parallel_sizes(self) -> list[int]:
+        """Those of tensor_parallel.SIZES that fit."""
+        return fitting_sizes(self.tensor_parallel_refused)
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -79,10 +89,10 @@ class Report:
     def problems(self) -> list[str]:
         """Why the checkpoint cannot be served here; empty if it can."""
         problems = []
-        if self.tensor_parallel_size not in self.tensor_parallel_sizes:
+        if reason := self.tensor_parallel_refused.get(self.tensor_parallel_size):
             problems.append(
-                f"tensor parallel size {self.tensor_parallel_size} does not fit "
-                f"(these do: {_listed(self.tensor_parallel_sizes)}); "
+                f"tensor parallel size {self.tensor_parallel_size} does not fit: {reason} "
+                f"(these sizes fit: {in_words(self.tensor_parallel_sizes, {})}); "
                 "--pipeline-parallel-size splits by layers instead"
             )
         if self.memory_bytes > self.device_bytes:
@@ -101,13 +111,13 @@ class Report:
         )
         needed = f"{_gib(self.memory_bytes)} of weights"
         if self.kv_bytes_per_token is not None:
-            needed += f" and {self.kv_bytes_per_token / 1024:g} KiB of KV cache a token"
+            needed += f" and {self.kv_bytes_per_token / 1024:g} KiB of KV cache per token"
         rows = [
             ("checkpoint", f"{self.manifest.scheme}, quantized with {self.manifest.method}"),
             ("recovery", _recovery_in_words(self.recovery)),
             ("device", f"{self.device}, computing in {str(self.dtype).removeprefix('torch.')}"),
             ("vLLM", f"{_vllm_version()} (supported: {SUPPORTED_VLLM})"),
-            ("tensor parallel", f"{_listed(self.tensor_parallel_sizes)} (largest looked at: 8)"),
+            ("tensor parallel", in_words(self.tensor_parallel_sizes, self.tensor_parallel_refused)),
             ("weights stored", stored),
             ("memory needed", f"{needed}; a device has {_gib(self.device_bytes)}"),
         ]
@@ -139,7 +149,10 @@ class Report:
             "weight_bytes": {"quantized": self.quantized_bytes, "other": self.other_bytes},
             "memory_bytes": {"needed": self.memory_bytes, "device": self.device_bytes},
             "tensor_parallel_size": self.tensor_parallel_size,
-            "tensor_parallel_sizes": list(self.tensor_parallel_sizes),
+            "tensor_parallel_sizes": self.tensor_parallel_sizes,
+            "tensor_parallel_refused": {
+                str(size): why for size, why in self.tensor_parallel_refused.items()
+            },
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kernels": self.kernels,
             "layers": [asdict(layer) for layer in self.layers],
@@ -149,10 +162,6 @@ class Report:
 
 def _gib(size: int) -> str:
     return f"{size / (1 << 30):.1f} GiB" if size >= 10 << 30 else f"{size / (1 << 20):.1f} MiB"
-
-
-def _listed(sizes: tuple[int, ...]) -> str:
-    return ", ".join(map(str, sizes)) or "none"
 
 
 def _vllm_version() -> str:
@@ -172,40 +181,18 @@ def unsupported_version() -> str | None:
     return None
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json; UserError if there is none or it cannot be read."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{directory}: no config.json there; give the directory that `qig-serve quantize` wrote"
-        )
-    return read_json(path)
+def serving_dtype(directory: Path, asked: str = "auto") -> torch.dtype:
+    """The dtype vLLM will compute in: what was asked for, or else the model's.
 
+    A model of a dtype that the platform does not compute in is served in the platform's own, and
+    so is one in float32, unless that is asked for: vLLM does the same.
+    """
+    if asked != "auto":
+        return dtype_named(asked, "--dtype")
+    from vllm.platforms import current_platform
 
-def read_manifest(directory: Path) -> QuantizationConfig:
-    """The checkpoint's manifest; UserError if the directory is no qig checkpoint."""
-    quantization = read_config(directory).get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise UserError(
-            f"{directory}: not quantized by qig-serve (config.json has no quantization_config with "
-            f"quant_method {QUANT_METHOD!r}); run `qig-serve quantize` on it first"
-        )
-    return read_quantization_config(quantization, str(directory / "config.json"))
-
-
-def model_dtype(directory: Path, asked: str = "auto") -> torch.dtype:
-    """The dtype vLLM will compute in: what was asked for, or else config.json's."""
-    names = {"half": "float16", "float": "float32"}
-    if asked == "auto":
-        config = read_config(directory)
-        text = text_config(config)
-        found = [c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype")]
-        asked = next((name for name in found if name), "bfloat16")
-        asked = "float16" if asked == "float32" else asked  # as vLLM does
-    dtype = getattr(torch, names.get(str(asked), str(asked)), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{directory / 'config.json'}: there is no dtype {asked!r}")
-    return dtype
+    stored, supported = model_dtype(directory), current_platform.supported_dtypes
+    return stored if stored in supported and stored != torch.float32 else supported[0]
 
 
 def describe(
@@ -247,11 +234,11 @@ def describe(
         if possible:
             memory += part[0] * _bytes_of_rows(scheme, part[1], dtype) // _ROWS
     device = "cpu" if capability is None else f"cuda {capability[0]}.{capability[1]}"
-    config = read_config(directory)
-    text = text_config(config)
-    tower = _vision_heads(config) if split_vision_tower else 0
-    sizes = tuple(t for t in _SIZES if tower % t == 0 and _splits(scheme, layers, text, t))
-    kv = _kv_bytes_per_token(text, dtype)
+    config = load_config(directory)
+    refused = refused_sizes(config, scheme.k_multiple, split_vision_tower)
+    size = tensor_parallel_size
+    if reason := why_refused(config, scheme.k_multiple, size, split_vision_tower):
+        refused[size] = reason
     return Report(
         manifest=manifest,
         device=device,
@@ -262,8 +249,8 @@ def describe(
         memory_bytes=memory // pipeline_parallel_size + other,
         device_bytes=current_platform.get_device_total_memory(),
         tensor_parallel_size=tensor_parallel_size,
-        tensor_parallel_sizes=sizes,
-        kv_bytes_per_token=kv,
+        tensor_parallel_refused=refused,
+        kv_bytes_per_token=_kv_bytes_per_token(text_config(read_config(directory)), dtype),
         recovery=_read_recovery(directory),
     )
 
@@ -302,7 +289,7 @@ def _recovery_in_words(recovery: dict[str, Any] | None) -> str:
         f"{recovery['exact_match_full_precision']:.1%}, on {recovery['questions']} questions"
     )
     if recovery["kl_mean"] is not None:
-        words += f"; KL {recovery['kl_mean']:.2g} nats a token, top-1 agreement "
+        words += f"; KL {recovery['kl_mean']:.2g} nats per token, top-1 agreement "
         words += f"{recovery['top1']:.1%}"
     return words
 
@@ -328,38 +315,10 @@ def _shard(name: str, n: int, k: int, size: int) -> tuple[int, int]:
     return (n, k // size) if name.endswith(_ROW_PARALLEL) else (n // size, k)
 
 
-def _vision_heads(config: dict[str, Any]) -> int:
-    """Attention heads of the vision tower, which vLLM splits; 0 where that need not work out.
-
-    vLLM keeps InternVL's tower whole where its heads do not divide.
-    """
-    vision = config.get("vision_config")
-    if not isinstance(vision, dict) or "intern" in str(config.get("model_type")):
-        return 0
-    return _positive(vision, "num_attention_heads") or _positive(vision, "num_heads") or 0
-
-
 def _positive(config: Mapping[str, Any], key: str) -> int | None:
     """A size in a configuration; None where it is not there or is no size."""
     value = config.get(key)
     return value if isinstance(value, int) and value > 0 else None
-
-
-def _splits(
-    scheme: QuantScheme, layers: list[LayerReport], text: Mapping[str, Any], size: int
-) -> bool:
-    heads = _positive(text, "num_attention_heads") or size
-    kv_heads = _positive(text, "num_key_value_heads") or heads
-    if heads % size or (kv_heads % size and size % kv_heads):
-        return False
-    for layer in layers:
-        n, k = _shard(layer.name, layer.n, layer.k, size)
-        replicated = layer.name.endswith(("k_proj", "v_proj")) and size > kv_heads
-        if (n * size != layer.n and k * size != layer.k and not replicated) or unsupported_shape(
-            scheme, max(n, 1), k
-        ):
-            return False
-    return True
 
 
 def _kv_bytes_per_token(text: Mapping[str, Any], dtype: torch.dtype) -> int | None:

@@ -1,7 +1,7 @@
 """One request to vLLM's server application in this process: what HTTP costs is left out.
 
 On the demonstration model a general client (httpx over its ASGI transport) and the server's
-middlewares took a third of the front end's time a request; routing, validation and JSON of the
+middlewares took a third of the front end's time per request; routing, validation and JSON of the
 application itself a quarter of what was left.
 """
 

@@ -23,7 +23,7 @@ class Limits:
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare an option a limit."""
+        """Declare an option for each limit."""
         texts = {
             "max_body_mb": "refuse a larger request body (MiB) with 400",
             "max_image_pixels": "refuse a picture with more pixels (width x height) with 400",

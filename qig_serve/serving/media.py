@@ -1,6 +1,6 @@
 """Where pictures may come from: vLLM's media connector with the doors closed.
 
-vLLM fetches any URL unless told otherwise, follows redirects, and connects to whatever address a
+vLLM fetches any URL by default, follows redirects, and connects to whatever address a
 name resolves to. Here remote pictures are off unless domains were allowed, and an address is
 checked where the connection is made, so a name cannot resolve to one thing when checked and to
 another when connected to. Importing this module registers the connector as `qig`; the server
@@ -14,7 +14,7 @@ import contextlib
 import io
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -22,7 +22,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from PIL import Image
 
 from qig_serve.serving.limits import Limits
-from qig_serve.vllm_plugin import compat
+from qig_serve.vllm_plugin import compat, patches
 
 NAME = "qig"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -83,7 +83,12 @@ class PublicResolver(AbstractResolver):
         await self._resolver.close()
 
 
-class PublicConnection(compat.http_connection()):  # type: ignore[misc]
+_Connection: Any = patches.overridable(
+    compat.http_connection(), "get_async_client", "get_bytes", "async_get_bytes"
+)
+
+
+class PublicConnection(_Connection):  # type: ignore[misc]
     """vLLM's HTTP client, connecting to public addresses only."""
 
     _session: aiohttp.ClientSession | None = None
@@ -108,7 +113,16 @@ class PublicConnection(compat.http_connection()):  # type: ignore[misc]
         return asyncio.run(fetch())
 
 
-class GuardedMediaConnector(compat.media_connector()):  # type: ignore[misc]
+_Connector: Any = patches.overridable(
+    compat.media_connector(),
+    "_assert_url_in_allowed_media_domains",
+    "_load_file_url",
+    "load_from_url",
+    "load_from_url_async",
+)
+
+
+class GuardedMediaConnector(_Connector):  # type: ignore[misc]
     """Data URLs, files under the allowed path, and pictures of allowed domains."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -154,29 +168,34 @@ class GuardedMediaConnector(compat.media_connector()):  # type: ignore[misc]
 
     def _cap_pixels(self, media_io: Any) -> None:
         """Look at a picture's size before its pixels are decoded, wherever it came from."""
-        load_bytes = media_io.load_bytes
 
-        def load_small_enough(data: bytes) -> Any:
-            try:
-                with Image.open(io.BytesIO(data)) as image:
-                    width, height = image.size
-            except OSError:  # not a picture: vLLM says what is wrong with it
-                width = height = 0
-            except Exception as error:  # decoders raise anything about a stranger's bytes
-                raise _refuse(f"the picture cannot be read: {error}") from error
-            if width * height > self._max_pixels:
-                raise _refuse(
-                    f"the picture is {width} x {height}, more than the {self._max_pixels} pixels "
-                    "that this server accepts (--max-image-pixels)"
-                )
-            try:
-                return load_bytes(data)
-            except (ValueError, compat.validation_error()):  # vLLM's own sentence, and 400
-                raise
-            except Exception as error:
-                raise _refuse(f"the picture cannot be decoded: {error}") from error
+        def wrap(load_bytes: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+            def load_small_enough(data: bytes) -> Any:
+                self._check_pixels(data)
+                try:
+                    return load_bytes(data)
+                except (ValueError, compat.validation_error()):  # vLLM's own sentence, and 400
+                    raise
+                except Exception as error:
+                    raise _refuse(f"the picture cannot be decoded: {error}") from error
 
-        media_io.load_bytes = load_small_enough
+            return load_small_enough
+
+        patches.wrap_load_bytes(media_io, wrap)
+
+    def _check_pixels(self, data: bytes) -> None:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+        except OSError:  # not a picture: vLLM says what is wrong with it
+            return
+        except Exception as error:  # decoders raise anything about a stranger's bytes
+            raise _refuse(f"the picture cannot be read: {error}") from error
+        if width * height > self._max_pixels:
+            raise _refuse(
+                f"the picture is {width} x {height}, more than the {self._max_pixels} pixels "
+                "that this server accepts (--max-image-pixels)"
+            )
 
 
 compat.media_connector_registry().register(NAME)(GuardedMediaConnector)

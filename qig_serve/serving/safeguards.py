@@ -11,35 +11,28 @@ import binascii
 import functools
 import hmac
 import importlib.resources
-import traceback
-from pathlib import Path
-from typing import Any
 
-from prometheus_client import Gauge
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qig_serve.serving import media  # noqa: F401  registers the media connector in this process
-from qig_serve.serving.describe import Report, describe
+from qig_serve.serving.engine_watch import THIS_PROCESS, EngineWatch
 from qig_serve.serving.json_faults import find_fault
 from qig_serve.serving.limits import Limits
+from qig_serve.vllm_plugin import patches
 
 HEALTH = "/health"
 RETRY_AFTER_SECONDS = 5
-
-engine_died = False
-"""Whether this process's engine died, rather than being stopped: the exit status depends on it."""
-
-_stopping = False
-"""Whether the server was told to stop and only finishes what is running."""
 
 
 class Safeguards:
     """API key on every route but health, body limit, bounded queue, `/` and `/v1/quantization`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, engine: EngineWatch = THIS_PROCESS) -> None:
         self.app = app
+        self.engine = engine
         limits = Limits.from_environment()
         self.max_body = limits.max_body_mb << 20
         self.max_queued = limits.max_queued_requests
@@ -48,18 +41,18 @@ class Safeguards:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
         if scope["type"] == "lifespan":
-            await self.app(scope, _watch_engine(scope, receive), send)
+            await self.app(scope, self.engine.follow(scope, receive), send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if path == HEALTH or scope.get("method") == "OPTIONS":
             await self.app(scope, receive, send)
             return
         if not _authorize(scope):
-            await _reject_unauthorized(scope, path)(scope, receive, send)
+            await _own(_reject_unauthorized(scope, path), scope)(scope, receive, send)
             return
         if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
-            own = {"/": _page, "/v1/quantization": _quantization}.get(path)
-            await (own(scope) if own else self.app)(scope, receive, send)
+            own = {"/": _page, "/v1/quantization": self._quantization}.get(path)
+            await (_own(own(), scope) if own else self.app)(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST":
             await self._bounded(scope, receive, send)
         else:
@@ -68,13 +61,12 @@ class Safeguards:
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdigit() or int(length) > self.max_body:
-            await self._too_large()(scope, receive, send)
+            await _own(self._too_large(), scope)(scope, receive, send)
             return
-        if _stopping or self.running >= self.max_queued:
-            reason = "the server is stopping" if _stopping else f"{self.running} requests are ahead"
-            busy = _error(503, f"{reason}: try again later")
-            busy.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-            await busy(scope, receive, send)
+        if self.engine.stopping or self.running >= self.max_queued:
+            reason = f"{self.running} requests are ahead"
+            busy = _busy("the server is stopping" if self.engine.stopping else reason)
+            await _own(busy, scope)(scope, receive, send)
             return
         self.running += 1
         try:
@@ -87,10 +79,10 @@ class Safeguards:
         if body is None:  # the client hung up
             return
         if len(body) > self.max_body:
-            await self._too_large()(scope, receive, send)
+            await _own(self._too_large(), scope)(scope, receive, send)
             return
         if fault := find_fault(body):
-            await _error(400, f"the request body is not valid: {fault}")(scope, receive, send)
+            await _own(_invalid(fault), scope)(scope, receive, send)
             return
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -101,16 +93,35 @@ class Safeguards:
         try:
             await self.app(scope, read, answer.send)
         except Exception as error:
-            if not _in_validation(error):
+            if not patches.failed_in_validation(error):
                 await answer.release()
                 raise
-            refusal = _error(400, f"the request body is not valid: {error}")
-            await refusal(scope, receive, send)
+            await _own(_invalid(error), scope)(scope, receive, send)
         else:
             await answer.release()
 
     def _too_large(self) -> Response:
         return _error(400, f"the request body is over {self.max_body >> 20} MiB (--max-body-mb)")
+
+    def _quantization(self) -> Response:
+        if self.engine.report is None:
+            return _busy("the server is starting")
+        return JSONResponse(self.engine.report)
+
+
+def _own(answer: ASGIApp, scope: Scope) -> ASGIApp:
+    """An answer of our own with the CORS headers that vLLM's answers carry.
+
+    vLLM adds them further in, where an answer that is given here does not come by.
+    """
+    args = scope["app"].state.args
+    return CORSMiddleware(
+        answer,
+        allow_origins=args.allowed_origins,
+        allow_credentials=args.allow_credentials,
+        allow_methods=args.allowed_methods,
+        allow_headers=args.allowed_headers,
+    )
 
 
 async def _read_body(receive: Receive, limit: int) -> bytes | None:
@@ -147,23 +158,21 @@ class _HeldFault:
             await self._send(message)
 
 
-def _in_validation(error: Exception) -> bool:
-    """Whether the body was still being validated: it is at fault, and not the server.
-
-    vLLM's validators look into fields before their types are checked, and fail in any way.
-    """
-    return any(
-        frame.f_code.co_name == "request_body_to_args"
-        and frame.f_globals["__name__"] == "fastapi.dependencies.utils"
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
-
-
 def _error(status: int, message: str) -> JSONResponse:
     """An error in the form of OpenAI's API."""
     kinds = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}
     error = {"message": message, "type": kinds[status], "param": None, "code": status}
     return JSONResponse({"error": error}, status)
+
+
+def _invalid(fault: object) -> JSONResponse:
+    return _error(400, f"the request body is not valid: {fault}")
+
+
+def _busy(reason: str) -> JSONResponse:
+    answer = _error(503, f"{reason}: try again later")
+    answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return answer
 
 
 def _keys(scope: Scope) -> list[str]:
@@ -215,64 +224,5 @@ def _page_source() -> str:
     return importlib.resources.files(__package__).joinpath("playground.html").read_text("utf-8")
 
 
-def _page(scope: Scope) -> Response:
+def _page() -> Response:
     return HTMLResponse(_page_source(), headers={"Cache-Control": "no-store"})
-
-
-def _report(app: Any) -> Report:
-    config = app.state.engine_client.vllm_config
-    tower = config.model_config.multimodal_config
-    return describe(
-        Path(config.model_config.model),
-        config.model_config.dtype,
-        config.parallel_config.tensor_parallel_size,
-        config.parallel_config.pipeline_parallel_size,
-        split_vision_tower=not (tower.language_model_only or tower.mm_encoder_tp_mode == "data"),
-    )
-
-
-def _quantization(scope: Scope) -> Response:
-    return JSONResponse(_report(scope["app"]).as_json())
-
-
-def _publish_metrics(report: Report) -> None:
-    """Gauges for /metrics: which kernel serves how many layers, and the weights' bytes."""
-    scheme = report.manifest.scheme
-    layers = Gauge(
-        "qig_layers", "Quantized layers by kernel", ["scheme", "kernel"], multiprocess_mode="max"
-    )
-    for kernel, count in report.kernels.items():
-        layers.labels(scheme, kernel).set(count)
-    stored = Gauge(
-        "qig_weight_bytes", "Bytes of stored weights", ["scheme", "part"], multiprocess_mode="max"
-    )
-    stored.labels(scheme, "quantized").set(report.quantized_bytes)
-    stored.labels(scheme, "other").set(report.other_bytes)
-
-
-def _watch_engine(scope: Scope, receive: Receive) -> Receive:
-    """`receive` of the application's lifespan, noting why it ends.
-
-    vLLM stops the HTTP server both when it was told to and when its engine died, and exits with
-    0 either way. Told to, it shuts the engine client down first.
-    """
-
-    async def watched() -> Message:
-        global engine_died
-        message = await receive()
-        client: Any = scope["app"].state.engine_client
-        if message["type"] == "lifespan.startup":
-            _publish_metrics(_report(scope["app"]))
-            shutdown = client.shutdown
-
-            def note_shutdown(*args: Any, **kwargs: Any) -> Any:
-                global _stopping
-                _stopping = True
-                return shutdown(*args, **kwargs)
-
-            client.shutdown = note_shutdown
-        elif message["type"] == "lifespan.shutdown":
-            engine_died = bool(client.errored) and not _stopping
-        return message
-
-    return watched

@@ -5,9 +5,6 @@ vLLM calls `register()` in each of its processes, so importing this module impor
 
 from __future__ import annotations
 
-import os
-import shutil
-
 OLDEST_VLLM, TOO_NEW_VLLM = "0.26", "0.34"
 SUPPORTED_VLLM = f"vllm>={OLDEST_VLLM},<{TOO_NEW_VLLM}"
 
@@ -28,7 +25,6 @@ def register() -> None:
             f"it supports {SUPPORTED_VLLM}"
         ) from error
     config.register_once()
-    _do_without_a_compiler()
 
 
 def check_vllm_version(version: str) -> None:
@@ -47,17 +43,3 @@ def check_vllm_version(version: str) -> None:
             f"qig-serve supports {SUPPORTED_VLLM}, but vLLM {version} is installed: "
             "install a supported version, or remove qig-serve from this environment"
         )
-
-
-def _do_without_a_compiler() -> None:
-    """On a CPU without a C++ compiler, have vLLM trace the model but not compile it.
-
-    By default vLLM compiles for the CPU with Inductor, which calls the compiler and ends with an
-    error if there is none. VLLM_CPU_CI_ENV is vLLM's own switch for that; it skips the warm-up
-    as well.
-    """
-    from vllm.platforms import current_platform
-
-    compiler = os.environ.get("CXX", "g++")
-    if current_platform.is_cpu() and shutil.which(compiler) is None:
-        os.environ.setdefault("VLLM_CPU_CI_ENV", "1")

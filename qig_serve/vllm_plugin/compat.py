@@ -118,3 +118,21 @@ def has_ir_norms() -> bool:
     except ImportError:
         return False
     return True
+
+
+_MODELS = "vllm.model_executor.models"
+
+
+def model_registry() -> Any:
+    """Architecture -> what loads its class, in the attribute `models`."""
+    return find("ModelRegistry", _MODELS)
+
+
+def lora_support() -> Any:
+    """Model class -> whether it takes LoRA adapters."""
+    return find("supports_lora", _MODELS, f"{_MODELS}.interfaces")
+
+
+def adapter_config() -> Any:
+    """The class that reads and validates an adapter's configuration."""
+    return find("PEFTHelper", "vllm.lora.peft_helper")

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from qig_serve.formats import QUANT_METHOD
 from qig_serve.inspection import require_sound
 from qig_serve.manifest import read_quantization_config
+from qig_serve.vllm_plugin import patches
 
 _registered = False
 
@@ -79,6 +80,7 @@ class QigConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The linear method of the layer at `prefix` (vLLM's name); None for what is no linear."""
+        from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from qig_serve.vllm_plugin.linear import QigLinearMethod
@@ -87,7 +89,10 @@ class QigConfig(QuantizationConfig):
             return None  # attention, embeddings and lm_head stay in 16 bits
         if self.is_ignored(prefix):
             return UnquantizedLinearMethod()
-        return QigLinearMethod(self, prefix)
+        vllm_config = get_current_vllm_config()
+        patches.do_without_a_compiler(vllm_config)
+        patches.ask_for_amx()
+        return QigLinearMethod(self, prefix, vllm_config.load_config.load_format == "dummy")
 
     def is_ignored(self, prefix: str) -> bool:
         """Whether a module (vLLM's name) is left in 16 bits; ValueError if only partly so."""

@@ -6,8 +6,8 @@
     SiLU * mul           -> w3a16                becomes  silu_mul_w3a16
 
 One kernel instead of two or three, and the 16-bit activation between them is never written: 112
-launches a step less on 28 layers. w3a16 quantizes inside its op, for few tokens alone, so there it
-is the whole linear that takes what comes before (kernels/fused_linear.py).
+fewer launches per step on 28 layers. w3a16 quantizes inside its op, for few tokens alone, so there
+it is the whole linear that takes what comes before (kernels/fused_linear.py).
 
 vLLM runs the pass after its own, on the graph that Inductor has decomposed and before vLLM lowers
 its RMSNorm (`vllm_ir`), so each pattern is written as the ops appear there; a graph without them is
@@ -47,7 +47,7 @@ _logger = logging.getLogger("vllm.qig_serve.fusion")  # under vLLM's, whose hand
 
 
 def install(vllm_config: Any) -> None:
-    """Have vLLM run the pass when it compiles; may be called once a layer.
+    """Have vLLM run the pass when it compiles; may be called for every layer.
 
     Another pass in the same place runs first. If that, or this vLLM, does not allow for ours, one
     line in the log says so, and activations are quantized by kernels of their own.

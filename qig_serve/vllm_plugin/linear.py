@@ -20,11 +20,12 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs, unsupported_shape
+from qig_serve.tensor_parallel import sizes_for_inputs
 
 if TYPE_CHECKING:
     from qig_serve.vllm_plugin.config import QigConfig
 
-_MOST_SHARDS = 16  # tensor-parallel sizes offered in an error message
+_SMALLEST_SCALE = 1e-6  # of dummy weights
 
 
 def kernel_backend() -> ModuleType:
@@ -59,9 +60,11 @@ def device_capability() -> tuple[int, int] | None:
 
 @register_weight_loader_v2_supported_method
 class QigLinearMethod(LinearMethodBase):
-    """w3a16 and w4a8 linears; one object a layer, which knows the layer's name for messages."""
+    """w3a16 and w4a8 linears; one object per layer, which knows the layer's name for messages."""
 
-    def __init__(self, config: QigConfig, prefix: str) -> None:
+    def __init__(self, config: QigConfig, prefix: str, dummy: bool = False) -> None:
+        """dummy: vLLM fills the weights with small random numbers (--load-format dummy)."""
+        self.dummy = dummy
         self.scheme: QuantScheme = config.scheme
         self.prefix = prefix
         self.backend = kernel_backend()
@@ -87,6 +90,8 @@ class QigLinearMethod(LinearMethodBase):
         n, k = sum(output_partition_sizes), input_size_per_partition
         self._check_shape(n, k, input_size, params_dtype)
         layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, params_dtype
+        # While weights are read. Parameters are made on the device that vLLM has set.
+        self.backend.compile_ahead(self.scheme, n, k, params_dtype, torch.get_default_device())
 
         on_disk = tensor_specs(self.scheme, n, input_size)
         for suffix, spec in tensor_specs(self.scheme, n, k).items():
@@ -114,8 +119,7 @@ class QigLinearMethod(LinearMethodBase):
 
     def _check_shape(self, n: int, k: int, input_size: int, dtype: torch.dtype) -> None:
         if (reason := unsupported_shape(self.scheme, n, k)) and k != input_size:
-            multiple = self.scheme.k_multiple
-            sizes = [t for t in range(1, _MOST_SHARDS + 1) if input_size % (t * multiple) == 0]
+            sizes = sizes_for_inputs(input_size, self.scheme.k_multiple)
             raise ValueError(
                 f"{self.prefix}: {input_size} inputs split {input_size // k} ways: {reason}; "
                 f"use a tensor-parallel size of {' or '.join(map(str, sizes))}"
@@ -129,6 +133,8 @@ class QigLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
         tensors = {suffix: getattr(layer, suffix).data for suffix in self._suffixes(layer)}
+        if self.dummy:  # scales of either sign, which no kernel has to understand
+            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(_SMALLEST_SCALE)
         if not bool((tensors["weight_scale"] > 0).all()):
             raise ValueError(
                 f"{self.prefix}.weight_scale: the checkpoint has no scales for this layer, or "
@@ -143,7 +149,12 @@ class QigLinearMethod(LinearMethodBase):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"qig_{name}", parameter)
         layer.qig_names = tuple(prepared)
-        self.backend.warm_up(self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device)
+        # vLLM's LoRA layers ask a tensor of one of their known names where the layer lies.
+        layer.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
+        has_bias = getattr(layer, "bias", None) is not None
+        self.backend.warm_up(
+            self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device, has_bias
+        )
 
     def _suffixes(self, layer: torch.nn.Module) -> list[str]:
         return list(tensor_specs(self.scheme, layer.qig_n, layer.qig_k))

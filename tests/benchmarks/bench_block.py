@@ -23,17 +23,18 @@ from typing import Any
 
 import torch
 
-from qig_serve.offline import block as rounding_of_a_block
-from qig_serve.offline import equalize, estimate
-from qig_serve.offline.adapter import BlockInputs
-from qig_serve.offline.architectures import get_architecture
-from qig_serve.offline.calibration import IMAGE, TEXT, CalibrationBatch
-from qig_serve.offline.capture import Store
+from qig_serve.architectures import get_architecture
+from qig_serve.offline import estimate
+from qig_serve.offline.calibration.batches import IMAGE, TEXT, CalibrationBatch
+from qig_serve.offline.equalization import group as equalize
 from qig_serve.offline.estimate import duration, time_block
+from qig_serve.offline.passes.capture import Store
+from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import pick_device
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.streams import Streams
+from qig_serve.offline.rounding import block as rounding_of_a_block
+from qig_serve.offline.source.loaded_model import BlockInputs
 
 # What is in proportion to the tokens, then what is not.
 STEPS = {
@@ -88,7 +89,16 @@ def random_streams(
     full.put(0, hidden)
     quantized.put(0, hidden)
     inputs = [BlockInputs(hidden[:0], (kwargs,))]
-    return Streams(recipe, torch.bfloat16, device, [batch], inputs, full, quantized)
+    return Streams(
+        recipe.quant_scheme,
+        torch.bfloat16,
+        device,
+        recipe.batch_tokens,
+        [batch],
+        inputs,
+        full,
+        quantized,
+    )
 
 
 def machine(device: torch.device) -> str:
@@ -140,7 +150,7 @@ def main() -> None:
     )
     streams = random_streams(recipe.model_copy(update={"grid": 2}), rotary, args, device)
     with torch.no_grad():
-        seconds = time_block(loaded, streams, recipe.candidates)
+        seconds = time_block(loaded, streams, recipe, recipe.candidates)
     factor = args.run_samples * args.run_tokens / (args.samples * args.tokens)
     total = args.blocks * seconds.scaled(factor)
 

@@ -28,7 +28,7 @@ FLAGS += ["--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--no-enable-pref
 def conversations(count: int) -> list[list[dict[str, Any]]]:
     """Questions about four pictures."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import tiny_llava
+    from helpers import tiny_llava
 
     pictures = [tiny_llava.picture(i) for i in range(4)]
     return [tiny_llava.conversation(f"What is number {i}?", pictures[i % 4]) for i in range(count)]

@@ -42,8 +42,8 @@ from transformers import AutoModelForImageTextToText
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import QuantRecipe, make_recipe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "offline"))
-from tiny_models import FAMILIES, _tokenizer, chat_template, published_name
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.tiny_models import FAMILIES, chat_template, make_tokenizer, published_name
 
 matplotlib.use("Agg")
 LAYERS = (4, 8, 16)
@@ -56,7 +56,7 @@ _MMAP = "MALLOC_MMAP_THRESHOLD_"
 def build_model(directory: Path, layers: int, found: Any) -> None:
     """A random LLaVA with one shard a decoder layer, written a shard at a time."""
     tiny = FAMILIES["llava"]
-    tokenizer = _tokenizer(tiny)
+    tokenizer = make_tokenizer(tiny)
     config = tiny.config(tokenizer)
     text = config.text_config
     text.hidden_size, text.intermediate_size = HIDDEN, INTERMEDIATE

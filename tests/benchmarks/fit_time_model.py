@@ -1,13 +1,14 @@
 """Fit kernels/time_model.py to the kernels that were timed on an H200, and say how far it is off.
 
-    python tests/benchmarks/fit_time_model.py [--leave-out LAYER] [--rows FILE ...]
+    python tests/benchmarks/fit_time_model.py [--leave-out LAYER] [--rows FILE ...] [--beside]
 
 Prints the fitted numbers (time_model.Fit holds them), the error of each row by kind of kernel, and
 of how many pairs of tiles of one row (layer, M, scheme) the faster is found. --leave-out: fit
-without a layer's rows, and judge on them alone. The rows are in results/kernel-times-H200.json: 142
-timings of 28 kernels, some of which are no longer in the code; --rows names others, or several:
-`make gpu` leaves such a file of every run (kernel-times-<card>-<commit>.json), with what its card's
-memory reaches.
+without a layer's rows, and judge on them alone. --beside: instead, a table of the four linears'
+sums: measured with the kernels of then, and predicted for those of now. The rows are in
+results/kernel-times-H200.json: 142 timings of 28 kernels, some of which are no longer in the code;
+--rows names others, or several: `make gpu` leaves such a file of every run
+(kernel-times-<card>-<commit>.json), with what its card's memory reaches.
 """
 
 from __future__ import annotations
@@ -74,12 +75,31 @@ def fitted(rows: list[dict[str, Any]]) -> Fit:
     return Fit(**{n: round(float(v), 3) for n, v in zip(NAMES, solution.x, strict=True)})
 
 
+def print_beside(data: dict[str, Any]) -> None:
+    """Microseconds of a Qwen2-VL-7B layer's linears: cuBLAS, then measured, now predicted."""
+    from qig_serve.kernels import compile_report
+
+    print("|   M | cuBLAS bf16 | w3a16 measured | predicted | w4a8 measured | predicted |")
+    for m in (1, 8, 16, 32, 64, 128, 256, 512):
+        cublas = sum(by_m[str(m)] for by_m in data["cublas_us"].values())
+        line = f"| {m:>3} | {cublas:>11.0f} |"
+        for scheme, width in (("w3a16", 14), ("w4a8", 13)):
+            measured = sum(by_m[str(m)] for by_m in data["served_us"][scheme].values())
+            now = sum(p.microseconds for p in compile_report.predict(90, scheme, m))
+            then = f"{measured:.0f} ({cublas / measured:.2f}x)"
+            line += f" {then:>{width}} | {f'{now:.0f} ({cublas / now:.2f}x)':>9} |"
+        print(line, flush=True)
+
+
 def main() -> None:
     """Fit and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leave-out", metavar="LAYER")
     parser.add_argument("--rows", type=Path, nargs="+", default=[ROWS], metavar="FILE")
+    parser.add_argument("--beside", action="store_true")
     options = parser.parse_args()
+    if options.beside:
+        return print_beside(json.loads(ROWS.read_text()))
     rows = read(options.rows)
     fit = fitted([row for row in rows if row["layer"] != options.leave_out])
     judged = [row for row in rows if options.leave_out in (None, row["layer"])]

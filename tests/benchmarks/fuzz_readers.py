@@ -29,9 +29,11 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["qig_serve"]):
-    from qig_serve import inspection, samples
+    from qig_serve import inspection, model_directory, samples
     from qig_serve.errors import UserError
-    from qig_serve.offline import adapter, recipe, source_checkpoint, sources
+    from qig_serve.offline import recipe
+    from qig_serve.offline.calibration import sources
+    from qig_serve.offline.source import loaded_model, tensors
     from qig_serve.serving import describe
 
 CONFIG = {
@@ -103,9 +105,8 @@ def read_recipe(path: Path) -> None:
 
 def serve_report(directory: Path) -> None:
     """What `qig-serve serve` looks at before vLLM starts."""
-    describe.read_manifest(directory)
-    describe.model_dtype(directory)
-    describe.describe(directory, describe.model_dtype(directory))
+    model_directory.read_manifest(directory)
+    describe.describe(directory, describe.serving_dtype(directory))
 
 
 def make_readers(folder: Path) -> dict[str, tuple[Path, Any, Callable[[], Any]]]:
@@ -142,15 +143,19 @@ def make_readers(folder: Path) -> dict[str, tuple[Path, Any, Callable[[], Any]]]
             HEADER,
             lambda: serve_report(fresh["serve-header"]),
         ),
-        "model": (fresh["model"] / config, CONFIG, lambda: adapter.read_config(fresh["model"])),
+        "model": (
+            fresh["model"] / config,
+            CONFIG,
+            lambda: loaded_model.read_config(fresh["model"]),
+        ),
         "model-index": (
             fresh["model-index"] / index,
             INDEX,
-            lambda: source_checkpoint.SourceCheckpoint(fresh["model-index"]).close(),
+            lambda: tensors.SourceCheckpoint(fresh["model-index"]).close(),
         ),
         "recipe": (recipe_file, RECIPE, lambda: read_recipe(recipe_file)),
         "samples": (lines, SAMPLE, lambda: samples.read_samples(lines)),
-        "talks": (talks, TALKS, lambda: sources.load_samples(str(talks), 4)),
+        "talks": (talks, TALKS, lambda: sources.load_calibration(str(talks), 4)),
     }
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "offline"))
-import tiny_models
-from tiny_models import HALF, Tiny
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import tiny_models
+from helpers.tiny_models import HALF, Tiny
 
 STD = 0.02
 
@@ -29,7 +29,7 @@ class BenchModel:
     """How a model is made: its configuration, its processor, and the pictures it is shown."""
 
     family: str
-    """Row of offline/architectures.py and of the tiny models."""
+    """Row of qig_serve/architectures.py and of the tiny models."""
     vocabulary: int
     config: Callable[[Any, bool], Any]
     """(tokenizer, tiny) -> configuration."""
@@ -44,8 +44,8 @@ class BenchModel:
         return tiny_models.FAMILIES[self.family]
 
 
-def _text(tokenizer: Any, tiny: bool, **real: Any) -> dict[str, Any]:
-    sizes = tiny_models._text(tokenizer)
+def text_fields(tokenizer: Any, tiny: bool, **real: Any) -> dict[str, Any]:
+    sizes = tiny_models.text_fields(tokenizer)
     if tiny:
         return sizes
     return {
@@ -68,16 +68,16 @@ def _qwen2_vl_config(tokenizer: Any, tiny: bool) -> Any:
 
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     if tiny:
-        rope = tiny_models._MROPE
-    text = _text(tokenizer, tiny, **_QWEN2_7B)
+        rope = tiny_models.MROPE
+    text = text_fields(tokenizer, tiny, **_QWEN2_7B)
     vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
     if tiny:
         vision = {"depth": 2, "embed_dim": 128, "num_heads": 2, "mlp_ratio": 2}
     return Qwen2VLConfig(
         vision_config={**vision, "hidden_size": text["hidden_size"], "patch_size": 14},
         text_config={**text, "rope_parameters": rope},
-        **tiny_models._qwen_ids(tokenizer),
-        **tiny_models._common(tokenizer),
+        **tiny_models.qwen_ids(tokenizer),
+        **tiny_models.common_fields(tokenizer),
     )
 
 
@@ -110,19 +110,19 @@ def _onevision_config(tokenizer: Any, tiny: bool) -> Any:
     side = 56 if tiny else 384
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
-            **(tiny_models._VISION if tiny else vision),
+            **(tiny_models.VISION if tiny else vision),
             image_size=side,
             patch_size=14,
             vision_use_head=False,
         ),
-        text_config=Qwen2Config(**_text(tokenizer, tiny, **_QWEN2_7B)),
-        image_token_index=tiny_models._id(tokenizer, "<image>"),
-        video_token_index=tiny_models._id(tokenizer, "<video>"),
+        text_config=Qwen2Config(**text_fields(tokenizer, tiny, **_QWEN2_7B)),
+        image_token_index=tiny_models.token_id(tokenizer, "<image>"),
+        video_token_index=tiny_models.token_id(tokenizer, "<video>"),
         image_grid_pinpoints=_onevision_pinpoints(side, 2 if tiny else 6),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_4" if tiny else "anyres_max_9",
-        **tiny_models._common(tokenizer),
+        **tiny_models.common_fields(tokenizer),
     )
 
 
@@ -150,7 +150,7 @@ def _internvl_config(tokenizer: Any, tiny: bool) -> Any:
     """InternVL2-8B: InternViT-300M and InternLM2-7B, whose blocks are Llama's."""
     from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig
 
-    text = _text(
+    text = text_fields(
         tokenizer, tiny, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
     )  # fmt: skip
@@ -161,14 +161,14 @@ def _internvl_config(tokenizer: Any, tiny: bool) -> Any:
     side = 56 if tiny else 448
     return InternVLConfig(
         vision_config=InternVLVisionConfig(
-            **(tiny_models._VISION if tiny else vision), image_size=[side] * 2, patch_size=[14, 14]
+            **(tiny_models.VISION if tiny else vision), image_size=[side] * 2, patch_size=[14, 14]
         ),
         text_config=LlamaConfig(**text),
-        image_token_id=tiny_models._id(tokenizer, "<IMG_CONTEXT>"),
+        image_token_id=tiny_models.token_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=4 if tiny else 256,
         downsample_ratio=0.5,
         vision_feature_layer=-1,
-        **tiny_models._common(tokenizer),
+        **tiny_models.common_fields(tokenizer),
     )
 
 

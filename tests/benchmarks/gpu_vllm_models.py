@@ -23,10 +23,10 @@ from gpu_vllm_configs import MODELS, STD, BenchModel, make_tokenizer, shapes
 from safetensors.torch import save_file
 
 from qig_serve import packing
+from qig_serve.architectures import get_architecture
 from qig_serve.formats import FORMAT_VERSION, QuantScheme, get_scheme
-from qig_serve.offline import compressed_tensors
-from qig_serve.offline.adapter import outside_blocks
-from qig_serve.offline.architectures import get_architecture
+from qig_serve.offline.checkpoint import compressed_tensors
+from qig_serve.offline.source.loaded_model import outside_blocks
 
 DONE = ".complete"
 LINEARS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))

@@ -239,7 +239,7 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> Outcome:
 def bundled(scheme: str, folder: Path) -> Path:
     """The demonstration model, quantized by rounding."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import tiny_llava
+    from helpers import tiny_llava
 
     from qig_serve.demo import MODEL_DIR
 

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 
 from qig_serve.offline import pipeline
-from qig_serve.offline.adapter import load
-from qig_serve.offline.attribution import completeness
-from qig_serve.offline.calibration import load_samples, make_batches
-from qig_serve.offline.parts import capture_parts
+from qig_serve.offline.calibration.batches import make_batches
+from qig_serve.offline.calibration.sources import load_calibration
+from qig_serve.offline.importance.attribution import completeness
+from qig_serve.offline.importance.weights import GroupTokens, attribute_part
+from qig_serve.offline.passes.parts import capture_parts
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.token_weights import attribute_part
+from qig_serve.offline.rounding.block import round_block
+from qig_serve.offline.source.loaded_model import load
 
 RULES = [("gauss", 6), ("gauss", 8), ("gauss", 12), ("gauss", 16), ("uniform", 32)]
 REFERENCE = ("uniform", 128)
@@ -47,26 +50,30 @@ def main() -> None:
     parser.add_argument("--calib", default="demo")
     parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
-    base = QuantRecipe(scheme=args.scheme, calib=args.calib, samples=args.samples)
+    base = QuantRecipe(method="qig", scheme=args.scheme, calib=args.calib, samples=args.samples)
     loaded = load(args.model)
-    samples = load_samples(args.calib, args.samples, 0)
+    samples = load_calibration(args.calib, args.samples, 0)
     batches = make_batches(samples, loaded.processor, loaded.image_token_id)
     streams = pipeline.first_streams(loaded, base, batches, None)
     rows: dict[tuple[str, str, int], list[tuple[float, float, float, float]]] = {}
     for index in range(loaded.num_blocks):
         original, block = loaded.block(index), loaded.block(index)
         for group in loaded.arch.groups:
-            captured = capture_parts(block, group, streams, f"layer {index}, {group.name}")
+            captured = capture_parts(
+                block,
+                group,
+                streams,
+                base.weighting.needs_quantized_input,
+                f"layer {index}, {group.name}",
+            )
             masks = [streams.mask(b) for b in range(len(streams))]
             reference: list[torch.Tensor] = []
             for rule, steps in [REFERENCE, *RULES]:
-                streams.recipe = base.model_copy(update={"quadrature": rule, "steps": steps})
+                weighting = replace(base.weighting, quadrature=rule, steps=steps)
+                tokens = GroupTokens(block, group, index, streams, captured, weighting, None)
                 started = time.process_time()
                 with torch.no_grad():
-                    parts = [
-                        attribute_part(block, group, streams, captured, i)
-                        for i in range(len(captured.calls))
-                    ]
+                    parts = [attribute_part(tokens, i) for i in range(len(captured.calls))]
                 seconds = time.process_time() - started
                 raw = captured.to_batches([p.importance for p in parts], masks)
                 vectors = [
@@ -85,9 +92,10 @@ def main() -> None:
                 row = (seconds, error, min(found), sum(found) / len(found))
                 rows.setdefault((group.name, rule, steps), []).append(row)
             captured.clear()
-        streams.recipe = base
-        pipeline.round_block(block, original, loaded.arch.groups, [], streams, f"layer {index}")
-        streams.advance(original, block, pipeline.linears_of(loaded, block), f"layer {index}")
+        where, method = f"layer {index}", base.rounding_method
+        round_block(block, original, loaded.arch.groups, [], streams, method, where)
+        linears = [block.get_submodule(name) for name in loaded.arch.linears]
+        streams.advance(original, block, linears, where)
     print(f"{args.scheme}: {args.samples} samples, {loaded.num_blocks} blocks")
     print("module     rule           CPU s  completeness  rank corr. (min)  (mean)")
     for (name, rule, steps), measured in rows.items():

@@ -60,7 +60,8 @@ def test_tuning_writes_rows_that_the_model_is_fitted_to(
     plan.write_json(path, tune.times_file(rows, ABOUT, found, gpu))
     old = json.loads(fit_time_model.ROWS.read_text())
     new = json.loads(path.read_text())
-    assert set(old) <= set(new) and set(old["rows"][0]) <= set(new["rows"][0])
+    assert set(old) - {"cublas_us", "served_us"} <= set(new)
+    assert set(old["rows"][0]) <= set(new["rows"][0])
     read = fit_time_model.read([fit_time_model.ROWS, path])
     assert len(read) == len(old["rows"]) + len(new["rows"]) > 142
     mine = [r for r in read if r["shape"][2] == path.name]

@@ -29,7 +29,7 @@ from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
 from qig_serve.inspection import require_sound
 from qig_serve.kernels.tiles import LAYER_SHAPES
-from qig_serve.offline.sources import load_samples
+from qig_serve.offline.calibration.sources import load_calibration
 
 CARD = {"card": "Made up card", "date": "2000-01-01", "versions": {"vllm": "0.26.0"}}
 ENGINE = Path(gpu_vllm.__file__).parent / "gpu_vllm_engine.py"
@@ -267,7 +267,7 @@ def test_random_text_has_as_many_tokens_again() -> None:
 
 def test_calibration_samples_can_be_read(tmp_path: Path) -> None:
     path = gpu_vllm_quantize.write_samples(tmp_path, 3, 2, 56, 20, 8, 400)
-    read = load_samples(str(path), 3, 0, None, False)
+    read = load_calibration(str(path), 3, 0, None, False)
     assert len(read) == 3 and all(len(s.images) == 2 for s in read)
     assert len({s.question for s in read}) == 3 and len(read[0].answer.split()) == 8
 

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny_llava
 import torch
+from helpers import tiny_llava
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
 from qig_serve.formats import SCHEMES
-from qig_serve.offline.checkpoint import write_hashes
+from qig_serve.offline.disk import write_hashes
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_facts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "w3a16: 3-bit weights, groups of 128, 16-bit activations" in out
     # 3 bits, and in every group of 128 a 16-bit scale and an 8-bit zero point.
-    assert "14 linears, 3.188 bits a weight" in out
+    assert "14 linears, 3.188 bits per weight" in out
     assert "verified: every file is as it was written" in out
     assert re.search(r"self_attn\.q_proj +2 +256 x 256 +3\.188", out)
     assert re.search(r"vision_tower +\d+ KB", out)
@@ -120,7 +120,7 @@ def test_not_a_checkpoint(source: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_families_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:
-    from qig_serve.offline.architectures import ARCHITECTURES
+    from qig_serve.architectures import ARCHITECTURES
 
     assert main(["families", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -131,3 +131,20 @@ def test_families_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ARCHITECTURES)
+
+
+def test_families_is_readable_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row per family: no column so narrow that its words stand below each other."""
+    from qig_serve.architectures import ARCHITECTURES
+
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["families"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert lines[0].split()[0] == "model_type"
+    rows = lines[1 : len(ARCHITECTURES) + 1]
+    assert [row.split()[0] for row in rows] == list(ARCHITECTURES)
+    for row, family in zip(rows, ARCHITECTURES.values(), strict=True):
+        assert row.rstrip().endswith(family.note)

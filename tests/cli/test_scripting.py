@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_llava
+from helpers import tiny_llava
 
 from qig_serve.cli import COMMANDS, main, make_parser
-from qig_serve.offline.checkpoint import write_hashes
+from qig_serve.offline.disk import write_hashes
 
 # What does not work through data: it prints a text, or it is a server.
 SHORT = {"doctor", "families", "completion", "serve"}

@@ -16,7 +16,7 @@ from qig_serve.demo.batches import Encoder
 from qig_serve.demo.measure import answers_right, by_type, rounded_to_nearest
 from qig_serve.demo.model import get_spec, load_model, make_config
 from qig_serve.demo.outliers import Outliers, activation_spread, add_outliers
-from qig_serve.demo.questions import TYPES, Sample, samples
+from qig_serve.demo.questions import TYPES, Question, samples
 from qig_serve.formats import get_scheme
 
 FILES = {
@@ -37,7 +37,7 @@ def bundled() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Sample]:
+def asked() -> list[Question]:
     return list(samples("dev", 240))
 
 
@@ -65,7 +65,7 @@ def test_it_loads_every_tensor() -> None:
 
 
 def test_its_greedy_answers_are_what_the_evaluator_says(
-    bundled: tuple[Any, Any], asked: list[Sample]
+    bundled: tuple[Any, Any], asked: list[Question]
 ) -> None:
     model, processor = bundled
     part = asked[:16]
@@ -82,7 +82,7 @@ def test_its_greedy_answers_are_what_the_evaluator_says(
         assert (answer == sample.answer) == expected, (sample.question, answer)
 
 
-def test_it_answers_and_rounding_hurts(bundled: tuple[Any, Any], asked: list[Sample]) -> None:
+def test_it_answers_and_rounding_hurts(bundled: tuple[Any, Any], asked: list[Question]) -> None:
     model, processor = bundled
     encoder = Encoder(processor.tokenizer)
     full = by_type(asked, answers_right(model, encoder, asked))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qig_serve.demo import MODEL_DIR
+from qig_serve.cli import main
+from qig_serve.demo import MODEL_DIR, bundled
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
 from qig_serve.demo.bundled import bundled_directory, export_bundled
 from qig_serve.demo.measure import answers_right, rounded_to_nearest
@@ -79,6 +80,24 @@ def test_strongest_neurons_are_kept_in_order() -> None:
     assert len(kept) == 100 and bool((kept.diff() > 0).all())
     with pytest.raises(ValueError, match="768 neurons, 800"):
         strongest_neurons(mlp, 800)
+
+
+def test_a_model_of_the_tests_is_not_in_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = ["demo", "export", "--model", "internvl", "--output", str(tmp_path / "out")]
+    assert main(exported) == 0 and (tmp_path / "out" / "config.json").is_file()
+    capsys.readouterr()
+    monkeypatch.setattr(bundled, "TEST_MODELS", tmp_path / "site-packages" / "tests" / "models")
+    assert main([*exported[:-1], str(tmp_path / "other")]) == 2
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert "'internvl' is not part of the installed package: use 'llava', or run" in sentence
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_package_contains_one_model() -> None:
+    weights = Path(bundled.__file__).parents[1].rglob("*.safetensors")
+    assert list(weights) == [MODEL_DIR / "model.safetensors"]
 
 
 def test_all_models_together_are_small() -> None:

@@ -40,6 +40,7 @@ def test_methods_carry_recipe_fields() -> None:
         ("w3a16", "qig:steps", "must be FIELD=VALUE"),
         ("w3a16", "qig:stepz=1", "unknown field"),
     ],
+    ids=["scheme", "method", "no-value", "field"],
 )
 def test_wrong_recipes_fail_before_any_work(schemes: str, methods: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
@@ -108,8 +109,7 @@ def test_quantize_evaluate_fills_the_card(
     from qig_serve import evaluate
     from qig_serve.cli import main
     from qig_serve.demo.questions import write_jsonl
-    from qig_serve.manifest import HASHES_FILE
-    from qig_serve.offline.checkpoint import file_sha256
+    from qig_serve.hashes import HASHES_FILE, file_sha256
 
     monkeypatch.setattr(evaluate, "choose_engine", lambda _: "transformers")
     questions, out = write_jsonl("calibration", 4, tmp_path), tmp_path / "out"

@@ -9,7 +9,8 @@ import torch
 
 from qig_serve.evaluate import load_samples
 from qig_serve.evaluation.divergence import Divergence, divergences
-from qig_serve.evaluation.models import answer_text, load_model, load_processor, prompt_text
+from qig_serve.evaluation.models import answer_text, load_model, prompt_text
+from qig_serve.model_directory import load_processor
 from qig_serve.samples import Sample, load_image
 
 

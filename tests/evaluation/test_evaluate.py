@@ -18,8 +18,9 @@ from qig_serve.cli import main
 from qig_serve.demo import MODEL_DIR
 from qig_serve.errors import UserError
 from qig_serve.evaluation.generation import generate_with
-from qig_serve.evaluation.models import load_model, load_processor, model_dtype
+from qig_serve.evaluation.models import load_model
 from qig_serve.evaluation.statistics import exact_match
+from qig_serve.model_directory import load_processor, model_dtype
 from qig_serve.samples import Sample, data_url, sample_from_parts, sample_sha256
 
 
@@ -143,8 +144,9 @@ def test_command_writes_json(
         (["--data", "demo"], "give a model directory, or --server"),
         (["x", "--data", "none.jsonl"], "none.jsonl does not exist"),
         (["x", "--data", "demo", "--json", "no/such/r.json"], "does not exist"),
-        (["no-model", "--data", "demo", "--n", "1"], "no config.json"),
+        (["no-model", "--data", "demo", "--n", "1"], "no-model does not exist"),
     ],
+    ids=["no-model-no-server", "no-data", "no-reference", "absent-model"],
 )
 def test_command_says_what_is_wrong(
     words: list[str], says: str, capsys: pytest.CaptureFixture[str]

@@ -37,7 +37,11 @@ def test_pictures_rows_and_a_task_a_harness(tmp_path: Path) -> None:
         assert task["generation_kwargs"][length] == 7
 
 
-@pytest.mark.parametrize("text", ["  a red\n  square ", "A\t\tred square", "a redsquare", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["  a red\n  square ", "A\t\tred square", "a redsquare", ""],
+    ids=["space", "case-and-tabs", "no-space", "empty"],
+)
 def test_the_metric_forgives_what_evaluate_forgives(tmp_path: Path, text: str) -> None:
     write_task(load_samples("demo", 1), tmp_path / "task")
     task = yaml.safe_load((tmp_path / "task" / "lm_eval" / f"{TASK}.yaml").read_text())

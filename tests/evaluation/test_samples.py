@@ -93,6 +93,18 @@ def test_a_conversation_that_ends_with_the_answer(folder: Path) -> None:
         (_line("data:image/png;base64,***"), "line 2: the data URL is not valid base64"),
         (_line("images/red.png", answer=3), 'line 2: "answer" must be text, not int'),
     ],
+    ids=[
+        "cut-short",
+        "list",
+        "no-turn",
+        "role",
+        "content",
+        "part",
+        "absent-image",
+        "network",
+        "base64",
+        "answer",
+    ],
 )
 def test_a_bad_line_is_named(folder: Path, line: str, says: str) -> None:
     (folder / "q.jsonl").write_text(_line("images/red.png", answer="red") + "\n" + line)
@@ -106,7 +118,7 @@ def test_missing_empty_and_binary_files(folder: Path) -> None:
     (folder / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="holds no samples"):
         read_samples(folder / "empty.jsonl")
-    with pytest.raises(UserError, match="not a text file"):
+    with pytest.raises(UserError, match=r"red\.png, line 1, byte 1: 0x89 is not UTF-8"):
         read_samples(folder / "images" / "red.png")
 
 

@@ -28,6 +28,7 @@ from qig_serve.evaluation.statistics import (
         ("yes it is", "yes", False),
         ("", "yes", False),
     ],
+    ids=["case", "space", "composed", "punctuation", "numeral", "longer", "empty"],
 )
 def test_exact_match_forgives_case_and_space_only(output: str, answer: str, same: bool) -> None:
     assert exact_match(output, answer) is same
@@ -45,6 +46,7 @@ def test_exact_match_forgives_case_and_space_only(output: str, answer: str, same
         ("--------------------------------", False),
         ("", False),
     ],
+    ids=["word", "phrase", "with-a-beginning", "thrice", "parallel", "letter", "rule", "empty"],
 )
 def test_repetition(text: str, repeats: bool) -> None:
     assert is_repeating(text) is repeats

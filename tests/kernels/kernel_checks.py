@@ -141,8 +141,8 @@ def test_linear_matches_the_oracle(scheme: str, m: int, n: int, k: int, dtype: t
 
 @pytest.mark.parametrize("use_ptx", PTX)
 @pytest.mark.parametrize(("scheme", "tile"), EVERY_TILE)
-def test_every_kind_of_tile(scheme: str, tile: Tile, use_ptx: bool) -> None:
-    m, n, k = 35, 300, 384
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 77, 256), (35, 300, 384), (300, 131, 384)])
+def test_every_kind_of_tile(scheme: str, tile: Tile, m: int, n: int, k: int, use_ptx: bool) -> None:
     for dtype in DTYPES:
         case = make(scheme, m, n, k, dtype)
         got = run(scheme, case, n, case.bias, tile, use_ptx)
@@ -193,9 +193,7 @@ def test_any_number_of_shares(scheme: str, count: int, monkeypatch: pytest.Monke
     case = make(scheme, m, n, k, torch.float16)
     tile = TILES[scheme]["stream"]
     scratch = launch._allocate(2 * count * tile.block_m * tile.block_n, DEVICE)
-    got = ops.KERNELS[scheme].linear(
-        case.x, case.prepared, n, None, tile, scratch, not INTERPRETED
-    )
+    got = ops.KERNELS[scheme].linear(case.x, case.prepared, n, None, tile, scratch, not INTERPRETED)
     assert_close(got, case.expected(scheme, None), TOLERANCE[torch.float16])
     assert not scratch.counters.any()
 
@@ -245,7 +243,7 @@ def test_what_is_not_finite_stays_in_its_token(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("m", [1, 7, 33])
 @pytest.mark.parametrize("k", [384, 1024])
 def test_eight_bit_weights(m: int, k: int) -> None:
-    """As an output head has them: the same kernel, bytes for planes, one scale a row."""
+    """As an output head has them: the same kernel, bytes for planes, one scale per row."""
     n = 300
     generator = torch.Generator().manual_seed(m)
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)

@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES, get_scheme
-from qig_serve.kernels import launch, ops, tiles, tuning
-from qig_serve.kernels.tiles import Tile
+from qig_serve.kernels import launch, ops, tiles
 
 W3A16, W4A8 = get_scheme("w3a16"), get_scheme("w4a8")
 HOPPER = (9, 0)
@@ -126,6 +125,10 @@ def test_no_launch_needs_more_than_the_scratch_memory(sms: int) -> None:
                 assert output_tiles * blocks < 1 << 31, "32-bit numbers"
                 if tile.regime != "stream_k":
                     assert count % output_tiles == 0, "no share may cross a tile"
+                partials = torch.empty(launch._scratch_size(tile, sms), dtype=torch.int32)
+                launch.Scratch(partials, partials).partial_sums(
+                    tile, count, output_tiles, torch.float32
+                )
                 if count != output_tiles:
                     shared += 1
                     assert output_tiles <= launch.MOST_TILES
@@ -139,7 +142,7 @@ def test_no_launch_needs_more_than_the_scratch_memory(sms: int) -> None:
 def test_every_unit_is_in_one_share(output_tiles: int, blocks: int, aligned: bool) -> None:
     """The arithmetic of launch.share, in Python."""
     for count in (output_tiles, output_tiles * min(3, blocks), 264):
-        if aligned and count % output_tiles or count > output_tiles * blocks:
+        if (aligned and count % output_tiles) or count > output_tiles * blocks:
             continue
         size, rest = launch.shares(count, output_tiles, blocks, aligned)
         end = 0

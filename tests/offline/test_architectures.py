@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from helpers.tiny_models import FAMILIES, published_name, tiny_model
 from PIL import Image
-from tiny_models import FAMILIES, published_name, tiny_model
 
+from qig_serve.architectures import ARCHITECTURES, PictureLayout, get_architecture
+from qig_serve.demo.families import FAMILIES as DEMO_FAMILIES
 from qig_serve.errors import UserError
-from qig_serve.offline import adapter
-from qig_serve.offline.architectures import ARCHITECTURES, get_architecture
-from qig_serve.offline.calibration import make_batches
-from qig_serve.offline.smoothing import fold
+from qig_serve.offline.calibration.batches import make_batches
+from qig_serve.offline.equalization.smoothing import fold
+from qig_serve.offline.report.token_map import LAYOUTS
+from qig_serve.offline.source import loaded_model
 from qig_serve.samples import Sample, sample_from_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,8 +43,8 @@ def directory(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(directory: Path) -> adapter.LoadedModel:
-    return adapter.load(directory)
+def loaded(directory: Path) -> loaded_model.LoadedModel:
+    return loaded_model.load(directory)
 
 
 def _reference(directory: Path) -> Any:
@@ -55,11 +57,15 @@ def _reference(directory: Path) -> Any:
     return model.eval()
 
 
-def test_every_row_has_a_tiny_model() -> None:
+def test_tables_agree_with_the_families() -> None:
+    """Tiny models, demonstration models, and the layouts of pictures."""
     assert set(FAMILIES) == set(ARCHITECTURES)
+    assert set(DEMO_FAMILIES) <= set(ARCHITECTURES)
+    assert {row.pictures for row in ARCHITECTURES.values()} == set(LAYOUTS)
+    assert set(get_args(PictureLayout)) == set(LAYOUTS)
 
 
-def test_paths_resolve_and_every_linear_is_covered(loaded: adapter.LoadedModel) -> None:
+def test_paths_resolve_and_every_linear_is_covered(loaded: loaded_model.LoadedModel) -> None:
     arch = loaded.arch
     block = loaded.block(0)
     covered = {name for group in arch.groups for name in group.linears}
@@ -71,7 +77,7 @@ def test_paths_resolve_and_every_linear_is_covered(loaded: adapter.LoadedModel) 
     assert all(loaded.source_name(1, f"{name}.weight") in loaded.source for name in covered)
 
 
-def test_left_alone_covers_the_rest_and_nothing_else(loaded: adapter.LoadedModel) -> None:
+def test_left_alone_covers_the_rest_and_nothing_else(loaded: loaded_model.LoadedModel) -> None:
     alone = loaded.left_alone()
 
     def is_alone(name: str) -> bool:
@@ -84,7 +90,7 @@ def test_left_alone_covers_the_rest_and_nothing_else(loaded: adapter.LoadedModel
 
 @pytest.mark.parametrize("images", [1, 2])
 def test_blocks_one_at_a_time_compute_the_model(
-    directory: Path, loaded: adapter.LoadedModel, images: int
+    directory: Path, loaded: loaded_model.LoadedModel, images: int
 ) -> None:
     """Masks, M-RoPE positions, deepstack: as the model itself makes them."""
     (batch,) = make_batches([_sample(images)], loaded.processor, loaded.image_token_id)
@@ -103,7 +109,7 @@ def test_blocks_one_at_a_time_compute_the_model(
 
 
 def test_folding_changes_logits_by_less_than_rounding(
-    directory: Path, loaded: adapter.LoadedModel
+    directory: Path, loaded: loaded_model.LoadedModel
 ) -> None:
     (batch,) = make_batches([_sample()], loaded.processor, loaded.image_token_id)
     reference = _reference(directory)
@@ -143,7 +149,7 @@ def test_unknown_family_lists_the_known_ones() -> None:
         get_architecture("bert")
 
 
-def test_a_picture_has_as_many_tokens_as_the_model_wants(loaded: adapter.LoadedModel) -> None:
+def test_a_picture_has_as_many_tokens_as_the_model_wants(loaded: loaded_model.LoadedModel) -> None:
     sample = sample_from_parts("1", "all", Image.new("RGB", (30, 90)), "What?", "a star")
     (batch,) = make_batches([sample], loaded.processor, loaded.image_token_id)
     loaded.block_inputs(batch.inputs)  # raises where the numbers differ

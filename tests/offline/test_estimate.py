@@ -1,4 +1,4 @@
-"""Before hours of work: the dry run finds what would fail, and foretells memory and time."""
+"""Before hours of work: the dry run finds what would fail, and estimates memory and time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from qig_serve.errors import UserError
 from qig_serve.offline import estimate, pipeline
-from qig_serve.offline.adapter import load
 from qig_serve.offline.estimate import BlockSeconds, Estimate, bytes_a_token, duration, heaviest
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.report_data import QuantizationReport
+from qig_serve.offline.results import QuantizationReport
+from qig_serve.offline.source.loaded_model import load
 
 
 def recipe(calib: str) -> QuantRecipe:
@@ -45,11 +45,11 @@ def test_counts_and_estimate_are_printed(
     assert QuantizationReport.model_validate_json(stored).estimate == report.estimate
     # The log holds the same lines, each with the time, and the steps inside the blocks.
     log = (tmp_path / "out" / pipeline.LOG_FILE).read_text().splitlines()
-    told = [line.split("  ", 1)[1] for line in log]
-    assert told[:3] == lines[:3]
-    assert "block 1/2: equalization of qkv" in told
+    logged = [line.split("  ", 1)[1] for line in log]
+    assert logged[:3] == lines[:3]
+    assert "block 1/2: equalization of qkv" in logged
     assert [line for line in lines if line.startswith("block")] == [
-        line for line in told if "output error" in line
+        line for line in logged if "output error" in line
     ]
 
 
@@ -91,12 +91,12 @@ def test_other_errors_are_not_called_memory(
 def test_wrong_values_are_found_at_once(
     tiny_llava: Path, seven_samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qig_serve.offline import capture
+    from qig_serve.offline.passes import capture
 
     def infinite(output: Any) -> torch.Tensor:
         return torch.full_like(capture.first_output(output), math.inf)
 
-    monkeypatch.setattr("qig_serve.offline.streams.first_output", infinite)
+    monkeypatch.setattr("qig_serve.offline.passes.streams.first_output", infinite)
     monkeypatch.setattr(pipeline, "quantize_blocks", forbidden)
     with pytest.raises(UserError, match=r"layer 0, .* output: NaN or infinity"):
         pipeline.quantize(tiny_llava, tmp_path / "out", recipe(seven_samples), quiet=True)

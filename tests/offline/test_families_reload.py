@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from tiny_models import FAMILIES, tiny_model
+from helpers.tiny_models import FAMILIES, one_sample, tiny_model
 
 from qig_serve import packing
 from qig_serve.formats import get_scheme
@@ -22,13 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def source(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("reload")
-    Image.new("RGB", (56, 56), "red").save(directory / "red.png")
-    content = [
-        {"type": "image_url", "image_url": {"url": "red.png"}},
-        {"type": "text", "text": "What color is the star?"},
-    ]
-    line = {"id": "1", "messages": [{"role": "user", "content": content}], "answer": "red"}
-    (directory / "calib.jsonl").write_text(json.dumps(line) + "\n")
+    one_sample(directory)
     return tiny_model(request.param, directory / "source")
 
 

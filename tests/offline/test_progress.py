@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qig_serve.offline.checkpoint import ResumableError
+from qig_serve.offline.checkpoint.writer import ResumableError
 from qig_serve.offline.progress import RunProgress, host_bytes
 
 

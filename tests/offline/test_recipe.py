@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
-from qig_serve.offline.recipe import METHODS, PRESETS, QuantRecipe, load_recipe, make_recipe
+from qig_serve.offline.importance.weights import SOURCES
+from qig_serve.offline.recipe import (
+    METHODS,
+    PRESETS,
+    ROUNDINGS,
+    Damping,
+    QuantRecipe,
+    TokenWeightSource,
+    load_recipe,
+    make_recipe,
+)
 
 
 def test_methods_differ_in_their_fields() -> None:
@@ -18,13 +30,33 @@ def test_methods_differ_in_their_fields() -> None:
     assert different == {"method", "token_weights"}
     assert QuantRecipe(method="mbq").token_weights == "modality"
     assert QuantRecipe(method="rtn").equalize == "none"
-    assert not QuantRecipe(method="rtn").needs_statistics
-    assert QuantRecipe(method="gptq").needs_statistics
+    assert not QuantRecipe(method="rtn").rounding_method.statistics
+    assert QuantRecipe(method="gptq").rounding_method.statistics
+    assert QuantRecipe(method="gptq-qig").rounding_method.weighted
 
 
 def test_explicit_fields_win_over_the_method() -> None:
     recipe = QuantRecipe(method="qig", token_weights="uniform", iqr=False, grid=5)
     assert (recipe.token_weights, recipe.iqr, recipe.grid) == ("uniform", False, 5)
+
+
+def test_damping_is_the_recipes() -> None:
+    """By the compensation and by the noise model of equalization, which reckons with it."""
+    recipe = QuantRecipe(damp=0.1, act_order=False)
+    damping = Damping(0.1, "column", act_order=False)
+    assert recipe.rounding_method.damping == recipe.equalization.compensation == damping
+    assert QuantRecipe(method="gptq").rounding_method.damping == Damping(by="mean")
+    assert QuantRecipe(method="qig").equalization.compensation is None
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_a_rounding_method_is_a_file_and_a_row(name: str) -> None:
+    module = import_module(f"qig_serve.offline.rounding.{ROUNDINGS[name].module}")
+    assert callable(module.round_weight) and QuantRecipe(rounding=name).rounding == name
+
+
+def test_every_source_of_token_weights_has_a_function() -> None:
+    assert set(get_args(TokenWeightSource)) == set(SOURCES)
 
 
 def test_baseline_follows_the_scheme() -> None:
@@ -49,7 +81,7 @@ def test_presets(preset: str) -> None:
     assert recipe.scheme in preset
     if preset.startswith("paper"):
         assert (recipe.steps, recipe.quadrature, recipe.grid) == (32, "uniform", 20)
-        assert recipe.iqr and recipe.loss == "mae" and recipe.search_input == "fp"
+        assert recipe.iqr and recipe.loss == "mae"
 
 
 @pytest.mark.parametrize(
@@ -60,6 +92,7 @@ def test_presets(preset: str) -> None:
         ({"samples": 0}, "samples"),
         ({"method": "magic"}, "method"),
     ],
+    ids=["scheme", "field", "samples", "method"],
 )
 def test_wrong_values_name_the_field(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

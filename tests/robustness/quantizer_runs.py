@@ -14,8 +14,8 @@ from typing import Any
 
 from qig_serve.demo.model import ModelSpec, make_model, make_processor, save_model, train_tokenizer
 from qig_serve.demo.questions import samples, write_jsonl
+from qig_serve.hashes import file_sha256
 from qig_serve.offline import pipeline
-from qig_serve.offline.checkpoint import file_sha256
 from qig_serve.offline.recipe import QuantRecipe
 
 LAYERS = 3

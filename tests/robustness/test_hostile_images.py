@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from qig_serve.errors import UserError
-from qig_serve.offline.calibration import make_batches
+from qig_serve.offline.calibration.batches import make_batches
 from qig_serve.samples import load_image, sample_from_parts
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_llava
 import torch
+from helpers import tiny_llava
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
-from qig_serve.inspection import INDEX_FILE, inspect, require_sound, verify
-from qig_serve.offline.checkpoint import write_hashes
+from qig_serve.inspection import inspect, require_sound, verify
+from qig_serve.model_directory import INDEX_FILE
+from qig_serve.offline.disk import write_hashes
 
 DOWN = "language_model.model.layers.1.mlp.down_proj"
 SHARD = "model.safetensors"
@@ -142,7 +143,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "group-size": (manifest(group_size=64), "the checkpoint says .*group_size=64"),
     "other-scheme": (
         manifest(scheme="w4a8", bits=4, group_size=None),
-        "weight_zero_point: w4a8 stores no|weight_scale: BF16 .* but w4a8 wants F32",
+        "weight_zero_point: w4a8 stores no|weight_scale: BF16 .* but w4a8 needs F32",
     ),
     "unknown-field": (manifest(code="print()"), "code"),
     "method-of-another": (manifest(quant_method="gptq"), "not a qig checkpoint"),
@@ -339,10 +340,8 @@ OTHERS = ("method-of-another", "model-type", "architecture", "layers", "endless-
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoints_of_every_family_are_sound(tmp_path: Path) -> None:
     """The checks know what the quantizer writes of each."""
-    import sys
 
-    sys.path.insert(0, str(Path(__file__).parent.parent / "offline"))
-    from tiny_models import FAMILIES, tiny_model
+    from helpers.tiny_models import FAMILIES, tiny_model
 
     from qig_serve.offline.pipeline import quantize
     from qig_serve.offline.recipe import make_recipe

@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 from qig_serve.errors import UserError
-from qig_serve.offline.checkpoint import CheckpointWriter
+from qig_serve.offline.checkpoint.forms import Form
+from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
-from qig_serve.offline.source_checkpoint import SourceCheckpoint
+from qig_serve.offline.source.tensors import SourceCheckpoint
 
 CONFIG = {
     "quant_method": "qig",
@@ -56,7 +57,7 @@ def write(source: Path, output: Path, resume: bool = False) -> None:
                 index, {f"{'ab'[index]}.weight_packed": packed}, [f"{'ab'[index]}.weight"]
             )
             writer.write_text("report.json", "{}")
-        writer.publish(CONFIG)
+        writer.publish(Form({"quantization_config": CONFIG}))
 
 
 def test_killed_before_every_change_on_disk(small_source: Path, tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_an_output_that_appears_costs_nothing(small_source: Path, tmp_path: Path
     ):
         writer.write_block(0, {"a.weight_packed": torch.zeros(4, 3)}, ["a.weight"])
         output.write_text("somebody else's")
-        writer.publish(CONFIG)
+        writer.publish(Form({"quantization_config": CONFIG}))
     assert output.read_text() == "somebody else's"
     output.unlink()
     write(small_source, output, resume=True)

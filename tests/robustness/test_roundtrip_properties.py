@@ -40,8 +40,11 @@ def test_w3a16_layout(rows: int, groups: int, dtype: torch.dtype, seed: int) -> 
     packed = words(rows, groups, 3, seed)
     scale = torch.rand(rows, groups, generator=generator).to(dtype)
     zero = torch.randint(0, 8, (rows, groups), generator=generator).to(torch.uint8)
-    kept = layout.repack_w3a16(packed, scale, zero, dtype)
-    codes, *rest = layout.unpack_w3a16(kept["weight_lanes"], kept["scale_zero"], rows, dtype)
+    order = (16, 32)[seed % 2]
+    kept = layout.repack_w3a16(packed, scale, zero, order)
+    codes, *rest = layout.unpack_w3a16(
+        kept["weight_planes"], kept["scale_zero"], rows, 128 * groups, order, dtype
+    )
     assert torch.equal(packing.pack(codes, 3), packed)
     assert torch.equal(rest[0], scale) and torch.equal(rest[1], zero)
     assert not kept["scale_zero"][:, rows:].any()

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
-from qig_serve.offline import adapter
-from qig_serve.offline.source_checkpoint import INDEX_FILE, SourceCheckpoint
+from qig_serve.model_directory import INDEX_FILE
+from qig_serve.offline.source import loaded_model
+from qig_serve.offline.source.tensors import SourceCheckpoint
 
 SHARD = "model-00001-of-00002.safetensors"
 OTHER = "model-00002-of-00002.safetensors"
@@ -131,16 +132,16 @@ def test_refused_by_name(sharded: Path, damage: str) -> None:
 def test_pickles_beside_safetensors_are_not_opened_and_not_copied(
     sharded: Path, tmp_path: Path
 ) -> None:
-    from qig_serve.offline.checkpoint import CheckpointWriter
+    from qig_serve.offline.checkpoint.forms import Form
+    from qig_serve.offline.checkpoint.writer import CheckpointWriter
 
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path(tmp_path / "ran").touch, ())
 
     torch.save(Evil(), sharded / "pytorch_model.bin")
-    config = {"quant_method": "qig", "format_version": 1, "scheme": "w4a8", "bits": 4}
     with CheckpointWriter(SourceCheckpoint(sharded), tmp_path / "out", {}) as writer:
-        output = writer.publish(config | {"group_size": None, "ignore": []})
+        output = writer.publish(Form())
     assert not list(output.glob("*.bin")) and not (tmp_path / "ran").exists()
 
 
@@ -171,7 +172,7 @@ def test_a_weight_that_is_no_number_is_named(
     tensors[tensor].view(-1)[3] = value
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"{message} .*NaN or infinity"):
-        adapter.load(broken).block(1)
+        loaded_model.load(broken).block(1)
 
 
 def test_endless_decoders_are_not_built(model: Path, tmp_path: Path) -> None:
@@ -180,4 +181,4 @@ def test_endless_decoders_are_not_built(model: Path, tmp_path: Path) -> None:
     config["text_config"]["num_hidden_layers"] = 1 << 60
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="asks for 1152921504606846976 decoder blocks"):
-        adapter.load(broken)
+        loaded_model.load(broken)

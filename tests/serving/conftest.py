@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny_llava
-from server_process import Server, start_server
+from helpers import tiny_llava
+from helpers.server_process import Server, start_server
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +34,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    started = start_server(checkpoint, tmp_path_factory.mktemp("server"), *tools)
+    flags = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    flags += ["--allowed-origins", '["https://page.example"]']
+    started = start_server(checkpoint, tmp_path_factory.mktemp("server"), *flags)
     yield started
     if started.process.poll() is None:
         started.stop()

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_llava
-from server_process import ENGINE, environment
+from helpers import tiny_llava
+from helpers.server_process import ENGINE, environment
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response

@@ -36,6 +36,17 @@ def lines(path: Path, *rows: Any) -> Path:
         (BAD | {"body": "x"}, "body is missing"),
         (BAD | {"body": {"stream": True}}, "stream is not possible"),
     ],
+    ids=[
+        "no-json",
+        "half-a-pair",
+        "list",
+        "no-id",
+        "id-is-a-number",
+        "method",
+        "url",
+        "body",
+        "stream",
+    ],
 )
 def test_bad_line_is_an_error_row_with_its_number(tmp_path: Path, row: Any, message: str) -> None:
     path = lines(tmp_path / "in.jsonl", GOOD, "", row, GOOD | {"custom_id": "b"})
@@ -46,11 +57,12 @@ def test_bad_line_is_an_error_row_with_its_number(tmp_path: Path, row: Any, mess
     assert written["error"]["message"].startswith("line 3: ") and written["response"] is None
 
 
-def test_bytes_that_are_no_text_are_an_error_row(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_refused_before_the_work(tmp_path: Path) -> None:
+    """A file that is not UTF-8 throughout would have its good lines read as other words."""
     path = tmp_path / "in.jsonl"
-    path.write_bytes(b"\xff\xfe\n" + json.dumps(GOOD).encode())  # and no newline at the end
-    bad, good = batch_io.read_requests(path, None, {})
-    assert "not JSON" in (bad.error or "") and good.custom_id == "a"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\n")
+    with pytest.raises(UserError, match=r"in\.jsonl, line 2, byte \d+: 0xFF is not UTF-8"):
+        next(batch_io.read_requests(path, None, {}))
 
 
 def test_repeated_custom_id_is_an_error(tmp_path: Path) -> None:
@@ -102,13 +114,19 @@ def test_pictures_are_embedded(tmp_path: Path) -> None:
     embedded = batch_io.embed_pictures(body("a.jpg"), tmp_path)["messages"][0]["content"][0]
     expected = "data:image/jpeg;base64," + base64.b64encode(b"picture").decode()
     assert embedded["image_url"] == {"url": expected, "detail": "low"}
-    for url in ("data:image/png;base64,AA", "https://example.org/a.jpg", "file:///a.jpg"):
+    file_url = batch_io.embed_pictures(body("file://a.jpg"), tmp_path)
+    assert file_url["messages"][0]["content"][0] == embedded
+    for url in ("data:image/png;base64,AA", "https://example.org/a.jpg"):
         assert batch_io.embed_pictures(body(url), tmp_path) == body(url)
     with pytest.raises(ValueError, match=r"gone\.png: No such file"):
         batch_io.embed_pictures(body("gone.png"), tmp_path)
 
 
-@pytest.mark.parametrize("messages", [None, "x", [1], [{"content": [None, {"image_url": 3}]}]])
+@pytest.mark.parametrize(
+    "messages",
+    [None, "x", [1], [{"content": [None, {"image_url": 3}]}]],
+    ids=["none", "text", "numbers", "odd-parts"],
+)
 def test_odd_messages_are_left_to_the_server(tmp_path: Path, messages: Any) -> None:
     assert batch_io.embed_pictures({"messages": messages}, tmp_path) == {"messages": messages}
 

@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import tiny_llava
 import torch
+from helpers import tiny_llava
 
 from qig_serve.cli import doctor, main
 from qig_serve.errors import UserError
-from qig_serve.serving.describe import describe, model_dtype, read_manifest
+from qig_serve.model_directory import read_manifest
+from qig_serve.serving.describe import describe, serving_dtype
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_report(checkpoints: dict[str, Path], scheme: str, bits: float) -> None:
     scales = 4 * sum(layer.n for layer in report.layers) if scheme == "w4a8" else 0
     assert report.quantized_bytes == weights * bits / 8 + scales
     assert report.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2  # k and v, layers, heads, size, bytes
-    assert report.tensor_parallel_sizes == (1, 2)
+    assert report.tensor_parallel_sizes == [1, 2]
     bits_in_memory = {"w3a16": 4.25, "w4a8": report.quantized_bytes * 8 / weights}[scheme]
     in_memory = (report.memory_bytes - report.other_bytes) * 8 / weights
     assert bits_in_memory <= in_memory < 9
@@ -58,17 +59,18 @@ def test_heads_of_the_vision_tower_must_divide(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     config = json.loads((checkpoints["w4a8"] / "config.json").read_text())
-    config["vision_config"]["num_attention_heads"] = 3
+    config["vision_config"] |= {"num_attention_heads": 3, "hidden_size": 129}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(checkpoints["w4a8"] / "model.safetensors")
     report = describe(tmp_path, torch.bfloat16, 2)
-    assert report.tensor_parallel_sizes == (1,)
+    assert report.tensor_parallel_sizes == [1]
     assert report.problems == [
-        "tensor parallel size 2 does not fit (these do: 1); "
+        "tensor parallel size 2 does not fit: 3 heads of the vision tower cannot be split 2 ways "
+        "(these sizes fit: 1); "
         "--pipeline-parallel-size splits by layers instead"
     ]
     whole = describe(tmp_path, torch.bfloat16, 2, split_vision_tower=False)
-    assert whole.tensor_parallel_sizes == (1, 2) and not whole.problems
+    assert whole.tensor_parallel_sizes == [1, 2] and not whole.problems
 
 
 def test_recovery_is_the_reports(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_recovery_is_the_reports(checkpoints: dict[str, Path], tmp_path: Path) -
         "kl_mean": 0.0057,
         "top1": 0.995,
     }
-    words = "88.0% exact match, full precision 90.0%, on 200 questions; KL 0.0057 nats a token"
+    words = "88.0% exact match, full precision 90.0%, on 200 questions; KL 0.0057 nats per token"
     assert any(words in line for line in report.lines())
     (tmp_path / "report.json").write_text('{"evaluation": {}}')
     with pytest.raises(UserError, match=r"report\.json: not a report of this version"):
@@ -123,21 +125,22 @@ def test_unsupported_vllm_is_one_sentence(
 
 
 def test_dtype_is_the_checkpoints_unless_asked(checkpoints: dict[str, Path]) -> None:
-    assert model_dtype(checkpoints["w3a16"]) == torch.bfloat16
-    assert model_dtype(checkpoints["w3a16"], "half") == torch.float16
-    assert model_dtype(checkpoints["w3a16"], "float32") == torch.float32
+    assert serving_dtype(checkpoints["w3a16"]) == torch.bfloat16
+    assert serving_dtype(checkpoints["w3a16"], "half") == torch.float16
+    assert serving_dtype(checkpoints["w3a16"], "float32") == torch.float32
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "no config.json there"),
+        (None, "has no config.json"),
         ("{", "cannot be read"),
         ("[]", "not a JSON object"),
-        ("{}", "not quantized by qig-serve"),
-        ('{"quantization_config": {"quant_method": "awq"}}', "not quantized by qig-serve"),
+        ("{}", "is not a qig checkpoint"),
+        ('{"quantization_config": {"quant_method": "awq"}}', "is not a qig checkpoint"),
         ('{"quantization_config": {"quant_method": "qig"}}', "quantization_config.format_version"),
     ],
+    ids=["no-config", "cut-short", "list", "full-precision", "another-method", "no-version"],
 )
 def test_what_is_no_checkpoint(tmp_path: Path, config: str | None, message: str) -> None:
     if config is not None:
@@ -171,7 +174,7 @@ def test_doctor(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
         assert words in text
     status, text = run_doctor(capsys, directory, "--tensor-parallel-size", "4")
     assert status == 1, text
-    for words in ("cannot be served", "does not fit (these do: 1, 2)"):
+    for words in ("cannot be served", "does not fit: 256 inputs of o", "(these sizes fit: 1, 2)"):
         assert words in text
     status, text = run_doctor(capsys, directory, "--json")
     assert status == 0, text

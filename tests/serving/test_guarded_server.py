@@ -17,8 +17,8 @@ pytest.importorskip("vllm")
 
 import httpx
 import openai
-import tiny_llava
-from server_process import Server, start_server
+from helpers import tiny_llava
+from helpers.server_process import Server, start_server
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +106,7 @@ def test_picture_of_an_allowed_domain(client: openai.OpenAI, web: int) -> None:
         ("http://other.test:{}/a.png", "not an allowed media domain"),
         ("http://inside.test:{}/a.png", "inside.test resolves to 10.0.0.1, which is not a public"),
     ],
+    ids=["redirect", "other-domain", "inside-address"],
 )
 def test_refused_remote_pictures(client: openai.OpenAI, web: int, url: str, message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_process import Server, environment
+from helpers.server_process import Server, environment
 
 from qig_serve.cli import main
 from qig_serve.demo.questions import write_jsonl

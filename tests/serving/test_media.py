@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import tiny_llava
+from helpers import tiny_llava
 from PIL import Image
 
 from qig_serve.serving import media

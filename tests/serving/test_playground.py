@@ -15,9 +15,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-import tiny_llava
 from aiohttp import web
-from server_process import Server
+from helpers import tiny_llava
+from helpers.server_process import Server
 
 from qig_serve import serving
 from qig_serve.demo import questions

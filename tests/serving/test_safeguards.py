@@ -20,14 +20,30 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from qig_serve.serving import safeguards
+from qig_serve.serving import engine_watch
+from qig_serve.serving.engine_watch import EngineWatch
 from qig_serve.serving.limits import Limits
 from qig_serve.serving.safeguards import Safeguards
 
 ROUTES = ("/v1/models", "/v1/quantization", "/metrics", "/version", "/openapi.json", "/", "/docs")
 
 
-def make_app(handler: Callable[[Request], Any], keys: list[str] | None = None) -> Starlette:
+def server_arguments(keys: list[str] | None) -> Namespace:
+    """Of vLLM's server, those that the middleware reads."""
+    return Namespace(
+        api_key=keys,
+        allowed_origins=["https://page.example"],
+        allow_credentials=True,
+        allowed_methods=["GET", "POST"],
+        allowed_headers=["*"],
+    )
+
+
+def make_app(
+    handler: Callable[[Request], Any],
+    keys: list[str] | None = None,
+    engine: EngineWatch | None = None,
+) -> Starlette:
     """An application with the middleware, as vLLM's would have it."""
 
     async def health(_: Request) -> Response:
@@ -39,8 +55,8 @@ def make_app(handler: Callable[[Request], Any], keys: list[str] | None = None) -
             Route("/{path:path}", handler, methods=["GET", "POST", "DELETE"]),
         ]
     )
-    app.state.args = Namespace(api_key=keys)
-    app.add_middleware(Safeguards)
+    app.state.args = server_arguments(keys)
+    app.add_middleware(Safeguards, engine=engine or EngineWatch())
     return app
 
 
@@ -57,7 +73,6 @@ async def echo(request: Request) -> Response:
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QIG_SERVE_MAX_BODY_MB", "1")
     monkeypatch.setenv("QIG_SERVE_MAX_QUEUED_REQUESTS", "2")
-    monkeypatch.setattr(safeguards, "_stopping", False)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
 
@@ -146,6 +161,7 @@ def test_body_limit_with_and_without_a_length() -> None:
         (rb'{"a": "\ud83d\ude00", "b": 18446744073709551615, "c": 1e30}', None),
         (rb'{"a": "\ud800"', None),
     ],
+    ids=["half-in-a-list", "half-in-a-key", "beyond-64-bits", "below-64-bits", "fine", "no-json"],
 )
 def test_bodies_that_cannot_be_passed_on(body: bytes, fault: str | None) -> None:
     async def run() -> None:
@@ -200,7 +216,7 @@ def test_body_that_breaks_its_own_validation() -> None:
     """400, where the framework answers 500; a fault of the application stays one."""
 
     app = fastapi.FastAPI()
-    app.state.args = Namespace(api_key=None)
+    app.state.args = server_arguments(None)
     app.add_middleware(Safeguards)
 
     @app.post("/v1/completions")
@@ -255,11 +271,12 @@ def test_failures_free_their_place_in_the_queue() -> None:
     asyncio.run(run())
 
 
-def test_stopping_refuses_new_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safeguards, "_stopping", True)
+def test_stopping_refuses_new_requests() -> None:
+    engine = EngineWatch()
+    engine.stopping = True
 
     async def run() -> None:
-        async with client(make_app(echo)) as http:
+        async with client(make_app(echo, engine=engine)) as http:
             refused = await http.post("/v1/chat/completions")
             assert refused.status_code == 503 and "retry-after" in refused.headers
             assert (await http.get("/health")).status_code == 200
@@ -267,13 +284,23 @@ def test_stopping_refuses_new_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("told", "died"), [(True, False), (False, True)])
+class StandInReport:
+    """Of a checkpoint; counts how often it is turned into JSON."""
+
+    made = 0
+
+    def as_json(self) -> dict[str, Any]:
+        StandInReport.made += 1
+        return {"scheme": "w3a16"}
+
+
+@pytest.mark.parametrize(("asked", "died"), [(True, False), (False, True)], ids=["asked", "died"])
 def test_a_dead_engine_is_told_from_a_stopped_one(
-    told: bool, died: bool, monkeypatch: pytest.MonkeyPatch
+    asked: bool, died: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safeguards, "engine_died", False)
-    monkeypatch.setattr(safeguards, "_report", lambda app: None)
-    monkeypatch.setattr(safeguards, "_publish_metrics", lambda report: None)
+    monkeypatch.setattr(engine_watch, "_describe_engine", lambda client: StandInReport())
+    monkeypatch.setattr(engine_watch, "_publish_metrics", lambda report: None)
+    watch = EngineWatch()
 
     class Engine:
         errored = False
@@ -281,7 +308,7 @@ def test_a_dead_engine_is_told_from_a_stopped_one(
         def shutdown(self, timeout: float) -> None:
             self.errored = True
 
-    app = make_app(echo)
+    app = make_app(echo, engine=watch)
     engine: Any = Engine()
     app.state.engine_client = engine
 
@@ -291,7 +318,7 @@ def test_a_dead_engine_is_told_from_a_stopped_one(
         async def receive() -> dict[str, str]:
             event = next(events)
             if event == "lifespan.shutdown":
-                if told:
+                if asked:
                     engine.shutdown(timeout=1)
                 engine.errored = True
             return {"type": event}
@@ -302,4 +329,68 @@ def test_a_dead_engine_is_told_from_a_stopped_one(
         await app({"type": "lifespan", "app": app, "asgi": {}, "state": {}}, receive, send)
 
     asyncio.run(run())
-    assert safeguards.engine_died is died
+    assert watch.died is died and watch.stopping is asked
+
+
+def test_the_checkpoint_is_read_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_watch, "_describe_engine", lambda client: StandInReport())
+    monkeypatch.setattr(engine_watch, "_publish_metrics", lambda report: None)
+    monkeypatch.setattr(StandInReport, "made", 0)
+    watch = EngineWatch()
+    app = make_app(echo, engine=watch)
+    app.state.engine_client = Namespace(shutdown=lambda: None, errored=False)
+
+    async def run() -> None:
+        async with client(app) as http:
+            early = await http.get("/v1/quantization")
+            assert early.status_code == 503 and "starting" in early.json()["error"]["message"]
+
+            async def receive() -> dict[str, str]:
+                return {"type": "lifespan.startup"}
+
+            await watch.follow({"app": app}, receive)()
+            for _ in range(3):
+                assert (await http.get("/v1/quantization")).json() == {"scheme": "w3a16"}
+            assert StandInReport.made == 1
+
+    asyncio.run(run())
+
+
+PAGE = {"Origin": "https://page.example"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "headers", "status"),
+    [
+        ("GET", "/v1/models", b"", {}, 401),
+        ("GET", "/", b"", {}, 401),
+        ("GET", "/", b"", {"Authorization": "Bearer secret"}, 200),
+        ("GET", "/v1/quantization", b"", {"Authorization": "Bearer secret"}, 503),
+        ("POST", "/v1/completions", b"x" * 2**21, {"Authorization": "Bearer secret"}, 400),
+        ("POST", "/v1/completions", rb'{"a": "\ud800"}', {"Authorization": "Bearer secret"}, 400),
+        ("POST", "/v1/completions", b"{}", {"Authorization": "Bearer secret"}, 503),
+    ],
+    ids=["no-key", "page-no-key", "page", "starting", "too-large", "half-a-pair", "stopping"],
+)
+def test_own_answers_carry_cors_headers(
+    method: str, path: str, content: bytes, headers: dict[str, str], status: int
+) -> None:
+    engine = EngineWatch()
+    engine.stopping = status == 503
+
+    async def run() -> None:
+        async with client(make_app(echo, ["secret"], engine)) as http:
+            for origin, allowed in (
+                (PAGE, "https://page.example"),
+                ({"Origin": "https://other.example"}, None),
+                ({}, None),
+            ):
+                answer = await http.request(
+                    method, path, content=content, headers={**headers, **origin}
+                )
+                assert answer.status_code == status
+                assert answer.headers.get("access-control-allow-origin") == allowed
+                with_credentials = answer.headers.get("access-control-allow-credentials")
+                assert with_credentials == ("true" if origin else None)
+
+    asyncio.run(run())

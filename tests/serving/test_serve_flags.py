@@ -21,8 +21,9 @@ from qig_serve import serve
         (["--gpu-memory-utilization=0.5"], None),
         (["--config", "options.yaml"], None),
     ],
+    ids=["default", "bytes", "abbreviated", "share", "config-file"],
 )
-def test_cpu_cache_is_small_unless_said_else(
+def test_cpu_cache_is_small_unless_asked_for(
     flags: list[str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -19,8 +19,8 @@ pytest.importorskip("vllm")
 
 import httpx
 import openai
-import tiny_llava
-from server_process import Server, environment, start_server
+from helpers import tiny_llava
+from helpers.server_process import Server, environment, start_server
 from transformers import AutoTokenizer
 
 TOKENS = 8
@@ -229,6 +229,24 @@ def test_doctor_and_the_log_say_the_same(server: Server, checkpoint: Path) -> No
         assert f"\n{row:16}  " in server.output
 
 
+def test_own_answers_have_vllms_cors_headers(server: Server) -> None:
+    """A page of another origin reads 400 and our routes as it reads vLLM's."""
+
+    def cors(answer: httpx.Response) -> dict[str, str]:
+        return {k: v for k, v in answer.headers.items() if k.startswith("access-control")}
+
+    page = {"Origin": "https://page.example"}
+    wanted = cors(httpx.get(f"{server.url}/v1/models", headers=page))
+    assert wanted["access-control-allow-origin"] == page["Origin"]
+    for path in ("/", "/v1/quantization"):
+        assert cors(httpx.get(server.url + path, headers=page)) == wanted
+    refused = httpx.post(
+        f"{server.url}/v1/completions", headers=page, content=rb'{"prompt": "\ud800"}'
+    )
+    assert refused.status_code == 400 and cors(refused) == wanted
+    assert cors(httpx.get(f"{server.url}/")) == {}
+
+
 def test_playground_page(server: Server) -> None:
     page = httpx.get(f"{server.url}/")
     assert page.headers["content-type"].startswith("text/html")
@@ -307,6 +325,7 @@ def test_dead_engine_takes_the_process_down(checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--trust-remote-code"], "is refused"), (["--trust-remote"], "is refused")],
+    ids=["whole", "abbreviated"],
 )
 @pytest.mark.slow
 def test_unsafe_flags_are_refused(checkpoint: Path, flags: list[str], message: str) -> None:
@@ -329,5 +348,5 @@ def test_full_precision_directory_is_refused(tmp_path: Path) -> None:
         timeout=100,
         env=environment(),
     )
-    assert done.returncode == 2 and "not quantized by qig-serve" in done.stderr
+    assert done.returncode == 2 and "is not a qig checkpoint" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -7,17 +7,14 @@ import gc
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import FAMILIES, tiny_model
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "offline"))
-from tiny_models import FAMILIES, tiny_model
 
 pytest.importorskip("vllm")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

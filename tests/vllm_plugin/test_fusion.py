@@ -226,7 +226,7 @@ def test_vllms_configuration_takes_it() -> None:
         ("w4a8", "0", CompilationMode.VLLM_COMPILE, True, False),
         ("w4a8", None, CompilationMode.NONE, True, False),
         ("w4a8", None, CompilationMode.VLLM_COMPILE, False, False),
-        ("w3a16", None, CompilationMode.VLLM_COMPILE, True, False),
+        ("w3a16", None, CompilationMode.VLLM_COMPILE, True, True),
     ],
 )
 def test_a_linear_on_a_gpu_installs_it_where_vllm_compiles(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_llava
+from helpers import tiny_llava
 
 pytest.importorskip("vllm")
 

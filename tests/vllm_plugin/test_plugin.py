@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -52,17 +51,6 @@ def test_registering_twice() -> None:
     assert get_quantization_config("qig") is QigConfig
 
 
-@pytest.mark.parametrize(("compiler", "expected"), [("no-such-compiler", "1"), ("sh", None)])
-def test_without_a_compiler_nothing_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, compiler: str, expected: str | None
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "")  # so that it is put back
-    monkeypatch.delenv("VLLM_CPU_CI_ENV")
-    monkeypatch.setenv("CXX", compiler)
-    register()
-    assert os.environ.get("VLLM_CPU_CI_ENV") == expected
-
-
 def test_bad_config_is_one_sentence() -> None:
     with pytest.raises(UserError, match="quantization_config: unknown scheme 'w5'"):
         QigConfig.from_config(quantization_config() | {"scheme": "w5"})
@@ -99,7 +87,7 @@ def test_fused_layers_are_ignored_whole_or_not_at_all() -> None:
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_uneven_tensor_parallel_split_names_sizes_that_work(scheme: str) -> None:
     method = QigLinearMethod(QigConfig.from_config(quantization_config(scheme)), "m.down_proj")
-    with pytest.raises(ValueError, match="768 inputs split 4 ways.*size of 1 or 2 or 3 or 6$"):
+    with pytest.raises(ValueError, match="768 inputs split 4 ways.*size of 1 or 2$"):
         method._check_shape(256, 192, 768, torch.bfloat16)
 
 
@@ -112,7 +100,7 @@ def test_unsupported_size_names_the_layer() -> None:
 @pytest.mark.parametrize(
     "tensor",
     [torch.zeros(4, 12, dtype=torch.int64), torch.zeros(4, 16, dtype=torch.int32)],
-    ids=str,
+    ids=["another-dtype", "more-columns"],
 )
 def test_wrong_tensors_are_not_cast_or_cut(tensor: torch.Tensor) -> None:
     config = QigConfig.from_config(quantization_config())
@@ -142,6 +130,25 @@ def test_missing_scales_are_noticed() -> None:
         method.process_weights_after_loading(layer)
 
 
+def test_dummy_weights_have_scales_of_either_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM fills them with small random numbers, for timing: no sign of a damaged checkpoint."""
+    config = QigConfig.from_config(quantization_config("w4a8"))
+    method = QigLinearMethod(config, "m.q_proj", dummy=True)
+    layer = stored_layer(method, 4, 128)
+    layer.weight_scale.data.uniform_(-1e-3, 1e-3)
+    layer.weight_scale.data[0] = 0
+    prepared: list[dict[str, torch.Tensor]] = []
+
+    def prepare(scheme: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+        prepared.append(dict(tensors))
+        return tensors
+
+    monkeypatch.setattr(method.backend, "prepare", prepare)
+    monkeypatch.setattr(method.backend, "warm_up", lambda *arguments: None)
+    method.process_weights_after_loading(layer)
+    assert bool((prepared[0]["weight_scale"] > 0).all())
+
+
 def stored_layer(method: QigLinearMethod, n: int, k: int) -> torch.nn.Module:
     """A layer as vLLM's loader leaves it: random codes and positive scales."""
     layer = torch.nn.Module()
@@ -162,33 +169,33 @@ def stored_layer(method: QigLinearMethod, n: int, k: int) -> torch.nn.Module:
 def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before vLLM profiles memory: every shape warmed up, one workspace for all layers.
+    """Before vLLM profiles memory: every shape warmed up, one scratch memory for all layers.
 
     The GPU's kernels are handed CPU tensors here, so that only the compiling is missing.
     """
-    from qig_serve.kernels import launch, ops, tuning
+    from qig_serve.kernels import launch, ops, tiles
 
     monkeypatch.setattr("qig_serve.vllm_plugin.linear.kernel_backend", lambda: ops)
     warmed: list[tuple[Any, ...]] = []
     monkeypatch.setattr(ops, "warm_up", lambda *arguments: warmed.append(arguments))
-    ops.workspace.cache_clear()
+    launch._scratch.cache_clear()
     for name, n, k in (("qkv_proj", 300, 256), ("down_proj", 128, 384)):
         config = QigConfig.from_config(quantization_config(scheme))
         method = QigLinearMethod(config, f"m.{name}")
         layer = stored_layer(method, n, k)
         method.process_weights_after_loading(layer)
-        assert warmed[-1] == (method.scheme, n, k, torch.bfloat16, torch.device("cpu"))
-        assert ops.workspace.cache_info().currsize == 1, "one workspace, whatever the layer"
+        assert warmed[-1] == (method.scheme, n, k, torch.bfloat16, torch.device("cpu"), False)
+        assert launch._scratch.cache_info().currsize == 1, "one scratch memory, whatever the layer"
         names = {name for name, _ in layer.named_parameters()}
-        assert "qig_counters" in names and "weight_packed" not in names
+        assert any(name.startswith("qig_") for name in names) and "weight_packed" not in names
     device = torch.device("cpu")
     largest = max(
-        launch.workspace_size(tile, device)
-        for (architecture, _, _), rows in tuning.tile_table().items()
-        if architecture == ops.INTERPRETER_ARCHITECTURE
+        launch._scratch_size(tile, launch.multiprocessors(device))
+        for (architecture, _, _), rows in tiles.tile_table().items()
+        if architecture == launch.INTERPRETER_ARCHITECTURE
         for _, tile in rows
     )
-    assert ops.workspace(device).numel() == largest > 0
+    assert launch.scratch(device).partials.numel() == largest > 0
 
 
 @pytest.mark.parametrize(

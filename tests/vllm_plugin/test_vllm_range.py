@@ -26,7 +26,7 @@ NEW_DEPENDENCIES = {"0.26": [], "0.33": ["orjson"]}
 """What the installed version does not need yet."""
 
 ROOT = Path(__file__).parent.parent.parent
-TESTS = ["vllm_plugin/test_compat.py", "vllm_plugin/test_plugin.py"]
+TESTS = [f"vllm_plugin/test_{name}.py" for name in ("compat", "patches", "plugin")]
 TESTS += ["serving/test_media.py", "serving/test_safeguards.py", "serving/test_describe.py"]
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
-sys.path.append(str(Path(__file__).parents[2] / "serving"))  # server_process, which those share
 
-import tiny_llava
-from server_process import Server, start_server
+from helpers import tiny_llava
+from helpers.server_process import Server, start_server
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from typing import Any
 
 import httpx
 import pytest
-import tiny_llava
+from helpers import tiny_llava
+from helpers.server_process import Server, start_server
 from requests_to import (
     CHAT,
     COMPLETIONS,
@@ -28,7 +29,6 @@ from requests_to import (
     picture_body,
     plain_body,
 )
-from server_process import Server, start_server
 
 pytestmark = pytest.mark.slow
 

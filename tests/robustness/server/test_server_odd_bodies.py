@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from helpers.server_process import Server
 from requests_to import CHAT, COMPLETIONS, ROUTES, Tally, assert_still_right, plain_body
-from server_process import Server
 
 pytestmark = pytest.mark.slow
 

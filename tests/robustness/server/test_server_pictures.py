@@ -18,10 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
-import tiny_llava
+from helpers import tiny_llava
+from helpers.server_process import Server, start_server
 from PIL import Image
 from requests_to import CHAT, Tally, assert_still_right, picture_body
-from server_process import Server, start_server
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ pytest.importorskip("schemathesis")
 
 import httpx
 import schemathesis
+from helpers.server_process import Server
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from requests_to import CHAT, COMPLETIONS, ROUTES, Tally, assert_still_right, plain_body
 from schemathesis import GenerationMode
-from server_process import Server
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,233 @@
+"""Where calibration samples come from: one function per source, all giving `Sample`s.
+
+demo                            the demonstration set's calibration split
+samples.jsonl                   one JSON line per sample (qig_serve/samples.py)
+conversations.json              LLaVA / ShareGPT4V conversations, images in `image_folder`
+folder                          images with captions: NAME.txt beside NAME.png, or one CSV with
+                                an image and a caption column
+hf:NAME?split=train&image=image&question=prompt&answer=caption
+                                a Hugging Face dataset and its columns; what CAPTIONS names is the
+                                default
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+from qig_serve import text_files
+from qig_serve.errors import UserError
+from qig_serve.samples import (
+    IMAGE_SUFFIXES,
+    ImageSource,
+    Sample,
+    load_image,
+    read_samples,
+    sample_from_parts,
+)
+
+CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
+"""Pairs of an image and a caption, the paper's kind of calibration data."""
+CAPTION_QUESTION = "Describe the image."
+_IMAGE_COLUMNS = ("image", "file_name", "file", "path", "filename")
+_CAPTION_COLUMNS = ("caption", "text", "answer")
+
+T = TypeVar("T")
+
+
+def load_calibration(
+    source: str,
+    n: int,
+    seed: int = 0,
+    image_folder: str | Path | None = None,
+    text_only: bool = False,
+) -> list[Sample]:
+    """`n` samples of a source, chosen by `seed`; fewer if it holds fewer.
+
+    UserError when the source cannot be read (file and line named), when it is empty, and when no
+    sample has an image unless `text_only` is set.
+    """
+    if not source:
+        raise UserError(
+            "no calibration data: give --calib with a JSONL file, a LLaVA JSON, a folder of "
+            "captioned images, hf:DATASET, or 'demo'"
+        )
+    if source == "demo":
+        samples = _demo(n, seed)
+    elif source.startswith("hf:"):
+        samples = _hugging_face(source, n, seed)
+    else:
+        path = Path(source)
+        if path.is_dir():
+            samples = _choose(_captioned_folder(path), n, seed)
+        elif not path.is_file():
+            raise UserError(f"the calibration data {source} does not exist")
+        elif path.suffix == ".json":
+            folder = Path(image_folder) if image_folder is not None else path.parent
+            samples = _conversations(path, folder, n, seed)
+        else:
+            samples = _choose(read_samples(path), n, seed)
+    if not samples:
+        raise UserError(f"the calibration data {source} holds no samples")
+    if not text_only and not any(s.images for s in samples):
+        raise UserError(
+            f"no calibration sample of {source} has an image, so the vision tokens would go "
+            "uncalibrated: add images, or use --text-only"
+        )
+    return samples
+
+
+def _choose(items: Sequence[T], n: int, seed: int) -> list[T]:
+    """`n` of the items at random, in their own order; all if there are no more."""
+    if len(items) <= n:
+        return list(items)
+    chosen = sorted(random.Random(seed).sample(range(len(items)), n))
+    return [items[i] for i in chosen]
+
+
+def _demo(n: int, seed: int) -> list[Sample]:
+    from qig_serve.demo import questions
+
+    return [
+        sample_from_parts(f"demo-{s.id}", s.type, s.image, s.question, s.answer)
+        for s in questions.samples("calibration", n, seed)
+    ]
+
+
+def _conversations(path: Path, folder: Path, n: int, seed: int) -> list[Sample]:
+    """LLaVA and ShareGPT4V: [{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]."""
+    records = text_files.read_json(path)
+    if not isinstance(records, list):
+        raise UserError(f"{path} must hold a list of conversations")
+    # Chosen before they are parsed: such files hold hundreds of thousands.
+    chosen = _choose(list(enumerate(records)), n, seed)
+    return [_conversation(record, f"{path}, record {i}", i, folder) for i, record in chosen]
+
+
+def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f'{where}: no "conversations" list')
+    named = record.get("image") or []
+    files = named if isinstance(named, list) else [named]
+    images: list[ImageSource] = []
+    for name in files:
+        path = folder / str(name)
+        if not os.path.isfile(path):
+            raise UserError(f"{where}: the image {path} does not exist; see --image-folder")
+        images.append(path)
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    roles["system"] = "system"
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        role = roles.get(
+            str(turn.get("from", turn.get("role", ""))) if isinstance(turn, dict) else ""
+        )
+        value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if role is None or not isinstance(value, str):
+            raise UserError(f'{where}: a turn needs "from" (human or gpt) and "value"')
+        parts: list[dict[str, Any]] = []
+        pieces = value.split("<image>")
+        for i, piece in enumerate(pieces):
+            if i:
+                if not images:
+                    raise UserError(f"{where}: more <image> marks than images")
+                parts.append({"type": "image", "image": images.pop(0)})
+            if piece.strip():
+                parts.append({"type": "text", "text": piece.strip()})
+        messages.append({"role": role, "content": parts})
+    first = next((m for m in messages if m["role"] == "user"), None)
+    if first is None:
+        raise UserError(f"{where}: the conversation has no human turn")
+    first["content"][:0] = [{"type": "image", "image": image} for image in images]
+    answer = None
+    if messages[-1]["role"] == "assistant":
+        answer = " ".join(p["text"] for p in messages.pop()["content"] if p["type"] == "text")
+    return Sample(str(record.get("id", index)), "conversation", tuple(messages), answer)
+
+
+def _captioned_folder(folder: Path) -> list[Sample]:
+    """Every captioned image below a folder."""
+    tables = sorted(folder.glob("*.csv"))
+    if len(tables) > 1:
+        raise UserError(f"{folder} holds {len(tables)} CSV files; keep the one with the captions")
+    if tables:
+        return _captions_csv(tables[0])
+    samples = []
+    for path in sorted(folder.rglob("*")):
+        beside = path.with_suffix(".txt")
+        if path.suffix.lower() in IMAGE_SUFFIXES and beside.is_file():
+            caption = text_files.read_text(beside).strip()
+            name = str(path.relative_to(folder))
+            samples.append(sample_from_parts(name, "caption", path, CAPTION_QUESTION, caption))
+    if not samples:
+        raise UserError(
+            f"{folder} holds no captioned images: put NAME.txt beside NAME.png, or a CSV with the "
+            "columns image and caption"
+        )
+    return samples
+
+
+def _captions_csv(path: Path) -> list[Sample]:
+    samples = []
+    columns = text_files.csv_columns(path)
+    image = next((c for c in _IMAGE_COLUMNS if c in columns), None)
+    caption = next((c for c in _CAPTION_COLUMNS if c in columns), None)
+    if image is None or caption is None:
+        raise UserError(f"{path} needs the columns image and caption, and has {columns}")
+    for row in text_files.csv_rows(path):
+        if row.surplus:
+            raise UserError(
+                f"{path}, line {row.line}: more fields than columns: quote a caption with commas"
+            )
+        name, text = row.fields[image], row.fields[caption].strip()
+        file = path.parent / name
+        if not file.is_file():
+            raise UserError(f"{path}, line {row.line}: the image {file} does not exist")
+        samples.append(sample_from_parts(name, "caption", file, CAPTION_QUESTION, text))
+    return samples
+
+
+def _hugging_face(source: str, n: int, seed: int) -> list[Sample]:
+    """Streams a dataset, so that only what is used is fetched."""
+    name, _, query = source.removeprefix("hf:").partition("?")
+    options = {"split": "train", "image": "image", "answer": "caption", "question": ""}
+    for key, value in parse_qsl(query):
+        if key not in (*options, "config"):
+            raise UserError(
+                f"{source}: unknown option {key!r}; known: {', '.join(options)}, config"
+            )
+        options[key] = value
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source} needs the package datasets: pip install 'qig-serve[datasets]', or name "
+            "other data with --calib"
+        ) from None
+    try:
+        stream = datasets.load_dataset(
+            name, options.get("config"), split=options["split"], streaming=True
+        )
+        rows = list(stream.shuffle(seed=seed, buffer_size=max(1000, n)).take(n))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be read: {error}") from None
+    samples = []
+    for i, row in enumerate(rows):
+        columns = [options["image"], options["answer"]]
+        missing = [c for c in [*columns, options["question"]] if c and c not in row]
+        if missing:
+            raise UserError(
+                f"{source}: no column {missing[0]!r}; the columns are {', '.join(row)}. "
+                "Map them as hf:NAME?image=COLUMN&question=COLUMN&answer=COLUMN"
+            )
+        answer = row[options["answer"]]
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        question = str(row[options["question"]]) if options["question"] else CAPTION_QUESTION
+        image = load_image(row[options["image"]])
+        samples.append(sample_from_parts(f"{name}-{i}", "caption", image, question, str(answer)))
+    return samples

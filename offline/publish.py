@@ -1,0 +1,114 @@
+"""The two ends of a run's record: the report that it begins with, and the published checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qig_serve import __version__, tensor_parallel
+from qig_serve.formats import FORMAT_VERSION
+from qig_serve.manifest import CalibrationInfo, QuantizationConfig
+from qig_serve.offline.calibration.batches import (
+    CalibrationBatch,
+    calibration_sha256,
+    token_counts,
+)
+from qig_serve.offline.checkpoint import forms
+from qig_serve.offline.checkpoint.writer import CheckpointWriter
+from qig_serve.offline.processes import Ranks
+from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.report.pictures import KeptWeights
+from qig_serve.offline.report.write import write_reports
+from qig_serve.offline.results import REPORT_FILE, QuantizationReport
+from qig_serve.offline.source.loaded_model import LoadedModel
+from qig_serve.samples import Sample, sample_sha256
+
+
+def new_report(
+    loaded: LoadedModel,
+    recipe: QuantRecipe,
+    samples: Sequence[Sample],
+    batches: Sequence[CalibrationBatch],
+    ranks: Ranks,
+) -> QuantizationReport:
+    """The report of a run that begins: what is quantized, how, and on what."""
+    info = CalibrationInfo(
+        source=recipe.calib,
+        samples=len(samples),
+        sha256=calibration_sha256(samples),
+        seed=recipe.seed,
+    )
+    counts = token_counts(batches)
+    return QuantizationReport(
+        model=str(loaded.directory),
+        family=loaded.arch.name,
+        scheme=recipe.scheme,
+        method=recipe.method,
+        recipe=recipe.recorded(),
+        calibration={
+            **info.model_dump(),
+            "tokens": dict(zip(counts, map(int, ranks.total(*counts.values())), strict=True)),
+            # So that an evaluation can tell which of its questions were calibrated on.
+            "sample_sha256": [sample_sha256(s) for s in samples],
+        },
+        left_alone=loaded.left_alone(),
+        producer=f"qig-serve {__version__}",
+    )
+
+
+def publish(
+    loaded: LoadedModel,
+    writer: CheckpointWriter,
+    report: QuantizationReport,
+    recipe: QuantRecipe,
+    kept: KeptWeights,
+    plain: bool,
+) -> None:
+    """Publishes the checkpoint with its reports; a plain one with report.json alone."""
+    if plain:
+        writer.write_text(REPORT_FILE, report.model_dump_json(indent=1) + "\n")
+        writer.publish(forms.plain(recipe.quant_scheme, loaded.source))
+        return
+    config = quantization_config(loaded, report, recipe)
+    card = loaded.directory / "README.md"
+    pictures = kept.pictures(loaded.config, loaded.processor)
+    report.warnings += kept.unmapped
+    write_reports(
+        report,
+        writer.directory,
+        config.model_dump(mode="json"),
+        card if card.is_file() else None,
+        pictures,
+    )
+    form = forms.qig(config)
+    if recipe.format == "compressed-tensors":
+        form = forms.compressed(config, loaded.arch, report.left_alone)
+    writer.publish(form)
+
+
+def quantization_config(
+    loaded: LoadedModel, report: QuantizationReport, recipe: QuantRecipe
+) -> QuantizationConfig:
+    """What the checkpoint's config.json says about it."""
+    scheme = recipe.quant_scheme
+    refused = tensor_parallel.refused_sizes(loaded.config, scheme.k_multiple)
+    return QuantizationConfig(
+        quant_method="qig",
+        format_version=FORMAT_VERSION,
+        scheme=scheme.name,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        ignore=report.left_alone,
+        model_type=loaded.config.model_type,
+        architectures=loaded.config.architectures or [],
+        method=recipe.method,
+        produced_by=report.producer,
+        calibration=CalibrationInfo(
+            **{name: report.calibration[name] for name in CalibrationInfo.model_fields}
+        ),
+        tensor_parallel_sizes=tensor_parallel.fitting_sizes(refused),
+        recipe=recipe.recorded(),
+        summary={
+            **report.summary(),
+            "tensor_parallel_refused": {str(size): why for size, why in refused.items()},
+        },
+    )

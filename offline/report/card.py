@@ -1,0 +1,276 @@
+"""README.md of a checkpoint: a Hugging Face model card, with metadata that machines read too."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qig_serve.formats import get_scheme
+from qig_serve.offline.results import QuantizationReport
+from qig_serve.tensor_parallel import in_words
+
+DEVICES = ("cpu", "cuda")
+"""Where the checkpoint can be served: vLLM's CPU kernels, or Triton kernels on NVIDIA GPUs."""
+
+# What of the source model's own card stays true of the quantized model.
+_INHERITED = ("license", "license_name", "license_link", "language", "datasets")
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """The YAML block that opens a model card; empty if there is no card or no valid block."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        found = yaml.safe_load(text[4 : text.index("\n---", 4) + 1])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what computes the result."""
+    found = {}
+    for name in ("qig-serve", "torch", "transformers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def public_name(model: str) -> str:
+    """What to call a model elsewhere: org/name of a hub snapshot, or a directory's last part.
+
+    The folders of the machine that quantized it are not published.
+    """
+    path = Path(model)
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name if path.is_absolute() or path.is_dir() else model
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def recovery_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the recovery table: full precision, the checkpoint, and what is kept."""
+    results: Mapping[str, Any] = evaluation["results"]
+    full = results["fp"]
+    ((_, own),) = ((k, v) for k, v in results.items() if k != "fp")
+    head = ["", "full precision", "this checkpoint", "recovery"]
+
+    def row(label: str, a: float | None, b: float | None) -> list[str]:
+        kept = f"{b / a:.1%}" if a and b is not None else "-"
+        return [label, _percent(a), _percent(b), kept]
+
+    rows = [row(f"exact match ({own['n']} questions)", full["exact_match"], own["exact_match"])]
+    rows += [
+        row(f"- {kind}", full["by_type"].get(kind), share) for kind, share in own["by_type"].items()
+    ]
+    if paired := own.get("paired"):
+        low, high = (100 * v for v in paired["interval"])
+        rows.append(
+            [
+                "difference in points, 95% interval",
+                "",
+                f"{100 * paired['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
+                "",
+            ]
+        )
+        rows.append(
+            [
+                "right -> wrong, wrong -> right, McNemar p",
+                "",
+                f"{paired['right_to_wrong']}, {paired['wrong_to_right']}, {paired['p_value']:.2g}",
+                "",
+            ]
+        )
+    if kl := own.get("kl"):
+        rows += [
+            ["KL on answer tokens, mean", "0", f"{kl['kl_mean']:.2g}", ""],
+            ["KL, 99th percentile", "0", f"{kl['kl_p99']:.2g}", ""],
+            ["top-1 agreement on answer tokens", "100.0%", _percent(kl["top1"]), ""],
+            ["answer perplexity ratio", "1", f"{kl['perplexity_ratio']:.4f}", ""],
+        ]
+    if own.get("agreement") is not None:
+        rows.append(["same whole answer", "100.0%", _percent(own["agreement"]), ""])
+    return head, rows
+
+
+COMPLETENESS_LIMIT = 0.02
+"""Weight-only attributions must come this near F(X) - F(X0), relatively."""
+
+
+def all_warnings(report: QuantizationReport) -> list[str]:
+    """What a reader must know first: the run's own warnings, fallbacks, incomplete attributions."""
+    lines = [*report.warnings, *(f"Fallback: {text}" for text in report.fallbacks)]
+    if get_scheme(report.scheme).activation_bits is None:
+        lines += [
+            f"Block {block.index}, {module.name}: the attribution misses completeness by "
+            f"{module.completeness:.1%}, more than {COMPLETENESS_LIMIT:.0%}: use more steps"
+            for block in report.blocks
+            for module in block.modules
+            if module.completeness is not None and module.completeness > COMPLETENESS_LIMIT
+        ]
+    return lines
+
+
+def _metadata(
+    report: QuantizationReport,
+    quantization: Mapping[str, Any],
+    inherited: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    base = report.model
+    data: dict[str, Any] = {k: inherited[k] for k in _INHERITED if k in inherited}
+    data |= {
+        "base_model": public_name(base),
+        "base_model_relation": "quantized",
+        "library_name": "vllm",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["qig", report.scheme, report.family, "quantized", "vllm"],
+        "quantization": {
+            "scheme": report.scheme,
+            "method": report.method,
+            "seed": report.calibration.get("seed"),
+            "calibration_samples": report.calibration.get("samples"),
+            "calibration_sha256": report.calibration.get("sha256"),
+            "tensor_parallel_sizes": quantization.get("tensor_parallel_sizes", [1]),
+            "devices": list(DEVICES),
+            "versions": versions(),
+        },
+    }
+    if evaluation is not None:
+        own = next(v for k, v in evaluation["results"].items() if k != "fp")
+        data["quantization"]["evaluation"] = {
+            "data": public_name(str(evaluation.get("data", ""))),
+            "sha256": own.get("evaluation_sha256"),
+            "questions": own["n"],
+            "exact_match": round(own["exact_match"], 6),
+            "exact_match_full_precision": round(evaluation["results"]["fp"]["exact_match"], 6),
+            "kl_mean": own.get("kl_mean"),
+        }
+    return data
+
+
+def _recovery(report: QuantizationReport, evaluation: Mapping[str, Any] | None) -> str:
+    if evaluation is not None:
+        head, rows = recovery_rows(evaluation)
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        source = public_name(str(evaluation.get("data", "")))
+        return (
+            f"Held-out questions: `{source}`. An answer counts when the whole of it is the wanted "
+            "one but for case and white space.\n\n" + table
+        )
+    text = ["No evaluation was run on this checkpoint. The calibration's own figures:", ""]
+    text += calibration_figures(report)
+    text += ["", "`qig-serve evaluate DIR --reference MODEL --data SRC` measures the answers."]
+    return "\n".join(text)
+
+
+def calibration_figures(report: QuantizationReport) -> list[str]:
+    """What can be said without an evaluation, one line for each figure."""
+    figures, lines = report.summary(), []
+    if "search_loss_over_rtn" in figures:
+        lines.append(
+            f"- loss of the searched modules over round-to-nearest's: "
+            f"{figures['search_loss_over_rtn']:.3f}"
+        )
+    if "output_error_last_block" in figures:
+        lines.append(
+            f"- squared error of the last block's output: {figures['output_error_last_block']:.3g} "
+            "of its energy"
+        )
+    if "completeness_worst" in figures:
+        lines.append(f"- largest completeness error: {figures['completeness_worst']:.2%}")
+    return lines
+
+
+def _serve(report: QuantizationReport, title: str) -> str:
+    if report.recipe.get("format") == "compressed-tensors":
+        return f"""A checkpoint of compressed-tensors, which vLLM loads as it comes:
+
+```bash
+vllm serve {title}
+```"""
+    return f"""```bash
+pip install "qig-serve[cuda]"          # or qig-serve[cpu]
+qig-serve serve {title}
+vllm serve {title}                     # the same, where qig-serve is installed: no flag needed
+```"""
+
+
+def model_card(
+    report: QuantizationReport,
+    quantization_config: Mapping[str, Any],
+    inherited: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
+    """The card as text; `inherited` is the front matter of the source model's card."""
+    scheme = get_scheme(report.scheme)
+    metadata = _metadata(report, quantization_config, inherited, evaluation)
+    name = Path(str(metadata["base_model"])).name
+    title = f"{name}-{report.scheme}"
+    activations = (
+        "8-bit activations, one scale per token"
+        if scheme.activation_bits is not None
+        else "16-bit activations"
+    )
+    scales = f"a group of {scheme.group_size}" if scheme.group_size else "an output channel"
+    refused = quantization_config.get("summary", {}).get("tensor_parallel_refused", {})
+    sizes = in_words(metadata["quantization"]["tensor_parallel_sizes"], refused)
+    calibration = report.calibration
+    source = public_name(str(calibration.get("source", "nothing")))
+    warnings = all_warnings(report)
+    listed = "\n".join(f"- {line}" for line in warnings) if warnings else "None."
+    installed = ", ".join(f"{k} {v}" for k, v in metadata["quantization"]["versions"].items())
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"""---
+{front}---
+
+# {title}
+
+`{name}` with the linears of its language model in {scheme.bits} bits ({activations}; one scale for
+{scales}), quantized by the method `{report.method}`. Vision tower, projector, embeddings and
+output head are unchanged.
+
+## Serve
+
+{_serve(report, title)}
+
+Devices: {", ".join(DEVICES)}. Tensor-parallel sizes: {sizes}.
+
+## Recovery
+
+{_recovery(report, evaluation)}
+
+## Warnings
+
+{listed}
+
+## How it was made
+
+| | |
+| --- | --- |
+| base model | {metadata["base_model"]} |
+| scheme | {report.scheme} |
+| method | {report.method} |
+| calibration | {calibration.get("samples", 0)} samples of {source} |
+| calibration sha256 | {calibration.get("sha256", "-")} |
+| seed | {calibration.get("seed", "-")} |
+| versions | {installed} |
+| time | {report.seconds:.0f} s |
+
+report.html shows what the quantization did, layer by layer; report.json holds the same figures.
+qig_manifest.json lists a sha256 of every file: `qig-serve inspect --verify {title}`.
+"""

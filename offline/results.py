@@ -1,0 +1,149 @@
+"""What a quantization run found out: the content of report.json, block by block.
+
+Plain data. report.html and the model card are rendered from it. Beside it what a group's
+equalization leaves behind for the rest of its block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+
+REPORT_FILE = "report.json"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TokenShare(_Data):
+    """How much of the token weight one modality gets, over all samples."""
+
+    tokens: int
+    """Real tokens of this modality."""
+    before_clip: float
+    """Share of the importance before outliers are clipped, 0..1."""
+    after_clip: float
+    """Share of the token weights that the search used, 0..1."""
+    clipped: int = 0
+    """Tokens whose importance lay outside the quartile fences and was moved onto them."""
+
+
+class ModuleReport(_Data):
+    """One equalization search: a previous op, the linears behind it, the module of the loss."""
+
+    name: str
+    linears: list[str]
+    loss_module: str
+    exponent: float
+    """The chosen r (smoothquant: alpha; 0 without equalization)."""
+    loss: float
+    """Weighted loss with the chosen scales."""
+    loss_rtn: float
+    """The same loss at the same bits without equalization: round to nearest."""
+    losses: list[float] = Field(default_factory=list)
+    """Loss of every exponent of the grid, and of the scales that were moved one by one."""
+    loss_grid: float | None = None
+    """Least loss of the grid, if each channel's scale was then moved for itself."""
+    completeness: float | None = None
+    """|sum of I - (F(X) - F(X0))| / |F(X) - F(X0)|; None unless weights come from QIG."""
+    token_shares: dict[str, TokenShare] = Field(default_factory=dict)
+    """By modality: image, text."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall time of capture, token_weights, search and channels."""
+
+
+class LinearReport(_Data):
+    """How one linear was rounded, where the method looked at its inputs."""
+
+    tokens: int = 0
+    """Tokens in the statistics."""
+    error_rtn: float = 0.0
+    """Output error of round-to-nearest with min-max ranges, tr((T - Q) H (T - Q)^T), as a fraction
+    of the output's energy tr(W H W^T); T is the method's target, mostly W itself."""
+    error: float = 0.0
+    """The same of the result."""
+    clip_ratio: float = 1.0
+    """Mean over groups of the chosen scale over that of the min-max range: below 1 the range was
+    drawn in."""
+    clipped: float = 0.0
+    """Share of the weights more than half a step outside the range."""
+    shift: float | None = None
+    """Fraction of the target shift that validation kept (rounding/qronos.py)."""
+    shift_damp: float | None = None
+    """Its damping, as a fraction of each input's energy."""
+    damping_raised: int | None = None
+    """Factor by which damping had to grow for the Hessian to be positive definite."""
+
+
+class BlockReport(_Data):
+    """One decoder block."""
+
+    index: int
+    modules: list[ModuleReport] = Field(default_factory=list)
+    linears: dict[str, LinearReport] = Field(default_factory=dict)
+    """By name; empty where the rounding method looks at weights alone."""
+    output_error: float = 0.0
+    """Mean squared error of the block's output in the quantized model over the mean square of
+    the full-precision output, real tokens only."""
+    seconds: float = 0.0
+    host_bytes: int = 0
+    """Peak resident memory of the process so far."""
+    device_bytes: int = 0
+    """Peak memory allocated on the GPU so far; 0 on a CPU."""
+
+
+class QuantizationReport(_Data):
+    """One run."""
+
+    format_version: int = 1
+    model: str
+    family: str
+    scheme: str
+    method: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    """source, samples, sha256, seed, tokens by modality, and a hash of every sample."""
+    blocks: list[BlockReport] = Field(default_factory=list)
+    left_alone: list[str] = Field(default_factory=list)
+    """Modules that stay in 16 bits on purpose."""
+    warnings: list[str] = Field(default_factory=list)
+    fallbacks: list[str] = Field(default_factory=list)
+    """Steps that had to take a simpler way; a run with any fails unless allow_fallbacks."""
+    estimate: dict[str, float] = Field(default_factory=dict)
+    """Estimated by the dry run: seconds, and peaks of host_bytes, disk_bytes, device_bytes."""
+    seconds: float = 0.0
+    producer: str = ""
+
+    def summary(self) -> dict[str, float]:
+        """A few figures for config.json, which is the same for the same recipe: no times."""
+        modules = [m for b in self.blocks for m in b.modules]
+        complete = [m.completeness for m in modules if m.completeness is not None]
+        before, after = sum(m.loss_rtn for m in modules), sum(m.loss for m in modules)
+        figures: dict[str, float] = {"blocks": len(self.blocks)}
+        if before > 0:
+            figures["search_loss_over_rtn"] = after / before
+        if complete:
+            figures["completeness_worst"] = max(complete)
+        if self.blocks:
+            figures["output_error_last_block"] = self.blocks[-1].output_error
+        return figures
+
+
+@dataclass
+class GroupResult:
+    """What one group leaves behind for the rest of its block."""
+
+    report: ModuleReport
+    token_weights: list[torch.Tensor]
+    """lambda of each batch, [B, T]."""
+    columns: torch.Tensor | None = None
+    """What the linears' columns were multiplied by, [K]; None without equalization."""
+    changed: list[str] = field(default_factory=list)
+    """16-bit parameters of the block that folding changed."""
+    fallbacks: list[str] = field(default_factory=list)

@@ -1,0 +1,310 @@
+"""A Hugging Face model whose decoder blocks are read one at a time.
+
+Everything before the first block (embeddings, vision tower, projector) is loaded once by
+transformers; the blocks themselves are built and filled from the files when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qig_serve import model_directory
+from qig_serve.architectures import Architecture, get_architecture
+from qig_serve.errors import UserError
+from qig_serve.offline.source.tensors import SourceCheckpoint
+
+_AFTER = "hidden_states_added_after"
+"""Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
+
+
+def outside_blocks(names: Iterable[str], prefix: str) -> list[str]:
+    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`."""
+    above = {prefix[: i + 1] for i, c in enumerate(prefix) if c == "."}
+    found = set()
+    for name in names:
+        if name.startswith(prefix):
+            continue
+        cut = name.find(".")
+        while cut >= 0 and name[: cut + 1] in above:
+            cut = name.find(".", cut + 1)
+        found.add(name if cut < 0 else name[:cut])
+    return sorted(found)
+
+
+def image_token_id(config: Any, processor: Any) -> int | None:
+    """The token that stands for a piece of an image; None if neither names one."""
+    for holder in (config, processor):
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(value := getattr(holder, name, None), int):
+                return value
+    return None
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the model hands to its decoder for one batch."""
+
+    hidden: torch.Tensor
+    """Input of block 0, [B, T, C]."""
+    _kwargs: tuple[dict[str, Any], ...] = field(repr=False)
+
+    def kwargs(self, index: int) -> Mapping[str, Any]:
+        """Keyword arguments with which the model calls block `index`: masks, positions."""
+        return self._kwargs[index]
+
+
+class _Catcher(nn.Module):
+    """Stands in for a block: keeps what it is called with and passes its input on."""
+
+    def __init__(
+        self, calls: list[tuple[torch.Tensor, dict[str, Any]]], attention_type: str | None
+    ) -> None:
+        super().__init__()
+        self._calls = calls
+        self.attention_type = attention_type  # older transformers choose the mask by it
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            raise TypeError("the model passes a block positional arguments")
+        self._calls.append((hidden_states, kwargs))
+        return hidden_states
+
+
+class LoadedModel:
+    """A model directory, its blocks still on disk."""
+
+    def __init__(
+        self,
+        directory: Path,
+        arch: Architecture,
+        config: Any,
+        processor: Any,
+        source: SourceCheckpoint,
+        model: nn.Module,
+        block_class: type[nn.Module],
+        device: torch.device,
+    ) -> None:
+        self.directory = directory
+        self.arch = arch
+        self.config = config
+        self.processor = processor
+        self.source = source
+        self.model = model
+        self.device = device
+        self.text_config = config.get_text_config()
+        self.dtype: torch.dtype = model_directory.model_dtype(directory)
+        self._block_class = block_class
+        self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        decoder = model.get_submodule(arch.decoder)
+        types = getattr(self.text_config, "layer_types", None) or [None] * self.num_blocks
+        decoder.layers = nn.ModuleList(_Catcher(self._calls, kind) for kind in types)
+        # Built with fewer blocks (see `load`); the loop over them reads these.
+        decoder.config.num_hidden_layers = self.num_blocks
+        if getattr(self.text_config, "layer_types", None) is not None:
+            decoder.config.layer_types = list(self.text_config.layer_types)
+        found = [p for p in arch.source_prefixes if any(n.startswith(p + "0.") for n in source)]
+        if not found:
+            raise UserError(
+                f"{directory}: no decoder block among the tensors; looked for "
+                + " and ".join(f"{p}0.*" for p in arch.source_prefixes)
+            )
+        self._prefix = found[0]
+        for index in range(self.num_blocks):
+            self._empty_block(index)
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands for a piece of an image."""
+        return image_token_id(self.config, self.processor)
+
+    def source_name(self, index: int, name: str) -> str:
+        """The tensor in the files behind parameter `name` of block `index`."""
+        return f"{self._prefix}{index}.{name}"
+
+    def left_alone(self) -> list[str]:
+        """Modules that stay in 16 bits: shortest names that cover all but the decoder blocks."""
+        return outside_blocks(self.source, self._prefix)
+
+    def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Block `index` with its weights, in `dtype` on the device, in eval mode."""
+        block = self._empty_block(index)
+        for name, _ in list(block.named_parameters()):
+            source_name = self.source_name(index, name)
+            tensor = self.source.tensor(source_name)
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(
+                    f"layer {index}: {source_name} in {self.directory} holds NaN or infinity: the "
+                    "checkpoint is damaged"
+                )
+            value = nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
+            owner, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(owner), leaf, value)
+        left = [n for n, b in block.named_buffers() if b.is_meta]
+        if left:
+            raise UserError(f"{self.arch.name}: block buffer {left[0]} cannot be made")
+        block.register_forward_hook(_add_after, with_kwargs=True)
+        return block.eval()
+
+    def _empty_block(self, index: int) -> nn.Module:
+        """Block `index` on the meta device; UserError where the files do not have its tensors."""
+        with torch.device("meta"):
+            block = self._block_class(self.text_config, layer_idx=index)
+        for name, parameter in block.named_parameters():
+            source_name = self.source_name(index, name)
+            if source_name not in self.source:
+                raise UserError(
+                    f"{self.directory} has no tensor {source_name}: the checkpoint is incomplete; "
+                    "download it again"
+                )
+            if (shape := self.source.shape(source_name)) != tuple(parameter.shape):
+                raise UserError(
+                    f"{source_name} is {list(shape)} in {self.directory}, but config.json asks "
+                    f"for {list(parameter.shape)}"
+                )
+        return block
+
+    @torch.no_grad()
+    def block_inputs(self, inputs: Mapping[str, torch.Tensor]) -> BlockInputs:
+        """Runs all that comes before the decoder; [B, T] token ids and pixels in."""
+        self._calls.clear()
+        moved = {k: v.to(self.device) for k, v in inputs.items()}
+        for name, value in moved.items():
+            if value.is_floating_point():
+                moved[name] = value.to(next(self.model.parameters()).dtype)
+        self.model(**moved, use_cache=False, logits_to_keep=1)
+        calls = list(self._calls)
+        self._calls.clear()
+        if len(calls) != self.num_blocks:
+            raise UserError(
+                f"{self.arch.name}: the model called {len(calls)} of {self.num_blocks} blocks"
+            )
+        kwargs = [{k: v for k, v in call[1].items() if k not in _CACHE} for call in calls]
+        for i in range(len(calls) - 1):
+            before, after = calls[i][0], calls[i + 1][0]
+            if before is not after:  # a stand-in passes its input on, so the model added something
+                kwargs[i][_AFTER] = after - before
+        return BlockInputs(calls[0][0], tuple(kwargs))
+
+
+_MOST_BLOCKS = 10_000  # transformers makes a list as long as what a stranger's file says
+_CACHE = ("past_key_values", "past_key_value", "use_cache", "cache_position")
+
+
+def _add_after(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    added = kwargs.get(_AFTER)
+    if added is None:
+        return output
+    if isinstance(output, tuple):
+        return (output[0] + added, *output[1:])
+    return output + added
+
+
+def read_config(directory: Path) -> Any:
+    """The Hugging Face configuration of a model that can be quantized; UserError for others."""
+    raw = model_directory.read_config(directory)
+    if raw.get("quantization_config"):
+        raise UserError(f"{directory} is quantized already: give the full-precision model")
+    for part in (raw, raw.get("text_config")):
+        blocks = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(blocks, int) and blocks > _MOST_BLOCKS:
+            path = directory / model_directory.CONFIG_FILE
+            raise UserError(f"{path} asks for {blocks} decoder blocks: it is damaged")
+    # Before transformers, whose message is about remote code.
+    get_architecture(str(raw.get("model_type")))
+    return model_directory.load_config(directory)
+
+
+def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedModel:
+    """Opens a model directory; computes in fp32. UserError says what is wrong with it."""
+    directory, device = Path(directory), torch.device(device)
+    config = read_config(directory)
+    arch = get_architecture(config.model_type)
+    text_type = config.get_text_config().model_type
+    if arch.text_types and text_type not in arch.text_types:
+        raise UserError(
+            f"{directory} is a {arch.name} model with a {text_type!r} decoder, which is not "
+            f"supported; known decoders: {', '.join(arch.text_types)}"
+        )
+    source = SourceCheckpoint(directory)
+    processor = model_directory.load_processor(directory)
+
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the blocks left out are reported as unexpected tensors
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            config=_with_few_blocks(config),
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory} cannot be loaded: {error}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+    model = model.to(device).eval().requires_grad_(False)
+    decoder = model.get_submodule(arch.decoder)
+    block_class = type(decoder.layers[0])
+    config.get_text_config()._attn_implementation = "sdpa"
+    loaded = LoadedModel(directory, arch, config, processor, source, model, block_class, device)
+    _check_loaded(loaded, info)
+    return loaded
+
+
+def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
+    """Refuses what transformers would have filled with random numbers, and damaged tensors.
+
+    Of all but the decoder blocks, which have been looked at by then.
+    """
+    if info["mismatched_keys"]:
+        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"{name} is {list(stored)} in {loaded.directory}, but config.json asks for "
+            f"{list(wanted)}"
+        )
+    if info["missing_keys"]:
+        raise UserError(
+            f"{loaded.directory} has no tensor for {sorted(info['missing_keys'])[0]}: the "
+            "checkpoint is incomplete; download it again"
+        )
+    for name, parameter in loaded.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"{name} in {loaded.directory} holds NaN or infinity: it is damaged")
+
+
+def _with_few_blocks(config: Any) -> Any:
+    """The configuration with the fewest blocks that show every kind of attention there is."""
+    import copy
+
+    few = copy.deepcopy(config)
+    text = few.get_text_config()
+    types = getattr(text, "layer_types", None)
+    count = 1
+    if types:
+        count = 1 + max(types.index(kind) for kind in set(types))
+        text.layer_types = list(types[:count])
+    text.num_hidden_layers = count
+    return few

@@ -1,0 +1,178 @@
+"""Reads a source model's safetensors, a tensor at a time, and refuses what is broken, by name.
+
+Opening reads headers only. Tensors are read into memory of their own and not mapped: pages of a
+mapped file stay resident while it is open, so that the process would grow with the model. Names
+are the files' own: transformers renames modules from version to version, published checkpoints
+keep their tensors' names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qig_serve.errors import UserError
+from qig_serve.model_directory import INDEX_FILE
+
+SINGLE_FILE = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class SourceCheckpoint:
+    """The weights of a Hugging Face directory: names, shapes, and lazily the tensors."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self._files = ExitStack()
+        self._open: dict[str, BufferedReader] = {}
+        self._file_of: dict[str, str] = {}
+        self._entries: dict[str, _Entry] = {}
+        for name in self._shard_names():
+            self._add_shard(name)
+        missing = [n for n in self._wanted if n not in self._file_of]
+        if missing:
+            raise UserError(
+                f"{self.directory / INDEX_FILE} names the tensor {missing[0]}, which is not in "
+                f"{self._wanted[missing[0]]}: the checkpoint is incomplete; download it again"
+            )
+
+    def _shard_names(self) -> list[str]:
+        self._wanted: dict[str, str] = {}
+        index = self.directory / INDEX_FILE
+        if not index.is_file():
+            if (self.directory / SINGLE_FILE).is_file():
+                return [SINGLE_FILE]
+            found = sorted(p.name for p in self.directory.glob("*.safetensors"))
+            if found:
+                return found
+            pickles = [p.name for p in self.directory.iterdir() if p.suffix in PICKLE_SUFFIXES]
+            if pickles:
+                raise UserError(
+                    f"{self.directory} has its weights in pickle form ({pickles[0]}), which can "
+                    "run code when it is read: convert it to safetensors"
+                )
+            raise UserError(f"{self.directory} has no safetensors weights")
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._wanted = {str(k): str(v) for k, v in weight_map.items()}
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is not an index of safetensors: download it again") from None
+        names = sorted(set(self._wanted.values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(f"{index} names {name!r}, which is not a file beside it")
+            if not os.path.isfile(self.directory / name):
+                raise UserError(
+                    f"{index} names the shard {name}, which is missing: download it again"
+                )
+        return names
+
+    def _add_shard(self, name: str) -> None:
+        path = self.directory / name
+        try:
+            with safe_open(path, framework="pt") as shard:  # checks the header against the file
+                tensors = list(shard.keys())
+            file = self._files.enter_context(path.open("rb"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(
+                f"the shard {path} is damaged ({str(error).rstrip('.')}): download it again"
+            ) from None
+        self._open[name] = file
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for tensor in tensors:
+            if tensor in self._file_of:
+                raise UserError(
+                    f"the tensor {tensor} is in two shards of {self.directory}, "
+                    f"{self._file_of[tensor]} and {name}"
+                )
+            self._file_of[tensor] = name
+            entry = header[tensor]
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            self._entries[tensor] = _Entry(entry["dtype"], shape, 8 + length + start, end - start)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._file_of))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its header."""
+        return self._entries[name].shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, read now; UserError when it is absent or cannot be read."""
+        if name not in self._file_of:
+            raise UserError(f"{self.directory} has no tensor {name}")
+        entry, file = self._entries[name], self._open[self._file_of[name]]
+        where = f"{name} in {self.directory / self._file_of[name]} cannot be read"
+        if entry.dtype not in _DTYPES:
+            raise UserError(f"{where}: its type {entry.dtype} is not that of a model's weights")
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        try:
+            file.seek(entry.start)
+            got = file.readinto(raw.numpy())
+        except OSError as error:
+            raise UserError(f"{where}: {error}") from None
+        if got != entry.nbytes:
+            raise UserError(f"{where}: the file has become shorter since it was opened")
+        return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def fingerprint(self) -> str:
+        """sha256 of config.json and, of every shard, header, size, and 4 KiB of each 16 MiB.
+
+        Which model this is, at the cost of a few thousand reads: other weights under the same
+        names are seen, since training changes them everywhere; a lone bit is not.
+        """
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for name in sorted(self._open):
+            path = self.directory / name
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                digest.update(f"\0{name}\0{size}\0".encode())
+                digest.update(file.read(length))
+                for start in range(8 + length, size, 16 << 20):
+                    file.seek(start)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()

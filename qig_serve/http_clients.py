@@ -1,0 +1,93 @@
+"""HTTP clients of our own commands, and what proxy variables mean to them.
+
+A server on this machine is never asked through a proxy, whatever the environment says: a proxy
+would look for it on its own machine. Other servers are, as HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
+NO_PROXY say; a variable that no client can use is an error that names it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit
+
+from qig_serve.errors import UserError
+from qig_serve.extras import require
+
+_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL's host is this machine itself."""
+    host = (urlsplit(url).hostname or "").rstrip(".").lower()
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def open_loopback(url: str, timeout: float) -> Any:
+    """The answer to a GET of a server on this machine; raises what urllib does."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=timeout)
+
+
+def openai_client(url: str, api_key: str, timeout: float, purpose: str) -> Any:
+    """openai's client of the server at `url`; UserError without the package, or a usable proxy.
+
+    purpose: what needs it, as the beginning of a sentence.
+    """
+    require("openai", purpose)
+    from openai import DefaultHttpxClient, OpenAI
+
+    base = url.rstrip("/")
+    base = base if base.endswith("/v1") else base + "/v1"
+    try:
+        http = DefaultHttpxClient(trust_env=not is_loopback(base))
+    except Exception as error:  # of whichever HTTP package openai is built on
+        raise UserError(_unusable(error)) from None
+    return OpenAI(base_url=base, api_key=api_key, timeout=timeout, http_client=http)
+
+
+def proxy_in_words(url: str) -> str:
+    """The proxy that a request to `url` goes through, to follow "does not answer"; or nothing."""
+    scheme = urlsplit(url).scheme
+    used = _set_variables().get(f"{scheme.upper()}_PROXY") or _set_variables().get("ALL_PROXY")
+    if used is None or is_loopback(url) or urllib.request.proxy_bypass(urlsplit(url).netloc):
+        return ""
+    name, value = used
+    return f" through the proxy of {name}={_without_password(value)}"
+
+
+def _set_variables() -> dict[str, tuple[str, str]]:
+    """Upper-case name -> the name that is set, in upper or lower case, and its value."""
+    found: dict[str, tuple[str, str]] = {}
+    for variable in _VARIABLES:
+        for name in (variable.lower(), variable):  # as httpx: the lower-case one counts
+            if value := os.environ.get(name):
+                found.setdefault(variable, (name, value))
+    return found
+
+
+def _unusable(error: Exception) -> str:
+    from openai import DefaultHttpxClient
+
+    for name, value in _set_variables().values():
+        proxy = value if "://" in value else f"http://{value}"
+        try:
+            DefaultHttpxClient(proxy=proxy, trust_env=False).close()
+        except Exception as why:
+            return (
+                f"the proxy of {name}={_without_password(value)} cannot be used ({why}): correct "
+                f"or unset {name}, or put the server's host into NO_PROXY"
+            )
+    return f"the proxy that the environment names cannot be used: {error}"
+
+
+def _without_password(proxy: str) -> str:
+    before, at, host = proxy.rpartition("@")
+    return proxy if not at else f"{before.partition('://')[0]}://...@{host}"

@@ -1,0 +1,148 @@
+"""A Hugging Face model directory: the one reader of its config.json, and the model's dtype.
+
+Every part of the package that asks what a directory holds, asks here, so that the quantizer, the
+evaluation and the server cannot disagree about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qig_serve import text_files
+from qig_serve.errors import UserError
+from qig_serve.formats import QUANT_METHOD
+
+if TYPE_CHECKING:
+    import torch
+
+    from qig_serve.manifest import QuantizationConfig
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
+_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError that names the file for anything else."""
+    value = text_files.read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read: it is not a JSON object")
+    return value
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as it is written; UserError if there is none or it cannot be read."""
+    if not directory.is_dir():
+        raise UserError(f"the model directory {directory} does not exist")
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
+    return read_json(path)
+
+
+def load_config(directory: Path) -> Any:
+    """config.json as transformers' configuration class, defaults filled in.
+
+    UserError if it cannot be read, or holds values that the class refuses.
+    """
+    read_config(directory)  # transformers' own message for a missing file is about its hub
+
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # its classes raise anything about a stranger's values
+        reason = " ".join(str(error).split()) or type(error).__name__
+        path = directory / CONFIG_FILE
+        raise UserError(f"{path} is not a usable configuration: {reason}") from None
+
+
+def load_processor(directory: Path) -> Any:
+    """The processor; UserError when the directory has none, or none for images and chats."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} has no usable processor: {error}") from None
+    if getattr(processor, "tokenizer", None) is None:
+        raise UserError(f"{directory} has no image processor beside its tokenizer")
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise UserError(f"{directory} has no chat template, so it cannot be asked anything")
+    return processor
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that is the decoder's; all of it in older files."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def quantization(directory: Path) -> dict[str, Any] | None:
+    """`quantization_config` of a qig checkpoint; None for any other model."""
+    config = read_config(directory).get("quantization_config")
+    is_ours = isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
+    return config if is_ours else None
+
+
+def read_manifest(directory: Path) -> QuantizationConfig:
+    """What a qig checkpoint says about itself; UserError if the directory is none."""
+    from qig_serve.manifest import read_quantization_config
+
+    config = quantization(directory)
+    if config is None:
+        raise UserError(
+            f"{directory} is not a qig checkpoint: {CONFIG_FILE} has no quantization_config with "
+            f"quant_method {QUANT_METHOD!r}; give the directory that `qig-serve quantize` wrote"
+        )
+    return read_quantization_config(config, str(directory / CONFIG_FILE))
+
+
+def model_dtype(directory: Path) -> torch.dtype:
+    """The dtype of a model's weights, found as vLLM finds it.
+
+    The one that config.json names: for the model, else for its decoder, else for its vision
+    tower. Where it names none, the widest of the stored tensors; float32 where there are none.
+    UserError for a name that torch does not know.
+    """
+    config = read_config(directory)
+    for part in (config, text_config(config), config.get("vision_config")):
+        if not isinstance(part, Mapping):
+            continue
+        for key in _DTYPE_KEYS:
+            if part.get(key):
+                return dtype_named(str(part[key]), directory / CONFIG_FILE)
+    stored = set(_stored_dtypes(directory))
+    widest = max(stored, key=_BY_WIDTH.index, default="float32")
+    return dtype_named(widest, directory)
+
+
+def dtype_named(name: str, where: Path | str) -> torch.dtype:
+    """torch's floating-point dtype of that name; UserError that names `where` if it has none."""
+    import torch
+
+    names = {"half": "float16", "float": "float32"}
+    dtype = getattr(torch, names.get(name, name.removeprefix("torch.")), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{where}: {name!r} is not a dtype that weights can have")
+    return dtype
+
+
+def _stored_dtypes(directory: Path) -> Iterator[str]:
+    """Of the floating-point tensors in the safetensors files, scales of codes apart."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a dict
+                    dtype = shard.get_slice(name).get_dtype()
+                    if dtype in _STORED and not name.endswith(".weight_scale"):
+                        yield _STORED[dtype]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None

@@ -1,0 +1,73 @@
+"""Over how many devices tensor parallelism can split a quantized model, and what is in the way.
+
+The one rule, for the model card, `doctor`, the server's start and the messages of the plugin.
+vLLM shares out query heads and the vision tower's heads, shares out or repeats key/value heads,
+and cuts the inputs of o and down, where a part must hold whole groups of scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qig_serve.architectures import ARCHITECTURES
+
+SIZES = (1, 2, 4, 8, 16)
+"""The sizes that are looked at."""
+
+
+def why_refused(config: Any, k_multiple: int, size: int, split_tower: bool = True) -> str | None:
+    """Why a model cannot be split over `size` devices; None if it can.
+
+    config: the model's Hugging Face configuration. k_multiple: what the inputs of a quantized
+    linear must be a multiple of (`QuantScheme.k_multiple`). split_tower: whether the vision tower
+    is split too, as vLLM does by default (--mm-encoder-tp-mode).
+    """
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    reasons = []
+    if heads % size:
+        reasons.append(f"{heads} query heads")
+    if kv_heads % size and size % kv_heads:
+        reasons.append(f"{kv_heads} key/value heads")
+    for name, k in (("o", heads * head_dim), ("down", int(text.intermediate_size))):
+        if k % (size * k_multiple):
+            reasons.append(f"{k} inputs of {name} in groups of {k_multiple}")
+    tower = _tower_heads(config) if split_tower else 0
+    if tower % size:
+        reasons.append(f"{tower} heads of the vision tower")
+    return ", ".join(reasons) + f" cannot be split {size} ways" if reasons else None
+
+
+def refused_sizes(config: Any, k_multiple: int, split_tower: bool = True) -> dict[int, str]:
+    """Those of SIZES that do not fit -> why; arguments as of `why_refused`."""
+    reasons = {size: why_refused(config, k_multiple, size, split_tower) for size in SIZES}
+    return {size: why for size, why in reasons.items() if why is not None}
+
+
+def fitting_sizes(refused: Mapping[int, str]) -> list[int]:
+    """Those of SIZES that are not refused."""
+    return [size for size in SIZES if size not in refused]
+
+
+def sizes_for_inputs(k: int, k_multiple: int) -> list[int]:
+    """Those of SIZES that split K inputs into parts of whole groups."""
+    return [size for size in SIZES if k % (size * k_multiple) == 0]
+
+
+def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:
+    """For people: "1, 2, 4; not 8 (28 query heads cannot be split 8 ways)"."""
+    text = ", ".join(map(str, sizes)) or "none"
+    return text + "".join(f"; not {size} ({why})" for size, why in refused.items())
+
+
+def _tower_heads(config: Any) -> int:
+    """Attention heads of the vision tower that must divide; 0 where none must."""
+    vision = getattr(config, "vision_config", None)
+    family = ARCHITECTURES.get(config.model_type)
+    if vision is None or (family is not None and not family.splits_tower):
+        return 0
+    heads = getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None)
+    return int(heads or 0)

@@ -1,0 +1,136 @@
+"""Where vLLM, or what it stands on, is changed rather than asked, and for which versions.
+
+compat.py finds names that moved. Here are the few things for which there is no opening: each is a
+function marked with the versions it was read and tested with, and the rest of the package changes
+nothing of other people's. `PATCHES` lists them; tests hold the installed versions against it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from qig_serve.vllm_plugin import OLDEST_VLLM, TOO_NEW_VLLM
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One dependence on the inside of a package."""
+
+    package: str
+    oldest: str
+    too_new: str
+    """The first version that has not been looked at."""
+
+
+PATCHES: dict[str, Patch] = {}
+"""Name of a function here -> what it depends on."""
+
+
+def _depends_on(package: str, oldest: str, too_new: str) -> Callable[[_Function], _Function]:
+    def mark(function: _Function) -> _Function:
+        PATCHES[function.__name__] = Patch(package, oldest, too_new)
+        return function
+
+    return mark
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def call_before_shutdown(client: Any, note: Callable[[], None]) -> None:
+    """Have an engine client call `note` before it shuts down.
+
+    vLLM's server calls `shutdown` when it is asked to stop and not when its engine dies; either
+    way it then stops the HTTP server, and exits with 0.
+    """
+    shutdown = client.shutdown
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return shutdown(*args, **kwargs)
+
+    client.shutdown = noted
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def wrap_load_bytes(
+    media_io: Any, wrap: Callable[[Callable[[bytes], Any]], Callable[[bytes], Any]]
+) -> None:
+    """Put `wrap(load_bytes)` in the place of a media reader's own `load_bytes`.
+
+    Every picture passes it, from a data URL, a file or a network, before it is decoded.
+    """
+    media_io.load_bytes = wrap(media_io.load_bytes)
+
+
+@_depends_on("starlette", "0.40", "2")
+def drop_middlewares(app: Any) -> None:
+    """Take all middlewares off an application: logs, CORS and HTTP metrics need a connection."""
+    app.user_middleware.clear()
+    app.middleware_stack = None  # built already; starlette builds it again at the first request
+
+
+@_depends_on("fastapi", "0.100", "1")
+def failed_in_validation(error: BaseException) -> bool:
+    """Whether an error came up while a request's body was being validated.
+
+    Then the body is at fault and not the server: vLLM's validators look into fields before their
+    types are checked, and fail in any way.
+    """
+    return any(
+        frame.f_code.co_name == "request_body_to_args"
+        and frame.f_globals["__name__"] == "fastapi.dependencies.utils"
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def overridable(base: type, *methods: str) -> type:
+    """`base`; ImportError if it has not all these methods, private ones that we override.
+
+    Without the check a method that vLLM renames would be ours alone, and never called.
+    """
+    for method in methods:
+        if not callable(getattr(base, method, None)):
+            raise ImportError(f"vLLM's {base.__name__} has no {method}, which qig-serve overrides")
+    return base
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def do_without_a_compiler(vllm_config: Any) -> None:
+    """On a CPU without a C++ compiler, have vLLM trace this model but not compile it.
+
+    vLLM compiles the model and parts of its sampler with Inductor, which calls the compiler and
+    ends with an error if there is none. To be called while the model's layers are made: vLLM
+    reads the backend when they all are. It registers plugins in all of its processes; those that
+    hold no model of ours are left as they are.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or shutil.which(os.environ.get("CXX", "g++")):
+        return
+    import torch
+
+    if vllm_config.compilation_config.backend == "inductor":
+        vllm_config.compilation_config.backend = "eager"
+    torch.compiler.set_stance("force_eager")  # the sampler, of which no configuration speaks
+
+
+@_depends_on("torch", "2.9", "3")
+def ask_for_amx() -> None:
+    """Ask the operating system for the CPU's tile registers, where it has them; repeated at will.
+
+    vLLM's attention uses them in bf16 without asking, which ends the process with an illegal
+    instruction. With 16-bit weights oneDNN has always asked before; with ours, and a first
+    request without a picture, nothing has.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()

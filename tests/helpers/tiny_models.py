@@ -1,0 +1,525 @@
+"""A tiny random model of every family's real architecture, as its published checkpoints look.
+
+    tiny_model("gemma3", directory)      config, processor, tokenizer, weights
+
+Decoders: hidden 256, intermediate 256, 2 layers, 4 query and 2 key/value heads of 64, so that
+every linear's input divides by 128. Tensor names are those of published files, which vLLM expects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+WORDS = ("What color is the star? Describe it.", "a large red star", "user", "assistant", "system")
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """How a family's tiny model is made."""
+
+    tokens: tuple[str, ...]
+    """Special tokens beside the chat's; the first stands for a piece of an image."""
+    image_text: str
+    """What the chat template writes for an image."""
+    config: Callable[[Any], Any]
+    """Tokenizer -> configuration."""
+    processor: Callable[[Any, str], Any]
+    """(tokenizer, chat template) -> processor."""
+    published: tuple[tuple[str, str], ...]
+    """(prefix in transformers 5, prefix in published files)."""
+    roles: dict[str, Any] | None = None
+    """Named special tokens the processor asks the tokenizer for."""
+
+
+def chat_template(image_text: str) -> str:
+    return (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
+        "{% if p['type'] in ['image', 'image_url'] %}{{ '" + image_text + "' }}"
+        "{% elif p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+def make_tokenizer(tiny: Tiny) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *tiny.tokens]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320 + len(special),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS * 30, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=tiny.roles or list(tiny.tokens),
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template(tiny.image_text),
+    )
+    return fast
+
+
+def text_fields(tokenizer: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer) + (-len(tokenizer)) % 64,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **more,
+    }
+
+
+def common_fields(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def token_id(tokenizer: Any, token: str) -> int:
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+VISION = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def _llava_config(tokenizer: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=128),
+        text_config=LlamaConfig(**text_fields(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-1,
+        **common_fields(tokenizer),
+    )
+
+
+def _llava_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    square = {"height": 56, "width": 56}
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size=square, crop_size=square, **HALF),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+def _onevision_config(tokenizer: Any) -> Any:
+    from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            **VISION, image_size=56, patch_size=14, vision_use_head=False
+        ),
+        text_config=Qwen2Config(**text_fields(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        video_token_index=token_id(tokenizer, "<video>"),
+        image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112]],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+        **common_fields(tokenizer),
+    )
+
+
+def _onevision_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    square = {"height": 56, "width": 56}
+    images = LlavaOnevisionImageProcessorPil(
+        size=square,
+        image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112]],
+        **HALF,
+    )
+    return LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=square, **HALF),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+        chat_template=template,
+    )
+
+
+_QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+
+
+def qwen_ids(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "image_token_id": token_id(tokenizer, "<|image_pad|>"),
+        "video_token_id": token_id(tokenizer, "<|video_pad|>"),
+        "vision_start_token_id": token_id(tokenizer, "<|vision_start|>"),
+        "vision_end_token_id": token_id(tokenizer, "<|vision_end|>"),
+    }
+
+
+def _qwen2_vl_config(tokenizer: Any) -> Any:
+    from transformers import Qwen2VLConfig
+
+    return Qwen2VLConfig(
+        vision_config={
+            "depth": 2,
+            "embed_dim": 128,
+            "hidden_size": 256,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+        },
+        text_config=text_fields(tokenizer, rope_parameters=MROPE),
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
+    )
+
+
+def _qwen2_5_vl_config(tokenizer: Any) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 2,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        text_config=text_fields(tokenizer, rope_parameters=MROPE),
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
+    )
+
+
+def _qwen3_vl_config(tokenizer: Any) -> Any:
+    from transformers import Qwen3VLConfig
+
+    rope = {**MROPE, "mrope_interleaved": True}
+    return Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 2,
+            "patch_size": 14,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        # More blocks than helpings of image features, as in every published model.
+        text_config=text_fields(tokenizer, rope_parameters=rope, num_hidden_layers=3),
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
+    )
+
+
+def _qwen_processor(kind: str) -> Callable[[Any, str], Any]:
+    def make(tokenizer: Any, template: str) -> Any:
+        import transformers
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        video = "Qwen3VLVideoProcessor" if kind == "Qwen3VL" else "Qwen2VLVideoProcessor"
+        size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+        options = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, **HALF}
+        return getattr(transformers, f"{kind}Processor")(
+            Qwen2VLImageProcessorPil(size=size, **options),
+            tokenizer,
+            getattr(transformers, video)(size=size, **options),
+            chat_template=template,
+        )
+
+    return make
+
+
+def _internvl_config(tokenizer: Any) -> Any:
+    from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
+
+    return InternVLConfig(
+        vision_config=InternVLVisionConfig(**VISION, image_size=[56, 56], patch_size=[14, 14]),
+        text_config=Qwen2Config(**text_fields(tokenizer)),
+        image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        vision_feature_layer=-1,
+        **common_fields(tokenizer),
+    )
+
+
+def _internvl_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    square = {"height": 56, "width": 56}
+    return InternVLProcessor(
+        GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=4, **HALF),
+        tokenizer,
+        InternVLVideoProcessor(size=square, **HALF),
+        image_seq_length=4,
+        chat_template=template,
+    )
+
+
+def _gemma3_config(tokenizer: Any) -> Any:
+    from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
+
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=3,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=64,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+        tie_word_embeddings=True,
+    )
+    return Gemma3Config(
+        vision_config=SiglipVisionConfig(
+            **VISION, image_size=56, patch_size=14, vision_use_head=False
+        ),
+        text_config=Gemma3TextConfig(**text),
+        mm_tokens_per_image=4,
+        image_token_index=token_id(tokenizer, "<image_soft_token>"),
+        boi_token_index=token_id(tokenizer, "<start_of_image>"),
+        eoi_token_index=token_id(tokenizer, "<end_of_image>"),
+        **{**common_fields(tokenizer), "tie_word_embeddings": True},
+    )
+
+
+def _gemma3_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    return Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 56, "width": 56}, **HALF),
+        tokenizer,
+        chat_template=template,
+        image_seq_length=4,
+    )
+
+
+_IDEFICS_TOKENS = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<end_of_utterance>",
+    "<global-img>",
+    *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)),
+)
+
+
+def _idefics_config(kind: str) -> Callable[[Any], Any]:
+    def make(tokenizer: Any) -> Any:
+        import transformers
+
+        vision = getattr(transformers, f"{kind}VisionConfig")
+        return getattr(transformers, f"{kind}Config")(
+            vision_config=vision(**VISION, image_size=56, patch_size=14),
+            text_config=transformers.LlamaConfig(**text_fields(tokenizer)),
+            image_token_id=token_id(tokenizer, "<image>"),
+            scale_factor=2,
+            **common_fields(tokenizer),
+        )
+
+    return make
+
+
+def _idefics_processor(kind: str) -> Callable[[Any, str], Any]:
+    def make(tokenizer: Any, template: str) -> Any:
+        import importlib
+
+        import transformers
+
+        module = f"transformers.models.{kind.lower()}.image_processing_pil_{kind.lower()}"
+        images = getattr(importlib.import_module(module), f"{kind}ImageProcessorPil")
+        edge = {"longest_edge": 56}
+        processor = images(size={"longest_edge": 112}, max_image_size=edge, **HALF)
+        arguments = [processor, tokenizer]
+        if kind == "SmolVLM":
+            arguments.append(
+                transformers.SmolVLMVideoProcessor(
+                    size={"longest_edge": 112},
+                    max_image_size=edge,
+                    video_sampling={"fps": 1, "max_frames": 4, "video_size": edge},
+                    **HALF,
+                )
+            )
+        make_ = getattr(transformers, f"{kind}Processor")
+        return make_(*arguments, image_seq_len=4, chat_template=template)
+
+    return make
+
+
+_LLAVA_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", ""),
+)
+_CLIP_NAMES = (
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    *_LLAVA_NAMES,
+)
+_QWEN_NAMES = (
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    ("lm_head.", "lm_head."),
+)
+_SAME_NAMES = (("", ""),)
+
+FAMILIES: dict[str, Tiny] = {
+    "llava": Tiny(("<image>",), "<image>", _llava_config, _llava_processor, _CLIP_NAMES),
+    "llava_onevision": Tiny(
+        ("<image>", "<video>"), "<image>", _onevision_config, _onevision_processor, _CLIP_NAMES
+    ),
+    "qwen2_vl": Tiny(
+        _QWEN_TOKENS, _QWEN_IMAGE, _qwen2_vl_config, _qwen_processor("Qwen2VL"), _QWEN_NAMES
+    ),
+    "qwen2_5_vl": Tiny(
+        _QWEN_TOKENS, _QWEN_IMAGE, _qwen2_5_vl_config, _qwen_processor("Qwen2_5_VL"), _QWEN_NAMES
+    ),
+    "qwen3_vl": Tiny(
+        _QWEN_TOKENS, _QWEN_IMAGE, _qwen3_vl_config, _qwen_processor("Qwen3VL"), _SAME_NAMES
+    ),
+    "internvl": Tiny(
+        ("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
+        "<IMG_CONTEXT>\\n",
+        _internvl_config,
+        _internvl_processor,
+        _LLAVA_NAMES,
+        {
+            "context_image_token": "<IMG_CONTEXT>",
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "video_token": "<video>",
+        },
+    ),
+    "gemma3": Tiny(
+        ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "\n", "\n\n", "\n\n\n")
+        + ("\n\n\n\n",),
+        "<start_of_image>",
+        _gemma3_config,
+        _gemma3_processor,
+        _CLIP_NAMES,
+        {
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+    ),
+    "idefics3": Tiny(
+        _IDEFICS_TOKENS,
+        "<image>",
+        _idefics_config("Idefics3"),
+        _idefics_processor("Idefics3"),
+        _SAME_NAMES,
+    ),
+    "smolvlm": Tiny(
+        _IDEFICS_TOKENS,
+        "<image>",
+        _idefics_config("SmolVLM"),
+        _idefics_processor("SmolVLM"),
+        _SAME_NAMES,
+    ),
+}
+
+
+def published_name(family: str, name: str) -> str:
+    """The name that published files have for a parameter of the transformers 5 model."""
+    for ours, theirs in FAMILIES[family].published:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"{family}: no published name for {name}")
+
+
+def tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
+    """Writes the tiny random model of a family, in bf16, to a new directory."""
+    from transformers import AutoModelForImageTextToText
+
+    tiny = FAMILIES[family]
+    tokenizer = make_tokenizer(tiny)
+    torch.manual_seed(seed)
+    config = tiny.config(tokenizer)
+    config.dtype = "bfloat16"
+    model = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.05)  # or a lost bias would not show
+            elif "norm" in name and parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.generation_config.do_sample = False
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    directory.mkdir(parents=True)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    tiny.processor(tokenizer, chat_template(tiny.image_text)).save_pretrained(directory)
+    tensors = {
+        published_name(family, name): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    }
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def one_sample(directory: Path) -> str:
+    """A JSONL with one question about a red picture, written into a directory; its path."""
+    Image.new("RGB", (56, 56), "red").save(directory / "red.png")
+    content = [
+        {"type": "image_url", "image_url": {"url": "red.png"}},
+        {"type": "text", "text": "What color is the star?"},
+    ]
+    line = {"id": "1", "messages": [{"role": "user", "content": content}], "answer": "red"}
+    path = directory / "calib.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    return str(path)

@@ -1,0 +1,272 @@
+"""report.json, report.html and the model card, from a report with every kind of figure."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.reports import CONFIG, EVALUATION, make_picture, make_report
+from PIL import Image
+
+from qig_serve.inspection import verify
+from qig_serve.offline.disk import ResumableError, write_hashes
+from qig_serve.offline.report.drawing import overlay, picture_png
+from qig_serve.offline.report.write import add_evaluation, write_reports
+from qig_serve.offline.results import (
+    BlockReport,
+    QuantizationReport,
+)
+
+WRITES = os.O_WRONLY | os.O_RDWR
+
+
+class _Page(HTMLParser):
+    """Collects what a page loads and which pictures have no text alternative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.silent: list[str] = []
+        self.pictures = 0
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        assert tag != "script"
+        if "id" in named:
+            self.ids.append(str(named["id"]))
+        for name in ("src", "href", "xlink:href"):
+            if (value := named.get(name)) and not value.startswith(("data:", "#")):
+                self.loads.append(value)
+        if tag in ("img", "svg"):
+            self.pictures += 1
+            if not (named.get("alt") or named.get("aria-label")):
+                self.silent.append(tag)
+
+
+def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()], EVALUATION)
+    text = (tmp_path / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.loads == [] and page.silent == []
+    assert page.pictures == 7 + 2  # seven plots, the image and its overlay
+    assert len(page.ids) == len(set(page.ids))
+    assert "#010203" not in text and "url(http" not in text and "@import" not in text
+    for said in ("acme/tiny-vlm", "vision_tower", "ab" * 32, "after clipping", "90.0%"):
+        assert said in text
+    assert "<td class=n>0.830</td><td class=n>1.25%</td>" in text  # clip ratio, weights clipped
+    assert "25.0% of the image tokens, 0.0% of the text tokens" in text  # on the quartile fences
+    assert "(77 in these samples) take no part" in text
+    assert "<td class=n>0.625</td><td class=n>0.03</td>" in text  # the target shift
+    assert "Estimated by the dry run: 17 s, 1.50 GiB host memory" in text
+
+
+def test_references_inside_plots_resolve(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
+    ids = set(re.findall(r'\bid="([^"]+)"', text))
+    used = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text)
+    assert used and set(used) <= ids
+
+
+def test_warnings_come_first(tmp_path: Path) -> None:
+    report = make_report(warnings=["layer 2 <odd>"], fallbacks=["layer 3: damped"])
+    write_reports(report, tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
+    body = text[text.index("<h1>") :]
+    assert body.index("layer 2 &lt;odd&gt;") < body.index("<svg")
+    assert body.index("Fallback: layer 3: damped") < body.index("<dl>")
+    card = (tmp_path / "README.md").read_text()
+    assert "layer 2 <odd>" in card and "layer 3: damped" in card
+    assert "misses completeness" not in card
+
+
+def test_an_incomplete_attribution_is_a_warning(tmp_path: Path) -> None:
+    """Block 5's error is 2.4%; with int8 activations it is approximate anyway."""
+    write_reports(make_report(6), tmp_path, CONFIG)
+    warning = "Block 5, qkv: the attribution misses completeness by 2.4%"
+    assert warning in (tmp_path / "README.md").read_text()
+    assert warning in (tmp_path / "report.html").read_text()
+    write_reports(make_report(6, scheme="w4a8"), tmp_path, CONFIG)
+    assert "misses completeness" not in (tmp_path / "README.md").read_text()
+
+
+def test_card_metadata_and_recovery(tmp_path: Path) -> None:
+    old = tmp_path / "old.md"
+    old.write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nold text\n")
+    write_reports(make_report(), tmp_path, CONFIG, old, (), EVALUATION)
+    card = (tmp_path / "README.md").read_text()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["base_model"] == "acme/tiny-vlm" and data["license"] == "apache-2.0"
+    quantization = data["quantization"]
+    assert (quantization["scheme"], quantization["method"]) == ("w3a16", "qig")
+    assert quantization["calibration_sha256"] == "ab" * 32 and quantization["seed"] == 3
+    assert quantization["tensor_parallel_sizes"] == [1, 2] and "torch" in quantization["versions"]
+    assert quantization["evaluation"]["exact_match"] == 0.81
+    assert "| exact match (200 questions) | 90.0% | 81.0% | 90.0% |" in card
+    assert "-9.0 (-12.0 to -5.0)" in card and "20, 2, 0.0001" in card
+    assert "qig-serve serve" in card and "old text" not in card
+
+
+def test_without_evaluation_it_says_so(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG)
+    card, page = (tmp_path / "README.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "No evaluation was run" in card and "No evaluation was run" in page
+    assert "0.500" in card  # the calibration's own loss ratio
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert QuantizationReport.model_validate(data) == make_report()
+
+
+def test_an_evaluation_can_be_added_later(tmp_path: Path) -> None:
+    """The finished checkpoint says the same as if it had been evaluated at once."""
+    late, early = tmp_path / "late", tmp_path / "early"
+    for folder in (late, early):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    write_reports(make_report(), late, CONFIG, None, [make_picture()])
+    write_hashes(late)
+    add_evaluation(late, EVALUATION)
+    write_reports(make_report(), early, CONFIG, None, [make_picture()], EVALUATION)
+    for name in ("report.json", "report.html", "README.md"):
+        assert (late / name).read_text() == (early / name).read_text()
+    assert verify(late) == [] and {p.name for p in tmp_path.iterdir()} == {"late", "early"}
+
+
+def test_a_kill_while_an_evaluation_is_added_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
+    """kill -9 before each change on disk: the old files or the new ones, never some of each."""
+    folder = tmp_path / "checkpoint"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    (folder / "sub" / "weights.bin").write_bytes(b"w" * 1000)
+    write_reports(make_report(blocks=1), folder, CONFIG)
+    write_hashes(folder)
+    before, seen = (folder / "report.json").read_text(), []
+    for number in itertools.count():
+        child = os.fork()
+        if child == 0:
+            left = number
+
+            def die(event: str, args: tuple[Any, ...]) -> None:
+                nonlocal left
+                writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
+                if writes or event in ("os.rename", "os.link", "os.mkdir", "os.remove"):
+                    left -= 1
+                    if left < 0:
+                        os._exit(9)
+
+            sys.addaudithook(die)
+            add_evaluation(folder, EVALUATION)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert verify(folder) == []
+        seen.append((folder / "report.json").read_text() != before)
+        if status == 0:
+            break
+        assert status == 9
+    assert seen == sorted(seen) and not seen[0] and seen[-1] and len(seen) > 10
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    write_reports(make_report(blocks=1), folder, CONFIG)
+    write_hashes(folder)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ResumableError, match="the disk is full"):
+        add_evaluation(folder, EVALUATION)
+    assert verify(folder) == [] and [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_every_module_left_alone_has_a_reason(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
+    for module, reason in (
+        ("vision_tower", "small beside the decoder, and its errors reach every image"),
+        ("lm_head", "its errors go straight into the probabilities of the tokens"),
+        ("model.visual.merger", "small, and whatever is seen passes through it"),
+        ("mystery", "no linear of a decoder block"),
+    ):
+        assert f"<td>{module}</td><td>{reason}</td>" in text
+
+
+def test_min_max_ranges_are_said_to_clip_nothing(tmp_path: Path) -> None:
+    report = make_report()
+    for block in report.blocks:
+        block.linears.clear()
+    write_reports(report, tmp_path, CONFIG)
+    assert "Clip ratio 1 everywhere" in (tmp_path / "report.html").read_text()
+
+
+def test_a_hub_snapshot_is_called_by_its_name(tmp_path: Path) -> None:
+    snapshot = "/data/hub/models--acme--tiny-vlm/snapshots/0123"
+    write_reports(make_report(model=snapshot), tmp_path, CONFIG)
+    assert "base_model: acme/tiny-vlm\n" in (tmp_path / "README.md").read_text()
+
+
+def test_a_local_path_stays_out_of_the_card(tmp_path: Path) -> None:
+    report = make_report(model="/home/me/models/secret-place")
+    report.recipe["calib"] = report.calibration["source"] = "/home/me/data.jsonl"
+    write_reports(report, tmp_path, CONFIG)
+    card = (tmp_path / "README.md").read_text()
+    assert "/home/me" not in card and "base_model: secret-place" in card
+    assert "/home/me" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_without_search_has_no_empty_plots(tmp_path: Path) -> None:
+    """RTN: no modules, no rounding steps."""
+    blocks = [BlockReport(index=0, output_error=0.1, seconds=1.0)]
+    report = make_report(blocks=0, method="rtn", recipe={}).model_copy(update={"blocks": blocks})
+    write_reports(report, tmp_path, CONFIG)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<svg") == 1 and "Token weights" not in text
+
+
+@pytest.mark.parametrize("hot", [0, 5, 15])
+def test_overlay_is_brightest_where_the_weight_lies(hot: int) -> None:
+    shown = torch.tensor(list(overlay(make_picture(hot), "layer 0").convert("L").tobytes()))
+    side = int(len(shown) ** 0.5)
+    cells = shown.view(4, side // 4, 4, side // 4).float().mean((1, 3)).reshape(-1)
+    assert int(cells.argmax()) == hot
+    assert cells[hot] > cells.sort().values[-2] + 40
+
+
+def test_words_are_joined_and_weighed() -> None:
+    picture = make_picture()
+    words = picture.words("layer 0")
+    assert [w[0] for w in words] == ["<user>", "What", " is", " <b>?", "\n", "A", " square"]
+    assert dict((w[0], w[1]) for w in words)[" <b>?"] == 0.25
+    assert [w[3] for w in words] == [False] * 5 + [True] * 2 and words[0][2] is False
+    assert picture.image_share("layer 0") == pytest.approx(0.75)
+
+
+def test_words_in_the_page_are_escaped_and_shaded(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()])
+    text = (tmp_path / "report.html").read_text()
+    assert "<small>&lt;user&gt;</small>" in text and "<u> square</u>" in text
+    assert 'rgba(var(--mark), 0.75)" title="weight 25.00%"> &lt;b&gt;?' in text
+    assert "most in the middle centre ninth" in text or "most in the upper left ninth" in text
+
+
+def test_picture_as_png(tmp_path: Path) -> None:
+    picture_png(make_picture(), tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.width > 1000

@@ -1,0 +1,300 @@
+"""Token maps of every family: change a known region, see which features change, map them back.
+
+The models are tiny and random, but their towers and processors are the real ones: a feature
+changes most where its pixels did, so a wrong order of tiles, rows or merged patches shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qig_serve.errors import UserError
+from qig_serve.offline.report.token_map import grid_boxes, heat_map, token_boxes
+
+Built = tuple[Any, Any, Any]  # model, processor, config
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
+
+
+def _llava(crop: bool) -> Built:
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaModel, Qwen2Config
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **VISION, num_attention_heads=2, image_size=64, patch_size=8
+        ),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=5,
+        vision_feature_layer=-1,
+    )
+    square = {"height": 64, "width": 64}
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 64} if crop else square, crop_size=square, do_center_crop=crop
+    )
+    return LlavaModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _llava_onevision(most: int) -> Built:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionModel,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    pinpoints = [[64 * r, 64 * c] for r in range(1, 4) for c in range(1, 4)]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            **VISION, num_attention_heads=2, image_size=64, patch_size=8
+        ),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=5,
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio=f"anyres_max_{most}",
+    )
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": 64, "width": 64}, image_grid_pinpoints=pinpoints
+    )
+    return LlavaOnevisionModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _qwen2_vl() -> Built:
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    config = Qwen2VLConfig(
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=5,
+    )
+    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 16, max_pixels=28 * 28 * 60)
+    return Qwen2VLModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _qwen2_5_vl() -> Built:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    config = Qwen2_5_VLConfig(
+        # Windows of 4 x 4 merged patches: the tower reorders them, and puts them back.
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=5,
+    )
+    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 16, max_pixels=28 * 28 * 60)
+    return Qwen2_5_VLModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _qwen3_vl() -> Built:
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        text_config={
+            **TEXT,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=5,
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=16, min_pixels=32 * 32 * 16, max_pixels=32 * 32 * 60
+    )
+    return Qwen3VLModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _internvl() -> Built:
+    from transformers import InternVLConfig, InternVLModel
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    config = InternVLConfig(
+        vision_config={
+            **VISION,
+            "num_attention_heads": 2,
+            "image_size": [64, 64],
+            "patch_size": [8, 8],
+        },
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=5,
+    )
+    images = GotOcr2ImageProcessorPil(
+        size={"height": 64, "width": 64}, crop_to_patches=True, min_patches=1, max_patches=6
+    )
+    processor = SimpleNamespace(image_processor=images, image_seq_length=16)
+    return InternVLModel(config), processor, config
+
+
+def _idefics3() -> Built:
+    from transformers import Idefics3Config, Idefics3Model
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    config = Idefics3Config(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=5,
+        scale_factor=2,
+    )
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 192}, max_image_size={"longest_edge": 64}
+    )
+    return Idefics3Model(config), SimpleNamespace(image_processor=images, image_seq_len=16), config
+
+
+def _smolvlm() -> Built:
+    from transformers import SmolVLMConfig, SmolVLMModel
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    config = SmolVLMConfig(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=5,
+        scale_factor=2,
+    )
+    images = SmolVLMImageProcessorPil(
+        size={"longest_edge": 192}, max_image_size={"longest_edge": 64}
+    )
+    return SmolVLMModel(config), SimpleNamespace(image_processor=images, image_seq_len=16), config
+
+
+def _gemma3() -> Built:
+    from transformers import Gemma3Config, Gemma3Model
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    config = Gemma3Config(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
+        text_config={**TEXT, "head_dim": 16},
+        image_token_id=5,
+        mm_tokens_per_image=16,
+    )
+    images = Gemma3ImageProcessorPil(size={"height": 64, "width": 64}, do_pan_and_scan=False)
+    return Gemma3Model(config), SimpleNamespace(image_processor=images), config
+
+
+FAMILIES: dict[str, Callable[[], Built]] = {
+    "llava": lambda: _llava(crop=False),
+    "llava-center-crop": lambda: _llava(crop=True),
+    "llava-onevision": lambda: _llava_onevision(9),
+    "llava-onevision-shrunk": lambda: _llava_onevision(2),
+    "qwen2-vl": _qwen2_vl,
+    "qwen2.5-vl": _qwen2_5_vl,
+    "qwen3-vl": _qwen3_vl,
+    "internvl": _internvl,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "gemma3": _gemma3,
+}
+
+
+def _features(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Image features [tokens, channels] as they enter the language model."""
+    wanted = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    with torch.no_grad():
+        out = model.get_image_features(**{k: inputs[k] for k in wanted if k in inputs})
+    out = out.pooler_output if hasattr(out, "pooler_output") else out
+    if isinstance(out, (list, tuple)):
+        out = torch.cat(list(out))
+    return out.reshape(-1, out.shape[-1])
+
+
+@pytest.mark.parametrize("size", [(200, 120), (90, 170), (64, 64)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("spot", [(0.3, 0.4), (0.7, 0.6), (0.6, 0.25)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_region_is_found_again(
+    family: str, size: tuple[int, int], spot: tuple[float, float]
+) -> None:
+    torch.manual_seed(0)
+    model, processor, config = FAMILIES[family]()
+    for weight in model.eval().parameters():
+        if not weight.any():  # Gemma 3 starts its projection at zero
+            torch.nn.init.normal_(weight, std=0.02)
+    width, height = size
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    plain = Image.fromarray(noise // 8 + 100)
+    marked = plain.copy()
+    # A region the size of a coarse cell, around the spot.
+    half = 0.08
+    left, right = int((spot[0] - half) * width), int((spot[0] + half) * width)
+    top, bottom = int((spot[1] - half) * height), int((spot[1] + half) * height)
+    marked.paste((255, 255, 255), (left, top, right, bottom))
+
+    before, after = (
+        dict(processor.image_processor([[image]], return_tensors="pt")) for image in (plain, marked)
+    )
+    change = (_features(model, after) - _features(model, before)).norm(dim=-1)  # [tokens]
+    inputs = {**before, "input_ids": torch.full((1, len(change)), 5)}
+    boxes = token_boxes(config, processor, inputs, [plain])
+    assert len(boxes) == len(change)
+    # Attention spreads a little of the change everywhere: what stands out must be the region.
+    weights = (change - change.median()).clamp(min=0)
+    heat = heat_map(weights / weights.sum(), boxes, 0, size)
+    y, x = (axis.mean() for axis in np.nonzero(heat > 0.5 * heat.max()))
+    reach = 0.14  # half of a coarse cell and a little
+    assert abs(x / width - spot[0]) < reach and abs(y / height - spot[1]) < reach
+    near = heat[
+        int(max(0, spot[1] - 0.25) * height) : int((spot[1] + 0.25) * height),
+        int(max(0, spot[0] - 0.25) * width) : int((spot[0] + 0.25) * width),
+    ]
+    assert near.sum() > 0.6 * heat.sum()
+
+
+def test_mass_is_kept_and_tiles_add_up() -> None:
+    """A coarse and a fine grid over one picture: the density is the sum of both."""
+    coarse, fine = grid_boxes(1, 1), grid_boxes(2, 2)
+    boxes = {i: (0, box) for i, box in enumerate([*coarse, *fine])}
+    boxes[5] = (0, None)
+    heat = heat_map(torch.tensor([0.2, 0.8, 0.0, 0.0, 0.0, 9.0]), boxes, 0, (10, 10))
+    assert heat.mean() == pytest.approx(1.0)
+    assert heat[2, 2] == pytest.approx(0.2 + 0.8 * 4) and heat[7, 7] == pytest.approx(0.2)
+    assert heat_map(torch.ones(6), boxes, 1, (10, 10)).sum() == 0
+
+
+def test_what_cannot_be_mapped_is_said() -> None:
+    config = SimpleNamespace(model_type="mystery", image_token_id=5)
+    with pytest.raises(UserError, match="'mystery' are not supported; known types: .*qwen2_vl"):
+        token_boxes(config, None, {"input_ids": [[5]]}, [])
+    _, processor, llava = _llava(crop=False)
+    with pytest.raises(UserError, match="3 tokens, but 64 places"):
+        token_boxes(llava, processor, {"input_ids": [[5, 5, 5]]}, [Image.new("RGB", (9, 9))])

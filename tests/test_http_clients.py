@@ -1,0 +1,116 @@
+"""Loopback is never asked through a proxy, and a proxy that cannot be used is named."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from qig_serve.errors import UserError
+from qig_serve.evaluation.generation import ask_server
+from qig_serve.http_clients import is_loopback, open_loopback, openai_client, proxy_in_words
+from qig_serve.samples import sample_from_parts
+
+DEAD = "http://127.0.0.1:9"
+"""A proxy that refuses every connection."""
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """An OpenAI-compatible server of one model, on loopback."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]})
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://localhost:8000", True),
+        ("http://LOCALHOST./v1", True),
+        ("http://a.localhost/", True),
+        ("http://127.3.2.1/", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://0.0.0.0:8000", True),
+        ("http://10.0.0.1/", False),
+        ("http://localhost.example/", False),
+        ("http://example.org/127.0.0.1", False),
+    ],
+)
+def test_what_is_loopback(url: str, expected: bool) -> None:
+    assert is_loopback(url) is expected
+
+
+@pytest.mark.parametrize(
+    "proxy", [DEAD, "socks5://127.0.0.1:9", "nonsense://x", "http://[", "ftp://h"]
+)
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+def test_loopback_goes_past_every_proxy(
+    server: str, monkeypatch: pytest.MonkeyPatch, name: str, proxy: str
+) -> None:
+    monkeypatch.setenv(name, proxy)
+    with open_loopback(f"{server}/health", timeout=5) as answer:
+        assert answer.status == 200
+    with openai_client(server, "none", timeout=5, purpose="the test") as client:
+        assert [model.id for model in client.models.list()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("name", "proxy"),
+    [
+        ("ALL_PROXY", "nonsense://h:1"),
+        ("https_proxy", "nonsense://h:1"),
+        ("HTTP_PROXY", "http://h:port"),
+    ],
+    ids=["scheme", "lower-case", "port"],
+)
+def test_a_proxy_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, proxy: str
+) -> None:
+    monkeypatch.setenv(name, proxy)
+    message = rf"proxy of {name}={proxy} cannot be used \(.*unset {name}"
+    with pytest.raises(UserError, match=message):
+        openai_client("http://example.org", "none", timeout=5, purpose="the test")
+
+
+def test_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://me:secret@h:1")
+    with pytest.raises(UserError) as caught:
+        openai_client("http://example.org", "none", timeout=5, purpose="the test")
+    assert "secret" not in str(caught.value) and "nonsense://...@h:1" in str(caught.value)
+
+
+def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", DEAD)
+    sample = sample_from_parts("1", "all", b"", "", "")
+    message = rf"does not answer through the proxy of HTTP_PROXY={DEAD} "
+    with pytest.raises(UserError, match=message):
+        ask_server("http://example.invalid", [sample], 1, lambda *_: None)
+    assert proxy_in_words("http://localhost:1") == ""
+    monkeypatch.setenv("NO_PROXY", "example.invalid")
+    assert proxy_in_words("http://example.invalid") == ""

@@ -1,0 +1,151 @@
+"""LoRA adapters on a quantized base: answers equal PEFT's on the dequantized base."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_llava
+from safetensors.torch import save_file
+
+pytest.importorskip("vllm")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+TOKENS = 16
+RANK, ALPHA = 8, 16
+QUESTIONS = ("What is there?", "How many blobs are green?")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava.build(tmp_path_factory.mktemp("lora") / "source")
+
+
+Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Module -> A [r, K] and B [N, r]."""
+
+
+def make_adapter(source: Path, directory: Path) -> Adapter:
+    """An adapter of every decoder linear, written in PEFT's form."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    random = torch.Generator().manual_seed(3)
+    tensors, adapter = {}, {}
+    for name, module in model.named_modules():
+        if "language_model.layers" in name and name.rpartition(".")[2] in LINEARS:
+            a = torch.randn(RANK, module.in_features, generator=random) * 0.1
+            b = torch.randn(module.out_features, RANK, generator=random) * 0.1
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+            adapter[name] = a, b
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(source),
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(LINEARS),
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return adapter
+
+
+def adapted(model: Any, adapter: Adapter) -> Any:
+    """y = base(x) + B A x * alpha / r, as PEFT computes it: A sees x as it is, not quantized."""
+    for name, module in model.named_modules():
+        if name in adapter:
+            a, b = adapter[name]
+            module.register_forward_hook(
+                lambda _, args, output, a=a, b=b: output + args[0] @ a.T @ b.T * (ALPHA / RANK)
+            )
+    return model
+
+
+@pytest.fixture
+def release() -> Iterator[None]:
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def forced_logprobs(model: Any, source: Path, index: int, tokens: list[int]) -> torch.Tensor:
+    """What `model` gives to `tokens` as the answer to a question."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(source)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[index]}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = dict(processor(text=[text], images=[tiny_llava.picture(index)], return_tensors="pt"))
+    start = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, start - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "most"),
+    # int8 rounding of activations makes steps of the last bits of a sum: weights that differ by
+    # 1e-7 of themselves move the reference's own log-probabilities by 0.02.
+    [("w3a16", 1e-4), pytest.param("w4a8", 5e-2, marks=pytest.mark.slow)],
+)
+def test_logprobs_equal_peft_on_the_dequantized_base(
+    source: Path, tmp_path: Path, scheme: str, most: float, release: None
+) -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme)
+    adapter = make_adapter(source, tmp_path / "adapter")
+    llm = LLM(
+        str(checkpoint),
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=4,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": 1, "video": 0},
+        enable_lora=True,
+        max_lora_rank=RANK,
+    )
+    conversations = [
+        tiny_llava.conversation(q, tiny_llava.picture(i)) for i, q in enumerate(QUESTIONS)
+    ]
+    parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
+    request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
+    answers = {
+        name: llm.chat(conversations, parameters, use_tqdm=False, lora_request=used)
+        for name, used in (("adapter", request), ("base", None))
+    }
+    del llm
+    base = tiny_llava.reference(source, checkpoint, torch.float32)
+    models = {"base": base, "adapter": adapted(copy.deepcopy(base), adapter)}
+    for name, other in (("adapter", "base"), ("base", "adapter")):
+        for i, answer in enumerate(answers[name]):
+            tokens = list(answer.outputs[0].token_ids)
+            steps = zip(answer.outputs[0].logprobs, tokens, strict=True)
+            ours = torch.tensor([step[token].logprob for step, token in steps])
+            right = (ours - forced_logprobs(models[name], source, i, tokens)).abs().mean()
+            wrong = (ours - forced_logprobs(models[other], source, i, tokens)).abs().mean()
+            assert right < most and wrong > 10 * most, (name, i, right, wrong)
