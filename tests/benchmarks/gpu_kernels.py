@@ -20,6 +20,7 @@ gpu_kernels_{warm,checks,tune,time,rivals,counters}.py, order and limits in gpu_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -34,13 +35,15 @@ import gpu_kernels_plan as plan
 from gpu_kernels_plan import Context, Failed, Outcome, Results
 
 MODULES = {"tests": "gpu_kernels_checks"}
+EXIT = 1.0
+"""Seconds that a process takes to end."""
 FAILED = 3
 """Exit status of a stage that wrote its reason."""
 
 
 def run_stage(name: str, seconds: float, path: Path, out: Path) -> int:
     """In a process of its own: run a stage; its reason, if it fails, goes to the error stream."""
-    context = Context(Results(path), time.monotonic() + seconds, out)
+    context = Context(Results(path), time.monotonic() + seconds - EXIT, out)
     module = importlib.import_module(MODULES.get(name, f"gpu_kernels_{name}"))
     try:
         module.run(context)
@@ -62,9 +65,11 @@ def start_stage(name: str, seconds: float, path: Path, out: Path) -> Outcome:
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return Outcome("stopped", _since(begun), f"its {seconds:.0f} s were up")
+    finally:  # also what a stage left behind, and when this process is told to end
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.returncode == 0:
         return Outcome("done", _since(begun))
     last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
@@ -125,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(path)
     plan.write_json(path, {"machine": about, "stages": {}})
     outcomes: dict[str, Outcome] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
     def note(name: str, outcome: Outcome) -> None:
         outcomes[name] = outcome
