@@ -287,10 +287,14 @@ def kernel(tile: Tile, dtype: str, order: int, bits: int = 3) -> launch.Kernel:
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens."""
     block_m = max(8, 1 << (m - 1).bit_length())
+    shapes = {
+        8: ((128, 3), (128, 4), (128, 5), (256, 2), (256, 3)),
+        16: ((128, 2), (128, 4), (256, 2)),
+    }
     return [
         Tile("halves", tokens, block_n, 4, stages, programs)
-        for tokens in (8, 16)
+        for tokens, offered in shapes.items()
         if min(block_m, 16) // 2 <= tokens <= block_m
-        for block_n, programs in ((128, 3), (128, 4), (128, 5), (256, 2), (256, 3))
+        for block_n, programs in offered
         for stages in (2, 3)
     ]

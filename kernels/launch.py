@@ -357,7 +357,7 @@ def run(
 
     tensors: activations first, then what the kernels take up to `out`; sizes: M, N, K and the size
     of the weight's layout that they take; rows: of the weight, padded; sums: dtype of partial
-    sums. """
+    sums."""
     activations = tensors[0]
     assert activations is not None
     device, (m, _, k, _) = activations.device, sizes
