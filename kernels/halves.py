@@ -153,7 +153,7 @@ def _group_sums(
         return total.to(tl.float32) * x_scale * scale_zero.to(tl.float32, bitcast=True)[:, None]
 
 
-@triton.jit(do_not_specialize=["M", "tiles_m", "size", "rest"])
+@triton.jit(do_not_specialize=["M", "TILES", "tiles_m", "size", "rest"])
 def halves_kernel(
     halves_ptr, x_scale_sum_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr,
     partials_ptr, counter_ptr, M, N, K, TILES, tiles_m, size, rest,

@@ -290,7 +290,7 @@ def _part(
     return first + end - start
 
 
-@triton.jit(do_not_specialize=["M", "tiles_m", "size", "rest"])
+@triton.jit(do_not_specialize=["M", "TILES", "tiles_m", "size", "rest"])
 def w3a16_shared_kernel(
     x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr, counter_ptr,
     M, N, K, TILES, tiles_m, size, rest,
@@ -319,7 +319,7 @@ def w3a16_shared_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "TILES"])
 def w3a16_prefill_kernel(
     x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, M, N, K, TILES,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
@@ -344,7 +344,7 @@ def w3a16_prefill_kernel(
     launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["first_tile", "TILES"])
 def w3a16_dequantize_kernel(
     weight_ptr, scale_zero_ptr, out_ptr, N, K, TILES, first_tile,
     ORDER: tl.constexpr, USE_PTX: tl.constexpr,
