@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def can_implement(
     device_capability: tuple[int, int] | None = None,
 ) -> tuple[bool, str]:
     """Whether a linear [n, k] can run in the scheme with activations of `dtype`, or why not."""
-    if scheme.name not in ("w3a16", "w4a8"):
+    if scheme.name not in PATHS:
         return False, f"no CPU kernel for scheme {scheme.name}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False, f"activations must be bfloat16, float16 or float32, not {dtype}"
@@ -66,13 +67,7 @@ def can_implement(
 
 def kernel_name(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype) -> str:
     """What runs a linear [n, k], in words."""
-    if dtype == torch.float32:
-        return "fp32 reference"
-    if scheme.name == "w3a16":
-        return "torch int4 GEMM; torch GEMM on dequantized tiles for many rows"
-    if _use_vllm(n, dtype):
-        return "vLLM int4 x int8 GEMM; vLLM int8 GEMM on widened tiles for many rows"
-    return "torch int8 GEMM"
+    return "fp32 reference" if dtype == torch.float32 else PATHS[scheme.name].describe(n, dtype)
 
 
 def prepare(scheme: QuantScheme, tensors: Prepared, dtype: torch.dtype) -> Prepared:
@@ -87,13 +82,7 @@ def prepare(scheme: QuantScheme, tensors: Prepared, dtype: torch.dtype) -> Prepa
     if not possible:
         raise ValueError(reason)
     scale, zero = tensors["weight_scale"], tensors.get("weight_zero_point")
-    if scheme.name == "w3a16":
-        if dtype == torch.float32 or zero is None:
-            return {"weight": dequantize(codes, scale, zero)}
-        return _prepare_w3a16(codes, scale, zero, dtype)
-    if _use_vllm(n, dtype):
-        return _prepare_w4a8(codes, scale.float())
-    return {"codes": codes, "scale": scale.float().reshape(n).contiguous()}
+    return PATHS[scheme.name].prepare(codes, scale, zero, dtype)
 
 
 def linear(
@@ -140,10 +129,7 @@ def warm_up(
     has_bias: bool = False,
 ) -> None:
     """Nothing to compile; finds out once what this processor offers."""
-    if scheme.name == "w3a16":
-        _torch_int4_block()
-    else:
-        _vllm_kernels()
+    PATHS[scheme.name].look_up()
 
 
 # ---- w3a16
@@ -374,3 +360,51 @@ _define(
     _w4a8_codes,
     lambda x, codes, scale, bias: x.new_empty(x.shape[0], scale.shape[0]),
 )
+
+
+# ---- the schemes
+
+
+@dataclass(frozen=True)
+class CpuPath:
+    """What a scheme needs on a CPU, beside the op of its prepared tensors (`linear`)."""
+
+    describe: Callable[[int, torch.dtype], str]
+    """(n, dtype) -> what runs it, in words."""
+    prepare: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], Prepared]
+    """(codes [N, K], scale, zero point, dtype) -> the kernels' tensors."""
+    look_up: Callable[[], object]
+    """Finds out what the processor offers."""
+
+
+def _describe_w3a16(n: int, dtype: torch.dtype) -> str:
+    return "torch int4 GEMM; torch GEMM on dequantized tiles for many rows"
+
+
+def _keep_w3a16(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
+) -> Prepared:
+    if dtype == torch.float32 or zero is None:
+        return {"weight": dequantize(codes, scale, zero)}
+    return _prepare_w3a16(codes, scale, zero, dtype)
+
+
+def _describe_w4a8(n: int, dtype: torch.dtype) -> str:
+    if _use_vllm(n, dtype):
+        return "vLLM int4 x int8 GEMM; vLLM int8 GEMM on widened tiles for many rows"
+    return "torch int8 GEMM"
+
+
+def _keep_w4a8(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
+) -> Prepared:
+    n = codes.shape[0]
+    if _use_vllm(n, dtype):
+        return _prepare_w4a8(codes, scale.float())
+    return {"codes": codes, "scale": scale.float().reshape(n).contiguous()}
+
+
+PATHS = {
+    "w3a16": CpuPath(_describe_w3a16, _keep_w3a16, _torch_int4_block),
+    "w4a8": CpuPath(_describe_w4a8, _keep_w4a8, _vllm_kernels),
+}

@@ -19,24 +19,34 @@ from qig_serve.kernels.library import aligned, define
 from qig_serve.kernels.quantize_activation import Codes, Halves
 
 
-def warm_up(scheme: str, k: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile what quantizes rows of K, alone and fused, for few tokens and for many."""
-    for m in (1, quantize_activation.MANY_TOKENS) if scheme == "w4a8" else (1,):
-        x = torch.zeros(m, k, dtype=dtype, device=device)
-        gate_up = torch.zeros(m, 2 * k, dtype=dtype, device=device)
-        weight = torch.zeros(k, dtype=dtype, device=device)
-        if scheme == "w4a8":
-            quantize_activation.quantize(x)
-            quantize_activation.silu_mul_quantize(gate_up)
-            for residual in (None, x):
-                quantize_activation.rms_norm_quantize(x, weight, 1e-6, residual)
-        else:
-            quantize_activation.split_halves(x)
-            quantize_activation.silu_mul_halves(gate_up)
-            quantize_activation.silu_mul(gate_up)
-            for residual in (None, x):
-                quantize_activation.rms_norm_halves(x, weight, 1e-6, residual)
-                quantize_activation.rms_norm(x, weight, 1e-6, residual)
+def warm_up_codes(k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what makes codes of rows of K, alone and fused, for few tokens and for many."""
+    for m in (1, quantize_activation.MANY_TOKENS):
+        x, gate_up, weight = _zeros(m, k, dtype, device)
+        quantize_activation.quantize(x)
+        quantize_activation.silu_mul_quantize(gate_up)
+        for residual in (None, x):
+            quantize_activation.rms_norm_quantize(x, weight, 1e-6, residual)
+
+
+def warm_up_halves(k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what makes halves of rows of K, alone and fused, and what is fused without."""
+    x, gate_up, weight = _zeros(1, k, dtype, device)
+    quantize_activation.split_halves(x)
+    quantize_activation.silu_mul_halves(gate_up)
+    quantize_activation.silu_mul(gate_up)
+    for residual in (None, x):
+        quantize_activation.rms_norm_halves(x, weight, 1e-6, residual)
+        quantize_activation.rms_norm(x, weight, 1e-6, residual)
+
+
+def _zeros(
+    m: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [M, K], gate and up [M, 2 K], the weight of a norm [K]."""
+    shapes = ((m, k), (m, 2 * k), (k,))
+    x, gate_up, weight = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+    return x, gate_up, weight
 
 
 def _sum(added: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

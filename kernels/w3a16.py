@@ -527,7 +527,7 @@ def unsupported(n: int, k: int) -> str:
 
 def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what makes halves of activations, alone and fused with what precedes it."""
-    quantizer_ops.warm_up("w3a16", k, dtype, device)
+    quantizer_ops.warm_up_halves(k, dtype, device)
 
 
 def _w3a16_linear(

@@ -307,7 +307,7 @@ def unsupported(n: int, k: int) -> str:
 
 def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what quantizes activations, alone and fused with what precedes it."""
-    quantizer_ops.warm_up("w4a8", k, dtype, device)
+    quantizer_ops.warm_up_codes(k, dtype, device)
 
 
 def _w4a8_linear(

@@ -322,10 +322,12 @@ def test_norm_and_gate_alone(m: int, k: int, dtype: torch.dtype) -> None:
     assert float(apart.float().mean()) < 1e-3
 
 
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-def test_warming_up_runs_every_kernel(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("warm_up", [quantizer_ops.warm_up_codes, quantizer_ops.warm_up_halves])
+def test_warming_up_runs_every_kernel(
+    warm_up: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quantize_activation, "MANY_TOKENS", 3)
-    quantizer_ops.warm_up(scheme, 256, torch.bfloat16, DEVICE)
+    warm_up(256, torch.bfloat16, DEVICE)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs compute capability 9.0")
