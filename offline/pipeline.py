@@ -163,8 +163,9 @@ def calibration_line(report: QuantizationReport, ranks: Ranks) -> str:
     tokens = report.calibration["tokens"]
     shared = f", shared by {ranks.size} processes" if ranks.size > 1 else ""
     return (
-        f"calibration: {report.calibration['samples']} samples of {tokens['image']} image, "
-        f"{tokens['text']} text and {tokens['special']} template tokens{shared}"
+        f"calibration: {report.calibration['samples']} samples with "
+        f"{report.calibration['images']} images: {tokens['image']} image, {tokens['text']} text "
+        f"and {tokens['special']} template tokens{shared}"
     )
 
 

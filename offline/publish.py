@@ -46,6 +46,7 @@ def new_report(
         recipe=recipe.recorded(),
         calibration={
             **info.model_dump(),
+            "images": sum(len(s.images) for s in samples),
             "tokens": dict(zip(counts, map(int, ranks.total(*counts.values())), strict=True)),
             # So that an evaluation can tell which of its questions were calibrated on.
             "sample_sha256": [sample_sha256(s) for s in samples],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,12 +34,19 @@ from qig_serve.offline.disk import (
     write_hashes,
     write_text,
 )
-from qig_serve.offline.source.tensors import PICKLE_SUFFIXES, SourceCheckpoint
+from qig_serve.offline.source.tensors import SourceCheckpoint
+from qig_serve.weight_files import PICKLE_SUFFIXES
 
 _STATE_FILE = ".state.json"
 _LOCK_FILE = ".lock"
 """Hidden: a run killed right after it was published leaves them in the finished checkpoint."""
 _WEIGHT_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", *PICKLE_SUFFIXES)
+_TRAINING_FILES = re.compile(
+    r"adapter_config\.json|(trainer_state|training_args|train_results|all_results|eval_results)\.\w+"
+    r"|(optimizer|scheduler|rng_state|scaler).*\.\w+|zero_to_fp32\.py|latest|events\.out\.tfevents.*"
+    r"|(hf_quant|quantize|quant)_config\.json"
+)
+"""What training leaves beside a model and no server reads; and other quantizers' own words."""
 _OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html")
 
 
@@ -231,7 +239,8 @@ class CheckpointWriter:
             hidden = any(part.startswith(".") for part in relative.parts)
             weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
             target = self.directory / relative
-            if hidden or weights or path.name in _OWN_FILES or not path.is_file():
+            left_over = any(_TRAINING_FILES.fullmatch(p) for p in relative.parts)
+            if hidden or weights or left_over or path.name in _OWN_FILES or not path.is_file():
                 continue
             if target.exists():
                 continue

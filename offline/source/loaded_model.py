@@ -17,7 +17,14 @@ from torch import nn
 from qig_serve import model_directory
 from qig_serve.architectures import Architecture, get_architecture
 from qig_serve.errors import UserError
+from qig_serve.offline.source.surplus import (
+    check_block,
+    check_number_of_blocks,
+    check_other_names,
+    check_outside,
+)
 from qig_serve.offline.source.tensors import SourceCheckpoint
+from qig_serve.weight_files import check_full_precision
 
 _AFTER = "hidden_states_added_after"
 """Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
@@ -115,8 +122,11 @@ class LoadedModel:
                 + " and ".join(f"{p}0.*" for p in arch.source_prefixes)
             )
         self._prefix = found[0]
+        check_other_names(source, [p for p in arch.source_prefixes if p != self._prefix])
+        check_number_of_blocks(source, self._prefix, self.num_blocks)
         for index in range(self.num_blocks):
-            self._empty_block(index)
+            known = {n for n, _ in self._empty_block(index).named_parameters()}
+            check_block(source, f"{self._prefix}{index}.", known)
 
     @property
     def num_blocks(self) -> int:
@@ -127,6 +137,11 @@ class LoadedModel:
     def image_token_id(self) -> int | None:
         """The token that stands for a piece of an image."""
         return image_token_id(self.config, self.processor)
+
+    @property
+    def source_prefix(self) -> str:
+        """What stands before a block's number in the names of the files' tensors."""
+        return self._prefix
 
     def source_name(self, index: int, name: str) -> str:
         """The tensor in the files behind parameter `name` of block `index`."""
@@ -215,8 +230,7 @@ def _add_after(
 def read_config(directory: Path) -> Any:
     """The Hugging Face configuration of a model that can be quantized; UserError for others."""
     raw = model_directory.read_config(directory)
-    if raw.get("quantization_config"):
-        raise UserError(f"{directory} is quantized already: give the full-precision model")
+    check_full_precision(directory)
     for part in (raw, raw.get("text_config")):
         blocks = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if isinstance(blocks, int) and blocks > _MOST_BLOCKS:
@@ -239,6 +253,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
             f"supported; known decoders: {', '.join(arch.text_types)}"
         )
     source = SourceCheckpoint(directory)
+    source.check_full_precision()
     processor = model_directory.load_processor(directory)
 
     from transformers import AutoModelForImageTextToText
@@ -285,6 +300,8 @@ def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
             f"{name} is {list(stored)} in {loaded.directory}, but config.json asks for "
             f"{list(wanted)}"
         )
+    inside = (loaded.source_prefix, f"{loaded.arch.decoder}.layers.")
+    check_outside(loaded.source, (n for n in info["unexpected_keys"] if not n.startswith(inside)))
     if info["missing_keys"]:
         raise UserError(
             f"{loaded.directory} has no tensor for {sorted(info['missing_keys'])[0]}: the "
