@@ -13,6 +13,7 @@ from qig_serve.offline.calibration.batches import (
     token_counts,
 )
 from qig_serve.offline.checkpoint import forms
+from qig_serve.offline.checkpoint.canary import Canary
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.processes import Ranks
 from qig_serve.offline.recipe import QuantRecipe
@@ -62,9 +63,13 @@ def publish(
     report: QuantizationReport,
     recipe: QuantRecipe,
     kept: KeptWeights,
+    canary: Canary,
     plain: bool,
 ) -> None:
-    """Publishes the checkpoint with its reports; a plain one with report.json alone."""
+    """Publishes the checkpoint with its reports; a plain one with report.json alone.
+
+    In our own form it is read back first (checkpoint/canary.py).
+    """
     if plain:
         writer.write_text(REPORT_FILE, report.model_dump_json(indent=1) + "\n")
         writer.publish(forms.plain(recipe.quant_scheme, loaded.source))
@@ -80,10 +85,10 @@ def publish(
         card if card.is_file() else None,
         pictures,
     )
-    form = forms.qig(config)
     if recipe.format == "compressed-tensors":
-        form = forms.compressed(config, loaded.arch, report.left_alone)
-    writer.publish(form)
+        writer.publish(forms.compressed(config, loaded.arch, report.left_alone))
+    else:
+        writer.publish(forms.qig(config), canary.check)
 
 
 def quantization_config(

@@ -13,7 +13,7 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,11 @@ class CheckpointWriter:
         """A further file of the checkpoint, such as report.json."""
         write_text(self.directory / name, text)
 
-    def publish(self, form: Form) -> Path:
-        """Copies what is untouched, writes config, index and hashes, and renames; the target."""
+    def publish(self, form: Form, check: Callable[[Path], object] | None = None) -> Path:
+        """Copies what is untouched, writes config, index and hashes, and renames; the target.
+
+        `check` looks at the finished directory before the rename, and raises to prevent it.
+        """
         self._remove_partial_files()
         with disk_errors(self.directory):
             shards = [self.block_file(i) for i in sorted(self._blocks)]
@@ -202,6 +205,8 @@ class CheckpointWriter:
             config = json.loads((self.source.directory / "config.json").read_text("utf-8"))
             config |= form.config
             write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
+            if check is not None:
+                check(self.directory)
             state = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE, *done_with]
             write_hashes(self.directory, state)
             sync(self.directory)

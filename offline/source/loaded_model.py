@@ -94,7 +94,6 @@ class LoadedModel:
         processor: Any,
         source: SourceCheckpoint,
         model: nn.Module,
-        block_class: type[nn.Module],
         device: torch.device,
     ) -> None:
         self.directory = directory
@@ -106,9 +105,10 @@ class LoadedModel:
         self.device = device
         self.text_config = config.get_text_config()
         self.dtype: torch.dtype = model_directory.model_dtype(directory)
-        self._block_class = block_class
         self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         decoder = model.get_submodule(arch.decoder)
+        self._block_class = type(decoder.layers[0])
+        self.text_config._attn_implementation = "sdpa"
         types = getattr(self.text_config, "layer_types", None) or [None] * self.num_blocks
         decoder.layers = nn.ModuleList(_Catcher(self._calls, kind) for kind in types)
         # Built with fewer blocks (see `load`); the loop over them reads these.
@@ -122,11 +122,16 @@ class LoadedModel:
                 + " and ".join(f"{p}0.*" for p in arch.source_prefixes)
             )
         self._prefix = found[0]
-        check_other_names(source, [p for p in arch.source_prefixes if p != self._prefix])
-        check_number_of_blocks(source, self._prefix, self.num_blocks)
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """UserError unless the files have the blocks that config.json asks for, and no more."""
+        others = [p for p in self.arch.source_prefixes if p != self._prefix]
+        check_other_names(self.source, others)
+        check_number_of_blocks(self.source, self._prefix, self.num_blocks)
         for index in range(self.num_blocks):
             known = {n for n, _ in self._empty_block(index).named_parameters()}
-            check_block(source, f"{self._prefix}{index}.", known)
+            check_block(self.source, f"{self._prefix}{index}.", known)
 
     @property
     def num_blocks(self) -> int:
@@ -156,7 +161,7 @@ class LoadedModel:
         block = self._empty_block(index)
         for name, _ in list(block.named_parameters()):
             source_name = self.source_name(index, name)
-            tensor = self.source.tensor(source_name)
+            tensor = self._stored(index, name)
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(
                     f"layer {index}: {source_name} in {self.directory} holds NaN or infinity: the "
@@ -171,10 +176,18 @@ class LoadedModel:
         block.register_forward_hook(_add_after, with_kwargs=True)
         return block.eval()
 
+    def _stored(self, index: int, name: str) -> torch.Tensor:
+        """Parameter `name` of block `index`, from the files."""
+        return self.source.tensor(self.source_name(index, name))
+
+    def meta_block(self, index: int) -> nn.Module:
+        """Block `index` as its class has it, without weights."""
+        with torch.device("meta"):
+            return self._block_class(self.text_config, layer_idx=index)
+
     def _empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device; UserError where the files do not have its tensors."""
-        with torch.device("meta"):
-            block = self._block_class(self.text_config, layer_idx=index)
+        block = self.meta_block(index)
         for name, parameter in block.named_parameters():
             source_name = self.source_name(index, name)
             if source_name not in self.source:
@@ -256,6 +269,15 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     source.check_full_precision()
     processor = model_directory.load_processor(directory)
 
+    model, info = load_front(directory, config)
+    model = model.to(device).eval().requires_grad_(False)
+    loaded = LoadedModel(directory, arch, config, processor, source, model, device)
+    _check_loaded(loaded, info)
+    return loaded
+
+
+def load_front(directory: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """All before the decoder's blocks, and the fewest of those, in fp32; what did not fit."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -280,13 +302,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
-    model = model.to(device).eval().requires_grad_(False)
-    decoder = model.get_submodule(arch.decoder)
-    block_class = type(decoder.layers[0])
-    config.get_text_config()._attn_implementation = "sdpa"
-    loaded = LoadedModel(directory, arch, config, processor, source, model, block_class, device)
-    _check_loaded(loaded, info)
-    return loaded
+    return model, info
 
 
 def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:

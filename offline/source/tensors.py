@@ -111,6 +111,10 @@ class SourceCheckpoint:
         """The file that a tensor is in."""
         return self.directory / self._file_of[name]
 
+    def dtype(self, name: str) -> str:
+        """The tensor's type, as its header names it."""
+        return self._entries[name].dtype
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, read now; UserError when it is absent or cannot be read."""
         if name not in self._file_of:
