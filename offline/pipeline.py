@@ -29,6 +29,7 @@ from qig_serve.formats import QuantScheme, unsupported_shape
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.calibration.sources import load_calibration
 from qig_serve.offline.checkpoint.blocks import load_written, read_progress, write_block
+from qig_serve.offline.checkpoint.canary import Canary
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
 from qig_serve.offline.equalization.group import equalize_group
@@ -152,8 +153,9 @@ def _quantize(
                 f"all blocks done in {report.seconds:.0f} s, {len(report.fallbacks)} fallbacks"
             )
             progress.close_log()
+            canary = Canary.of(loaded, streams)
             shutil.rmtree(writer.directory / ACTIVATIONS, ignore_errors=True)
-            publish(loaded, writer, report, recipe, kept, plain)
+            publish(loaded, writer, report, recipe, kept, canary, plain)
             progress.line(f"wrote {output} in {time.monotonic() - started:.0f} s")
     return report
 
@@ -163,8 +165,9 @@ def calibration_line(report: QuantizationReport, ranks: Ranks) -> str:
     tokens = report.calibration["tokens"]
     shared = f", shared by {ranks.size} processes" if ranks.size > 1 else ""
     return (
-        f"calibration: {report.calibration['samples']} samples of {tokens['image']} image, "
-        f"{tokens['text']} text and {tokens['special']} template tokens{shared}"
+        f"calibration: {report.calibration['samples']} samples with "
+        f"{report.calibration['images']} images: {tokens['image']} image, {tokens['text']} text "
+        f"and {tokens['special']} template tokens{shared}"
     )
 
 

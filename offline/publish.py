@@ -13,6 +13,7 @@ from qig_serve.offline.calibration.batches import (
     token_counts,
 )
 from qig_serve.offline.checkpoint import forms
+from qig_serve.offline.checkpoint.canary import Canary
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.processes import Ranks
 from qig_serve.offline.recipe import QuantRecipe
@@ -46,6 +47,7 @@ def new_report(
         recipe=recipe.recorded(),
         calibration={
             **info.model_dump(),
+            "images": sum(len(s.images) for s in samples),
             "tokens": dict(zip(counts, map(int, ranks.total(*counts.values())), strict=True)),
             # So that an evaluation can tell which of its questions were calibrated on.
             "sample_sha256": [sample_sha256(s) for s in samples],
@@ -61,9 +63,13 @@ def publish(
     report: QuantizationReport,
     recipe: QuantRecipe,
     kept: KeptWeights,
+    canary: Canary,
     plain: bool,
 ) -> None:
-    """Publishes the checkpoint with its reports; a plain one with report.json alone."""
+    """Publishes the checkpoint with its reports; a plain one with report.json alone.
+
+    In our own form it is read back first (checkpoint/canary.py).
+    """
     if plain:
         writer.write_text(REPORT_FILE, report.model_dump_json(indent=1) + "\n")
         writer.publish(forms.plain(recipe.quant_scheme, loaded.source))
@@ -79,10 +85,10 @@ def publish(
         card if card.is_file() else None,
         pictures,
     )
-    form = forms.qig(config)
     if recipe.format == "compressed-tensors":
-        form = forms.compressed(config, loaded.arch, report.left_alone)
-    writer.publish(form)
+        writer.publish(forms.compressed(config, loaded.arch, report.left_alone))
+    else:
+        writer.publish(forms.qig(config), canary.check)
 
 
 def quantization_config(

@@ -108,7 +108,7 @@ class QuantizationReport(_Data):
     method: str
     recipe: dict[str, Any]
     calibration: dict[str, Any]
-    """source, samples, sha256, seed, tokens by modality, and a hash of every sample."""
+    """source, samples, sha256, seed, images, tokens by modality, and a hash of every sample."""
     blocks: list[BlockReport] = Field(default_factory=list)
     left_alone: list[str] = Field(default_factory=list)
     """Modules that stay in 16 bits on purpose."""

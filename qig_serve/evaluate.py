@@ -27,6 +27,7 @@ from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, n
 from qig_serve.model_directory import quantization, read_config
 from qig_serve.samples import Sample, overlap, read_samples, sample_sha256, set_sha256
 from qig_serve.text_files import read_json
+from qig_serve.weight_files import check_reference
 
 if TYPE_CHECKING:
     from qig_serve.evaluation.divergence import Divergence
@@ -239,6 +240,7 @@ def _full_precision(directory: Path) -> Path:
     read_config(directory)
     if quantization(directory):
         raise UserError(f"the reference {directory} is quantized: give the full-precision model")
+    check_reference(directory)
     return directory
 
 

@@ -68,13 +68,24 @@ def load_processor(directory: Path) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} has no usable processor: {error}") from None
+    except Exception as error:  # a package that is missing, a value that is none of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{directory} has no usable processor: {reason}") from None
     if getattr(processor, "tokenizer", None) is None:
         raise UserError(f"{directory} has no image processor beside its tokenizer")
-    if not (processor.chat_template or processor.tokenizer.chat_template):
+    if not processor.chat_template:
+        processor.chat_template = _tokenizer_template(processor.tokenizer)
+    if not processor.chat_template:
         raise UserError(f"{directory} has no chat template, so it cannot be asked anything")
     return processor
+
+
+def _tokenizer_template(tokenizer: Any) -> Any:
+    """The chat template of files that keep it with the tokenizer: one, or several by name."""
+    template = tokenizer.chat_template
+    if isinstance(template, (list, tuple)):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, Mapping) else template
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

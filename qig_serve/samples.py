@@ -36,6 +36,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 """Files with these endings are pictures, in lower or upper case."""
 
 _ROLES = ("system", "user", "assistant")
+_MEDIA = frozenset(
+    f"{kind}{ending}"
+    for kind in ("image", "video", "audio")
+    for ending in ("", "s", "_url", "_urls", "_path", "_paths", "_file", "_files")
+)
 
 
 @dataclass(frozen=True)
@@ -193,12 +198,28 @@ def _parse_line(line: str, where: str, folder: Path, number: int) -> Sample:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
+    return parse_record(record, where, folder, number)
+
+
+def parse_record(record: Any, where: str, folder: Path, number: int) -> Sample:
+    """A sample from the value of its JSON; `number` names it if it has no id.
+
+    Pictures are parts of the messages, or paths in "images" beside them, which take the places of
+    the marks `<image>` in the texts (LLaMA-Factory) or of parts without a path (TRL).
+    """
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise UserError(f'{where}: a sample needs a "messages" list in OpenAI chat form')
     answer = record.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise UserError(f'{where}: "answer" must be text, not {type(answer).__name__}')
-    messages = tuple(_parse_message(m, where, folder) for m in record["messages"])
+    check_media(record, where, read=("images",))
+    images = _beside(record.get("images"), where, folder)
+    count = len(images or ())
+    messages = tuple(_parse_message(m, where, folder, images) for m in record["messages"])
+    if images:
+        raise UserError(
+            f"{where}: {count} images, and {count - len(images)} marks <image> in the messages"
+        )
     if not messages or messages[-1]["role"] == "system":
         raise UserError(f"{where}: the conversation has no user turn")
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
@@ -210,15 +231,63 @@ def _parse_line(line: str, where: str, folder: Path, number: int) -> Sample:
     return Sample(str(record.get("id", number)), str(record.get("type", "all")), messages, answer)
 
 
-def _parse_message(message: Any, where: str, folder: Path) -> dict[str, Any]:
+def check_media(record: dict[str, Any], where: str, read: Sequence[str] = ()) -> None:
+    """UserError for a key that carries pictures, video or sound and would not be read."""
+    for key in sorted(set(record) & _MEDIA - set(read)):
+        if record[key]:
+            raise UserError(
+                f'{where}: the key "{key}" is not read: give pictures as image_url parts of a '
+                'message, or as paths in "images" with <image> in the text; video and sound cannot '
+                "be used"
+            )
+
+
+def _beside(value: Any, where: str, folder: Path) -> list[ImageSource] | None:
+    """The pictures of "images"; None where the record has none."""
+    if not value:
+        return None
+    named = value if isinstance(value, list) else [value]
+    if not all(isinstance(url, str) for url in named):
+        raise UserError(f'{where}: "images" must be a list of paths')
+    return [_resolve(url, where, folder) for url in named]
+
+
+def split_marks(text: str, images: list[ImageSource], where: str) -> list[dict[str, Any]]:
+    """Parts of a text in which each `<image>` stands for the next of `images`, which it takes."""
+    parts: list[dict[str, Any]] = []
+    for i, piece in enumerate(text.split("<image>")):
+        if i:
+            if not images:
+                raise UserError(f"{where}: more <image> marks than images")
+            parts.append({"type": "image", "image": images.pop(0)})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+def _parse_message(
+    message: Any, where: str, folder: Path, images: list[ImageSource] | None
+) -> dict[str, Any]:
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise UserError(f"{where}: every message needs a role, one of {', '.join(_ROLES)}")
+    check_media(message, where)
     content = message.get("content")
+    if isinstance(content, str) and images is not None:
+        return {"role": message["role"], "content": split_marks(content, images, where)}
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise UserError(f"{where}: the content of a message must be text or a list of parts")
-    return {"role": message["role"], "content": [_parse_part(p, where, folder) for p in content]}
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if images is not None and kind == "text" and isinstance(part.get("text"), str):
+            parts += split_marks(part["text"], images, where)
+        elif images is not None and kind == "image" and set(part) <= {"type", "text", "index"}:
+            parts += split_marks("<image>", images, where)
+        else:
+            parts.append(_parse_part(part, where, folder))
+    return {"role": message["role"], "content": parts}
 
 
 def _parse_part(part: Any, where: str, folder: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import torch
 
 from qig_serve.errors import UserError
 from qig_serve.offline.processes import ALONE, Ranks
+from qig_serve.rendering import check_marks, guarded, process
+from qig_serve.rendering import render as render_chat
 from qig_serve.samples import Sample, load_image, sample_sha256
 
 SPECIAL, TEXT, IMAGE = 0, 1, 2
@@ -136,22 +138,21 @@ def _encode(sample: Sample, processor: Any, image_token_id: int | None) -> _Enco
     if sample.answer:
         part = {"type": "text", "text": sample.answer}
         messages.append({"role": "assistant", "content": [part]})
+    name = f"calibration sample {sample.id}"
+    check_marks(sample, processor, name)
     text, spans = _render(messages, processor, bool(sample.answer), sample.id)
     try:
         images = [load_image(image) for image in sample.images]
     except UserError as error:
-        raise UserError(f"calibration sample {sample.id}: {error}") from None
-    try:
-        inputs = processor(
-            text=[text],
-            images=images or None,
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
-    except (ValueError, IndexError, ZeroDivisionError, OSError) as error:
-        raise UserError(f"calibration sample {sample.id} cannot be processed: {error}") from None
+        raise UserError(f"{name}: {error}") from None
+    inputs = process(processor, name, text=[text], images=images or None)
     ids = inputs["input_ids"][0]
-    plain = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if images and image_token_id is not None and not bool((ids == image_token_id).any()):
+        raise UserError(
+            f"{name}: the chat template leaves its images out; give the model's own template"
+        )
+    with guarded(name, "the tokenizer cannot process it"):
+        plain = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     modality, answer = _align(
         ids.tolist(), plain["input_ids"], plain["offset_mapping"], spans, image_token_id, sample.id
     )
@@ -181,7 +182,7 @@ def _render(
             }
             for m in messages
         ]
-        return str(processor.apply_chat_template(named, tokenize=False))
+        return render_chat(processor, named, f"calibration sample {name}")
 
     turns = [i for i, m in enumerate(messages) for p in m["content"] if p["type"] == "text"]
     texts = [p["text"] for m in messages for p in m["content"] if p["type"] == "text"]

@@ -25,9 +25,13 @@ from qig_serve.samples import (
     IMAGE_SUFFIXES,
     ImageSource,
     Sample,
+    check_media,
     load_image,
+    parse_record,
+    picture_path,
     read_samples,
     sample_from_parts,
+    split_marks,
 )
 
 CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
@@ -109,14 +113,21 @@ def _conversations(path: Path, folder: Path, n: int, seed: int) -> list[Sample]:
 
 
 def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
+    if isinstance(record, dict) and "messages" in record and "conversations" not in record:
+        return parse_record(record, where, folder, index)
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         raise UserError(f'{where}: no "conversations" list')
-    named = record.get("image") or []
+    check_media(record, where, read=("image", "images"))
+    if record.get("image") and record.get("images"):
+        raise UserError(f'{where}: "image" and "images": give the pictures in one of them')
+    named = record.get("image") or record.get("images") or []
     files = named if isinstance(named, list) else [named]
     images: list[ImageSource] = []
     for name in files:
-        path = folder / str(name)
+        path = picture_path(name, folder) if isinstance(name, str) else None
+        if path is None:
+            raise UserError(f"{where}: the image {str(name)[:80]!r} is not a path")
         if not os.path.isfile(path):
             raise UserError(f"{where}: the image {path} does not exist; see --image-folder")
         images.append(path)
@@ -130,16 +141,7 @@ def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
         value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         if role is None or not isinstance(value, str):
             raise UserError(f'{where}: a turn needs "from" (human or gpt) and "value"')
-        parts: list[dict[str, Any]] = []
-        pieces = value.split("<image>")
-        for i, piece in enumerate(pieces):
-            if i:
-                if not images:
-                    raise UserError(f"{where}: more <image> marks than images")
-                parts.append({"type": "image", "image": images.pop(0)})
-            if piece.strip():
-                parts.append({"type": "text", "text": piece.strip()})
-        messages.append({"role": role, "content": parts})
+        messages.append({"role": role, "content": split_marks(value, images, where)})
     first = next((m for m in messages if m["role"] == "user"), None)
     if first is None:
         raise UserError(f"{where}: the conversation has no human turn")

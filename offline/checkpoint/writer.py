@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,19 @@ from qig_serve.offline.disk import (
     write_hashes,
     write_text,
 )
-from qig_serve.offline.source.tensors import PICKLE_SUFFIXES, SourceCheckpoint
+from qig_serve.offline.source.tensors import SourceCheckpoint
+from qig_serve.weight_files import PICKLE_SUFFIXES
 
 _STATE_FILE = ".state.json"
 _LOCK_FILE = ".lock"
 """Hidden: a run killed right after it was published leaves them in the finished checkpoint."""
 _WEIGHT_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", *PICKLE_SUFFIXES)
+_TRAINING_FILES = re.compile(
+    r"adapter_config\.json|(trainer_state|training_args|train_results|all_results|eval_results)\.\w+"
+    r"|(optimizer|scheduler|rng_state|scaler).*\.\w+|zero_to_fp32\.py|latest|events\.out\.tfevents.*"
+    r"|(hf_quant|quantize|quant)_config\.json"
+)
+"""What training leaves beside a model and no server reads; and other quantizers' own words."""
 _OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html")
 
 
@@ -180,8 +188,11 @@ class CheckpointWriter:
         """A further file of the checkpoint, such as report.json."""
         write_text(self.directory / name, text)
 
-    def publish(self, form: Form) -> Path:
-        """Copies what is untouched, writes config, index and hashes, and renames; the target."""
+    def publish(self, form: Form, check: Callable[[Path], object] | None = None) -> Path:
+        """Copies what is untouched, writes config, index and hashes, and renames; the target.
+
+        `check` looks at the finished directory before the rename, and raises to prevent it.
+        """
         self._remove_partial_files()
         with disk_errors(self.directory):
             shards = [self.block_file(i) for i in sorted(self._blocks)]
@@ -194,6 +205,8 @@ class CheckpointWriter:
             config = json.loads((self.source.directory / "config.json").read_text("utf-8"))
             config |= form.config
             write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
+            if check is not None:
+                check(self.directory)
             state = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE, *done_with]
             write_hashes(self.directory, state)
             sync(self.directory)
@@ -231,7 +244,8 @@ class CheckpointWriter:
             hidden = any(part.startswith(".") for part in relative.parts)
             weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
             target = self.directory / relative
-            if hidden or weights or path.name in _OWN_FILES or not path.is_file():
+            left_over = any(_TRAINING_FILES.fullmatch(p) for p in relative.parts)
+            if hidden or weights or left_over or path.name in _OWN_FILES or not path.is_file():
                 continue
             if target.exists():
                 continue

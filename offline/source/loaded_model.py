@@ -17,7 +17,14 @@ from torch import nn
 from qig_serve import model_directory
 from qig_serve.architectures import Architecture, get_architecture
 from qig_serve.errors import UserError
+from qig_serve.offline.source.surplus import (
+    check_block,
+    check_number_of_blocks,
+    check_other_names,
+    check_outside,
+)
 from qig_serve.offline.source.tensors import SourceCheckpoint
+from qig_serve.weight_files import check_full_precision
 
 _AFTER = "hidden_states_added_after"
 """Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
@@ -87,7 +94,6 @@ class LoadedModel:
         processor: Any,
         source: SourceCheckpoint,
         model: nn.Module,
-        block_class: type[nn.Module],
         device: torch.device,
     ) -> None:
         self.directory = directory
@@ -99,9 +105,10 @@ class LoadedModel:
         self.device = device
         self.text_config = config.get_text_config()
         self.dtype: torch.dtype = model_directory.model_dtype(directory)
-        self._block_class = block_class
         self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         decoder = model.get_submodule(arch.decoder)
+        self._block_class = type(decoder.layers[0])
+        self.text_config._attn_implementation = "sdpa"
         types = getattr(self.text_config, "layer_types", None) or [None] * self.num_blocks
         decoder.layers = nn.ModuleList(_Catcher(self._calls, kind) for kind in types)
         # Built with fewer blocks (see `load`); the loop over them reads these.
@@ -115,8 +122,16 @@ class LoadedModel:
                 + " and ".join(f"{p}0.*" for p in arch.source_prefixes)
             )
         self._prefix = found[0]
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """UserError unless the files have the blocks that config.json asks for, and no more."""
+        others = [p for p in self.arch.source_prefixes if p != self._prefix]
+        check_other_names(self.source, others)
+        check_number_of_blocks(self.source, self._prefix, self.num_blocks)
         for index in range(self.num_blocks):
-            self._empty_block(index)
+            known = {n for n, _ in self._empty_block(index).named_parameters()}
+            check_block(self.source, f"{self._prefix}{index}.", known)
 
     @property
     def num_blocks(self) -> int:
@@ -127,6 +142,11 @@ class LoadedModel:
     def image_token_id(self) -> int | None:
         """The token that stands for a piece of an image."""
         return image_token_id(self.config, self.processor)
+
+    @property
+    def source_prefix(self) -> str:
+        """What stands before a block's number in the names of the files' tensors."""
+        return self._prefix
 
     def source_name(self, index: int, name: str) -> str:
         """The tensor in the files behind parameter `name` of block `index`."""
@@ -141,7 +161,7 @@ class LoadedModel:
         block = self._empty_block(index)
         for name, _ in list(block.named_parameters()):
             source_name = self.source_name(index, name)
-            tensor = self.source.tensor(source_name)
+            tensor = self._stored(index, name)
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(
                     f"layer {index}: {source_name} in {self.directory} holds NaN or infinity: the "
@@ -156,10 +176,18 @@ class LoadedModel:
         block.register_forward_hook(_add_after, with_kwargs=True)
         return block.eval()
 
+    def _stored(self, index: int, name: str) -> torch.Tensor:
+        """Parameter `name` of block `index`, from the files."""
+        return self.source.tensor(self.source_name(index, name))
+
+    def meta_block(self, index: int) -> nn.Module:
+        """Block `index` as its class has it, without weights."""
+        with torch.device("meta"):
+            return self._block_class(self.text_config, layer_idx=index)
+
     def _empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device; UserError where the files do not have its tensors."""
-        with torch.device("meta"):
-            block = self._block_class(self.text_config, layer_idx=index)
+        block = self.meta_block(index)
         for name, parameter in block.named_parameters():
             source_name = self.source_name(index, name)
             if source_name not in self.source:
@@ -215,8 +243,7 @@ def _add_after(
 def read_config(directory: Path) -> Any:
     """The Hugging Face configuration of a model that can be quantized; UserError for others."""
     raw = model_directory.read_config(directory)
-    if raw.get("quantization_config"):
-        raise UserError(f"{directory} is quantized already: give the full-precision model")
+    check_full_precision(directory)
     for part in (raw, raw.get("text_config")):
         blocks = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if isinstance(blocks, int) and blocks > _MOST_BLOCKS:
@@ -239,8 +266,18 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
             f"supported; known decoders: {', '.join(arch.text_types)}"
         )
     source = SourceCheckpoint(directory)
+    source.check_full_precision()
     processor = model_directory.load_processor(directory)
 
+    model, info = load_front(directory, config)
+    model = model.to(device).eval().requires_grad_(False)
+    loaded = LoadedModel(directory, arch, config, processor, source, model, device)
+    _check_loaded(loaded, info)
+    return loaded
+
+
+def load_front(directory: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """All before the decoder's blocks, and the fewest of those, in fp32; what did not fit."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -265,13 +302,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
-    model = model.to(device).eval().requires_grad_(False)
-    decoder = model.get_submodule(arch.decoder)
-    block_class = type(decoder.layers[0])
-    config.get_text_config()._attn_implementation = "sdpa"
-    loaded = LoadedModel(directory, arch, config, processor, source, model, block_class, device)
-    _check_loaded(loaded, info)
-    return loaded
+    return model, info
 
 
 def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
@@ -285,6 +316,8 @@ def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
             f"{name} is {list(stored)} in {loaded.directory}, but config.json asks for "
             f"{list(wanted)}"
         )
+    inside = (loaded.source_prefix, f"{loaded.arch.decoder}.layers.")
+    check_outside(loaded.source, (n for n in info["unexpected_keys"] if not n.startswith(inside)))
     if info["missing_keys"]:
         raise UserError(
             f"{loaded.directory} has no tensor for {sorted(info['missing_keys'])[0]}: the "

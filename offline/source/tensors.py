@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from io import BufferedReader
@@ -22,10 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from qig_serve.errors import UserError
 from qig_serve.model_directory import INDEX_FILE
-
-SINGLE_FILE = "model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
+from qig_serve.weight_files import check_tensor, weight_files
 
 _DTYPES = {
     "F64": torch.float64,
@@ -61,45 +57,15 @@ class SourceCheckpoint:
         self._open: dict[str, BufferedReader] = {}
         self._file_of: dict[str, str] = {}
         self._entries: dict[str, _Entry] = {}
-        for name in self._shard_names():
+        found = weight_files(self.directory)
+        for name in found.names:
             self._add_shard(name)
-        missing = [n for n in self._wanted if n not in self._file_of]
+        missing = [n for n in found.weight_map if n not in self._file_of]
         if missing:
             raise UserError(
                 f"{self.directory / INDEX_FILE} names the tensor {missing[0]}, which is not in "
-                f"{self._wanted[missing[0]]}: the checkpoint is incomplete; download it again"
+                f"{found.weight_map[missing[0]]}: the checkpoint is incomplete; download it again"
             )
-
-    def _shard_names(self) -> list[str]:
-        self._wanted: dict[str, str] = {}
-        index = self.directory / INDEX_FILE
-        if not index.is_file():
-            if (self.directory / SINGLE_FILE).is_file():
-                return [SINGLE_FILE]
-            found = sorted(p.name for p in self.directory.glob("*.safetensors"))
-            if found:
-                return found
-            pickles = [p.name for p in self.directory.iterdir() if p.suffix in PICKLE_SUFFIXES]
-            if pickles:
-                raise UserError(
-                    f"{self.directory} has its weights in pickle form ({pickles[0]}), which can "
-                    "run code when it is read: convert it to safetensors"
-                )
-            raise UserError(f"{self.directory} has no safetensors weights")
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._wanted = {str(k): str(v) for k, v in weight_map.items()}
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is not an index of safetensors: download it again") from None
-        names = sorted(set(self._wanted.values()))
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index} names {name!r}, which is not a file beside it")
-            if not os.path.isfile(self.directory / name):
-                raise UserError(
-                    f"{index} names the shard {name}, which is missing: download it again"
-                )
-        return names
 
     def _add_shard(self, name: str) -> None:
         path = self.directory / name
@@ -135,6 +101,19 @@ class SourceCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its header."""
         return self._entries[name].shape
+
+    def check_full_precision(self) -> None:
+        """UserError that names the first tensor which a full-precision model does not have."""
+        for name in self:
+            check_tensor(self.directory, self._file_of[name], name, self._entries[name].dtype)
+
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self.directory / self._file_of[name]
+
+    def dtype(self, name: str) -> str:
+        """The tensor's type, as its header names it."""
+        return self._entries[name].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, read now; UserError when it is absent or cannot be read."""

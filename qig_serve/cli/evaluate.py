@@ -81,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
 
     samples = load_samples(args.data, args.n, args.seed)
     out, messages = Console(), Console(stderr=True)
+    if not args.quiet:
+        pictures = sum(len(s.images) for s in samples)
+        messages.print(f"read {len(samples)} samples with {pictures} images", highlight=False)
     with progress_bars(messages, args.quiet) as progress:
         if args.server:
             result = evaluate_server(

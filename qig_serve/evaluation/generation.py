@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
 from qig_serve.http_clients import openai_client, proxy_in_words
-from qig_serve.model_directory import model_dtype, read_config, text_config
+from qig_serve.model_directory import load_processor, model_dtype, read_config, text_config
+from qig_serve.rendering import check_samples
 from qig_serve.samples import Sample, data_url, load_image
 
 Engine = Literal["auto", "vllm", "transformers", "forced"]
@@ -105,6 +106,7 @@ def _through_vllm(
             return None
 
     check_folders(cuda=current_platform.is_cuda())
+    check_samples(load_processor(directory), samples)
     most_images = max((len(s.images) for s in samples), default=0)
     settings: dict[str, Any] = {}
     if current_platform.is_cpu():
@@ -150,11 +152,12 @@ def _through_transformers(
     progress: Callable[[int, int], None],
 ) -> list[str]:
     from qig_serve.evaluation.models import load_model
-    from qig_serve.model_directory import load_processor
 
+    processor = load_processor(directory)
+    check_samples(processor, samples)
     return generate_with(
         load_model(directory, model_dtype(directory)),
-        load_processor(directory),
+        processor,
         samples,
         max_tokens,
         progress,

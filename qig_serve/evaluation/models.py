@@ -10,7 +10,9 @@ import torch
 
 from qig_serve.errors import UserError
 from qig_serve.model_directory import quantization
+from qig_serve.rendering import check_marks, process, render
 from qig_serve.samples import Sample, load_image
+from qig_serve.weight_files import weight_files
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -29,6 +31,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     else:
         from transformers import AutoModelForImageTextToText
 
+        weight_files(directory)  # refuses a directory of which programs read different files
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 directory, dtype=dtype, local_files_only=True
@@ -39,25 +42,9 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     return model.to(device).eval()
 
 
-def _messages(sample: Sample) -> list[dict[str, Any]]:
-    """The conversation as chat templates want it: pictures named, not held."""
-    return [
-        {
-            "role": m["role"],
-            "content": [
-                {"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["text"]}
-                for p in m["content"]
-            ],
-        }
-        for m in sample.messages
-    ]
-
-
 def prompt_text(processor: Any, sample: Sample) -> str:
     """The prompt up to where the assistant begins to speak."""
-    return str(
-        processor.apply_chat_template(_messages(sample), add_generation_prompt=True, tokenize=False)
-    )
+    return render(processor, sample.messages, f"sample {sample.id}", add_generation_prompt=True)
 
 
 def answer_text(processor: Any, sample: Sample, prompt: str) -> str:
@@ -68,7 +55,7 @@ def answer_text(processor: Any, sample: Sample, prompt: str) -> str:
     """
     answer = sample.answer or ""
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    whole = str(processor.apply_chat_template([*_messages(sample), turn], tokenize=False))
+    whole = render(processor, [*sample.messages, turn], f"sample {sample.id}")
     tokenizer = processor.tokenizer
     if whole.startswith(prompt) and answer in whole[len(prompt) :]:
         before, _, after = whole[len(prompt) :].partition(answer)
@@ -101,13 +88,15 @@ def model_inputs(
     Special tokens are the chat template's own, as in vLLM: the tokenizer adds none.
     """
     images = [[load_image(image) for image in s.images] for s in samples]
-    inputs = processor(
+    for sample in samples:
+        check_marks(sample, processor, f"sample {sample.id}")
+    inputs = process(
+        processor,
+        f"sample{'s' if len(samples) > 1 else ''} {', '.join(s.id for s in samples)}",
         text=list(texts),
         images=images if any(images) else None,
         padding=True,
         padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
     )
     return dict(inputs.to(model.device, dtype=model.dtype))
 

@@ -140,3 +140,63 @@ def test_hash_tells_pixels_and_questions_apart() -> None:
     assert base == sample_sha256(sample("red", "What?", "another answer"))
     assert base != sample_sha256(sample("blue", "What?", "red"))
     assert base != sample_sha256(sample("red", "Which?", "red"))
+
+
+def _factory(content: Any, **rest: Any) -> str:
+    """LLaMA-Factory's form, and TRL's: pictures beside the messages."""
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a star"}]
+    return json.dumps({"messages": turns, **rest})
+
+
+IMAGE = {"type": "image"}
+WHAT = {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("content", "kinds"),
+    [
+        ("<image>What?", ["image", "text"]),
+        ("What? <image>", ["text", "image"]),
+        ([IMAGE, WHAT], ["image", "text"]),
+        ([{"type": "text", "text": "<image>\nWhat?"}], ["image", "text"]),
+    ],
+)
+def test_images_beside_messages(folder: Path, content: Any, kinds: list[str]) -> None:
+    line = _factory(content, images=["images/red.png"], videos=[], audios=None)
+    (folder / "q.jsonl").write_text(line)
+    (sample,) = read_samples(folder / "q.jsonl", scored=True)
+    assert [p["type"] for p in sample.messages[0]["content"]] == kinds
+    assert sample.images == [folder / "images" / "red.png"]
+    assert (sample.question, sample.answer) == ("What?", "a star")
+
+
+RED = "images/red.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (_factory("What?", images=[RED]), "1 images, and 0 marks <image> in the messages"),
+        (_factory("<image>", images=[RED, RED]), "2 images, and 1 marks <image>"),
+        (_factory("<image><image>", images=[RED]), "more <image> marks than images"),
+        (_factory("<image>", images=["gone.png"]), "the image .*gone.png does not exist"),
+        (_factory("<image>", images=[{"path": RED}]), '"images" must be a list of paths'),
+        (_factory("What?", image=RED), 'the key "image" is not read: give pictures as'),
+        (_factory("What?", image=[RED]), 'the key "image" is not read'),
+        (_factory("What?", video="a.mp4"), 'the key "video" is not read'),
+        (_factory("<image>", images=[RED], videos=["a.mp4"]), 'the key "videos" is not read'),
+        (_factory("What?", audio="a.wav"), 'the key "audio" is not read'),
+        (_factory("What?", audios=["a.wav"]), 'the key "audios" is not read'),
+        (_factory("What?", image_path=RED), 'the key "image_path" is not read'),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "Hi", "images": [RED]}]}),
+            'the key "images" is not read',
+        ),
+        (_factory([{"type": "video", "video": "a.mp4"}]), "a part must be"),
+    ],
+)
+def test_media_that_is_not_read(folder: Path, line: str, message: str) -> None:
+    (folder / "q.jsonl").write_text(_line(RED) + "\n" + line)
+    with pytest.raises(UserError, match=r"q\.jsonl, line 2: " + message) as caught:
+        read_samples(folder / "q.jsonl")
+    assert "\n" not in str(caught.value)

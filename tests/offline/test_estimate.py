@@ -34,7 +34,7 @@ def test_counts_and_estimate_are_printed(
     counts = report.calibration["tokens"]
     assert counts["image"] == 7 * 36 and counts["text"] > 7
     assert lines[0] == (
-        f"calibration: 7 samples of {counts['image']} image, {counts['text']} text and "
+        f"calibration: 7 samples with 7 images: {counts['image']} image, {counts['text']} text and "
         f"{counts['special']} template tokens"
     )
     assert lines[1].startswith("dry run of one block on the longest sample, ")

@@ -167,6 +167,26 @@ def test_llava_conversations(tmp_path: Path) -> None:
         load_calibration(str(tmp_path / "llava.json"), 4)
 
 
+@pytest.mark.parametrize("pictures", [{"image": ["a.png"]}, {"images": ["a.png"]}])
+def test_conversations_with_lists_of_images(tmp_path: Path, pictures: dict[str, Any]) -> None:
+    _image(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a star"}]
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "b"}]
+    records = [{"conversations": turns, **pictures}, {"messages": messages, "images": ["a.png"]}]
+    (tmp_path / "c.json").write_text(json.dumps(records))
+    samples = load_calibration(str(tmp_path / "c.json"), 4)
+    assert [s.answer for s in samples] == ["a star", "b"]
+    assert all(s.images == [tmp_path / "a.png"] and s.question == "What?" for s in samples)
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "image_path"])
+def test_conversations_with_other_media(tmp_path: Path, key: str) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a star"}]
+    (tmp_path / "c.json").write_text(json.dumps([{"conversations": turns, key: "x"}]))
+    with pytest.raises(UserError, match=rf'c\.json, record 0: the key "{key}" is not read'):
+        load_calibration(str(tmp_path / "c.json"), 4)
+
+
 def test_folder_with_captions_beside(tmp_path: Path) -> None:
     _image(tmp_path / "a.png")
     _image(tmp_path / "no-caption.png")
@@ -340,6 +360,7 @@ def test_several_images_and_none_in_one_run(tiny_llava: Path, tmp_path: Path) ->
     assert _quantize(tiny_llava, data, tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["calibration"]["samples"] == 3
+    assert report["calibration"]["images"] == 3
     assert report["calibration"]["tokens"]["image"] == 3 * 36
     assert len(report["blocks"]) == 2 and not report["fallbacks"]
 

@@ -279,3 +279,12 @@ def test_shards_are_cut_and_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert index["metadata"]["total_size"] == 4 * sum(sizes.values())
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == files
+
+
+def test_leftovers_of_training_are_not_copied(source_dir: Path, tmp_path: Path) -> None:
+    left = ["adapter_config.json", "trainer_state.json", "training_args.bin", "optimizer.pt"]
+    left += ["scheduler.pt", "rng_state_0.pth", "hf_quant_config.json", "latest", "zero_to_fp32.py"]
+    for name in left:
+        (source_dir / name).write_text("{}")
+    names = {p.name for p in _quantize(source_dir, tmp_path / "out").iterdir()}
+    assert "chat_template.jinja" in names and not names & set(left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,95 @@ def _projector_of_another_size(d: Path) -> None:
 
 def _projector_not_finite(d: Path) -> None:
     _edit(d, lambda t: t[PROJECTOR].view(-1)[7].fill_(float("nan")))
+
+
+def _unknown(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    def spoil(d: Path) -> None:
+        _edit(d, lambda t: t.update({name: tensor}))
+
+    return spoil
+
+
+def _int8_decoder(d: Path) -> None:
+    name = BLOCK + "mlp.up_proj.weight"
+    _edit(d, lambda t: t.update({name: t[name].to(torch.int8)}))
+
+
+def _float8_tower(d: Path) -> None:
+    _edit(d, lambda t: t.update({PROJECTOR: t[PROJECTOR].to(torch.float8_e4m3fn)}))
+
+
+def _fewer_blocks_in_config(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1
+    _config(d, json.dumps(config))
+
+
+def _more_blocks_in_config(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    _config(d, json.dumps(config))
+
+
+def _fewer_tower_layers_in_config(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] -= 1
+    _config(d, json.dumps(config))
+
+
+def _nested_claim(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    config["text_config"]["quantization_config"] = {"quant_method": "awq"}
+    _config(d, json.dumps(config))
+
+
+def _two_sets(d: Path) -> None:
+    _index(d, lambda m: None)
+    save_file({"x": torch.zeros(1)}, d / "model.safetensors")
+
+
+ONE = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_int8_decoder, rf"{BLOCK}mlp\.up_proj\.weight in .* is I8, and weights must be"),
+        (_float8_tower, rf"quantized already: {PROJECTOR} in .* stored in F8_E4M3"),
+        (_fewer_blocks_in_config, r"2 decoder blocks in its files .* config\.json is 1"),
+        (_more_blocks_in_config, r"2 decoder blocks in its files.* config\.json is 5"),
+        (_fewer_tower_layers_in_config, r"vision_tower.* is a .* that config\.json does not know"),
+        (_nested_claim, r"quantized already with awq \(config\.json: text_config\.quant"),
+        (_two_sets, "two sets of weights"),
+        (_unknown(BLOCK + "mlp.up_proj.bias", ONE), r"layers\.1\.mlp\.up_proj\.bias .* is a bias"),
+        (_unknown(BLOCK + "mlp.up_proj.weight_scale", ONE), "up_proj.weight_scale .* part of a"),
+        (_unknown(BLOCK + "mlp.up_proj.levels", ONE), "up_proj.levels .* config.json does not"),
+        (_unknown(BLOCK + "extra.weight", ONE), "extra.weight .* config.json does not know"),
+        (_unknown("language_model.model.extra", ONE), "language_model.*extra .* does not know"),
+        (_unknown("model.language_model.layers.0.x", ONE), "layers.0.x .* does not know"),
+        (_unknown("language_model.model.layers.x", ONE), "layers.x .* does not know"),
+        (_unknown("vision_tower.vision_model.extra.bias", ONE), "extra.bias .* does not know"),
+        (_unknown("another.weight", ONE), "another.weight .* config.json does not know"),
+    ],
+)
+def test_what_is_not_understood(
+    model: Path, spoil: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qig_serve.cli import main
+
+    spoil(model)
+    assert main(["quantize", str(model), "--calib", "demo", "--output", str(model / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line) and not (model / "out").exists()
+
+
+def test_tables_of_older_files_are_copied(model: Path) -> None:
+    kept = {
+        BLOCK + "self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        "vision_tower.vision_model.embeddings.position_ids": torch.zeros(1, 9, dtype=torch.int64),
+    }
+    _edit(model, lambda t: t.update(kept))
+    loaded_model.load(model)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""The canary catches what the checks before it would have refused, with those switched off."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import one_sample, tiny_model
+from safetensors.torch import load_file, save_file
+
+from qig_serve.cli import main
+from qig_serve.offline import pipeline
+from qig_serve.offline.checkpoint import writer as writer_module
+from qig_serve.offline.checkpoint.canary import Canary
+from qig_serve.offline.source import loaded_model, tensors
+from qig_serve.weight_files import WeightFiles
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LINEAR = "language_model.model.layers.1.mlp.up_proj"
+SHARD = "model-00001-of-00001.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llava", tmp_path_factory.mktemp("intact") / "llava")
+
+
+@pytest.fixture
+def model(intact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(intact, tmp_path / "llava"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check of the source before the work."""
+    for name in ("check_full_precision", "check_number_of_blocks", "check_block"):
+        monkeypatch.setattr(loaded_model, name, lambda *_: None)
+    for name in ("check_other_names", "check_outside"):
+        monkeypatch.setattr(loaded_model, name, lambda *_: None)
+    monkeypatch.setattr(tensors.SourceCheckpoint, "check_full_precision", lambda _: None)
+    index = WeightFiles([SHARD])
+
+    def files(directory: Path) -> WeightFiles:
+        shard = (directory / SHARD).is_file()
+        return index if shard else WeightFiles(["model.safetensors"])
+
+    # A checkpoint has an index; only the source is read as it should not be.
+    real = tensors.weight_files
+    monkeypatch.setattr(
+        tensors, "weight_files", lambda d: real(d) if d.name[:1] == "." else files(d)
+    )
+
+
+def quantize(model: Path, scheme: str = "w4a8") -> int:
+    data = one_sample(model.parent)
+    out = ["--output", str(model.parent / "out"), "--quiet", "--method", "rtn"]
+    return main(["quantize", str(model), "--calib", data, "--scheme", scheme, *out])
+
+
+def edit(directory: Path, change: Callable[[Tensors], object]) -> None:
+    path = directory / "model.safetensors"
+    change(found := load_file(path))
+    save_file(found, path, {"format": "pt"})
+
+
+def int8_codes(d: Path) -> None:
+    def change(t: Tensors) -> None:
+        weight = t[f"{LINEAR}.weight"].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        t[f"{LINEAR}.weight"] = (weight / scale).round().to(torch.int8)
+        t[f"{LINEAR}.weight_scale"] = scale
+
+    edit(d, change)
+
+
+def float8_tower(d: Path) -> None:
+    name = "multi_modal_projector.linear_1.weight"
+    edit(d, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
+
+
+def scale_beside(d: Path) -> None:
+    edit(d, lambda t: t.update({f"{LINEAR}.weight_scale": torch.ones(1)}))
+
+
+def unknown_bias(d: Path) -> None:
+    edit(d, lambda t: t.update({f"{LINEAR}.bias": torch.ones(256)}))
+
+
+def unknown_in_the_tower(d: Path) -> None:
+    edit(d, lambda t: t.update({"vision_tower.vision_model.extra.bias": torch.ones(2)}))
+
+
+def surplus_block(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1
+    (d / "config.json").write_text(json.dumps(config))
+
+
+def two_sets(d: Path) -> None:
+    shutil.copy(d / "model.safetensors", d / SHARD)
+    index = {"weight_map": dict.fromkeys(load_file(d / SHARD), SHARD)}
+    (d / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit(d, lambda t: [v.mul_(1.5) for v in t.values()])  # what transformers reads
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (int8_codes, r"up_proj\.weight of the source is I8, and was taken for a weight"),
+        (float8_tower, r"linear_1\.weight is F8_E4M3"),
+        (scale_beside, r"up_proj\.weight_scale in .* config\.json does not know"),
+        (unknown_bias, r"up_proj\.bias in .* is a bias that config\.json does not know"),
+        (unknown_in_the_tower, r"extra\.bias .* config\.json does not know"),
+        (surplus_block, r"2 decoder blocks in its files .* config\.json is 1"),
+        (two_sets, "its last hidden states differ by"),
+    ],
+)
+def test_faults_of_the_source(
+    model: Path, spoil: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(model)
+    assert quantize(model) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not published" in line and re.search(message, line)
+    assert not [p for p in model.parent.iterdir() if "out" in p.name]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a16"])
+def test_an_intact_model_passes_bit_by_bit(
+    model: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    check = Canary.check
+    monkeypatch.setattr(Canary, "check", lambda c, d: seen.append(check(c, d)))
+    assert quantize(model, scheme) == 0 and seen == [0.0]
+
+
+def wrong_scale(t: Tensors) -> None:
+    t[f"{LINEAR}.weight_scale"] *= 1.5
+
+
+def wrong_codes(t: Tensors) -> None:
+    t[f"{LINEAR}.weight_packed"].zero_()
+
+
+def lost_tensor(t: Tensors) -> None:
+    del t[f"{LINEAR}.weight_scale"]
+
+
+def further_tensor(t: Tensors) -> None:
+    t[f"{LINEAR}.bias"] = torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (wrong_scale, "its last hidden states differ by"),
+        (wrong_codes, "its last hidden states differ by"),
+        (lost_tensor, "has no tensor .*weight_scale"),
+        (further_tensor, r"up_proj\.bias in .* does not know"),
+    ],
+)
+def test_faults_of_the_writing(
+    model: Path,
+    spoil: Callable[[Tensors], None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save = writer_module.save_shard
+
+    def spoiled(ready: Tensors, path: Path) -> Any:
+        if any(name.startswith(LINEAR) for name in ready):
+            spoil(ready)
+        return save(ready, path)
+
+    monkeypatch.setattr(writer_module, "save_shard", spoiled)
+    assert quantize(model) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not published" in line and re.search(message, line)
+    assert not [p for p in model.parent.iterdir() if "out" in p.name]
+
+
+def test_it_is_part_of_the_pipeline() -> None:
+    assert pipeline.Canary is Canary
