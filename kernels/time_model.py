@@ -12,7 +12,7 @@ five times, for they overlap but not wholly:
 
 Programs come in rounds of as many as registers, shared memory and warps let an SM hold; to that
 come the launch, the end of each tile, and where programs share a tile the writing and adding of
-partial sums. The eleven numbers of `Fit` were fitted to the 142 timings of 28 kernels on an H200
+partial sums. The thirteen numbers of `Fit` were fitted to the 142 timings of 28 kernels on an H200
 that tests/benchmarks/results/kernel-times-H200.json holds (with Triton 3.6; tests/benchmarks/
 fit_time_model.py repeats the fit and prints its errors): median error 5%, 92% of the pairs of
 tiles of a row (layer, M, scheme) in the right order. For other GPUs only their own rates are put
@@ -44,17 +44,15 @@ class Gpu:
     warps: int = 48
     early: bool = False
     """Whether a kernel may start before the one before it has ended."""
-    l2: int = 40 << 20
-    """Bytes of its cache."""
 
 
 GPUS = {
     80: Gpu("A100", 108, 1410, 1.85e12, 2048, 4096, 167936, 64),
     86: Gpu("RTX 3090", 82, 1700, 0.88e12, 512, 2048),
     89: Gpu("RTX 4090", 128, 2520, 0.95e12, 512, 2048),
-    90: Gpu("H200", 132, 1755, 4.28e12, 4096, 8192, 233472, 64, True, 50 << 20),
-    100: Gpu("B200", 148, 1850, 7.2e12, 8192, 16384, 233472, 64, True, 126 << 20),
-    120: Gpu("RTX 5090", 170, 2410, 1.65e12, 512, 2048, early=True, l2=96 << 20),
+    90: Gpu("H200", 132, 1755, 4.28e12, 4096, 8192, 233472, 64, True),
+    100: Gpu("B200", 148, 1850, 7.2e12, 8192, 16384, 233472, 64, True),
+    120: Gpu("RTX 5090", 170, 2410, 1.65e12, 512, 2048, early=True),
 }
 """A card of each compute capability: H200's bandwidth measured, the others' by datasheet, less
 8%."""

@@ -45,9 +45,6 @@ from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Regime, Tile, select
 
-MAX_K = (1 << 31) // (16 * 8 * 127) // 128 * 128
-"""Largest K whose int32 sum of 16 * code * activation cannot overflow."""
-
 FUSES_ACTIVATIONS = True
 """Whether vLLM's graphs are to put the norm or SiLU before a linear into its quantizer."""
 

@@ -46,10 +46,10 @@ class Compilation:
         with self._lock:
             executor, self._executor = self._executor, None
             jobs = list(self._jobs.values())
+        if executor is not None:
+            executor.shutdown()  # after the jobs that were begun
         for job in jobs:
             job.result()
-        if executor is not None:
-            executor.shutdown()
         if len(jobs) > self._said:
             self._said = len(jobs)
             took = time.monotonic() - self._started

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from multiprocessing import TimeoutError as PoolTimeout
 from multiprocessing import get_context
 from typing import Any
 
@@ -173,7 +174,7 @@ def run(context: Context) -> None:
         for _ in wanted:
             try:
                 done.append(left.next(timeout=max(0.1, context.left() - 2)))  # type: ignore[attr-defined]
-            except Exception:  # multiprocessing.TimeoutError: the rest is compiled when it is timed
+            except PoolTimeout:  # the rest is compiled when it is timed
                 break
     failed = {name: reason for name, _, reason in done if reason}
     context.results.write(

@@ -172,9 +172,15 @@ def test_work_is_even() -> None:
                         assert -(-count // 132) * 132 / count < 1.1, (scheme, n, k, m, count)
 
 
-def test_two_names_of_a_device_share_scratch_memory() -> None:
+def test_two_names_of_a_device_share_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert launch.scratch(cpu) is launch.scratch(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(launch, "_scratch", asked.append)
+    for name in ("cuda", "cuda:1", "cuda:0"):
+        launch.scratch(torch.device(name))
+    assert asked == [torch.device("cuda", i) for i in (1, 1, 0)]
 
 
 def test_warm_up_launches_every_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
