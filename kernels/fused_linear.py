@@ -18,9 +18,10 @@ import torch
 from qig_serve.kernels import quantize_activation
 from qig_serve.kernels.library import aligned, define
 from qig_serve.kernels.quantize_activation import Halves
+from qig_serve.kernels.tiles import Tile
 
-OfHalves = Callable[[Halves], torch.Tensor]
-"""(halves, x_scale_sum) -> out [M, N]."""
+OfHalves = tuple[Tile, Callable[[Halves], torch.Tensor]]
+"""The tile of a GEMM, and (halves, x_scale_sum) -> out [M, N]."""
 
 
 def define_fused(
@@ -41,8 +42,9 @@ def define_fused(
         x: torch.Tensor, norm: torch.Tensor, eps: float, residual: torch.Tensor | None, *rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, given = aligned(x), None if residual is None else aligned(residual)
-        if gemm := of_halves(x, *rest):
-            halves, words, added = quantize_activation.rms_norm_halves(x, norm, eps, given)
+        if found := of_halves(x, *rest):
+            tile, gemm = found
+            halves, words, added = quantize_activation.rms_norm_halves(x, norm, eps, given, tile)
             out = gemm((halves, words))
         else:
             normalized, added = quantize_activation.rms_norm(x, norm, eps, given)
@@ -51,8 +53,9 @@ def define_fused(
 
     def silu_mul_linear(gate_up: torch.Tensor, *rest: Any) -> torch.Tensor:
         gate_up = aligned(gate_up)
-        if gemm := of_halves(_half(gate_up), *rest):
-            return gemm(quantize_activation.silu_mul_halves(gate_up))
+        if found := of_halves(_half(gate_up), *rest):
+            tile, gemm = found
+            return gemm(quantize_activation.silu_mul_halves(gate_up, tile))
         return linear(quantize_activation.silu_mul(gate_up), *rest)
 
     def fake_rms_norm_linear(

@@ -64,6 +64,7 @@ from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.layout import PAIR, ROW_TILE
 from qig_serve.kernels.tiles import Tile
 
+AHEAD = 1
 PLANES_PTX = tl.constexpr(
     """{ .reg .b32 a, b, c, t, u;
     mov.b32 a, $8; mov.b32 b, $9; mov.b32 c, $10;
@@ -111,7 +112,7 @@ def _join_slices(c0, c1, c2, c3, c4, c5, c6, c7, BLOCK_N: tl.constexpr, X_ORDER:
     even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
     odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
     every = tl.join(even, odd).reshape(BLOCK_N, 4, 4, 2, 2, 2)  # [R, t, i, c / 4, c / 2 % 2, c % 2]
-    if X_ORDER == 4:
+    if X_ORDER <= 8:
         ordered = every.permute(0, 3, 4, 1, 5, 2)
     else:
         ordered = every.permute(0, 3, 4, 5, 1, 2)
@@ -159,7 +160,7 @@ def halves_kernel(
     partials_ptr, counter_ptr, M, N, K, TILES, tiles_m, size, rest,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, X_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, AHEAD: tl.constexpr = 1,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of an output tile's pairs of groups.
 
@@ -176,7 +177,11 @@ def halves_kernel(
     token = tl.arange(0, BLOCK_M)
     k = tl.arange(0, 128)
     if PDL:
-        ahead = first % pairs * TILES + first // pairs // tiles_m * (BLOCK_N // 128)
+        ahead = first % pairs * TILES + first // pairs // tiles_m * BLOCK_N // 128
+        for step in tl.static_range(1, AHEAD):
+            if first + step < last:
+                line = tl.minimum((ahead + step * TILES) * LINES + k, pairs * TILES * LINES - 1)
+                launch.fetch(weight_ptr + line.to(tl.int64) * 128)
         line = tl.minimum(ahead * LINES + k, pairs * TILES * LINES - 1)
         launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL)
     tile = first // pairs
@@ -226,9 +231,10 @@ def halves_kernel(
             BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
         if complete:
-            for i in tl.range(0, here, 8):
-                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 8, True)
-                some = tile % tiles_m * BLOCK_M + i + tl.arange(0, 8)
+            SOME: tl.constexpr = min(8, BLOCK_M)
+            for i in tl.range(0, here, SOME):
+                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, SOME, True)
+                some = tile % tiles_m * BLOCK_M + i + tl.arange(0, SOME)
                 launch.store_out(out_ptr, total, bias_ptr, rows, some, M, N, HAS_BIAS)
 
 
@@ -263,8 +269,9 @@ def product(
         scale.view(torch.int64) if bits == 3 else scale, bias, out, partials, scratch.counters,
         m, n, k, tiles, tiles_m, *launch.shares(count, tiles_m * tiles_n, pairs, True),
         BITS=bits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
-        EVEN=k % PAIR == 0, X_ORDER=launch.orders(halves.device).activations,
-        HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile, halves.device),
+        EVEN=k % PAIR == 0, X_ORDER=launch.orders(halves.device).of_halves(tile),
+        HAS_BIAS=bias is not None, USE_PTX=use_ptx, AHEAD=AHEAD,
+        **launch.options(tile, halves.device),
     )  # fmt: skip
     return out
 
@@ -286,15 +293,17 @@ def kernel(tile: Tile, dtype: str, order: int, bits: int = 3) -> launch.Kernel:
 
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens."""
-    block_m = max(8, 1 << (m - 1).bit_length())
+    block_m = max(4, 1 << (m - 1).bit_length())
     shapes = {
-        8: ((128, 3), (128, 4), (128, 5), (256, 2), (256, 3)),
-        16: ((128, 2), (128, 4), (256, 2)),
-    }
+        4: ((64, 2, 4), (64, 2, 8), (32, 1, 16)),
+        8: ((128, 4, 2), (128, 4, 3), (128, 4, 4), (256, 4, 2), (64, 4, 8), (64, 2, 8),
+            (32, 1, 16)),
+        16: ((128, 4, 2), (128, 4, 4), (256, 4, 2), (64, 4, 7)),
+    }  # fmt: skip
     return [
-        Tile("halves", tokens, block_n, 4, stages, programs)
+        Tile("halves", tokens, block_n, warps, stages, programs)
         for tokens, offered in shapes.items()
-        if min(block_m, 16) // 2 <= tokens <= block_m
-        for block_n, programs in offered
+        if min(block_m, 16) // 2 <= tokens <= max(8, block_m)
+        for block_n, warps, programs in offered
         for stages in (2, 3)
     ]

@@ -63,6 +63,15 @@ def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, COLUMNS: tl.constexpr) -> 
 
 
 @triton.jit
+def fetch(lines: tl.tensor) -> None:
+    """Into L2: pointers, one a 128-byte line."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def start_early(first_weights: tl.tensor, PDL: tl.constexpr) -> None:
     """Programmatic dependent launch: fetch weights while the kernel before ends, then wait for it.
 
@@ -70,10 +79,7 @@ def start_early(first_weights: tl.tensor, PDL: tl.constexpr) -> None:
     before: activations, scratch. Without PDL nothing happens here.
     """
     if PDL:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first_weights],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        fetch(first_weights)
         gdc_launch_dependents()
         gdc_wait()
 
@@ -215,14 +221,27 @@ class Orders:
     """Of the bytes of w3a16's planes."""
     activations: int
     """Of x's halves."""
+    narrow: int
+    """Of x's halves where a product is too narrow for wgmma (`uses_wgmma`)."""
+
+    def of_halves(self, tile: Tile) -> int:
+        """Of x's halves for a tile."""
+        return self.activations if uses_wgmma(tile) else self.narrow
+
+
+def uses_wgmma(tile: Tile) -> bool:
+    """Whether Triton multiplies a halves tile with wgmma, on Hopper, or with mma.sync."""
+    return tile.num_warps % 4 == 0 and tile.block_n >= 64 and tile.block_m >= 8
 
 
 def orders_of(capability: tuple[int, int], triton_version: str = triton.__version__) -> Orders:
     """wgmma (9.0) against mma.sync, whose operands Triton 3.8 lays out otherwise than 3.7."""
-    if capability[0] == 9:
-        return Orders(16, 16)
     major, minor = (int(part) for part in triton_version.split(".")[:2])
-    return Orders(32, 32 if (major, minor) >= (3, 8) else 4)
+    eight_neighbours = (major, minor) < (3, 8)
+    if capability[0] == 9:
+        return Orders(16, 16, 8 if eight_neighbours else 16)
+    x = 4 if eight_neighbours else 32
+    return Orders(32, x, x)
 
 
 @functools.cache

@@ -37,15 +37,21 @@ def _order(span: int) -> tuple[int, ...]:
     fours = [4 * (q // 4) + (0, 2, 1, 3)[q % 4] for q in range(GROUP)]
     if span == 4:
         return tuple(fours)
+    sixteen = [q // 16 * 16 + q % 2 * 8 + q % 16 // 4 * 2 + q // 2 % 2 for q in range(GROUP)]
     if span == 16:  # place (t, e, h) of 16 holds (h, t, e)
-        return tuple(q // 16 * 16 + q % 2 * 8 + q % 16 // 4 * 2 + q // 2 % 2 for q in range(GROUP))
+        return tuple(sixteen)
+    if span == 8:  # place (t, j, i) of 32, t and i of four, holds what place (j, t, i) of 16's does
+        return tuple(
+            sixteen[q // 32 * 32 + 16 * (q // 4 % 2) + 4 * (q // 8 % 4) + q % 4]
+            for q in range(GROUP)
+        )
     # place (j, t, i) of 32, t and i of four, holds (t, j, i), and i as above
     return tuple(
         q // 32 * 32 + fours[8 * (q // 4 % 4) + 4 * (q // 16 % 2) + q % 4] for q in range(GROUP)
     )
 
 
-ORDERS = {span: _order(span) for span in (4, 16, 32)}
+ORDERS = {span: _order(span) for span in (4, 8, 16, 32)}
 """Orders in which 128 inputs are stored, by the span within which they are permuted (halves.py)."""
 
 

@@ -71,6 +71,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevic
 
 from qig_serve.kernels import launch, layout
 from qig_serve.kernels.launch import Kernel
+from qig_serve.kernels.tiles import Tile
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUND_BITS = tl.constexpr(0x4B400000)
@@ -175,6 +176,8 @@ def _in_order(x, SIZE: tl.constexpr, ORDER: tl.constexpr):
     """x [SIZE] in the order of layout.ORDERS[ORDER]."""
     if ORDER == 4:
         return x.reshape(SIZE // 4, 2, 2).permute(0, 2, 1).reshape(SIZE)
+    elif ORDER == 8:
+        return x.reshape(SIZE // 32, 2, 2, 4, 2).permute(0, 3, 1, 4, 2).reshape(SIZE)
     elif ORDER == 16:
         return x.reshape(SIZE // 16, 2, 4, 2).permute(0, 2, 3, 1).reshape(SIZE)
     else:
@@ -347,8 +350,10 @@ def empty_halves(x: torch.Tensor, k: int) -> Halves:
     )
 
 
-def _order(x: torch.Tensor) -> int:
-    return launch.orders(x.device).activations
+def _order(x: torch.Tensor, tile: Tile | None) -> int:
+    """Of halves for a tile; without one for those that use all of a program's warps."""
+    orders = launch.orders(x.device)
+    return orders.of_halves(tile) if tile else orders.activations
 
 
 def _chunks(m: int, k: int) -> tuple[int, int]:
@@ -393,20 +398,27 @@ def silu_mul_quantize(gate_up: torch.Tensor) -> Codes:
     return codes, scale
 
 
-def split_halves(x: torch.Tensor) -> Halves:
-    """x [M, K] contiguous, 128 dividing K -> halves and x_scale_sum (reference.split_halves)."""
+def split_halves(x: torch.Tensor, tile: Tile | None = None) -> Halves:
+    """x [M, K] contiguous, 128 dividing K -> halves and x_scale_sum (reference.split_halves).
+
+    tile: of the product that takes them.
+    """
     m, k = x.shape
     halves, x_scale_sum = empty_halves(x, k)
     if m:
         split_halves_kernel[_chunks(m, k)](
             x, halves, x_scale_sum, m, k,
-            ORDER=_order(x), **chunk_options(), **launch.early(x.device),
+            ORDER=_order(x, tile), **chunk_options(), **launch.early(x.device),
         )  # fmt: skip
     return halves, x_scale_sum
 
 
 def rms_norm_halves(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMSNorm of x (+ residual) [M, K], then `split_halves`, and x + residual (or x)."""
     m, k = x.shape
@@ -414,20 +426,20 @@ def rms_norm_halves(
     added = x if residual is None else torch.empty_like(x)
     if m:
         rms_norm_halves_kernel[(m,)](
-            x, residual, weight, halves, x_scale_sum, added, m, k, eps, ORDER=_order(x),
+            x, residual, weight, halves, x_scale_sum, added, m, k, eps, ORDER=_order(x, tile),
             HAS_RESIDUAL=residual is not None, **row_options(k), **launch.early(x.device),
         )  # fmt: skip
     return halves, x_scale_sum, added
 
 
-def silu_mul_halves(gate_up: torch.Tensor) -> Halves:
+def silu_mul_halves(gate_up: torch.Tensor, tile: Tile | None = None) -> Halves:
     """silu(gate) * up of [M, 2 K], then `split_halves`."""
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     halves, x_scale_sum = empty_halves(gate_up, k)
     if m:
         silu_mul_halves_kernel[_chunks(m, k)](
             gate_up, halves, x_scale_sum, m, k,
-            ORDER=_order(gate_up), **chunk_options(), **launch.early(gate_up.device),
+            ORDER=_order(gate_up, tile), **chunk_options(), **launch.early(gate_up.device),
         )  # fmt: skip
     return halves, x_scale_sum
 

@@ -17,6 +17,7 @@ from qig_serve.kernels import quantize_activation
 from qig_serve.kernels.layout import padded_pairs
 from qig_serve.kernels.library import aligned, define
 from qig_serve.kernels.quantize_activation import Codes, Halves
+from qig_serve.kernels.tiles import Tile
 
 
 def warm_up_codes(k: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -29,15 +30,22 @@ def warm_up_codes(k: int, dtype: torch.dtype, device: torch.device) -> None:
             quantize_activation.rms_norm_quantize(x, weight, 1e-6, residual)
 
 
-def warm_up_halves(k: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile what makes halves of rows of K, alone and fused, and what is fused without."""
+def warm_up_halves(
+    k: int, dtype: torch.dtype, device: torch.device, tiles: list[Tile]
+) -> None:  # fmt: skip
+    """Compile what makes halves of rows of K, alone and fused, and what is fused without.
+
+    tiles: of products that take them.
+    """
     x, gate_up, weight = _zeros(1, k, dtype, device)
-    quantize_activation.split_halves(x)
-    quantize_activation.silu_mul_halves(gate_up)
     quantize_activation.silu_mul(gate_up)
     for residual in (None, x):
-        quantize_activation.rms_norm_halves(x, weight, 1e-6, residual)
         quantize_activation.rms_norm(x, weight, 1e-6, residual)
+    for tile in tiles:
+        quantize_activation.split_halves(x, tile)
+        quantize_activation.silu_mul_halves(gate_up, tile)
+        for residual in (None, x):
+            quantize_activation.rms_norm_halves(x, weight, 1e-6, residual, tile)
 
 
 def _zeros(

@@ -31,7 +31,7 @@ from qig_serve.kernels import launch, time_model
 from qig_serve.kernels.sass import SHARED_LIMIT, TARGETS, Counts, count
 from qig_serve.kernels.tiles import LAYER_SHAPES, TILES_FILE, Tile, select, tile_table
 
-BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+BUCKETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 """Largest M of each bucket; the last is without a bound."""
 ALIKE = {86: 80, 89: 80}
 """Targets for which the compiler makes nearly the same of a kernel: one is compiled for both."""
@@ -113,7 +113,7 @@ def predicted(
         if not tile.block_n:
             return time
         # In slices the scratch is small, and the vendor's kernels end in more part-filled waves.
-        return time if m >= _SLICES_FROM and n > 2 * tile.block_n else float("inf")
+        return time if m >= _SLICES_FROM and n > 2 * tile.block_n == 16896 else float("inf")
     counts = found.get(scheme.name, {}).get(compiled_as(tile))
     if counts is None or not counts.tensor_core or counts.spills or counts.stack:
         return float("inf")

@@ -67,7 +67,7 @@ from qig_serve.kernels import (
 from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
-from qig_serve.kernels.tiles import Regime, Tile, select
+from qig_serve.kernels.tiles import Regime, Tile, select, tile_table
 
 MOST_HALVES = 64
 """Most tokens at which halves tiles are tried."""
@@ -411,7 +411,7 @@ def linear(
     if tile.regime == "dequantize":
         return _dequantized_linear(x, planes, scale_zero, n, bias, tile, use_ptx)
     if tile.regime == "halves":
-        halves_of_x, x_scale_sum = quantize_activation.split_halves(x)
+        halves_of_x, x_scale_sum = quantize_activation.split_halves(x, tile)
         return halves.product(
             halves_of_x, x_scale_sum, planes, scale_zero, bias, n, x.dtype, tile, scratch, use_ptx
         )
@@ -491,14 +491,14 @@ def candidates(m: int) -> list[Tile]:
             for block_n, warps in ((128, 4), (128, 8), (256, 8))
             for stages in (2, 3)
         ]
-        tiles += [Tile("dequantize", block_n=8448), Tile("dequantize", block_n=0)]
+        tiles += [Tile("dequantize", block_n=rows) for rows in (2112, 4224, 8448, 0)]
     return tiles
 
 
 def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     """What a launch with the tile compiles, for `dtype` ("bf16", "fp16")."""
     if tile.regime == "halves":
-        return halves.kernel(tile, dtype, orders.activations)
+        return halves.kernel(tile, dtype, orders.of_halves(tile))
     arguments = dict(
         weight_ptr="*i8", scale_zero_ptr="*i32", out_ptr=f"*{dtype}", N="i32", K="i32", TILES="i32"
     )
@@ -527,7 +527,19 @@ def unsupported(n: int, k: int) -> str:
 
 def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what makes halves of activations, alone and fused with what precedes it."""
-    quantizer_ops.warm_up_halves(k, dtype, device)
+    quantizer_ops.warm_up_halves(k, dtype, device, _tiles_of_halves(launch.architecture(device)))
+
+
+def _tiles_of_halves(architecture: str) -> list[Tile]:
+    """A tile of tiles.json for each way in which halves are stored."""
+    every = [
+        tile
+        for (of, scheme, _), rows in tile_table().items()
+        if (of, scheme) == (architecture, "w3a16")
+        for _, tile in rows
+        if tile.regime == "halves"
+    ]
+    return list({launch.uses_wgmma(tile): tile for tile in every}.values())
 
 
 def _w3a16_linear(
@@ -561,7 +573,7 @@ def _of_halves(
     if tile.regime != "halves":
         return None
     dtype, scratch, use_ptx = x.dtype, launch.scratch(x.device), library.use_ptx(x)
-    return lambda given: halves.product(
+    return tile, lambda given: halves.product(
         *given, weight_planes, scale_zero, bias, n, dtype, tile, scratch, use_ptx
     )
 

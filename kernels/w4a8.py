@@ -133,9 +133,12 @@ def _part(
             BLOCK_M, BLOCK_N, ALIGNED,
         )  # fmt: skip
         if complete:
-            for i in tl.range(0, here, 16):
-                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 16, ALIGNED)
-                some = token + i + tl.arange(0, 16)
+            SOME: tl.constexpr = min(16, BLOCK_M)
+            for i in tl.range(0, here, SOME):
+                total = launch.add_parts(
+                    partials_ptr, one, other, i, BLOCK_M, BLOCK_N, SOME, ALIGNED
+                )
+                some = token + i + tl.arange(0, SOME)
                 _store(
                     out_ptr, total, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, some, M, N,
                     HAS_BIAS,
@@ -252,9 +255,11 @@ def product(
 
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
-    block_m = max(16, 1 << (m - 1).bit_length())
+    block_m = max(8, 1 << (m - 1).bit_length())
     shapes: tuple[tuple[Regime, int, int, int, tuple[int, ...]], ...] = (
-        ("split_k", 16, 128, 4, (4, 5, 6)), ("split_k", 16, 256, 4, (2, 3)),
+        ("split_k", 8, 128, 4, (4,)), ("split_k", 8, 64, 2, (4, 8)), ("split_k", 8, 32, 1, (16,)),
+        ("split_k", 16, 64, 2, (8,)), ("split_k", 16, 64, 4, (8,)),
+        ("split_k", 16, 128, 4, (2, 4, 5)), ("split_k", 16, 256, 4, (2, 3)),
         ("split_k", 32, 128, 4, (3, 4, 5)), ("split_k", 64, 128, 4, (2, 3, 4)),
         ("stream_k", 64, 128, 4, (2, 3)), ("stream_k", 128, 256, 8, (1,)),
         ("stream_k", 128, 128, 4, (2,)),
@@ -262,7 +267,7 @@ def candidates(m: int) -> list[Tile]:
     tiles = [
         Tile(regime, tokens, block_n, warps, stages, programs)
         for regime, tokens, block_n, warps, offered in shapes
-        if block_m // 4 <= tokens <= block_m
+        if block_m // 4 <= tokens <= max(block_m, 16)
         for stages in (3, 4)
         for programs in offered
     ]

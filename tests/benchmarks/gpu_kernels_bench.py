@@ -42,7 +42,7 @@ def gemm(scheme: str, x: torch.Tensor, n: int, tile: Tile) -> Callable[[Tensors]
         codes = quantize_activation.quantize(x)
         return lambda p: w4a8.product(*codes, p, n, None, x.dtype, tile, scratch)
     if tile.regime == "halves":
-        given = quantize_activation.split_halves(x)
+        given = quantize_activation.split_halves(x, tile)
         return lambda p: halves.product(
             *given, p["weight_planes"], p["scale_zero"], None, n, x.dtype, tile, scratch
         )
@@ -179,7 +179,7 @@ class Bench:
         x, scratch = self._x(m), launch.scratch_for(tile, self.device)
 
         def call(p: Tensors) -> torch.Tensor:
-            given = quantize_activation.split_halves(x)
+            given = quantize_activation.split_halves(x, tile)
             return halves.product(
                 *given, p["weight_bytes"], p["row_scale"], None, self.shape[0], DTYPE, tile, scratch
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpu_kernels_plan import ROOT, Context, Failed
 
-PROCESSES = 10
+PROCESSES = 14
 TESTS = "tests/kernels/test_gpu.py"
 
 

@@ -23,7 +23,9 @@ from qig_serve.kernels import launch, layout, tiles, tuning
 from qig_serve.kernels.tiles import Tile
 
 COUNTS = RESULTS / "kernel-counts.json"
-SHORTLIST = 4
+SHORTLIST = 6
+EVERY_UP_TO = 16
+"""Tokens up to which every candidate is timed at one model's shapes."""
 HEAD_TILES = tuple(
     Tile("halves", tokens, 128, 4, stages, programs_per_sm=3)
     for tokens in (8, 16)
@@ -89,11 +91,14 @@ def offered(scheme: str, found: tuning.Found, target: int, m: int, n: int, k: in
     architecture = tiles.architecture_of((target // 10, target % 10))
     assert architecture is not None
     listed = tuning.shortlist(SCHEMES[scheme], found, target, m, n, k, SHORTLIST) if found else []
+    if m <= EVERY_UP_TO and (n, k) in tiles.LAYER_SHAPES["Qwen2-VL-7B"].values():
+        listed = [t for t in tuning.candidates(scheme, m) if t.regime != "dequantize"]
     present = tiles.select(scheme, architecture, n, k, m)
     through_cublas = [
         tile
         for tile in tuning.candidates(scheme, m)
-        if tile.regime == "dequantize" and (not tile.block_n or tile in listed)
+        if tile.regime == "dequantize"
+        and (not tile.block_n or (m >= 1024 and n > 2 * tile.block_n))
     ]
     return list(dict.fromkeys([*listed, present, *through_cublas]))
 

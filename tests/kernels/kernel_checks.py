@@ -41,6 +41,8 @@ TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  # half a unit in the la
 TILES = {
     "w3a16": {
         "halves": Tile("halves", 8, 128, num_stages=2, programs_per_sm=3),
+        "halves-narrow": Tile("halves", 4, 64, 2, num_stages=2, programs_per_sm=4),
+        "halves-warp": Tile("halves", 8, 32, 1, num_stages=2, programs_per_sm=8),
         "halves-wide": Tile("halves", 16, 256, num_stages=2, programs_per_sm=1),
         "split": Tile("split_k", 32, 128, num_stages=2, programs_per_sm=3),
         "stream": Tile("stream_k", 16, 128, num_stages=2),
@@ -52,6 +54,7 @@ TILES = {
     },
     "w4a8": {
         "split": Tile("split_k", 16, 128, num_stages=3, programs_per_sm=4),
+        "split-narrow": Tile("split_k", 8, 32, 1, num_stages=3, programs_per_sm=8),
         "split-wide": Tile("split_k", 16, 256, num_stages=3),
         "stream": Tile("stream_k", 16, 128, num_stages=3),
         "stream-wide": Tile("stream_k", 64, 128, num_stages=2, programs_per_sm=1),
@@ -67,7 +70,10 @@ EVERY_TILE = [
 SHARED = [
     param for param in EVERY_TILE if param.values[1].regime in ("halves", "split_k", "stream_k")
 ]
-ORDERS = [launch.Orders(16, 16), launch.Orders(32, 32), launch.Orders(32, 4)]
+ORDERS = [
+    launch.Orders(16, 16, 8), launch.Orders(16, 16, 16), launch.Orders(32, 32, 32),
+    launch.Orders(32, 4, 4),
+]  # fmt: skip
 
 # (M, N, K): odd N, K of one group, of an odd number of them (a tensor-parallel shard), of several
 SHAPES = [(1, 77, 1024), (7, 129, 384), (16, 257, 128), (63, 130, 384), (256, 131, 128)]
@@ -150,7 +156,7 @@ def test_every_kind_of_tile(scheme: str, tile: Tile, m: int, n: int, k: int, use
 
 
 @pytest.mark.parametrize("orders", ORDERS, ids=str)
-@pytest.mark.parametrize("name", ["halves", "stream", "dequantize"])
+@pytest.mark.parametrize("name", ["halves", "halves-narrow", "stream", "dequantize"])
 def test_every_order_of_inputs(
     name: str, orders: launch.Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from qig_serve.kernels import (
     reference,
 )
 from qig_serve.kernels.library import define
+from qig_serve.kernels.tiles import Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -98,7 +99,7 @@ def test_halves(m: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("order", layout.ORDERS)
 def test_halves_in_every_order(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    orders = launch.Orders(16, order)
+    orders = launch.Orders(16, order, order)
     monkeypatch.setattr(launch, "orders", lambda device: orders)
     x = ordinary(3, 640, torch.bfloat16)  # an odd number of groups
     assert_same(ops.split_halves(x), reference.split_halves(x, order))
@@ -247,6 +248,9 @@ def test_warps(k: int, few: int, many: int) -> None:
         quantize_activation.row_options(65537)
 
 
+PROBE_TILE = Tile("halves", 8, 128)
+
+
 def _probe(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x @ weight
 
@@ -261,7 +265,7 @@ def _probe_of_halves(x: torch.Tensor, weight: torch.Tensor) -> fused_linear.OfHa
         assert torch.equal(sums, expected.round().int())
         return (joined @ weight.double()).to(x.dtype) + 1
 
-    return gemm if x.shape[0] <= 4 else None
+    return (PROBE_TILE, gemm) if x.shape[0] <= 4 else None
 
 
 def _fake_probe(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
