@@ -64,7 +64,6 @@ from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.layout import PAIR, ROW_TILE
 from qig_serve.kernels.tiles import Tile
 
-AHEAD = 1
 PLANES_PTX = tl.constexpr(
     """{ .reg .b32 a, b, c, t, u;
     mov.b32 a, $8; mov.b32 b, $9; mov.b32 c, $10;
@@ -160,7 +159,7 @@ def halves_kernel(
     partials_ptr, counter_ptr, M, N, K, TILES, tiles_m, size, rest,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, X_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
-    PDL: tl.constexpr, AHEAD: tl.constexpr = 1,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of an output tile's pairs of groups.
 
@@ -178,12 +177,8 @@ def halves_kernel(
     k = tl.arange(0, 128)
     if PDL:
         ahead = first % pairs * TILES + first // pairs // tiles_m * BLOCK_N // 128
-        for step in tl.static_range(1, AHEAD):
-            if first + step < last:
-                line = tl.minimum((ahead + step * TILES) * LINES + k, pairs * TILES * LINES - 1)
-                launch.fetch(weight_ptr + line.to(tl.int64) * 128)
         line = tl.minimum(ahead * LINES + k, pairs * TILES * LINES - 1)
-        launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL)
+        launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL, FETCH)
     tile = first // pairs
     start = first - tile * pairs
     end = start + last - first
@@ -270,8 +265,7 @@ def product(
         m, n, k, tiles, tiles_m, *launch.shares(count, tiles_m * tiles_n, pairs, True),
         BITS=bits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
         EVEN=k % PAIR == 0, X_ORDER=launch.orders(halves.device).of_halves(tile),
-        HAS_BIAS=bias is not None, USE_PTX=use_ptx, AHEAD=AHEAD,
-        **launch.options(tile, halves.device),
+        HAS_BIAS=bias is not None, USE_PTX=use_ptx, **launch.options(tile, halves.device),
     )  # fmt: skip
     return out
 
@@ -299,11 +293,13 @@ def candidates(m: int) -> list[Tile]:
         8: ((128, 4, 2), (128, 4, 3), (128, 4, 4), (256, 4, 2), (64, 4, 8), (64, 2, 8),
             (32, 1, 16)),
         16: ((128, 4, 2), (128, 4, 4), (256, 4, 2), (64, 4, 7)),
+        32: ((128, 4, 2), (64, 4, 4)),
     }  # fmt: skip
     return [
-        Tile("halves", tokens, block_n, warps, stages, programs)
+        Tile("halves", tokens, block_n, warps, stages, programs, early=early)
         for tokens, offered in shapes.items()
-        if min(block_m, 16) // 2 <= tokens <= max(8, block_m)
+        if min(block_m, 32) // 2 <= tokens <= max(8, block_m)
         for block_n, warps, programs in offered
         for stages in (2, 3)
+        for early in ((-1, 0, 1) if tokens <= 8 else (-1, 1))
     ]

@@ -63,23 +63,19 @@ def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, COLUMNS: tl.constexpr) -> 
 
 
 @triton.jit
-def fetch(lines: tl.tensor) -> None:
-    """Into L2: pointers, one a 128-byte line."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def start_early(weights: tl.tensor, PDL: tl.constexpr, FETCH: tl.constexpr) -> None:
+    """Programmatic dependent launch: what need not wait for the kernel before, then the wait.
 
-
-@triton.jit
-def start_early(first_weights: tl.tensor, PDL: tl.constexpr) -> None:
-    """Programmatic dependent launch: fetch weights while the kernel before ends, then wait for it.
-
-    first_weights: pointers, one a 128-byte line. Nothing that another kernel writes may be read
-    before: activations, scratch. Without PDL nothing happens here.
+    weights: pointers to the first that are read, one a 128-byte line; with FETCH they are brought
+    into L2. Nothing that another kernel writes may be read before: activations, scratch. Without
+    PDL nothing happens here.
     """
     if PDL:
-        fetch(first_weights)
+        if FETCH:
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [weights],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
         gdc_launch_dependents()
         gdc_wait()
 
@@ -154,16 +150,32 @@ def add_parts(
 ) -> tl.tensor:  # fmt: skip
     """The sum of a tile's parts for tokens start...: [BLOCK_N, TOKENS]; first, last: leave_part's.
 
-    In the order of K, whoever adds; a few tokens at a time, in few registers.
+    In one order, whoever adds; eight parts are on their way at a time, since each takes as long as
+    L2 does, of a few tokens, in few registers.
     """
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+    STEP: tl.constexpr = 1 if ALIGNED else 2
     where = partials_ptr + (start + tl.arange(0, TOKENS))[None, :] * BLOCK_N
     where += tl.arange(0, BLOCK_N)[:, None]
-    total = tl.load(where + first * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-    STEP: tl.constexpr = 1 if ALIGNED else 2
-    for place in tl.range(first + 1, last + 1, STEP, loop_unroll_factor=4):
-        part = where + place * (BLOCK_N * BLOCK_M)
-        total += tl.load(part, cache_modifier=".cg")
+    total = _part_at(where, first, last, SIZE)
+    for place in tl.range(first + 1, last + 1, 8 * STEP):
+        p0 = _part_at(where, place, last, SIZE)
+        p1 = _part_at(where, place + STEP, last, SIZE)
+        p2 = _part_at(where, place + 2 * STEP, last, SIZE)
+        p3 = _part_at(where, place + 3 * STEP, last, SIZE)
+        p4 = _part_at(where, place + 4 * STEP, last, SIZE)
+        p5 = _part_at(where, place + 5 * STEP, last, SIZE)
+        p6 = _part_at(where, place + 6 * STEP, last, SIZE)
+        p7 = _part_at(where, place + 7 * STEP, last, SIZE)
+        total += ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))
     return total
+
+
+@triton.jit
+def _part_at(where: tl.tensor, place: tl.tensor, last: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """A part, or zeros beyond the last; past L1, where another program's would not be seen."""
+    there = tl.full([1, 1], place, tl.int32) <= last
+    return tl.load(where + place * SIZE, mask=there, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -210,6 +222,8 @@ def of_tile(
     function: Any, arguments: dict[str, str], constants: dict[str, Any], tile: Tile, inputs: int
 ) -> Kernel:
     """The kernel of a linear's launch with a tile."""
+    if "FETCH" in function.arg_names:
+        constants["FETCH"] = tile.early > 0
     return Kernel(function, arguments, constants, compiler_options(tile), inputs, tile)
 
 
@@ -267,7 +281,8 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
 
 def options(tile: Tile, device: torch.device) -> dict[str, Any]:
     """Compiler options and constants of a launch. Pipelining is the loop's own (tl.range)."""
-    return {**compiler_options(tile), "PDL": False, **early(device)}
+    start = early(device) if tile.early >= 0 else {}
+    return {**compiler_options(tile), "PDL": False, "FETCH": tile.early > 0, **start}
 
 
 @functools.cache

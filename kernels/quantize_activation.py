@@ -76,8 +76,9 @@ from qig_serve.kernels.tiles import Tile
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUND_BITS = tl.constexpr(0x4B400000)
 INFINITY = tl.constexpr(0x7F800000)
+NAN_BITS = tl.constexpr(0x7FC00000)
+"""Not a float: Triton compares what a kernel uses with what it was, and NaN never equals NaN."""
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-NAN = tl.constexpr(float("nan"))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 GROUP = tl.constexpr(128)
@@ -168,7 +169,8 @@ def _store_codes(row, columns, token, codes_ptr, scale_ptr, K):
     rounded = tl.fma(row.to(tl.float32), tl.div_rn(1.0, scale), ROUND).to(tl.int32, bitcast=True)
     codes = tl.where(finite, rounded, 0).to(tl.int8)
     tl.store(codes_ptr + token * K + columns, codes, mask=columns < K)
-    tl.store(scale_ptr + token, tl.where(finite, scale, NAN))
+    stored = tl.where(finite, scale.to(tl.int32, bitcast=True), NAN_BITS)
+    tl.store(scale_ptr + token, stored.to(tl.float32, bitcast=True))
 
 
 @triton.jit

@@ -101,7 +101,7 @@ def compile_kernel(kernel: Kernel, target: int) -> Any:
     80..."""
     function = kernel.function
     names = function.arg_names
-    early = {"PDL": target >= 90} if "PDL" in names else {}
+    early = {"PDL": target >= 90 and kernel.tile.early >= 0} if "PDL" in names else {}
     signature = {name: kernel.arguments.get(name, "constexpr") for name in names}
     attributes = {
         (i,): [["tt.divisibility", 16]]

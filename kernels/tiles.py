@@ -50,6 +50,8 @@ class Tile:
     """halves, split_k, stream_k: programs that an SM is to hold at once."""
     group_m: int = 8
     """prefill: token tiles that share a column of outputs."""
+    early: int = 1
+    """1: starts before the kernel before has ended, and fetches weights; 0: starts so; -1: not."""
 
 
 Buckets = list[tuple[float, Tile]]

@@ -49,6 +49,7 @@ Found = dict[str, dict[str, Counts]]
 def compiled_as(tile: Tile) -> str:
     """Of tiles with the same name one is compiled: the others differ in launches alone."""
     name = f"{tile.regime} {tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
+    name += ("" if tile.early > 0 else " unfetched") if tile.early >= 0 else " late"
     return name if tile.regime == "prefill" else f"{name} {tile.programs_per_sm}p"
 
 

@@ -97,15 +97,16 @@ def _number(out: str, word: str, p: int, float_type: str) -> str:
     two = f"{float_type.replace('fp', 'f')}x2"
     return f"""lop3.b32 {out}, {word}, {_twice(7 << p)}, {_twice(_magic(float_type, p))}, {_AND_OR};
     fma.rn.{two} {out}, {out}, one, minus_{p};
-    fma.rn.{two} {out}, {out}, $13, minus_zero;"""
+    fma.rn.{two} {out}, {out}, $12, minus_zero;"""
 
 
 @triton.constexpr_function
 def half_group_ptx(half: int, float_type: str) -> str:
-    """PTX of half a group: c0..c3 (half 0) or c4..c7 of four byte positions.
+    """PTX of half a group: c0..c3 (half 0) or c4..c7 of two pairs of bytes, which are two elements.
 
-    $0-$7 out, two registers per code; $8 $9 $10 planes A, B, C; $11 $12 zero points and $13 $14
-    scales, each twice in a register (a register for two positions: all are of one row).
+    $0-$7 out: of each code the even bytes' numbers, then the odd bytes'; $8 $9 $10 planes A, B, C;
+    $11 zero points; $12 scales. Two elements to a register everywhere, and neither sees the other:
+    which two come together is the compiler's choice.
     """
     one = _BIAS[float_type] << _MANTISSA[float_type]
     p = 3 * half
@@ -148,47 +149,43 @@ def _codes(word, zero, scale, DTYPE: tl.constexpr):
 def _four_slices(
     a, b, c, zero, scale, HALF: tl.constexpr, DTYPE: tl.constexpr, USE_PTX: tl.constexpr
 ):  # fmt: skip
-    """Planes int8 [R, 16], zero points and scales int16 [R, 16] -> four slices, DTYPE's bits."""
+    """Pairs of bytes of the planes, zero points and scales, all int16 [R, 8] -> numbers.
+
+    DTYPE's bits, int16 [R, 8] each: of four slices the even bytes', and the odd bytes'.
+    """
     if USE_PTX:
         ptx: tl.constexpr = half_group_ptx(HALF, _float_type(DTYPE))
         return tl.inline_asm_elementwise(
-            ptx, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [a, b, c, zero, scale],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=4,
+            ptx, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r", [a, b, c, zero, scale],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        a, b, c = a.to(tl.int32) & 255, b.to(tl.int32) & 255, c.to(tl.int32) & 255
+        a, b, c = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32)
         low = b if HALF else a
-        gathered = (low >> 6) & 3 | (c >> (6 + HALF) & 1) << 2
+        gathered = (low >> 6) & 0x303 | (c >> (6 + HALF) & 0x101) << 2
+        a, b, c = a >> 3 * HALF, b >> 3 * HALF, c >> 3 * HALF
         return (
-            _codes(a >> 3 * HALF, zero, scale, DTYPE),
-            _codes(b >> 3 * HALF, zero, scale, DTYPE),
-            _codes(c >> 3 * HALF, zero, scale, DTYPE),
-            _codes(gathered, zero, scale, DTYPE),
-        )
+            _codes(a, zero, scale, DTYPE), _codes(a >> 8, zero, scale, DTYPE),
+            _codes(b, zero, scale, DTYPE), _codes(b >> 8, zero, scale, DTYPE),
+            _codes(c, zero, scale, DTYPE), _codes(c >> 8, zero, scale, DTYPE),
+            _codes(gathered, zero, scale, DTYPE), _codes(gathered >> 8, zero, scale, DTYPE),
+        )  # fmt: skip
 
 
 @triton.jit
-def _in_order(
-    s0, s1, s2, s3, R: tl.constexpr, ORDER: tl.constexpr, USE_PTX: tl.constexpr
-):  # fmt: skip
-    """Four slices [R, 16] in the order of bytes -> [R, 64] in the order of k (layout.py).
+def _in_order(e0, o0, e1, o1, e2, o2, e3, o3, R: tl.constexpr, ORDER: tl.constexpr):
+    """Even and odd bytes of four slices, [R, 8] each -> [R, 64] in the order of k (layout.py).
 
-    Names on a GPU, no instruction. The PTX makes numbers of bytes 0 and 2, then of 1 and 3; its
-    twin of one byte after the other.
+    Names on a GPU, no instruction.
     """
-    every = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(
-        R, 4, 2, 2, 2, 2
-    )  # [.., s / 2, s % 2]
+    first = tl.join(tl.join(e0, o0), tl.join(e2, o2))  # [R, pair, odd, s / 2]
+    second = tl.join(tl.join(e1, o1), tl.join(e3, o3))
+    every = tl.join(first, second).reshape(R, 4, 2, 2, 2, 2)  # [.., odd, s / 2, s % 2]
     if ORDER == 16:
-        if USE_PTX:
-            ordered = every.permute(0, 4, 5, 2, 1, 3)
-        else:
-            ordered = every.permute(0, 4, 5, 3, 1, 2)
+        ordered = every.permute(0, 4, 5, 3, 1, 2)
     else:
-        if USE_PTX:
-            ordered = every.permute(0, 4, 1, 5, 2, 3)
-        else:
-            ordered = every.permute(0, 4, 1, 5, 3, 2)
+        ordered = every.permute(0, 4, 1, 5, 3, 2)
     return ordered.reshape(R, 64)
 
 
@@ -197,12 +194,12 @@ def _half_group(
     a, b, c, scale_zero, HALF: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
     DTYPE: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Weights [BLOCK_N, 64] of DTYPE: planes int8 [BLOCK_N, 16], scale_zero int32 [BLOCK_N]."""
-    zero = tl.broadcast_to((scale_zero & 7).to(tl.int16)[:, None], [BLOCK_N, 16])
+    """Weights [BLOCK_N, 64] of DTYPE: planes int16 [BLOCK_N, 8], scale_zero int32 [BLOCK_N]."""
+    zero = tl.broadcast_to((scale_zero & 7).to(tl.int16)[:, None], [BLOCK_N, 8])
     scale = (scale_zero & -8).to(tl.float32, bitcast=True).to(DTYPE).to(tl.int16, bitcast=True)
-    scale = tl.broadcast_to(scale[:, None], [BLOCK_N, 16])
-    s0, s1, s2, s3 = _four_slices(a, b, c, zero, scale, HALF, DTYPE, USE_PTX)
-    return _in_order(s0, s1, s2, s3, BLOCK_N, ORDER, USE_PTX).to(DTYPE, bitcast=True)
+    scale = tl.broadcast_to(scale[:, None], [BLOCK_N, 8])
+    e0, o0, e1, o1, e2, o2, e3, o3 = _four_slices(a, b, c, zero, scale, HALF, DTYPE, USE_PTX)
+    return _in_order(e0, o0, e1, o1, e2, o2, e3, o3, BLOCK_N, ORDER).to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -213,15 +210,15 @@ def _product(
 ):  # fmt: skip
     """W x^T over groups: fp32 [BLOCK_N, BLOCK_M].
 
-    x_ptrs [64, BLOCK_M] to the first inputs; weight_ptrs [BLOCK_N, 16] to plane A and
+    x_ptrs [64, BLOCK_M] to the first inputs; weight_ptrs [BLOCK_N, 8] to plane A (int16) and
     scale_zero_ptrs [BLOCK_N] to the words of the first pair of groups.
     """
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for group in tl.range(group_first, group_last, num_stages=STAGES):
-        planes = weight_ptrs + (group // 2 * (TILES * 12288) + group % 2 * 6144)
+        planes = weight_ptrs + (group // 2 * (TILES * 6144) + group % 2 * 3072)
         a = tl.load(planes)
-        b = tl.load(planes + 2048)
-        c = tl.load(planes + 4096)
+        b = tl.load(planes + 1024)
+        c = tl.load(planes + 2048)
         scale_zero = tl.load(scale_zero_ptrs + (group // 2 * (TILES * 256) + group % 2))
         x = x_ptrs + group * 128
         x_first = launch.load_tokens(x, x_in_range, BLOCK_M)
@@ -244,12 +241,12 @@ def _pointers(
     """
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = tl.minimum(rows, TILES * 128 - 1)  # a half-filled last tile stores not all it reads
-    weight_ptrs = weight_ptr + (stored // 128 * 12288 + stored % 128 * 16)[:, None]
+    weight_ptrs = weight_ptr + (stored // 128 * 6144 + stored % 128 * 8)[:, None]
     rows_read = tl.minimum(tokens, M - 1)[None, :]
     if WIDE:
         rows_read = rows_read.to(tl.int64)
     x_ptrs = x_ptr + (rows_read * K + tl.arange(0, 64)[:, None])
-    return rows, x_ptrs, weight_ptrs + tl.arange(0, 16)[None, :], scale_zero_ptr + stored * 2
+    return rows, x_ptrs, weight_ptrs + tl.arange(0, 8)[None, :], scale_zero_ptr + stored * 2
 
 
 @triton.jit
@@ -283,9 +280,9 @@ def _part(
             BLOCK_M, BLOCK_N, ALIGNED,
         )  # fmt: skip
         if complete:
-            for i in tl.range(0, here, 16):
-                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 16, ALIGNED)
-                some = token + i + tl.arange(0, 16)
+            for i in tl.range(0, here, 8):
+                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 8, ALIGNED)
+                some = token + i + tl.arange(0, 8)
                 launch.store_out(out_ptr, total, bias_ptr, rows, some, M, N, HAS_BIAS)
     return first + end - start
 
@@ -296,14 +293,15 @@ def w3a16_shared_kernel(
     M, N, K, TILES, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
+    FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, group)."""
     groups = K // 128
     first, last = launch.share(groups, size, rest, ALIGNED)
     if PDL:
-        ahead = first % groups // 2 * TILES + first // groups // tiles_m * (BLOCK_N // 128)
+        ahead = first % groups // 2 * TILES + first // groups // tiles_m * BLOCK_N // 128
         line = tl.minimum(ahead * 96 + tl.arange(0, 128), groups // 2 * TILES * 96 - 1)
-        launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL)
+        launch.start_early(weight_ptr + line.to(tl.int64) * 64, PDL, FETCH)
     if ALIGNED:  # no share crosses a tile
         _part(
             first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
@@ -324,7 +322,7 @@ def w3a16_prefill_kernel(
     x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, M, N, K, TILES,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
     ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (output tiles,), GROUP_M token tiles beside each other for L2."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -335,8 +333,8 @@ def w3a16_prefill_kernel(
         x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N, True
     )
     if PDL:
-        line = tl.minimum(tile * (BLOCK_N // 128) * 96 + tl.arange(0, 128), TILES * 96 - 1)
-        launch.start_early(weight_ptr + line * 128, PDL)
+        line = tl.minimum(tile * BLOCK_N // 128 * 96 + tl.arange(0, 128), TILES * 96 - 1)
+        launch.start_early(weight_ptr + line * 64, PDL, FETCH)
     acc = _product(
         x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, 0, K // 128, TILES,
         BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, USE_PTX,
@@ -349,25 +347,31 @@ def w3a16_dequantize_kernel(
     weight_ptr, scale_zero_ptr, out_ptr, N, K, TILES, first_tile,
     ORDER: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of 128 rows, groups): rows first_tile * 128 ... of the weight [N, K].
+    """Grid (tiles of 128 rows, pairs of groups): rows first_tile * 128 ... of the weight [N, K].
 
     out [rows of the slice, K], each weight rounded once, as the other kernels round it.
     """
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    tile, group = tl.program_id(0) + first_tile, tl.program_id(1)
+    tile, pair = tl.program_id(0) + first_tile, tl.program_id(1)
     row = tl.arange(0, 128)
-    planes = weight_ptr + (group // 2 * TILES + tile) * 12288 + group % 2 * 6144
-    planes += row[:, None] * 16 + tl.arange(0, 16)[None, :]
-    a, b, c = tl.load(planes), tl.load(planes + 2048), tl.load(planes + 4096)
-    words = scale_zero_ptr + (group // 2 * TILES + tile) * 256 + group % 2
-    scale_zero = tl.load(words + row * 2)
-    where = out_ptr + ((tl.program_id(0) * 128 + row)[:, None].to(tl.int64) * K + group * 128)
+    planes = weight_ptr + (pair * TILES + tile) * 6144
+    planes += row[:, None] * 8 + tl.arange(0, 8)[None, :]
+    words = scale_zero_ptr + (pair * TILES + tile) * 256 + row * 2
+    a0, b0, c0 = tl.load(planes), tl.load(planes + 1024), tl.load(planes + 2048)
+    a1, b1, c1 = tl.load(planes + 3072), tl.load(planes + 4096), tl.load(planes + 5120)
+    word0, word1 = tl.load(words), tl.load(words + 1)
+    where = out_ptr + ((tl.program_id(0) * 128 + row)[:, None].to(tl.int64) * K + pair * 256)
     where += tl.arange(0, 64)[None, :]
     inside = (tile * 128 + row < N)[:, None]
-    w = _half_group(a, b, c, scale_zero, 0, 128, ORDER, DTYPE, USE_PTX)
+    w = _half_group(a0, b0, c0, word0, 0, 128, ORDER, DTYPE, USE_PTX)
     tl.store(where, w, mask=inside)
-    w = _half_group(a, b, c, scale_zero, 1, 128, ORDER, DTYPE, USE_PTX)
+    w = _half_group(a0, b0, c0, word0, 1, 128, ORDER, DTYPE, USE_PTX)
     tl.store(where + 64, w, mask=inside)
+    inside &= tl.full([1, 1], pair * 256 + 128, tl.int32) < K
+    w = _half_group(a1, b1, c1, word1, 0, 128, ORDER, DTYPE, USE_PTX)
+    tl.store(where + 128, w, mask=inside)
+    w = _half_group(a1, b1, c1, word1, 1, 128, ORDER, DTYPE, USE_PTX)
+    tl.store(where + 192, w, mask=inside)
 
 
 def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
@@ -418,7 +422,8 @@ def linear(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     tiles = planes.shape[1]
     launch.run(
-        w3a16_prefill_kernel, w3a16_shared_kernel, (x, planes, scale_zero, bias, out),
+        w3a16_prefill_kernel, w3a16_shared_kernel,
+        (x, planes.view(torch.int16), scale_zero, bias, out),
         (m, n, k, tiles), tiles * layout.ROW_TILE, tile, scratch, torch.float32,
         ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
     )  # fmt: skip
@@ -462,10 +467,10 @@ def _dequantize_rows(
 ) -> torch.Tensor:  # fmt: skip
     """Rows first to last (first: a multiple of 128) into out [last - first, K]."""
     k = out.shape[1]
-    grid = (triton.cdiv(last - first, layout.ROW_TILE), k // layout.GROUP)
+    grid = (triton.cdiv(last - first, layout.ROW_TILE), layout.padded_pairs(k))
     w3a16_dequantize_kernel[grid](
-        planes, scale_zero, out, last, k, planes.shape[1], first // layout.ROW_TILE,
-        ORDER=launch.orders(planes.device).weights, USE_PTX=use_ptx,
+        planes.view(torch.int16), scale_zero, out, last, k, planes.shape[1],
+        first // layout.ROW_TILE, ORDER=launch.orders(planes.device).weights, USE_PTX=use_ptx,
     )  # fmt: skip
     return out
 
@@ -474,23 +479,29 @@ def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
     tiles = halves.candidates(m) if m <= MOST_HALVES else []
     shapes: tuple[tuple[Regime, int, int, int, int], ...] = (
-        ("split_k", 16, 128, 4, 3), ("split_k", 32, 128, 4, 2), ("split_k", 32, 128, 4, 3),
-        ("split_k", 64, 128, 4, 2), ("stream_k", 64, 128, 4, 2), ("stream_k", 64, 256, 8, 1),
-        ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 256, 8, 1),
+        ("split_k", 16, 128, 4, 3), ("split_k", 32, 64, 4, 5), ("split_k", 32, 128, 4, 2),
+        ("split_k", 32, 128, 4, 3), ("split_k", 64, 64, 4, 4), ("split_k", 64, 128, 4, 2),
+        ("split_k", 128, 64, 4, 3), ("stream_k", 64, 64, 4, 4), ("stream_k", 64, 128, 4, 2),
+        ("stream_k", 128, 64, 4, 3), ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 128, 8, 1),
+        ("stream_k", 256, 64, 4, 2),
     )  # fmt: skip
     if m > 8:
         tiles += [
-            Tile(regime, block_m, block_n, warps, stages, programs)
+            Tile(regime, block_m, block_n, warps, stages, programs, early=early)
             for regime, block_m, block_n, warps, programs in shapes
             if m // 4 <= block_m <= max(32, 2 * m)
             for stages in (2, 3)
+            for early in (-1, 1)
         ]
     if m >= 128:
         tiles += [
-            Tile("prefill", 128, block_n, warps, stages)
-            for block_n, warps in ((128, 4), (128, 8), (256, 8))
+            Tile("prefill", tokens, block_n, warps, stages)
+            for tokens, block_n, warps in (
+                (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 4),
+                (256, 128, 8),
+            )
             for stages in (2, 3)
-        ]
+        ]  # fmt: skip
         tiles += [Tile("dequantize", block_n=rows) for rows in (2112, 4224, 8448, 0)]
     return tiles
 
@@ -500,12 +511,12 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     if tile.regime == "halves":
         return halves.kernel(tile, dtype, orders.of_halves(tile))
     arguments = dict(
-        weight_ptr="*i8", scale_zero_ptr="*i32", out_ptr=f"*{dtype}", N="i32", K="i32", TILES="i32"
+        weight_ptr="*i16", scale_zero_ptr="*i32", out_ptr=f"*{dtype}", N="i32", K="i32", TILES="i32"
     )
     constants: dict[str, Any] = dict(ORDER=orders.weights, USE_PTX=True)
     if tile.regime == "dequantize":
         arguments |= {"first_tile": "i32"}
-        return launch.of_tile(w3a16_dequantize_kernel, arguments, constants, tile, layout.GROUP)
+        return launch.of_tile(w3a16_dequantize_kernel, arguments, constants, tile, layout.PAIR)
     arguments |= dict(x_ptr=f"*{dtype}", bias_ptr=f"*{dtype}", M="i32")
     constants |= dict(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True

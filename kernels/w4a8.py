@@ -133,7 +133,7 @@ def _part(
             BLOCK_M, BLOCK_N, ALIGNED,
         )  # fmt: skip
         if complete:
-            SOME: tl.constexpr = min(16, BLOCK_M)
+            SOME: tl.constexpr = min(8, BLOCK_M)
             for i in tl.range(0, here, SOME):
                 total = launch.add_parts(
                     partials_ptr, one, other, i, BLOCK_M, BLOCK_N, SOME, ALIGNED
@@ -151,7 +151,7 @@ def w4a8_shared_kernel(
     codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
     partials_ptr, counter_ptr, M, N, K, N_PAD, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, block of 128 inputs)."""
     blocks = K // 128
@@ -159,7 +159,7 @@ def w4a8_shared_kernel(
     if PDL:
         ahead = (first % blocks * N_PAD + first // blocks // tiles_m * BLOCK_N) // 2
         line = tl.minimum(ahead + tl.arange(0, BLOCK_N // 2), blocks * N_PAD // 2 - 1)
-        launch.start_early(nibbles_ptr + line * 128, PDL)
+        launch.start_early(nibbles_ptr + line * 128, PDL, FETCH)
     if ALIGNED:  # no share crosses a tile
         _part(
             first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr,
@@ -180,7 +180,7 @@ def w4a8_prefill_kernel(
     codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr, out_ptr,
     M, N, K, N_PAD,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (output tiles,), GROUP_M token tiles beside each other for L2."""
     tile_m, tile = launch.grouped(
@@ -190,7 +190,7 @@ def w4a8_prefill_kernel(
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if PDL:
         line = tl.minimum(tile * BLOCK_N // 2 + tl.arange(0, BLOCK_N // 2), N_PAD // 2 - 1)
-        launch.start_early(nibbles_ptr + line * 128, PDL)
+        launch.start_early(nibbles_ptr + line * 128, PDL, FETCH)
     acc = _sum_of_products(
         codes_ptr, nibbles_ptr, rows, tokens, 0, K // 128, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
@@ -257,24 +257,27 @@ def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
     block_m = max(8, 1 << (m - 1).bit_length())
     shapes: tuple[tuple[Regime, int, int, int, tuple[int, ...]], ...] = (
-        ("split_k", 8, 128, 4, (4,)), ("split_k", 8, 64, 2, (4, 8)), ("split_k", 8, 32, 1, (16,)),
-        ("split_k", 16, 64, 2, (8,)), ("split_k", 16, 64, 4, (8,)),
-        ("split_k", 16, 128, 4, (2, 4, 5)), ("split_k", 16, 256, 4, (2, 3)),
-        ("split_k", 32, 128, 4, (3, 4, 5)), ("split_k", 64, 128, 4, (2, 3, 4)),
-        ("stream_k", 64, 128, 4, (2, 3)), ("stream_k", 128, 256, 8, (1,)),
-        ("stream_k", 128, 128, 4, (2,)),
+        ("split_k", 8, 64, 2, (4, 8)), ("split_k", 8, 32, 1, (16,)), ("split_k", 16, 64, 2, (8,)),
+        ("split_k", 16, 64, 4, (8,)), ("split_k", 16, 128, 4, (4, 5)),
+        ("split_k", 16, 256, 4, (2,)),
+        ("split_k", 32, 64, 4, (5, 8)), ("split_k", 32, 128, 4, (3, 4)),
+        ("split_k", 64, 64, 4, (4, 6)), ("split_k", 64, 128, 4, (2, 3)),
+        ("split_k", 128, 64, 4, (3,)), ("stream_k", 64, 64, 4, (4, 6)),
+        ("stream_k", 64, 128, 4, (2, 3)), ("stream_k", 128, 64, 4, (3, 4)),
+        ("stream_k", 128, 256, 8, (1,)), ("stream_k", 128, 128, 4, (2,)),
     )  # fmt: skip
     tiles = [
-        Tile(regime, tokens, block_n, warps, stages, programs)
+        Tile(regime, tokens, block_n, warps, stages, programs, early=early)
         for regime, tokens, block_n, warps, offered in shapes
         if block_m // 4 <= tokens <= max(block_m, 16)
         for stages in (3, 4)
         for programs in offered
+        for early in ((-1, 0, 1) if tokens <= 16 else (-1, 1))
     ]
     if m >= 128:
         tiles += [
             Tile("prefill", 128, block_n, warps, stages)
-            for block_n, warps in ((128, 4), (128, 8), (256, 8))
+            for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
             for stages in (3, 4)
         ]
     return tiles

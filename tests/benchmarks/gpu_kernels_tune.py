@@ -19,6 +19,8 @@ from qig_serve.formats import SCHEMES
 from qig_serve.kernels import launch, ops, tiles, time_model, tuning
 from qig_serve.kernels.tiles import Tile
 
+ELSEWHERE = 3
+"""Tiles of another shape that are tried."""
 RESERVE = 4.0
 """Seconds kept for writing."""
 HOW = (
@@ -78,7 +80,7 @@ def measure(
     rows: list[Row] = []
     for n, k in warm.shapes():
         bench.load(n, k)
-        for scheme, m, tile in _offered(found, target, n, k):
+        for scheme, m, tile in _offered(found, target, n, k, rows):
             if left() < RESERVE:
                 keep(rows)
                 return rows
@@ -96,11 +98,28 @@ def measure(
     return rows
 
 
-def _offered(found: tuning.Found, target: int, n: int, k: int) -> Iterator[tuple[str, int, Tile]]:
+def _offered(
+    found: tuning.Found, target: int, n: int, k: int, rows: list[Row]
+) -> Iterator[tuple[str, int, Tile]]:
+    """Scheme, M and tile; beside the model of time's those that `rows` have as fastest at M."""
     for scheme in ("w3a16", "w4a8"):
         for m in tuning.BUCKETS:
-            for tile in warm.offered(scheme, found, target, m, n, k):
+            first = warm.offered(scheme, found, target, m, n, k)
+            for tile in dict.fromkeys([*first, *_fastest_elsewhere(rows, scheme, m)]):
                 yield scheme, m, tile
+
+
+def _fastest_elsewhere(rows: list[Row], scheme: str, m: int) -> list[Tile]:
+    """The few fastest tiles of every shape that is timed already."""
+    by_shape: dict[tuple[int, int], list[Row]] = {}
+    for r in rows:
+        if (r["scheme"], r["m"]) == (scheme, m):
+            by_shape.setdefault((r["n"], r["k"]), []).append(r)
+    return [
+        Tile(**r["tile"])
+        for timed in by_shape.values()
+        for r in sorted(timed, key=lambda r: r["us"])[:ELSEWHERE]
+    ]
 
 
 def entry(rows: list[Row], architecture: str, source: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from qig_serve.kernels.tiles import Tile
 
 COUNTS = RESULTS / "kernel-counts.json"
 SHORTLIST = 6
-EVERY_UP_TO = 16
-"""Tokens up to which every candidate is timed at one model's shapes."""
+EVERY = tuple(tiles.LAYER_SHAPES["Qwen2-VL-7B"].values())
+"""Shapes for which every candidate is timed: 0.9 s of a core to compile one, 10 ms to time."""
 HEAD_TILES = tuple(
     Tile("halves", tokens, 128, 4, stages, programs_per_sm=3)
     for tokens in (8, 16)
@@ -91,7 +91,7 @@ def offered(scheme: str, found: tuning.Found, target: int, m: int, n: int, k: in
     architecture = tiles.architecture_of((target // 10, target % 10))
     assert architecture is not None
     listed = tuning.shortlist(SCHEMES[scheme], found, target, m, n, k, SHORTLIST) if found else []
-    if m <= EVERY_UP_TO and (n, k) in tiles.LAYER_SHAPES["Qwen2-VL-7B"].values():
+    if (n, k) in EVERY:
         listed = [t for t in tuning.candidates(scheme, m) if t.regime != "dequantize"]
     present = tiles.select(scheme, architecture, n, k, m)
     through_cublas = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 128), (3, 3584), (7, 1152), (16, 1024), (33, 384)]
 ops = torch.ops.qig
 ORDER = launch.orders(DEVICE).activations
+NEW = INTERPRETED or launch.orders_of((8, 0)).activations == 32
+"""Compiled by 3.6, the permutation of order 32 is wrong; from 3.8 on it is used."""
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +100,7 @@ def test_halves(m: int, k: int, dtype: torch.dtype) -> None:
     assert_same(ops.split_halves(x), reference.split_halves(x, ORDER))
 
 
-@pytest.mark.parametrize("order", layout.ORDERS)
+@pytest.mark.parametrize("order", [order for order in layout.ORDERS if order != 32 or NEW])
 def test_halves_in_every_order(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     orders = launch.Orders(16, order, order)
     monkeypatch.setattr(launch, "orders", lambda device: orders)
@@ -326,7 +329,11 @@ def test_norm_and_gate_alone(m: int, k: int, dtype: torch.dtype) -> None:
     assert float(apart.float().mean()) < 1e-3
 
 
-@pytest.mark.parametrize("warm_up", [quantizer_ops.warm_up_codes, quantizer_ops.warm_up_halves])
+def warm_up_halves(*arguments: Any) -> None:
+    quantizer_ops.warm_up_halves(*arguments, [PROBE_TILE, Tile("halves", 4, 64, 2)])
+
+
+@pytest.mark.parametrize("warm_up", [quantizer_ops.warm_up_codes, warm_up_halves])
 def test_warming_up_runs_every_kernel(
     warm_up: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ def test_every_code_and_zero_point_as_numbers(half: int, float_type: str) -> Non
     for seed in range(12):
         codes = some_codes(seed)
         for zero in range(8):
-            inputs = [*registers(codes), *[pair(zero, zero)] * 2, *[pair(bits, bits)] * 2]
+            inputs = [*registers(codes), pair(zero, zero), pair(bits, bits)]
             out = execute(ptx, 8, inputs)
             for i in range(4):
                 for register, positions in ((out[2 * i], (0, 2)), (out[2 * i + 1], (1, 3))):
