@@ -69,7 +69,7 @@ class Together:
         for name in fit:
             self.start_engine(name, len(fit))
         missing = [kinds[name] for name in fit if not self.made(name).exists()]
-        for number, group in enumerate(plan.groups(missing, (os.cpu_count() or 1) // 4)):
+        for number, group in enumerate(plan.groups(missing, (os.cpu_count() or 1) // 2)):
             if group:
                 words = ["make", "--models", self.model, "--checkpoints", *group]
                 self.makers[f"make-{number}"] = self.start_stage(f"make-{number}", words)
