@@ -45,7 +45,7 @@ class Child:
 
 
 def family(root: int) -> list[int]:
-    """A process and all that descend from it, those in sessions of their own too."""
+    """A process and all that descend from it, also in process groups of their own."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ def family(root: int) -> list[int]:
 
 
 def tell(child: Child, number: signal.Signals) -> None:
-    """Signal a child and its descendants; of one that ended, what stayed in its session."""
+    """Signal a child and its descendants; of one that ended, its process group."""
     pids = family(child.process.pid) if child.process.poll() is None else []
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -70,7 +70,7 @@ def tell(child: Child, number: signal.Signals) -> None:
 def begin(
     name: str, command: list[str], log: Path, out: Path, environment: dict[str, str]
 ) -> Child:
-    """Start it, in a session of its own; all that it prints goes to its log."""
+    """Start it, in a process group of its own; all that it prints goes to its log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
