@@ -290,16 +290,15 @@ def candidates(m: int) -> list[Tile]:
     block_m = max(4, 1 << (m - 1).bit_length())
     shapes = {
         4: ((64, 2, 4), (64, 2, 8), (32, 1, 16)),
-        8: ((128, 4, 2), (128, 4, 3), (128, 4, 4), (256, 4, 2), (64, 4, 8), (64, 2, 8),
-            (32, 1, 16)),
-        16: ((128, 4, 2), (128, 4, 4), (256, 4, 2), (64, 4, 7)),
-        32: ((128, 4, 2), (64, 4, 4)),
-    }  # fmt: skip
+        8: ((128, 4, 2), (128, 4, 3), (128, 4, 4), (64, 2, 8)),
+        16: ((128, 4, 2),),
+        32: ((64, 4, 4),),
+    }
     return [
         Tile("halves", tokens, block_n, warps, stages, programs, early=early)
         for tokens, offered in shapes.items()
         if min(block_m, 32) // 2 <= tokens <= max(8, block_m)
         for block_n, warps, programs in offered
         for stages in (2, 3)
-        for early in ((-1, 0, 1) if tokens <= 8 else (-1, 1))
+        for early in (-1, 1)
     ]

@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qig_serve.kernels.layout import GROUP
-from qig_serve.kernels.tiles import Tile, architecture_of, tile_table
+from qig_serve.kernels.tiles import SHARED, Tile, architecture_of, tile_table
 
 INTERPRETER_ARCHITECTURE = "sm_80"  # whose tiles are taken where there is no GPU
 _INTERPRETER_SMS = 4  # stands in for a GPU's multiprocessors, so that K is split there too
@@ -244,8 +244,13 @@ class Orders:
 
 
 def uses_wgmma(tile: Tile) -> bool:
-    """Whether Triton multiplies a halves tile with wgmma, on Hopper, or with mma.sync."""
-    return tile.num_warps % 4 == 0 and tile.block_n >= 64 and tile.block_m >= 8
+    """Whether Triton multiplies halves of a tile with wgmma, on Hopper, or with mma.sync."""
+    return (
+        tile.regime != "warps"
+        and tile.num_warps % 4 == 0
+        and tile.block_n >= 64
+        and tile.block_m >= 8
+    )
 
 
 def orders_of(capability: tuple[int, int], triton_version: str = triton.__version__) -> Orders:
@@ -272,7 +277,7 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     Left alone the compiler takes more registers than it needs, and fewer programs fit.
     """
     options: dict[str, Any] = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
-    if tile.regime in ("halves", "split_k", "stream_k"):
+    if tile.regime in SHARED:
         options["maxnreg"] = min(
             255, 65536 // (32 * tile.num_warps * tile.programs_per_sm) // 8 * 8
         )
@@ -328,8 +333,10 @@ def programs(tile: Tile, output_tiles: int, blocks: int, sms: int) -> int:
     """How many programs share the `output_tiles * blocks` units of a launch.
 
     stream_k: as many as fit. halves, split_k: a multiple of the output tiles, about as many as fit,
-    or more, until no SM is much longer at work than another.
+    or more, until no SM is much longer at work than another. warps: what the tile says.
     """
+    if tile.regime == "warps":
+        return output_tiles * max(1, min(tile.splits, blocks, sms * _MOST_PER_SM // output_tiles))
     units, slots = output_tiles * blocks, sms * tile.programs_per_sm
     if tile.regime == "stream_k" and output_tiles <= MOST_TILES:
         return min(slots, units)
@@ -418,7 +425,7 @@ def _places(tile: Tile, count: int) -> int:
 
 def _scratch_size(tile: Tile, sms: int) -> int:
     """Partial sums that a launch with the tile can have, whatever N, K and M."""
-    if tile.regime not in ("halves", "split_k", "stream_k"):
+    if tile.regime not in SHARED:
         return 0
     count = sms * max(tile.programs_per_sm, 0 if tile.regime == "stream_k" else _MOST_PER_SM)
     return _places(tile, count) * tile.block_m * tile.block_n

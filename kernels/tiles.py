@@ -31,7 +31,9 @@ LAYER_SHAPES: dict[str, dict[str, tuple[int, int]]] = {
 }
 """(N, K) of a decoder layer's fused linears, without tensor parallelism."""
 
-Regime = Literal["halves", "split_k", "stream_k", "prefill", "dequantize"]
+Regime = Literal["warps", "halves", "split_k", "stream_k", "prefill", "dequantize"]
+SHARED: tuple[Regime, ...] = ("warps", "halves", "split_k", "stream_k")
+"""What divides the K of an output tile among programs."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Tile:
     num_stages: int = 4
     """Loads in flight along K."""
     programs_per_sm: int = 2
-    """halves, split_k, stream_k: programs that an SM is to hold at once."""
+    """Of what is in SHARED: programs that an SM is to hold at once."""
     group_m: int = 8
     """prefill: token tiles that share a column of outputs."""
     early: int = 1
     """1: starts before the kernel before has ended, and fetches weights; 0: starts so; -1: not."""
+    splits: int = 1
+    """warps: programs that share the K of an output tile."""
 
 
 Buckets = list[tuple[float, Tile]]

@@ -41,9 +41,10 @@ def gemm(scheme: str, x: torch.Tensor, n: int, tile: Tile) -> Callable[[Tensors]
     if scheme == "w4a8":
         codes = quantize_activation.quantize(x)
         return lambda p: w4a8.product(*codes, p, n, None, x.dtype, tile, scratch)
-    if tile.regime == "halves":
+    if tile.regime in w3a16.IN_HALVES:
+        product = w3a16.product_of_halves(tile)
         given = quantize_activation.split_halves(x, tile)
-        return lambda p: halves.product(
+        return lambda p: product(
             *given, p["weight_planes"], p["scale_zero"], None, n, x.dtype, tile, scratch
         )
     return lambda p: w3a16.linear(x, p, n, None, tile, scratch)
@@ -89,6 +90,7 @@ class Bench:
         self.weights: dict[str, list[Any]] = {}
         self.activations: dict[int, torch.Tensor] = {}
         self.exact: Tensors = {}
+        self.errors: dict[Any, float] = {}
 
     def load(self, n: int, k: int) -> None:
         """A linear [N, K] with random weights; the one before is freed."""
@@ -148,11 +150,22 @@ class Bench:
     def error(self, scheme: str, m: int) -> float:
         """Of the linear, against fp32 with the same weights, relative."""
         x, prepared, (n, k) = self._x(m), self._weights(scheme)[0], self.shape
+        return self._error(scheme, x, ops.linear(SCHEMES[scheme], x, prepared, n, k))
+
+    def tile_error(self, scheme: str, m: int, tile: Tile) -> float:
+        """Of the GEMM with a tile: the same, of a few of M tokens that are compared once a tile."""
+        key = (scheme, m > 16, tile, self.shape)
+        if key not in self.errors:
+            x = self._x(m)[: min(m, 48)].contiguous()
+            got = gemm(scheme, x, self.shape[0], tile)(self._weights(scheme)[0])
+            self.errors[key] = self._error(scheme, x, got)
+        return self.errors[key]
+
+    def _error(self, scheme: str, x: torch.Tensor, got: torch.Tensor) -> float:
         if scheme not in self.exact:
-            self.exact = {scheme: weight_of(scheme, prepared, n, k)}
+            self.exact = {scheme: weight_of(scheme, self._weights(scheme)[0], *self.shape)}
         exact = x.float() @ self.exact[scheme].t()
-        got = ops.linear(SCHEMES[scheme], x, prepared, n, k).float()
-        return float((got - exact).norm() / exact.norm())
+        return float((got.float() - exact).norm() / exact.norm())
 
     def cublas(self, m: int) -> float:
         """x times a 16-bit weight."""

@@ -36,12 +36,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("warm", 35, 75, "compile every kernel that is timed, by a process a core"),
-    Stage("tests", 50, 90, "the gpu tests, fourteen processes"),
-    Stage("tune", 50, 80, "time the candidates; tiles.json"),
-    Stage("time", 30, 60, "sums of a layer's linears, quantizers, the output head"),
+    Stage("warm", 35, 60, "compile every kernel that is timed, by a process a core"),
+    Stage("tests", 45, 80, "the gpu tests, fourteen processes"),
+    Stage("tune", 50, 70, "time the candidates; tiles.json"),
+    Stage("time", 15, 30, "sums of a layer's linears, quantizers, the output head"),
     Stage("rivals", 40, 75, "Humming, GemLite, Marlin, Machete, CUTLASS beside ours"),
-    Stage("counters", 20, 35, "twelve launches under Nsight Compute: what limits them"),
+    Stage("counters", 35, 45, "twelve launches under Nsight Compute: what limits them"),
 )
 
 

@@ -19,6 +19,8 @@ from qig_serve.formats import SCHEMES
 from qig_serve.kernels import launch, ops, tiles, time_model, tuning
 from qig_serve.kernels.tiles import Tile
 
+WRONG = 0.02
+"""Relative error of a product from which a tile is no candidate (w4a8's activations: 0.01)."""
 ELSEWHERE = 3
 """Tiles of another shape that are tried."""
 RESERVE = 4.0
@@ -87,6 +89,8 @@ def measure(
             try:
                 us = bench.gemm(scheme, m, tile)
                 reason = "the device cannot run it"
+                if us is not None and (error := bench.tile_error(scheme, m, tile)) > WRONG:
+                    us, reason = None, f"its answers are wrong: relative error {error:.2g}"
             except Exception as error:  # of whatever kind: the other tiles count
                 us, reason = None, f"{type(error).__name__}: {error}"[:200]
             if us is None:

@@ -19,11 +19,11 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("rotary", r"^triton_.*(rotary|rope|cat_index_select)"),
     ("SiLU * mul", r"^triton_.*silu"),
     # what quantizes comes first: its name says what is fused with it
-    ("activation quantization", r"^(?!triton_).*((?<!de)quantize(_kernel|_activation)|split_halves|"
-     r"(rms_norm|silu_mul)_(quantize|halves)|scaled_int8_quant|per_token_quant|quant_input)"),
+    ("activation quantization", r"^(?!triton_).*((?<!de)quantize(_kernel|_chunk|_activation)|"
+     r"split_halves|(rms_norm|silu_mul)_(quantize|halves|largest)|scaled_int8_quant|per_token_quant|quant_input)"),
     ("dequantization", r"^(?!triton_).*dequantize"),
-    ("quantized GEMM", r"^halves_kernel|^(?!triton_).*(w3a16_|w4a8_|marlin|machete|humming|_int_mm|"
-     r"qig::|int4|onednn_scaled)"),
+    ("quantized GEMM", r"^halves_(warps_)?kernel|^(?!triton_).*(w3a16_|w4a8_|marlin|machete|"
+     r"humming|_int_mm|qig::|int4|onednn_scaled)"),
     ("attention", r"flash|attention|attn|fmha|reshape_and_cache|concat_and_cache|paged"),
     ("rotary", r"rotary|rope"),
     ("norm", r"norm|rsqrt"),

@@ -251,13 +251,15 @@ def test_kernels_are_grouped() -> None:
     ("group", "kernels"),
     {
         "quantized GEMM": [
-            "halves_kernel", "w3a16_shared_kernel", "w3a16_prefill_kernel", "w4a8_shared_kernel",
+            "halves_kernel", "halves_warps_kernel", "w4a8_warps_kernel",
+            "w3a16_shared_kernel", "w3a16_prefill_kernel", "w4a8_shared_kernel",
             "w4a8_prefill_kernel", "qig::w3a16_linear", "qig::rms_norm_w3a16_linear",
         ],
         "dequantization": ["w3a16_dequantize_kernel"],
         "activation quantization": [
             "quantize_kernel", "split_halves_kernel", "rms_norm_quantize_kernel",
-            "rms_norm_halves_kernel", "silu_mul_quantize_kernel", "silu_mul_halves_kernel",
+            "rms_norm_halves_kernel", "silu_mul_largest_kernel", "quantize_chunk_kernel",
+            "silu_mul_halves_kernel",
             "qig::quantize_activation", "qig::split_halves", "qig::rms_norm_halves",
         ],
         "norm": [

@@ -23,6 +23,7 @@ from qig_serve.kernels import (
     ops,
     quantize_activation,
     reference,
+    tiles,
     tuning,
     w3a16,
     w4a8,
@@ -43,6 +44,8 @@ TILES = {
         "halves": Tile("halves", 8, 128, num_stages=2, programs_per_sm=3),
         "halves-narrow": Tile("halves", 4, 64, 2, num_stages=2, programs_per_sm=4),
         "halves-warp": Tile("halves", 8, 32, 1, num_stages=2, programs_per_sm=8),
+        "warps": Tile("warps", 4, 32, 4, num_stages=2, programs_per_sm=4),
+        "warps-shared": Tile("warps", 8, 16, 8, num_stages=2, programs_per_sm=2, splits=3),
         "halves-wide": Tile("halves", 16, 256, num_stages=2, programs_per_sm=1),
         "split": Tile("split_k", 32, 128, num_stages=2, programs_per_sm=3),
         "stream": Tile("stream_k", 16, 128, num_stages=2),
@@ -55,6 +58,8 @@ TILES = {
     "w4a8": {
         "split": Tile("split_k", 16, 128, num_stages=3, programs_per_sm=4),
         "split-narrow": Tile("split_k", 8, 32, 1, num_stages=3, programs_per_sm=8),
+        "warps": Tile("warps", 8, 32, 4, num_stages=3, programs_per_sm=4),
+        "warps-shared": Tile("warps", 16, 16, 8, num_stages=2, programs_per_sm=2, splits=3),
         "split-wide": Tile("split_k", 16, 256, num_stages=3),
         "stream": Tile("stream_k", 16, 128, num_stages=3),
         "stream-wide": Tile("stream_k", 64, 128, num_stages=2, programs_per_sm=1),
@@ -67,9 +72,7 @@ EVERY_TILE = [
     for scheme, tiles in TILES.items()
     for name, tile in tiles.items()
 ]
-SHARED = [
-    param for param in EVERY_TILE if param.values[1].regime in ("halves", "split_k", "stream_k")
-]
+SHARED = [param for param in EVERY_TILE if param.values[1].regime in tiles.SHARED]
 ORDERS = [launch.Orders(16, 16, 8), launch.Orders(16, 16, 16), launch.Orders(32, 4, 4)]
 if INTERPRETED or launch.orders_of((8, 0)).activations == 32:  # compiled by 3.6 it is wrong
     ORDERS.append(launch.Orders(32, 32, 32))
@@ -156,7 +159,7 @@ def test_every_kind_of_tile(scheme: str, tile: Tile, m: int, n: int, k: int, use
 
 
 @pytest.mark.parametrize("orders", ORDERS, ids=str)
-@pytest.mark.parametrize("name", ["halves", "halves-narrow", "stream", "dequantize"])
+@pytest.mark.parametrize("name", ["halves", "halves-narrow", "warps", "stream", "dequantize"])
 def test_every_order_of_inputs(
     name: str, orders: launch.Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,10 +155,17 @@ def test_what_is_not_finite_reaches_the_scale(dtype: torch.dtype, bad: float) ->
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(("m", "k"), [*SHAPES, (5, 18944)])
 def test_rms_norm(m: int, k: int, dtype: torch.dtype, with_residual: bool) -> None:
-    """Fused is RMSNorm and then the quantizer, to the bit."""
+    """Fused is RMSNorm and then the quantizer, to the bit.
+
+    Of the oracle's RMSNorm a GPU's may be an ulp of fp32 off, which moves few values by a step.
+    """
     x, weight = in_eighths(m, k, dtype), norm_weight(k, dtype)
     given = in_eighths(m + 1, k, dtype)[1:] if with_residual else None
-    normalized, added = reference.rms_norm(x, weight, 1e-5, given)
+    expected, added = reference.rms_norm(x, weight, 1e-5, given)
+    normalized, _ = ops.rms_norm(x, weight, 1e-5, given)
+    assert float((normalized != expected).float().mean()) < 1e-3
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(normalized, expected, rtol=step, atol=0)
     *codes, got = ops.rms_norm_quantize(x, weight, 1e-5, given)
     assert_same((got,), (added if with_residual else added[:0, 0],))
     assert_same(tuple(codes), ops.quantize_activation(normalized))
