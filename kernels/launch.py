@@ -245,12 +245,7 @@ class Orders:
 
 def uses_wgmma(tile: Tile) -> bool:
     """Whether Triton multiplies halves of a tile with wgmma, on Hopper, or with mma.sync."""
-    return (
-        tile.regime != "warps"
-        and tile.num_warps % 4 == 0
-        and tile.block_n >= 64
-        and tile.block_m >= 8
-    )
+    return tile.num_warps % 4 == 0 and tile.block_n >= 64 and tile.block_m >= 8
 
 
 def orders_of(capability: tuple[int, int], triton_version: str = triton.__version__) -> Orders:
@@ -333,10 +328,8 @@ def programs(tile: Tile, output_tiles: int, blocks: int, sms: int) -> int:
     """How many programs share the `output_tiles * blocks` units of a launch.
 
     stream_k: as many as fit. halves, split_k: a multiple of the output tiles, about as many as fit,
-    or more, until no SM is much longer at work than another. warps: what the tile says.
+    or more, until no SM is much longer at work than another.
     """
-    if tile.regime == "warps":
-        return output_tiles * max(1, min(tile.splits, blocks, sms * _MOST_PER_SM // output_tiles))
     units, slots = output_tiles * blocks, sms * tile.programs_per_sm
     if tile.regime == "stream_k" and output_tiles <= MOST_TILES:
         return min(slots, units)

@@ -31,8 +31,8 @@ LAYER_SHAPES: dict[str, dict[str, tuple[int, int]]] = {
 }
 """(N, K) of a decoder layer's fused linears, without tensor parallelism."""
 
-Regime = Literal["warps", "halves", "split_k", "stream_k", "prefill", "dequantize"]
-SHARED: tuple[Regime, ...] = ("warps", "halves", "split_k", "stream_k")
+Regime = Literal["halves", "split_k", "stream_k", "prefill", "dequantize"]
+SHARED: tuple[Regime, ...] = ("halves", "split_k", "stream_k")
 """What divides the K of an output tile among programs."""
 
 
@@ -54,8 +54,6 @@ class Tile:
     """prefill: token tiles that share a column of outputs."""
     early: int = 1
     """1: starts before the kernel before has ended, and fetches weights; 0: starts so; -1: not."""
-    splits: int = 1
-    """warps: programs that share the K of an output tile."""
 
 
 Buckets = list[tuple[float, Tile]]

@@ -50,7 +50,6 @@ programs fit an SM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,17 +63,12 @@ from qig_serve.kernels import (
     library,
     quantize_activation,
     quantizer_ops,
-    warp_split,
 )
 from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Regime, Tile, select, tile_table
 
-IN_HALVES = ("warps", "halves")
-"""Regimes that take x in halves."""
-WARPS = ((4, 32, 4, 4), (4, 32, 8, 2), (4, 16, 4, 4), (4, 16, 8, 2), (8, 32, 4, 4), (8, 16, 8, 2))
-"""Tiles of warp_split.py to try: tokens, outputs, warps, programs an SM."""
 MOST_HALVES = 64
 """Most tokens at which halves tiles are tried."""
 FUSES_ACTIVATIONS = True
@@ -420,9 +414,9 @@ def linear(
     m, k = x.shape
     if tile.regime == "dequantize":
         return _dequantized_linear(x, planes, scale_zero, n, bias, tile, use_ptx)
-    if tile.regime in IN_HALVES:
+    if tile.regime == "halves":
         halves_of_x, x_scale_sum = quantize_activation.split_halves(x, tile)
-        return product_of_halves(tile)(
+        return halves.product(
             halves_of_x, x_scale_sum, planes, scale_zero, bias, n, x.dtype, tile, scratch, use_ptx
         )
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -434,11 +428,6 @@ def linear(
         ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
     )  # fmt: skip
     return out
-
-
-def product_of_halves(tile: Tile) -> Callable[..., torch.Tensor]:
-    """What multiplies x in halves with the tile: its arguments are halves.product's."""
-    return warp_split.product_of_halves if tile.regime == "warps" else halves.product
 
 
 def _dequantized_linear(
@@ -489,7 +478,6 @@ def _dequantize_rows(
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
     tiles = halves.candidates(m) if m <= MOST_HALVES else []
-    tiles += warp_split.candidates(m, WARPS)
     shapes: tuple[tuple[Regime, int, int, int, int], ...] = (
         ("split_k", 16, 128, 4, 3), ("split_k", 32, 64, 4, 5), ("split_k", 32, 128, 4, 2),
         ("split_k", 32, 128, 4, 3), ("split_k", 64, 64, 4, 4), ("split_k", 64, 128, 4, 2),
@@ -512,14 +500,12 @@ def candidates(m: int) -> list[Tile]:
             )
             for stages in (2, 3)
         ]  # fmt: skip
-        tiles += [Tile("dequantize", block_n=rows) for rows in (2112, 4224, 8448, 0)]
+        tiles += [Tile("dequantize", block_n=rows) for rows in (4224, 8448, 0)]
     return tiles
 
 
 def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     """What a launch with the tile compiles, for `dtype` ("bf16", "fp16")."""
-    if tile.regime == "warps":
-        return warp_split.kernel_of_halves(tile, dtype, orders.of_halves(tile))
     if tile.regime == "halves":
         return halves.kernel(tile, dtype, orders.of_halves(tile))
     arguments = dict(
@@ -560,7 +546,7 @@ def _tiles_of_halves(architecture: str) -> list[Tile]:
         for (of, scheme, _), rows in tile_table().items()
         if (of, scheme) == (architecture, "w3a16")
         for _, tile in rows
-        if tile.regime in IN_HALVES
+        if tile.regime == "halves"
     ]
     return list({launch.uses_wgmma(tile): tile for tile in every}.values())
 
@@ -593,11 +579,10 @@ def _of_halves(
     if m == 0:
         return None
     tile = select("w3a16", launch.architecture(x.device), n, k, m)
-    if tile.regime not in IN_HALVES:
+    if tile.regime != "halves":
         return None
     dtype, scratch, use_ptx = x.dtype, launch.scratch(x.device), library.use_ptx(x)
-    product = product_of_halves(tile)
-    return tile, lambda given: product(
+    return tile, lambda given: halves.product(
         *given, weight_planes, scale_zero, bias, n, dtype, tile, scratch, use_ptx
     )
 

@@ -41,13 +41,11 @@ import triton
 import triton.language as tl
 
 from qig_serve.kernels import (
-    int4,
     launch,
     layout,
     library,
     quantize_activation,
     quantizer_ops,
-    warp_split,
 )
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
@@ -56,8 +54,38 @@ from qig_serve.kernels.tiles import Regime, Tile, select
 FUSES_ACTIVATIONS = True
 """Whether vLLM's graphs are to put the norm or SiLU before a linear into its quantizer."""
 
-WARPS = ((8, 32, 4, 5), (8, 32, 8, 2), (8, 16, 4, 6), (8, 16, 8, 2), (16, 32, 4, 4), (16, 16, 8, 2))
-"""Tiles of warp_split.py to try: tokens, outputs, warps, programs an SM."""
+
+UNPACK_PTX = tl.constexpr(
+    """{ .reg .b32 t;
+    shl.b32 t, $2, 4;
+    and.b32 $0, t, 0xF0F0F0F0;
+    and.b32 $1, $2, 0xF0F0F0F0; }"""
+)
+
+
+@triton.jit
+def _unpack(nibbles, ROWS: tl.constexpr, USE_PTX: tl.constexpr):
+    """Bytes [R, 64] -> 16 * codes, int8 [R, 128] in the order of k."""
+    if USE_PTX:
+        low, high = tl.inline_asm_elementwise(
+            UNPACK_PTX, "=&r,=&r,r", [nibbles], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low = (nibbles << 4).to(tl.int8)
+        high = (nibbles & -16).to(tl.int8)
+    return tl.join(low, high).permute(0, 2, 1).reshape(ROWS, 128)
+
+
+@triton.jit
+def _store(
+    out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """acc int32 [BLOCK_N, BLOCK_M], scaled -> out [M, N]."""
+    token_scale = tl.load(token_scale_ptr + tokens, mask=tokens < M, other=0.0)
+    channel_scale = tl.load(channel_scale_ptr + rows, mask=rows < N, other=0.0)
+    out = acc.to(tl.float32) * (token_scale[None, :] * channel_scale[:, None])
+    launch.store_out(out_ptr, out, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
 @triton.jit
@@ -75,7 +103,7 @@ def _sum_of_products(
     in_range = (tokens < M)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for block in tl.range(block_first, block_last, num_stages=STAGES):
-        weights = int4.unpack(tl.load(nibble_ptrs + block * N_PAD * 64), BLOCK_N, USE_PTX)
+        weights = _unpack(tl.load(nibble_ptrs + block * N_PAD * 64), BLOCK_N, USE_PTX)
         codes = launch.load_tokens(code_ptrs + block * 128, in_range, BLOCK_M)  # [128, BLOCK_M]
         acc = tl.dot(weights, codes, acc, out_dtype=tl.int32)
     return acc
@@ -101,7 +129,7 @@ def _part(
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip
     if end - start == blocks:
-        int4.store(
+        _store(
             out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N,
             HAS_BIAS,
         )  # fmt: skip
@@ -118,7 +146,7 @@ def _part(
                     partials_ptr, one, other, i, BLOCK_M, BLOCK_N, SOME, ALIGNED
                 )
                 some = token + i + tl.arange(0, SOME)
-                int4.store(
+                _store(
                     out_ptr, total, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, some, M, N,
                     HAS_BIAS,
                 )  # fmt: skip
@@ -174,9 +202,7 @@ def w4a8_prefill_kernel(
         codes_ptr, nibbles_ptr, rows, tokens, 0, K // 128, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip
-    int4.store(
-        out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N, HAS_BIAS
-    )
+    _store(out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
 def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
@@ -225,10 +251,6 @@ def product(
     m, k = codes.shape
     nibbles, channel_scale = prepared["weight_nibbles"], prepared["channel_scale"]
     n_pad = nibbles.shape[1]
-    if tile.regime == "warps":
-        return warp_split.product_of_codes(
-            codes, token_scale, nibbles, channel_scale, bias, n, dtype, tile, scratch, use_ptx
-        )
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     launch.run(
         w4a8_prefill_kernel, w4a8_shared_kernel,
@@ -255,7 +277,6 @@ def candidates(m: int) -> list[Tile]:
         for programs in offered
         for early in (-1, 1)
     ]
-    tiles += warp_split.candidates(m, WARPS)
     if m >= 128:
         tiles += [
             Tile("prefill", 128, block_n, warps, stages)
@@ -267,8 +288,6 @@ def candidates(m: int) -> list[Tile]:
 
 def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     """What a launch with the tile compiles, for `dtype` ("bf16", "fp16")."""
-    if tile.regime == "warps":
-        return warp_split.kernel_of_codes(tile, dtype)
     arguments = dict(
         codes_ptr="*i8", token_scale_ptr="*fp32", nibbles_ptr="*i8", channel_scale_ptr="*fp32",
         bias_ptr=f"*{dtype}", out_ptr=f"*{dtype}", M="i32", N="i32", K="i32", N_PAD="i32",

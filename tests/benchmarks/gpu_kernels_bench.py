@@ -41,10 +41,9 @@ def gemm(scheme: str, x: torch.Tensor, n: int, tile: Tile) -> Callable[[Tensors]
     if scheme == "w4a8":
         codes = quantize_activation.quantize(x)
         return lambda p: w4a8.product(*codes, p, n, None, x.dtype, tile, scratch)
-    if tile.regime in w3a16.IN_HALVES:
-        product = w3a16.product_of_halves(tile)
+    if tile.regime == "halves":
         given = quantize_activation.split_halves(x, tile)
-        return lambda p: product(
+        return lambda p: halves.product(
             *given, p["weight_planes"], p["scale_zero"], None, n, x.dtype, tile, scratch
         )
     return lambda p: w3a16.linear(x, p, n, None, tile, scratch)

@@ -25,7 +25,7 @@ LAUNCHES = (
     ("w3a16", 1), ("w3a16", 8), ("w3a16", 16), ("w3a16", 64), ("w3a16", 128), ("w3a16", 512),
     ("w3a16", 2048), ("w4a8", 1), ("w4a8", 16), ("w4a8", 64), ("w4a8", 512), ("w4a8", 2048),
 )  # fmt: skip
-KERNELS = r"^(halves_(warps_)?kernel|w3a16_\w+_kernel|w4a8_\w+_kernel)$"
+KERNELS = r"^(halves_kernel|w3a16_\w+_kernel|w4a8_\w+_kernel)$"
 SCALE = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6, "s": 1e6}
 """Microseconds of a unit by its first letter: ns, us, ms, s; nsecond, usecond, ..."""
 PREFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

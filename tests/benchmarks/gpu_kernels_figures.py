@@ -43,7 +43,7 @@ def fused_cost(scheme: str, layer: str, regime: str, parts: dict[str, dict[str, 
     16-bit twin. o follows attention, and is quantized alone. parts: "hidden" and "intermediate" ->
     times of the quantizers of rows of that size. A GEMM that takes 16 bits costs nothing.
     """
-    if scheme == "w3a16" and regime not in ("halves", "warps"):
+    if scheme == "w3a16" and regime != "halves":
         return 0.0
     alone = "quantize" if scheme == "w4a8" else "split_halves"
     kind = alone.split("_")[-1]

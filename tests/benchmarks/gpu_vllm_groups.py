@@ -22,7 +22,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("activation quantization", r"^(?!triton_).*((?<!de)quantize(_kernel|_chunk|_activation)|"
      r"split_halves|(rms_norm|silu_mul)_(quantize|halves|largest)|scaled_int8_quant|per_token_quant|quant_input)"),
     ("dequantization", r"^(?!triton_).*dequantize"),
-    ("quantized GEMM", r"^halves_(warps_)?kernel|^(?!triton_).*(w3a16_|w4a8_|marlin|machete|"
+    ("quantized GEMM", r"^halves_kernel|^(?!triton_).*(w3a16_|w4a8_|marlin|machete|"
      r"humming|_int_mm|qig::|int4|onednn_scaled)"),
     ("attention", r"flash|attention|attn|fmha|reshape_and_cache|concat_and_cache|paged"),
     ("rotary", r"rotary|rope"),

@@ -53,7 +53,7 @@ def _humming(checkpoint: str) -> Variant:
     return Variant(checkpoint, "HummingLinearKernel", "humming", {"linear_backend": "humming"})
 
 
-W3A16, W4A8 = r"^(halves(_warps)?|w3a16_\w+)_kernel", r"^w4a8_\w+_kernel"
+W3A16, W4A8 = r"^(halves|w3a16_\w+)_kernel", r"^w4a8_\w+_kernel"
 """Our GEMMs; Inductor's names of what precedes them hold the schemes' as well."""
 VARIANTS: dict[str, Variant] = {
     "bf16": Variant("bf16", "^UnquantizedLinearMethod$"),

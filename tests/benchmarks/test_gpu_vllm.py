@@ -251,8 +251,7 @@ def test_kernels_are_grouped() -> None:
     ("group", "kernels"),
     {
         "quantized GEMM": [
-            "halves_kernel", "halves_warps_kernel", "w4a8_warps_kernel",
-            "w3a16_shared_kernel", "w3a16_prefill_kernel", "w4a8_shared_kernel",
+            "halves_kernel", "w3a16_shared_kernel", "w3a16_prefill_kernel", "w4a8_shared_kernel",
             "w4a8_prefill_kernel", "qig::w3a16_linear", "qig::rms_norm_w3a16_linear",
         ],
         "dequantization": ["w3a16_dequantize_kernel"],

@@ -44,8 +44,6 @@ TILES = {
         "halves": Tile("halves", 8, 128, num_stages=2, programs_per_sm=3),
         "halves-narrow": Tile("halves", 4, 64, 2, num_stages=2, programs_per_sm=4),
         "halves-warp": Tile("halves", 8, 32, 1, num_stages=2, programs_per_sm=8),
-        "warps": Tile("warps", 4, 32, 4, num_stages=2, programs_per_sm=4),
-        "warps-shared": Tile("warps", 8, 16, 8, num_stages=2, programs_per_sm=2, splits=3),
         "halves-wide": Tile("halves", 16, 256, num_stages=2, programs_per_sm=1),
         "split": Tile("split_k", 32, 128, num_stages=2, programs_per_sm=3),
         "stream": Tile("stream_k", 16, 128, num_stages=2),
@@ -58,8 +56,6 @@ TILES = {
     "w4a8": {
         "split": Tile("split_k", 16, 128, num_stages=3, programs_per_sm=4),
         "split-narrow": Tile("split_k", 8, 32, 1, num_stages=3, programs_per_sm=8),
-        "warps": Tile("warps", 8, 32, 4, num_stages=3, programs_per_sm=4),
-        "warps-shared": Tile("warps", 16, 16, 8, num_stages=2, programs_per_sm=2, splits=3),
         "split-wide": Tile("split_k", 16, 256, num_stages=3),
         "stream": Tile("stream_k", 16, 128, num_stages=3),
         "stream-wide": Tile("stream_k", 64, 128, num_stages=2, programs_per_sm=1),
@@ -159,7 +155,7 @@ def test_every_kind_of_tile(scheme: str, tile: Tile, m: int, n: int, k: int, use
 
 
 @pytest.mark.parametrize("orders", ORDERS, ids=str)
-@pytest.mark.parametrize("name", ["halves", "halves-narrow", "warps", "stream", "dequantize"])
+@pytest.mark.parametrize("name", ["halves", "halves-narrow", "stream", "dequantize"])
 def test_every_order_of_inputs(
     name: str, orders: launch.Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:

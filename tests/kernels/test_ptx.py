@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from qig_serve.kernels import halves, int4, w3a16
+from qig_serve.kernels import halves, w3a16, w4a8
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -132,7 +132,7 @@ def test_every_code_as_a_byte() -> None:
 def test_every_byte_of_the_4_bit_weights() -> None:
     for byte in range(256):
         word = byte | (byte ^ 0x5A) << 8 | (255 - byte) << 16 | byte << 24
-        low, high = execute(int4.UNPACK_PTX.value, 2, [word])
+        low, high = execute(w4a8.UNPACK_PTX.value, 2, [word])
         for i in range(4):
             source = word >> 8 * i & 255
             for register, nibble in ((low, source & 15), (high, source >> 4)):
