@@ -49,6 +49,10 @@ The order of inputs. A sum over k does not care for it, so codes lie where they 
   - x's halves are stored as the int8 product takes them, which is as the bytes lie; but up to
     Triton 3.7 mma.sync's int8 has eight neighbours a thread too, and that is ORDERS[4].
 
+What multiplies. From 8 tokens in a tile on (16 columns) Hopper's wgmma, four warps; below, mma.sync
+with one or two warps and 8 columns, which waits for few other warps: for 4 tokens the four linears
+of a Qwen2-VL-7B layer take 37.8 us on an H200, and 43.9 with wgmma.
+
 Work is divided into equal shares (launch.py). The scaling of a group costs 5 operations per row and
 token, 5 BLOCK_M / 128 per weight: so the kernel is for few tokens, and tiles.json says how few.
 """

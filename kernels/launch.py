@@ -13,8 +13,20 @@ depends neither on which program was last nor on the other tokens.
                       arXiv 2301.03598): every SM has the same, with two partial sums a program at
                       most.
 
-All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us (measured on an
-H200)."""
+All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us.
+
+Measured on an H200 (tests/benchmarks/results/kernels-H200-0af20ff.json), and why tiles are as they
+are:
+
+  - Tiles of 64 rows: with twice as many programs on an SM, w4a8's four linears of Qwen2-VL-7B take
+    60 us where tiles of 128 rows take 82 (64 tokens).
+  - `Tile.early`, programmatic dependent launch, with the first weights fetched into L2: small
+    layers gain up to 1 us, and large ones lose as much to what is fetched twice. tiles.json says
+    which.
+  - Parts of a tile are read eight at a time, since each read takes as long as L2 does.
+  - Lost: K divided among the warps of a program by a product over a leading axis, without partial
+    sums in memory. It was 0 to 0.4 us ahead in w4a8's qkv and o, and behind everywhere else (1.1 to
+    1.4 times the time for 4 tokens)."""
 
 from __future__ import annotations
 

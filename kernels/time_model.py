@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qig_serve.kernels.launch import Kernel, programs
+from qig_serve.kernels.launch import Kernel, programs, uses_wgmma
 from qig_serve.kernels.sass import Counts
 
 
@@ -106,6 +106,8 @@ class Work:
     outputs: int
     """Numbers of a tile that are stored."""
     integers: bool
+    early: bool = True
+    """Whether it starts before the kernel before has ended, where a GPU can."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def work(kernel: Kernel, bits: float, m: int, n: int, k: int, sms: int) -> Work:
     count = tiles if tile.regime == "prefill" else programs(tile, tiles, steps, sms)
     whole = count % tiles == 0
     tokens = min(m, tile.block_m) if tile.block_m < 64 else tile.block_m
-    columns = max(16, tile.block_m * (2 if halves else 1))
+    narrow = tile.block_m * (2 if halves else 1)
+    columns = max(16 if uses_wgmma(tile) else 8, narrow)  # wgmma takes no fewer
     integers = "codes_ptr" in kernel.arguments
     return Work(
         programs=count,
@@ -143,6 +146,7 @@ def work(kernel: Kernel, bits: float, m: int, n: int, k: int, sms: int) -> Work:
         activation_bytes=tokens * kernel.inputs * (1 if integers else 2),
         outputs=min(m, tile.block_m) * tile.block_n,
         integers=integers or halves,
+        early=tile.early >= 0,
     )
 
 
@@ -176,7 +180,7 @@ def predict(work: Work, counts: Counts, gpu: Gpu, fit: Fit = FIT) -> Prediction:
     microseconds += (rounds + (rest > 0)) * fit.end * work.outputs / 32768
     if work.parts > 1:
         microseconds += fit.shared_tile + fit.partial * work.parts * work.outputs / 25000
-    if gpu.early:
+    if gpu.early and work.early:
         microseconds -= fit.early
     shown = full if rounds else last
     return Prediction(microseconds, max(shown, key=lambda name: shown[name]))

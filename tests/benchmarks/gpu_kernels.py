@@ -2,10 +2,10 @@
 
     python tests/benchmarks/gpu_kernels.py [--seconds 360] [--out DIR]
         [--stages warm,tests,tune,time,rivals,counters] [--commit HASH]
-        [--plan] [--plot RESULTS.json]
+        [--plan] [--plot RESULTS.json] [--table RESULTS.json]
 
 --plan prints the stages with the seconds that each may take, on any machine. --plot draws results
-that a machine without matplotlib left. Each stage is a process with a time limit; one that would
+that a machine without matplotlib left; --table prints their headline as Markdown. Each stage is a process with a time limit; one that would
 not end in time is not begun; one that fails costs itself alone, and is named in the results with
 its reason. Results are written as they come, into --out (tests/benchmarks/results):
 
@@ -105,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="what is measured, where there is no checkout to ask")
     parser.add_argument("--plan", action="store_true", help="print the stages and end")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot results and end")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print results and end")
     parser.add_argument("--run-stage", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -113,6 +114,11 @@ def main(arguments: list[str] | None = None) -> int:
         return run_stage(options.run_stage, options.seconds, options.results, out)
     if options.plot:
         return 0 if draw(Results(options.plot)) else 1
+    if options.table:
+        for model, entry in Results(options.table).read()["time"]["models"].items():
+            if entry["sums"]:
+                print(figures.table(model, entry["sums"]) + "\n")
+        return 0
     try:
         stages = plan.chosen(options.stages.split(","))
     except ValueError as error:

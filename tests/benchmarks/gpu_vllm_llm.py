@@ -32,6 +32,16 @@ POLL = 0.2
 PARENT = os.getppid()
 
 
+def idle(spans: Iterable[tuple[float, float]]) -> float:
+    """Time between the first start and the last end in which no span was going on."""
+    unused, until = 0.0, None
+    for start, end in sorted(spans):
+        if until is not None and start > until:
+            unused += start - until
+        until = end if until is None else max(until, end)
+    return unused
+
+
 class Engine:
     """An LLM, what it is asked, and the clock."""
 
@@ -207,8 +217,12 @@ class Engine:
             "ms": 1e3 * statistics.median(times), "with_preprocessing_ms": 1e3 * cold,
         }  # fmt: skip
 
-    def profiled(self, call: Callable[[], Any]) -> dict[str, float]:
-        """Kernel -> microseconds of a call; on a CPU, torch operator -> microseconds."""
+    def profiled(self, call: Callable[[], Any]) -> tuple[dict[str, float], float]:
+        """Kernel -> microseconds of a call, and those between its first and last in which none ran.
+
+        Kernels that start early overlap, so their sum may exceed the time. On a CPU: torch operator
+        -> microseconds, and none idle.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         cuda = self.device == "cuda"
@@ -226,28 +240,29 @@ class Engine:
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             if spent > 0 and on_gpu == cuda:
                 times[event.key[:160]] += spent
-        return dict(times)
+        on_gpu = [e for e in profiler.events() if str(e.device_type).endswith("CUDA")]
+        return dict(times), idle([(e.time_range.start, e.time_range.end) for e in on_gpu])
 
     def profile_decode(self, batch: int) -> dict[str, Any]:
         """A decode step of a batch, as groups and longest kernels."""
         steps = self.job["profile_steps"]
         with self.decoding(batch, 2 + steps) as advance:
             advance(2)
-            times = self.profiled(lambda: advance(steps))
+            times, unused = self.profiled(lambda: advance(steps))
         step = {name: spent / steps for name, spent in times.items()}
         return {
             "decode_us": grouped(step), "decode_kernels": longest(step), "steps": steps,
-            "lm_head_us": self.lm_head_microseconds(batch),
+            "idle_us": unused / steps, "lm_head_us": self.lm_head_microseconds(batch),
         }  # fmt: skip
 
     def profile_prefill(self) -> dict[str, Any]:
         """A prefill of text, as groups and longest kernels."""
         text = [self.text(self.job["profile_prompt"])]
         self.generate(text, 1)
-        times = self.profiled(lambda: self.generate(text, 1))
+        times, unused = self.profiled(lambda: self.generate(text, 1))
         return {
             "tokens": self.job["profile_prompt"], "prefill_us": grouped(times),
-            "prefill_kernels": longest(times),
+            "prefill_kernels": longest(times), "idle_us": unused,
         }  # fmt: skip
 
     def lm_head_microseconds(self, batch: int) -> float:

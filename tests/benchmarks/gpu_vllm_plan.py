@@ -6,6 +6,7 @@ imported here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -131,3 +132,18 @@ def tail(log: Path, lines: int = 40, most: int = 4096) -> str:
     text = log.read_bytes()[-(1 << 16) :].decode(errors="replace")
     kept = "\n".join(text.splitlines()[-lines:]).encode()[-most:]
     return kept.decode(errors="ignore")
+
+
+TOLD = re.compile(r"cudagraph|CUDA graph|kernels ready|fused|torch\.compile|Loading weights", re.I)
+
+
+def told(log: Path, most: int = 24) -> list[str]:
+    """What an engine's log says of its graphs, kernels and start-up: messages alone, each once."""
+    if not log.is_file():
+        return []
+    lines = [
+        line.split("]", 1)[-1].strip()[:300]
+        for line in log.read_text(errors="replace").splitlines()
+        if TOLD.search(line) and "%|" not in line and line.startswith(("INFO", "WARNING"))
+    ]
+    return list(dict.fromkeys(lines))[:most]

@@ -214,6 +214,11 @@ def _bench_table(results: Results, model: str, variants: dict[str, Any]) -> list
     return [*lines, *(f"\n{note}" for note in notes)]
 
 
+def _idle(row: dict[str, Any]) -> dict[str, float]:
+    """Time in which no kernel ran, where the profile has it."""
+    return {"(no kernel)": row["idle_us"]} if "idle_us" in row else {}
+
+
 def _profile_table(model: str, variants: dict[str, Any]) -> list[str]:
     columns = []
     for name, entry in variants.items():
@@ -221,10 +226,12 @@ def _profile_table(model: str, variants: dict[str, Any]) -> list[str]:
             continue
         for size, row in entry["profile"].items():
             if "decode_us" in row:
-                times = row["decode_us"] | {"(of it lm_head)": row["lm_head_us"]}
+                times = row["decode_us"] | {"(of it lm_head)": row["lm_head_us"]} | _idle(row)
                 columns.append((f"{name}, decode at batch {size}", times))
             else:
-                columns.append((f"{name}, prefill of {row['tokens']}", row["prefill_us"]))
+                columns.append(
+                    (f"{name}, prefill of {row['tokens']}", row["prefill_us"] | _idle(row))
+                )
     if not columns:
         return []
     lines = [f"| {model}, us | {' | '.join(c for c, _ in columns)} |"]

@@ -147,6 +147,7 @@ class Together:
             print(f"{self.elapsed():.0f} s: {engine.name} is up", flush=True)
         if entry.get("ended"):
             engine.state = plan.ENDED
+            self.note.setdefault("told", {})[engine.name] = plan.told(engine.log)
             print(f"{self.elapsed():.0f} s: {engine.name}: {report.in_short(entry)}", flush=True)
             if entry["not_measured"]:
                 self.keep_log(engine)

@@ -12,6 +12,7 @@ import gpu_vllm
 import gpu_vllm_demo
 import gpu_vllm_groups as groups
 import gpu_vllm_models as models
+import gpu_vllm_plan
 import gpu_vllm_quantize
 import gpu_vllm_run as run
 import pytest
@@ -353,3 +354,23 @@ def test_an_unknown_reference_is_refused(tmp_path: Path) -> None:
     run.merge(path, ["internvl-w3a16-rtn"], {})
     with pytest.raises(UserError, match="has no llava-w3a16-rtn: make it with `reference`"):
         gpu_vllm_demo.compare(options, CARD)
+
+
+def test_time_in_which_no_kernel_ran() -> None:
+    """Kernels that overlap, as early launches do, and gaps between others."""
+    import gpu_vllm_llm
+
+    assert gpu_vllm_llm.idle([]) == 0
+    assert gpu_vllm_llm.idle([(0, 2), (1, 5), (7, 8), (2, 3)]) == 2
+
+
+def test_what_a_log_says_of_graphs_and_kernels(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "INFO 11-27 14:25:34 [warm_up.py:62] 17 kernels ready, 9.0 s after the first\n"
+        "INFO 11-27 14:25:34 [other.py:1] nothing\n"
+        "Capturing CUDA graphs (FULL):  60%|---\n"
+        "INFO 11-27 14:25:35 [runner.py:7] CUDA graph mode: PIECEWISE\n"
+    )
+    told = gpu_vllm_plan.told(log)
+    assert told == ["17 kernels ready, 9.0 s after the first", "CUDA graph mode: PIECEWISE"]
