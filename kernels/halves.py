@@ -47,7 +47,8 @@ The order of inputs. A sum over k does not care for it, so codes lie where they 
     joined from several. So byte 4t + i of slice c of 16 holds 8t + 4 (c % 2) + (0, 2, 1, 3)[i] of
     slice c / 2 of 32 (ORDERS[32]).
   - x's halves are stored as the int8 product takes them, which is as the bytes lie; but up to
-    Triton 3.7 mma.sync's int8 has eight neighbours a thread too, and that is ORDERS[4].
+    Triton 3.7 mma.sync's int8 has eight neighbours a thread too, and that is ORDERS[4], or beside
+    Hopper's planes ORDERS[8].
 
 What multiplies. From 8 tokens in a tile on (16 columns) Hopper's wgmma, four warps; below, mma.sync
 with one or two warps and 8 columns, which waits for few other warps: for 4 tokens the four linears
@@ -294,14 +295,15 @@ def candidates(m: int) -> list[Tile]:
     block_m = max(4, 1 << (m - 1).bit_length())
     shapes = {
         4: ((64, 2, 4), (64, 2, 8), (32, 1, 16)),
-        8: ((128, 4, 2), (128, 4, 3), (128, 4, 4), (64, 2, 8)),
-        16: ((128, 4, 2),),
+        8: ((128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 4, 5), (256, 4, 2), (256, 4, 3),
+            (64, 2, 8)),
+        16: ((128, 4, 2), (128, 4, 4), (256, 4, 2)),
         32: ((64, 4, 4),),
-    }
+    }  # fmt: skip
     return [
         Tile("halves", tokens, block_n, warps, stages, programs, early=early)
         for tokens, offered in shapes.items()
-        if min(block_m, 32) // 2 <= tokens <= max(8, block_m)
+        if min(block_m, 16) // 2 <= tokens <= max(8, block_m)
         for block_n, warps, programs in offered
         for stages in (2, 3)
         for early in (-1, 1)

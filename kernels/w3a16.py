@@ -482,7 +482,8 @@ def candidates(m: int) -> list[Tile]:
         ("split_k", 16, 128, 4, 3), ("split_k", 32, 64, 4, 5), ("split_k", 32, 128, 4, 2),
         ("split_k", 32, 128, 4, 3), ("split_k", 64, 64, 4, 4), ("split_k", 64, 128, 4, 2),
         ("split_k", 128, 64, 4, 3), ("stream_k", 64, 64, 4, 4), ("stream_k", 64, 128, 4, 2),
-        ("stream_k", 128, 128, 8, 1),
+        ("stream_k", 64, 256, 8, 1), ("stream_k", 128, 128, 4, 2), ("stream_k", 128, 128, 8, 1),
+        ("stream_k", 128, 256, 8, 1),
     )  # fmt: skip
     if m > 8:
         tiles += [
@@ -496,7 +497,7 @@ def candidates(m: int) -> list[Tile]:
         tiles += [
             Tile("prefill", tokens, block_n, warps, stages)
             for tokens, block_n, warps in (
-                (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8),
+                (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8),
             )
             for stages in (2, 3)
         ]  # fmt: skip

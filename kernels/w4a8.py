@@ -265,9 +265,12 @@ def candidates(m: int) -> list[Tile]:
     block_m = max(8, 1 << (m - 1).bit_length())
     shapes: tuple[tuple[Regime, int, int, int, tuple[int, ...]], ...] = (
         ("split_k", 8, 64, 2, (4, 8)), ("split_k", 8, 32, 1, (16,)), ("split_k", 16, 64, 2, (8,)),
-        ("split_k", 16, 64, 4, (8,)), ("split_k", 16, 128, 4, (4,)), ("split_k", 32, 64, 4, (5, 8)),
-        ("split_k", 64, 64, 4, (4, 6)), ("split_k", 64, 128, 4, (2, 3)),
-        ("split_k", 128, 64, 4, (3,)), ("stream_k", 64, 128, 4, (2, 3)),
+        ("split_k", 16, 64, 4, (8,)), ("split_k", 16, 128, 4, (4, 5, 6)),
+        ("split_k", 16, 256, 4, (2, 3)), ("split_k", 32, 64, 4, (5, 8)),
+        ("split_k", 32, 128, 4, (3, 4, 5)), ("split_k", 64, 64, 4, (4, 6)),
+        ("split_k", 64, 128, 4, (2, 3, 4)), ("split_k", 128, 64, 4, (3,)),
+        ("stream_k", 64, 128, 4, (2, 3)), ("stream_k", 128, 256, 8, (1,)),
+        ("stream_k", 128, 128, 4, (2,)),
     )  # fmt: skip
     tiles = [
         Tile(regime, tokens, block_n, warps, stages, programs, early=early)
@@ -280,7 +283,7 @@ def candidates(m: int) -> list[Tile]:
     if m >= 128:
         tiles += [
             Tile("prefill", 128, block_n, warps, stages)
-            for block_n, warps in ((64, 4), (128, 4), (128, 8))
+            for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
             for stages in (3, 4)
         ]
     return tiles

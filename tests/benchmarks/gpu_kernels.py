@@ -5,9 +5,10 @@
         [--plan] [--plot RESULTS.json] [--table RESULTS.json]
 
 --plan prints the stages with the seconds that each may take, on any machine. --plot draws results
-that a machine without matplotlib left; --table prints their headline as Markdown. Each stage is a process with a time limit; one that would
-not end in time is not begun; one that fails costs itself alone, and is named in the results with
-its reason. Results are written as they come, into --out (tests/benchmarks/results):
+that a machine without matplotlib left; --table prints their headline as Markdown. Each stage is a
+process with a time limit; one that would not end in time is not begun; one that fails costs itself
+alone, and is named in the results with its reason. Results are written as they come, into --out
+(tests/benchmarks/results):
 
     kernels-<card>.json, .png              everything; the plot of the headline
     kernel-times-<card>-<commit>.json      every time of a tile, for fit_time_model.py

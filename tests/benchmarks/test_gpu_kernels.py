@@ -68,12 +68,12 @@ def test_a_stage_costs_only_itself() -> None:
 
 
 def test_what_would_not_end_is_not_begun() -> None:
-    outcomes = run_plan(140, dict.fromkeys(["warm", "tests", "tune"], 1e9))
-    assert outcomes["warm"].seconds == 50 and outcomes["tests"].seconds == 80
+    outcomes = run_plan(150, dict.fromkeys(["warm", "tests", "tune"], 1e9))
+    assert outcomes["warm"].seconds == 60 and outcomes["tests"].seconds == 80
     assert outcomes["tune"].status == outcomes["time"].status == "not begun"
-    assert outcomes["tune"].reason == "10 s were left, and it usually takes 30 s"
+    assert outcomes["tune"].reason == "10 s were left, and it usually takes 50 s"
     # A stage that is shorter than what is left may still run, for less than its limit.
-    assert run_plan(85, {"warm": 60.0})["counters"].seconds == 10
+    assert run_plan(75, {"warm": 60.0, "time": 14.0})["time"].seconds == 14
 
 
 def test_results_are_whole_at_any_moment(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_triton_takes_small_weights_for_real_ones(size: tuple[int, int]) -> None
 
 def test_everything_that_is_timed_is_warmed(found: tuning.Found) -> None:
     jobs = warm.jobs(90, found)
-    assert len(jobs) < 150
+    assert len(jobs) < 350
     made = {(j.kind, tuning.compiled_as(j.tile), warm.specialization(j.n, j.k))
             for j in jobs if j.tile and j.tile.regime != "dequantize"}  # fmt: skip
     for n, k in warm.shapes():

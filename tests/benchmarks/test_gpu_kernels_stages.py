@@ -92,16 +92,21 @@ def test_the_fastest_tiles_are_chosen(found: tuning.Found) -> None:
                 Tile(**{k: v for k, v in t.items() if k != "max_m"})
 
 
-def test_without_the_compilers_figures_the_present_tiles_are_timed(found: tuning.Found) -> None:
+def test_without_the_compilers_figures_the_present_tiles_are_timed(
+    found: tuning.Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on an architecture that nobody compiled the candidates for."""
+    monkeypatch.setattr(warm, "EVERY", ())
+    monkeypatch.setattr(tune, "ELSEWHERE", 0)
     bench, failed = MadeUp(found, Clock()), dict[str, str]()
+    bench.gemm = lambda *_: 1.0  # type: ignore[method-assign]
     rows = tune.measure(bench, 90, 132, {}, lambda: 1e6, lambda r: None, failed)
     assert not failed
     for m in tuning.BUCKETS:  # and cuBLAS's way, where it is tried
         through = any(t.regime == "dequantize" for t in tuning.candidates("w3a16", m))
         for n, k in warm.shapes():
             here = [r for r in rows if (r["m"], r["n"], r["k"]) == (m, n, k)]
-            assert 2 <= len(here) <= 2 + through
+            assert 2 <= len(here) <= 2 + 3 * through
             assert through == any(r["tile"]["regime"] == "dequantize" for r in here)
     assert all(r["predicted"] is None for r in rows)
     assert tune.summary(rows)["median_error_of_model"] is None

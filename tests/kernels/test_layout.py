@@ -28,9 +28,9 @@ def test_w3a16_round_trip(n: int, k: int, dtype: torch.dtype, order: int) -> Non
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("span", layout.ORDERS)
-def test_orders_permute_within_their_span(span: int) -> None:
-    order = torch.tensor(layout.ORDERS[span])
+@pytest.mark.parametrize("name", layout.ORDERS)
+def test_orders_permute_within_their_span(name: int) -> None:
+    order, span = torch.tensor(layout.ORDERS[name]), 32 if name == 8 else name
     assert torch.equal(order.sort().values, torch.arange(128))
     assert torch.equal(order // span, torch.arange(128) // span)
 

@@ -159,7 +159,7 @@ def test_every_unit_is_in_one_share(output_tiles: int, blocks: int, aligned: boo
 
 
 def test_work_is_even() -> None:
-    """No 148 programs for 132 multiprocessors: at most a tenth more for one than for another."""
+    """No 148 programs for 132 multiprocessors: at most an eighth more for one than for another."""
     for m in (1, 8, 64, 256):
         for scheme in ("w3a16", "w4a8"):
             for n, k in SIZES:
@@ -169,7 +169,7 @@ def test_work_is_even() -> None:
                     count = launch.programs(tile, output_tiles, k // 128, 132)
                     assert -(-count // 132) * 132 / count < 1.34, (scheme, n, k, m, count)
                     if output_tiles > 132:
-                        assert -(-count // 132) * 132 / count < 1.1, (scheme, n, k, m, count)
+                        assert -(-count // 132) * 132 / count < 1.125, (scheme, n, k, m, count)
 
 
 def test_two_names_of_a_device_share_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
