@@ -124,7 +124,9 @@ def _quantize(
     with ExitStack() as stack:
         writer = None
         if ranks.writes:
-            writer = CheckpointWriter(loaded.source, output, fingerprint, resume)
+            writer = CheckpointWriter(
+                loaded.source, output, fingerprint, resume, loaded.served_name
+            )
             stack.enter_context(writer)
         log = None if writer is None else writer.directory / LOG_FILE
         progress = stack.enter_context(

@@ -125,13 +125,14 @@ class Canary:
     def _check_names(self, written: WrittenModel) -> None:
         """All of the source outside the blocks is there, as it was."""
         source = self.original.source
+        by_name = {self.original.served_name(name): name for name in source}
         inside = (self.original.source_prefix, written.source_prefix)
-        for name in sorted({*source, *written.source}):
+        for name in sorted({*by_name, *written.source}):
             if name.startswith(inside):
                 continue
-            if name not in source or name not in written.source:
+            if name not in by_name or name not in written.source:
                 raise UserError(f"{name} is not in both the source and the written checkpoint")
-            dtype = source.dtype(name)
+            dtype = source.dtype(by_name[name])
             if dtype != written.source.dtype(name) or dtype.startswith("F8"):
                 raise UserError(f"{name} is {dtype}, or has another type in the written checkpoint")
 
