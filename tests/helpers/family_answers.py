@@ -1,4 +1,4 @@
-"""A tiny model of a family, quantized and served, and what Hugging Face says of the same weights."""
+"""A tiny model of a family, quantized and served; Hugging Face's answer with its weights."""
 
 from __future__ import annotations
 

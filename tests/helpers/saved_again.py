@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from helpers.tiny_models import tiny_model
-
 
 def _loaded(source: Path) -> Any:
     from transformers import AutoModelForImageTextToText
@@ -43,11 +41,10 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def save_again(family: str, directory: Path, way: str) -> Path:
-    """The tiny model of a family, saved in one of WAYS; the new directory."""
+def save_again(published: Path, directory: Path, way: str) -> Path:
+    """A model directory saved in one of WAYS; the new directory."""
     from transformers import AutoProcessor
 
-    published = tiny_model(family, directory.with_name(f"{directory.name}-published"))
     WAYS[way](published, directory)
     AutoProcessor.from_pretrained(published).save_pretrained(directory)
     return directory

@@ -37,6 +37,6 @@ def test_tokens_equal(family: str, scheme: str, tmp_path: Path, release: None) -
 @pytest.mark.parametrize("way", sorted(WAYS))
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_saved_again(family: str, way: str, tmp_path: Path, release: None) -> None:
-    source = save_again(family, tmp_path / "source", way)
+    source = save_again(tiny_model(family, tmp_path / "published"), tmp_path / "source", way)
     checkpoint = quantize_tiny(source, tmp_path / "out", "w3a16", method="rtn")
     assert vllm_tokens(checkpoint) == hugging_face_tokens(checkpoint)
