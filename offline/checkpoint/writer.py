@@ -47,7 +47,7 @@ _TRAINING_FILES = re.compile(
     r"|(hf_quant|quantize|quant)_config\.json"
 )
 """What training leaves beside a model and no server reads; and other quantizers' own words."""
-_OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html")
+_OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html", "canary.json")
 
 
 def partial_directory(output: Path) -> Path:
