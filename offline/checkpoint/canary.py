@@ -175,7 +175,13 @@ def compare_with_record(directory: Path) -> float | None:
     if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
         raise UserError(f"{path} is damaged: copy the checkpoint again")
     written = WrittenModel.open(directory, model_directory.load_processor(directory))
-    found = last_hidden(written, _common_sample(written))
+    try:
+        found = last_hidden(written, _common_sample(written))
+    except UserError:
+        raise
+    except Exception as fault:  # of other people's modules, about sizes that do not fit
+        reason = " ".join(str(fault).split()).rstrip(".") or type(fault).__name__
+        raise UserError(f"{directory} cannot be computed: {reason}") from None
     written.source.close()
     error = _distance(found[0][0, -1], torch.tensor(values)) if found else float("inf")
     if not error <= _ELSEWHERE:

@@ -100,7 +100,17 @@ def test_another_model(
     assert "not compared (--no-load)" in capsys.readouterr().out
 
 
-def test_without_a_record_or_with_none(
+def test_sizes_that_do_not_fit(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(config: dict) -> None:
+        config["image_processor"]["crop_size"] = {"height": 42, "width": 42}
+
+    change_json(checkpoint / "processor_config.json", change)
+    assert main(["doctor", str(checkpoint)]) == 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "WRONG" in line and "cannot be computed" in line
+
+
+def test_a_record_that_is_damaged_or_gone(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkpoint / "canary.json").write_text('{"last_hidden": "no"}')
