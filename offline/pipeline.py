@@ -101,8 +101,9 @@ def _quantize(
     device = pick_device(recipe.device, ranks)
     loaded = loaded_model.load(model, device=device)
     check_shapes(loaded, recipe.quant_scheme)
+    notes: list[str] = []
     samples = load_calibration(
-        recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only
+        recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only, notes
     )
     batches = make_batches(
         samples,
@@ -113,6 +114,7 @@ def _quantize(
         ranks=ranks,
     )
     report = new_report(loaded, recipe, samples, batches, ranks)
+    report.warnings += notes
     fingerprint = {
         "version": __version__,
         "model": loaded.source.fingerprint(),
@@ -124,13 +126,16 @@ def _quantize(
     with ExitStack() as stack:
         writer = None
         if ranks.writes:
-            writer = CheckpointWriter(loaded.source, output, fingerprint, resume)
+            writer = CheckpointWriter(
+                loaded.source, output, fingerprint, resume, loaded.served_name
+            )
             stack.enter_context(writer)
         log = None if writer is None else writer.directory / LOG_FILE
         progress = stack.enter_context(
             RunProgress(loaded.num_blocks, device, quiet or not ranks.writes, log)
         )
-        progress.line(calibration_line(report, ranks))
+        for line in (*notes, calibration_line(report, ranks)):
+            progress.line(line)
         on_disk, beside = recipe.offload == "disk", None if writer is None else writer.directory
         folder = stack.enter_context(offload_folder(on_disk, beside, ranks))
         if not ranks.broadcast_object(writer.finished if writer is not None else 0):

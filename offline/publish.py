@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from qig_serve import __version__, tensor_parallel
 from qig_serve.formats import FORMAT_VERSION
@@ -68,11 +69,12 @@ def publish(
 ) -> None:
     """Publishes the checkpoint with its reports; a plain one with report.json alone.
 
-    In our own form it is read back first (checkpoint/canary.py).
+    It is read back first (checkpoint/canary.py).
     """
+    check = partial(canary.check, form="plain" if plain else recipe.format)
     if plain:
         writer.write_text(REPORT_FILE, report.model_dump_json(indent=1) + "\n")
-        writer.publish(forms.plain(recipe.quant_scheme, loaded.source))
+        writer.publish(forms.plain(recipe.quant_scheme, loaded.source), check)
         return
     config = quantization_config(loaded, report, recipe)
     card = loaded.directory / "README.md"
@@ -86,9 +88,9 @@ def publish(
         pictures,
     )
     if recipe.format == "compressed-tensors":
-        writer.publish(forms.compressed(config, loaded.arch, report.left_alone))
+        writer.publish(forms.compressed(config, loaded.arch, report.left_alone), check)
     else:
-        writer.publish(forms.qig(config), canary.check)
+        writer.publish(forms.qig(config), check)
 
 
 def quantization_config(

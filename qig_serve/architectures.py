@@ -30,6 +30,9 @@ class SmoothingGroup:
     """1 for norms that multiply by (1 + weight)."""
 
 
+_TOWERS = ("vision_tower.", "model.vision_tower.")
+_LEVEL = "vision_model."
+
 PictureLayout = Literal["grid", "anyres", "merged", "tiles", "split", "pooled"]
 
 
@@ -53,11 +56,24 @@ class Architecture:
     """`model_type` of the decoders with these groups; empty where a family has one of its own."""
     splits_tower: bool = True
     """False where vLLM keeps the vision tower whole if its heads do not divide."""
+    levelled_towers: tuple[str, ...] = ()
+    """`model_type` of vision towers whose tensors vLLM wants as `vision_tower.vision_model.*`.
+
+    transformers 5 leaves that level out where it saves a model under its modules' names.
+    """
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Paths, inside a block, of all linears that are quantized, in the order of execution."""
         return tuple(name for group in self.groups for name in group.linears)
+
+    def served_name(self, name: str, tower_type: str | None) -> str:
+        """The name by which vLLM loads a tensor of the source; its own nearly always."""
+        if tower_type in self.levelled_towers:
+            for tower in _TOWERS:
+                if name.startswith(tower) and not name.startswith(tower + _LEVEL):
+                    return tower + _LEVEL + name.removeprefix(tower)
+        return name
 
 
 def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ...]:
@@ -74,6 +90,7 @@ def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ..
 
 _PRE_NORM = _groups("post_attention_layernorm")
 _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.")
+_LEVELLED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _QWEN_PREFIXES = ("model.layers.", "model.language_model.layers.")
 
@@ -88,6 +105,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "LlavaForConditionalGeneration",
             "grid",
             text_types=_PLAIN_DECODERS,
+            levelled_towers=_LEVELLED_TOWERS,
         ),
         Architecture(
             "llava_onevision",
@@ -98,6 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "anyres",
             "tiles, and a newline token after each row",
             _PLAIN_DECODERS,
+            levelled_towers=_LEVELLED_TOWERS,
         ),
         Architecture(
             "qwen2_vl",
@@ -145,6 +164,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Gemma3ForConditionalGeneration",
             "pooled",
             "(1 + w) norms, norms after attention and MLP, sliding windows",
+            levelled_towers=_LEVELLED_TOWERS,
         ),
         Architecture(
             "idefics3",

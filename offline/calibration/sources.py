@@ -6,8 +6,8 @@ conversations.json              LLaVA / ShareGPT4V conversations, images in `ima
 folder                          images with captions: NAME.txt beside NAME.png, or one CSV with
                                 an image and a caption column
 hf:NAME?split=train&image=image&question=prompt&answer=caption
-                                a Hugging Face dataset and its columns; what CAPTIONS names is the
-                                default
+                                a Hugging Face dataset and its columns (hugging_face.py); what
+                                CAPTIONS names is the default
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl
 
 from qig_serve import text_files
 from qig_serve.errors import UserError
+from qig_serve.offline.calibration.hugging_face import CAPTION_QUESTION, hugging_face
 from qig_serve.samples import (
     IMAGE_SUFFIXES,
     ImageSource,
     Sample,
     check_media,
-    load_image,
     parse_record,
     picture_path,
     read_samples,
@@ -36,7 +35,6 @@ from qig_serve.samples import (
 
 CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
 """Pairs of an image and a caption, the paper's kind of calibration data."""
-CAPTION_QUESTION = "Describe the image."
 _IMAGE_COLUMNS = ("image", "file_name", "file", "path", "filename")
 _CAPTION_COLUMNS = ("caption", "text", "answer")
 
@@ -49,8 +47,11 @@ def load_calibration(
     seed: int = 0,
     image_folder: str | Path | None = None,
     text_only: bool = False,
+    notes: list[str] | None = None,
 ) -> list[Sample]:
     """`n` samples of a source, chosen by `seed`; fewer if it holds fewer.
+
+    `notes` is given what a reader of the report must know about the choice.
 
     UserError when the source cannot be read (file and line named), when it is empty, and when no
     sample has an image unless `text_only` is set.
@@ -63,7 +64,7 @@ def load_calibration(
     if source == "demo":
         samples = _demo(n, seed)
     elif source.startswith("hf:"):
-        samples = _hugging_face(source, n, seed)
+        samples = hugging_face(source, n, seed, text_only, [] if notes is None else notes)
     else:
         path = Path(source)
         if path.is_dir():
@@ -191,45 +192,4 @@ def _captions_csv(path: Path) -> list[Sample]:
         if not file.is_file():
             raise UserError(f"{path}, line {row.line}: the image {file} does not exist")
         samples.append(sample_from_parts(name, "caption", file, CAPTION_QUESTION, text))
-    return samples
-
-
-def _hugging_face(source: str, n: int, seed: int) -> list[Sample]:
-    """Streams a dataset, so that only what is used is fetched."""
-    name, _, query = source.removeprefix("hf:").partition("?")
-    options = {"split": "train", "image": "image", "answer": "caption", "question": ""}
-    for key, value in parse_qsl(query):
-        if key not in (*options, "config"):
-            raise UserError(
-                f"{source}: unknown option {key!r}; known: {', '.join(options)}, config"
-            )
-        options[key] = value
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{source} needs the package datasets: pip install 'qig-serve[datasets]', or name "
-            "other data with --calib"
-        ) from None
-    try:
-        stream = datasets.load_dataset(
-            name, options.get("config"), split=options["split"], streaming=True
-        )
-        rows = list(stream.shuffle(seed=seed, buffer_size=max(1000, n)).take(n))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be read: {error}") from None
-    samples = []
-    for i, row in enumerate(rows):
-        columns = [options["image"], options["answer"]]
-        missing = [c for c in [*columns, options["question"]] if c and c not in row]
-        if missing:
-            raise UserError(
-                f"{source}: no column {missing[0]!r}; the columns are {', '.join(row)}. "
-                "Map them as hf:NAME?image=COLUMN&question=COLUMN&answer=COLUMN"
-            )
-        answer = row[options["answer"]]
-        answer = answer[0] if isinstance(answer, list) and answer else answer
-        question = str(row[options["question"]]) if options["question"] else CAPTION_QUESTION
-        image = load_image(row[options["image"]])
-        samples.append(sample_from_parts(f"{name}-{i}", "caption", image, question, str(answer)))
     return samples

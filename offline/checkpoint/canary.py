@@ -1,70 +1,46 @@
 """The canary: a written checkpoint is read back, and must say what the pipeline computed.
 
-Before it is published, one batch of calibration samples goes through the checkpoint as a stranger
-would load it: transformers reads what stands before the decoder, every block is built from the
-written config.json and the unpacked tensors, one at a time. The last hidden states are those of
-the run's quantized stream, or the checkpoint is not published.
+Before it is published, in whatever form, one batch of calibration samples goes through the
+checkpoint as a stranger would load it (written.py): transformers reads what stands before the
+decoder, every block is built from the written config.json and the unpacked tensors, one at a time.
+The last hidden states are those of the run's quantized stream, or it is not published.
+
+What a checkpoint in our form gives for a sample that everyone can make is kept in canary.json, so
+that `qig-serve doctor` can ask again: of a copy, years later, with other versions.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
 
 from qig_serve import model_directory
 from qig_serve.errors import UserError
-from qig_serve.formats import QuantScheme, tensor_specs
-from qig_serve.offline.calibration.batches import IMAGE, CalibrationBatch
+from qig_serve.offline.calibration.batches import IMAGE, CalibrationBatch, make_batches
+from qig_serve.offline.checkpoint.written import CompressedModel, PlainModel, WrittenModel
+from qig_serve.offline.disk import write_text
 from qig_serve.offline.passes.capture import first_output, quantized_activations
 from qig_serve.offline.passes.streams import Streams
-from qig_serve.offline.source.loaded_model import LoadedModel, load_front
-from qig_serve.offline.source.surplus import (
-    check_block,
-    check_number_of_blocks,
-    check_outside,
-    check_prefix,
-)
-from qig_serve.offline.source.tensors import SourceCheckpoint
-from qig_serve.packing import unpack_linear
+from qig_serve.offline.source.loaded_model import LoadedModel
+from qig_serve.offline.source.surplus import check_block
+from qig_serve.samples import sample_from_parts
 from qig_serve.weight_files import FLOATS
 
-_TOLERANCE = 0.01
-"""Of the hidden states' size. On a CPU they are the same bit by bit; on a GPU sums may differ."""
-
-
-class WrittenModel(LoadedModel):
-    """A checkpoint in our form, its blocks still on disk; `block` gives dequantized weights."""
-
-    scheme: QuantScheme
-
-    def _check_blocks(self) -> None:
-        """UserError unless the blocks hold what their class and their scheme ask for."""
-        manifest = model_directory.read_manifest(self.directory)
-        self.scheme = manifest.quant_scheme
-        check_prefix(self.source, self.source_prefix)
-        check_number_of_blocks(self.source, self.source_prefix, self.num_blocks)
-        suffixes = list(tensor_specs(self.scheme, 128, 128))
-        known = {f"{name}.{suffix}" for name in self.arch.linears for suffix in suffixes}
-        for index in range(self.num_blocks):
-            names = known | {n for n, _ in self.meta_block(index).named_parameters()}
-            names -= {f"{name}.weight" for name in self.arch.linears}
-            check_block(self.source, self.source_name(index, ""), names)
-
-    def _empty_block(self, index: int) -> nn.Module:
-        return self.meta_block(index)
-
-    def _stored(self, index: int, name: str) -> torch.Tensor:
-        linear = name.removesuffix(".weight")
-        if linear not in self.arch.linears or not name.endswith(".weight"):
-            return self.source.tensor(self.source_name(index, name))
-        parts = {
-            suffix: self.source.tensor(self.source_name(index, f"{linear}.{suffix}"))
-            for suffix in tensor_specs(self.scheme, 128, 128)
-        }
-        return unpack_linear(parts, self.scheme)
+RECORD_FILE = "canary.json"
+READERS: Mapping[str, type[WrittenModel]] = {
+    "qig": WrittenModel,
+    "compressed-tensors": CompressedModel,
+    "plain": PlainModel,
+}
+"""Form -> what reads it."""
+_ELSEWHERE = 0.05
+"""Relative error allowed of the record: other machines and versions add up in other orders."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +61,24 @@ class Canary:
         return cls(original, streams.batches[chosen], streams.quantized.get(chosen, "cpu"))
 
     @torch.no_grad()
-    def check(self, directory: Path) -> float:
-        """The relative error of the checkpoint in `directory`; UserError if it is another model."""
+    def check(self, directory: Path, form: str = "qig") -> float:
+        """The relative error of the checkpoint in `directory`; UserError if it is another model.
+
+        One of our own form that passes is given its record.
+        """
         try:
             self._check_source()
-            written = _load(directory, self.original)
+            written = READERS[form].open(directory, self.original.processor, self.original.device)
             self._check_names(written)
-            error = self._error(written)
+            common = _common_sample(written) if form == "qig" else []
+            found = last_hidden(written, [self.batch, *common])
+            error = _distance(found[0], self.wanted)
+            if common:
+                _write_record(directory, found[1])
             written.source.close()
         except UserError as fault:
             raise UserError(f"the checkpoint is not published, it is not sound: {fault}") from None
-        if not error <= _TOLERANCE:
+        if not error <= written.tolerance:
             raise UserError(
                 f"the checkpoint is not published, it does not give what was computed: on the "
                 f"calibration samples {', '.join(self.batch.ids[:3])} its last hidden states "
@@ -125,45 +108,86 @@ class Canary:
     def _check_names(self, written: WrittenModel) -> None:
         """All of the source outside the blocks is there, as it was."""
         source = self.original.source
+        by_name = {self.original.served_name(name): name for name in source}
         inside = (self.original.source_prefix, written.source_prefix)
-        for name in sorted({*source, *written.source}):
+        for name in sorted({*by_name, *written.source}):
             if name.startswith(inside):
                 continue
-            if name not in source or name not in written.source:
+            if name not in by_name or name not in written.source:
                 raise UserError(f"{name} is not in both the source and the written checkpoint")
-            dtype = source.dtype(name)
+            dtype = source.dtype(by_name[name])
             if dtype != written.source.dtype(name) or dtype.startswith("F8"):
                 raise UserError(f"{name} is {dtype}, or has another type in the written checkpoint")
 
-    def _error(self, written: WrittenModel) -> float:
-        inputs = written.block_inputs(self.batch.inputs)
-        hidden = inputs.hidden
-        for index in range(written.num_blocks):
-            block = written.block(index)
-            linears = [block.get_submodule(name) for name in written.arch.linears]
-            with quantized_activations(linears, written.scheme.activation_bits is not None):
-                hidden = first_output(block(hidden, **inputs.kwargs(index)))
-        found, wanted = hidden.cpu().double(), self.wanted.double()
-        return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+@torch.no_grad()
+def last_hidden(written: WrittenModel, batches: Sequence[CalibrationBatch]) -> list[torch.Tensor]:
+    """Hidden states [B, T, C] behind the last block, of each batch."""
+    inputs = [written.block_inputs(batch.inputs) for batch in batches]
+    hidden = [before.hidden for before in inputs]
+    for index in range(written.num_blocks):
+        block = written.block(index)
+        linears = [block.get_submodule(name) for name in written.arch.linears]
+        with quantized_activations(linears, written.activation_bits is not None):
+            for b, before in enumerate(inputs):
+                hidden[b] = first_output(block(hidden[b], **before.kwargs(index)))
+    return [states.cpu() for states in hidden]
 
 
-def _load(directory: Path, original: LoadedModel) -> WrittenModel:
-    import qig_serve.transformers_plugin  # noqa: F401 - what reads our form
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of the wanted size; infinite where shapes differ."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
-    config = model_directory.load_config(directory)
-    model, info = load_front(directory, config)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"the written checkpoint has no tensor {missing[0]}")
-    source = SourceCheckpoint(directory)
-    inside = (*original.arch.source_prefixes, f"{original.arch.decoder}.layers.")
-    check_outside(source, (n for n in info["unexpected_keys"] if not n.startswith(inside)))
-    return WrittenModel(
-        directory,
-        original.arch,
-        config,
-        original.processor,
-        source,
-        model.to(original.device).eval().requires_grad_(False),
-        original.device,
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+def _common_sample(written: WrittenModel) -> list[CalibrationBatch]:
+    """One that depends on nothing but the checkpoint's files; none where its template refuses."""
+    y, x = np.mgrid[0:64, 0:96]
+    pixels = np.stack([x * 2 + y, y * 3 + 40, (x // 8 + y // 8) % 2 * 200], -1).astype(np.uint8)
+    sample = sample_from_parts(
+        "canary", "canary", Image.fromarray(pixels), "What is in the picture?", "a pattern"
     )
+    try:
+        return make_batches([sample], written.processor, written.image_token_id)
+    except UserError:
+        return []
+
+
+def _write_record(directory: Path, hidden: torch.Tensor) -> None:
+    values = [float(f"{value:.6g}") for value in hidden[0, -1].tolist()]
+    write_text(directory / RECORD_FILE, json.dumps({"last_hidden": values}) + "\n")
+
+
+def compare_with_record(directory: Path) -> float | None:
+    """The relative error to what the checkpoint gave when it was written; None without a record.
+
+    UserError when it is another model now, or cannot be loaded.
+    """
+    path = directory / RECORD_FILE
+    if not path.is_file():
+        return None
+    values = model_directory.read_json(path).get("last_hidden")
+    if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
+        raise UserError(f"{path} is damaged: copy the checkpoint again")
+    written = WrittenModel.open(directory, model_directory.load_processor(directory))
+    try:
+        found = last_hidden(written, _common_sample(written))
+    except UserError:
+        raise
+    except Exception as fault:  # of other people's modules, about sizes that do not fit
+        reason = " ".join(str(fault).split()).rstrip(".") or type(fault).__name__
+        raise UserError(f"{directory} cannot be computed: {reason}") from None
+    written.source.close()
+    error = _distance(found[0][0, -1], torch.tensor(values)) if found else float("inf")
+    if not error <= _ELSEWHERE:
+        raise UserError(
+            f"{directory} does not give what it gave when it was written: hidden states differ by "
+            f"{error:.0%}. `qig-serve inspect --verify {directory}` names files that have changed; "
+            "where none has, this version of transformers computes the model differently"
+        )
+    return error

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from qig_serve.architectures import Architecture
+from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.checkpoint.packed import packed_linears
-from qig_serve.packing import pack, unpack
+from qig_serve.packing import dequantize, pack, unpack
 
 _BITS = 4
 _FORMAT = "pack-quantized"
@@ -55,6 +56,31 @@ def convert_linear(
         words = pack(padded, _BITS)[:, : -(-n // 8)]  # [G, ceil(N / 8)]
         converted["weight_zero_point"] = words.t().contiguous()
     return converted
+
+
+def decompress(tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Any]) -> torch.Tensor:
+    """The weight [N, K] in fp32 of one linear in the layout above; `weights` as in config.json."""
+    bits = int(weights["num_bits"])
+    n, k = map(int, tensors["weight_shape"].tolist())
+    codes = unpack(tensors["weight_packed"], bits, signed=False)[:n, :k]
+    if weights["symmetric"]:
+        zero = torch.full_like(tensors["weight_scale"], 1 << (bits - 1))
+    else:
+        words = tensors["weight_zero_point"].t()  # [G, ceil(N / 8)]
+        padded = torch.nn.functional.pad(words, (0, -words.shape[1] % 4))
+        zero = unpack(padded.contiguous(), bits, signed=False)[:, :n].t()
+    return dequantize(codes, tensors["weight_scale"], zero)
+
+
+def group_of(config: Mapping[str, Any], linears: Iterable[str]) -> Mapping[str, Any]:
+    """The one group of config.json's that quantizes all the linears; UserError if there is none."""
+    (group,) = config["config_groups"].values()
+    for name in linears:
+        if not any(re.match(target.removeprefix("re:"), name) for target in group["targets"]):
+            raise UserError(f"no target of quantization_config fits {name}")
+        if any(re.match(ignored.removeprefix("re:"), name) for ignored in config["ignore"]):
+            raise UserError(f"quantization_config leaves {name} out")
+    return dict(group)
 
 
 def compress(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> dict[str, torch.Tensor]:

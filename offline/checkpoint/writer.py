@@ -2,8 +2,8 @@
 
 Until `publish` nothing exists under the target's name. What is there meanwhile, in a hidden
 directory beside it, is the state that a run can be resumed from: a shard and its hash for every
-block that is done. The checkpoint's tensors keep the source's names; a quantized `P.weight` is
-replaced by the tensors of formats.tensor_specs.
+block that is done. The checkpoint's tensors keep the source's names where vLLM loads them by these;
+a quantized `P.weight` is replaced by the tensors of formats.tensor_specs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TRAINING_FILES = re.compile(
     r"|(hf_quant|quantize|quant)_config\.json"
 )
 """What training leaves beside a model and no server reads; and other quantizers' own words."""
-_OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html")
+_OWN_FILES = ("config.json", "README.md", HASHES_FILE, "report.json", "report.html", "canary.json")
 
 
 def partial_directory(output: Path) -> Path:
@@ -69,9 +69,14 @@ class CheckpointWriter:
         output: Path | str,
         fingerprint: Mapping[str, Any],
         resume: bool = False,
+        served_name: Callable[[str], str] = str,
     ) -> None:
-        """`fingerprint` is what must be the same for a run to be resumed: JSON-ready data."""
+        """`fingerprint` is what must be the same for a run to be resumed: JSON-ready data.
+
+        `served_name`: source tensor -> the name by which an untouched one is written.
+        """
         self.source = source
+        self._served_name = served_name
         self.output = Path(output)
         self.directory = partial_directory(self.output)
         # Through JSON once, so that what is compared is what was stored.
@@ -234,7 +239,7 @@ class CheckpointWriter:
     def _copy_untouched(self) -> list[Path]:
         replaced = {name for block in self._blocks.values() for name in block["replaced"]}
         untouched = (name for name in self.source if name not in replaced)
-        tensors = ((name, self.source.tensor(name)) for name in untouched)
+        tensors = ((self._served_name(name), self.source.tensor(name)) for name in untouched)
         return save_shards(tensors, self.directory, "rest")
 
     def _copy_other_files(self) -> None:

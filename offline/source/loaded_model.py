@@ -22,6 +22,7 @@ from qig_serve.offline.source.surplus import (
     check_number_of_blocks,
     check_other_names,
     check_outside,
+    check_served_names,
 )
 from qig_serve.offline.source.tensors import SourceCheckpoint
 from qig_serve.weight_files import check_full_precision
@@ -152,6 +153,11 @@ class LoadedModel:
         """The tensor in the files behind parameter `name` of block `index`."""
         return f"{self._prefix}{index}.{name}"
 
+    def served_name(self, name: str) -> str:
+        """The name by which a checkpoint keeps the source's tensor `name`: vLLM's."""
+        tower = getattr(self.config, "vision_config", None)
+        return self.arch.served_name(name, getattr(tower, "model_type", None))
+
     def left_alone(self) -> list[str]:
         """Modules that stay in 16 bits: shortest names that cover all but the decoder blocks."""
         return outside_blocks(self.source, self._prefix)
@@ -272,6 +278,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     model, info = load_front(directory, config)
     model = model.to(device).eval().requires_grad_(False)
     loaded = LoadedModel(directory, arch, config, processor, source, model, device)
+    check_served_names(source, loaded.served_name)
     _check_loaded(loaded, info)
     return loaded
 

@@ -7,7 +7,7 @@ computed and not read, are copied on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from qig_serve.errors import UserError
 from qig_serve.offline.source.tensors import SourceCheckpoint
@@ -61,6 +61,18 @@ def check_outside(source: SourceCheckpoint, unread: Iterable[str]) -> None:
     for name in sorted(unread):
         if not _is_computed(name):
             raise _unknown(source, name)
+
+
+def check_served_names(source: SourceCheckpoint, served_name: Callable[[str], str]) -> None:
+    """UserError when the files have a tensor twice, by an older and by a newer name."""
+    by_name: dict[str, str] = {}
+    for name in source:
+        first = by_name.setdefault(served_name(name), name)
+        if first != name:
+            raise UserError(
+                f"{source.directory} has one tensor by two names, {first} and {name}: leave one "
+                "of them out of the files"
+            )
 
 
 def _is_computed(name: str) -> bool:

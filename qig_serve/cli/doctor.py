@@ -1,10 +1,12 @@
 """Say whether and how this machine serves a checkpoint, or why not.
 
-Reads the checkpoint's headers and asks vLLM for its platform; loads no weights. Exit status 1 if
-it cannot be served here.
+Reads the checkpoint's headers and asks vLLM for its platform. Then loads it in transformers, one
+block at a time, and compares what it gives for a picture and a question with what it gave when it
+was written. Exit status 1 if it cannot be served here, or gives something else.
 
 examples:
   qig-serve doctor DIR
+  qig-serve doctor DIR --no-load             # headers only
   qig-serve doctor DIR --tensor-parallel-size 2 --json
 """
 
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="as for serve; default %(default)s")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
     add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
+    add("--no-load", action="store_true", help="headers only: load and compare nothing")
     add("--json", action="store_true", help="print everything as JSON")
 
 
@@ -35,5 +38,25 @@ def run(args: argparse.Namespace) -> int:
     read_manifest(args.directory)
     dtype = serving_dtype(args.directory, args.dtype)
     report = describe(args.directory, dtype, args.tensor_parallel_size, args.pipeline_parallel_size)
-    print(json.dumps(report.as_json(), indent=2) if args.json else "\n".join(report.lines()))
-    return 1 if report.problems else 0
+    sound, answers = (True, "not compared (--no-load)") if args.no_load else _load(args.directory)
+    if args.json:
+        record = report.as_json() | {"loaded": {"sound": sound, "found": answers}}
+        print(json.dumps(record, indent=2))
+    else:
+        print("\n".join([*report.lines(), f"{'loaded':16}  {answers}"]))
+    return 1 if report.problems or not sound else 0
+
+
+def _load(directory: Path) -> tuple[bool, str]:
+    """Whether the checkpoint gives what it gave when it was written, and the sentence for it."""
+    from qig_serve.errors import UserError
+    from qig_serve.offline.checkpoint.canary import RECORD_FILE, compare_with_record
+
+    try:
+        error = compare_with_record(directory)
+    except UserError as fault:
+        return False, f"WRONG  {fault}"
+    if error is None:
+        return True, f"not compared: there is no {RECORD_FILE}, which later versions write"
+    same = "exactly" if error < 1e-5 else f"within {error:.2%} of"
+    return True, f"gives {same} what it gave when it was written"

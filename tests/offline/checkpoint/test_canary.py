@@ -15,9 +15,12 @@ from helpers.tiny_models import one_sample, tiny_model
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
+from qig_serve.errors import UserError
 from qig_serve.offline import pipeline
+from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.checkpoint import writer as writer_module
 from qig_serve.offline.checkpoint.canary import Canary
+from qig_serve.offline.recipe import make_recipe
 from qig_serve.offline.source import loaded_model, tensors
 from qig_serve.weight_files import WeightFiles
 
@@ -59,10 +62,14 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def quantize(model: Path, scheme: str = "w4a8") -> int:
-    data = one_sample(model.parent)
-    out = ["--output", str(model.parent / "out"), "--quiet", "--method", "rtn"]
-    return main(["quantize", str(model), "--calib", data, "--scheme", scheme, *out])
+def quantize(model: Path, scheme: str = "w4a8", form: str = "qig") -> int:
+    data, out = one_sample(model.parent), model.parent / "out"
+    if form == "plain":
+        settings = {"calib": data, "scheme": scheme, "method": "rtn"}
+        pipeline.quantize(model, out, make_recipe(settings), quiet=True, plain=True)
+        return 0
+    words = ["--output", str(out), "--quiet", "--method", "rtn", "--format", form]
+    return main(["quantize", str(model), "--calib", data, "--scheme", scheme, *words])
 
 
 def edit(directory: Path, change: Callable[[Tensors], object]) -> None:
@@ -135,14 +142,25 @@ def test_faults_of_the_source(
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("scheme", ["w4a8", "w3a16"])
+@pytest.mark.parametrize(
+    ("scheme", "form", "most"),
+    [
+        ("w4a8", "qig", 0.0),
+        ("w3a16", "qig", 0.0),
+        ("w4a8", "compressed-tensors", 0.0),
+        ("w3a16", "compressed-tensors", 0.0),
+        ("w3a16", "plain", 0.01),
+        ("w2a16", "plain", 0.01),
+    ],
+)
 def test_an_intact_model_passes_bit_by_bit(
-    model: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, scheme: str, form: str, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
     check = Canary.check
-    monkeypatch.setattr(Canary, "check", lambda c, d: seen.append(check(c, d)))
-    assert quantize(model, scheme) == 0 and seen == [0.0]
+    monkeypatch.setattr(Canary, "check", lambda c, d, form: seen.append(check(c, d, form)))
+    assert quantize(model, scheme, form) == 0 and len(seen) == 1 and seen[0] <= most
+    assert (model.parent / "out" / "canary.json").is_file() == (form == "qig")
 
 
 def wrong_scale(t: Tensors) -> None:
@@ -189,6 +207,73 @@ def test_faults_of_the_writing(
     (line,) = capsys.readouterr().err.splitlines()
     assert "not published" in line and re.search(message, line)
     assert not [p for p in model.parent.iterdir() if "out" in p.name]
+
+
+def wrong_words(t: Tensors) -> None:
+    t[f"{LINEAR}.weight_packed"].bitwise_xor_(0x11111111)
+
+
+def wrong_zero(t: Tensors) -> None:
+    t[f"{LINEAR}.weight_zero_point"].zero_()
+
+
+def wrong_weight(t: Tensors) -> None:
+    t[f"{LINEAR}.weight"] *= 1.5
+
+
+@pytest.mark.parametrize(
+    ("form", "spoil", "message"),
+    [
+        ("compressed-tensors", wrong_scale, "its last hidden states differ by"),
+        ("compressed-tensors", wrong_words, "its last hidden states differ by"),
+        ("compressed-tensors", wrong_zero, "its last hidden states differ by"),
+        ("compressed-tensors", lost_tensor, "has no tensor .*weight_scale"),
+        ("compressed-tensors", further_tensor, r"up_proj\.bias in .* does not know"),
+        ("plain", wrong_weight, "its last hidden states differ by"),
+        ("plain", further_tensor, r"up_proj\.bias in .* does not know"),
+    ],
+)
+def test_faults_of_the_conversion(
+    model: Path,
+    form: str,
+    spoil: Callable[[Tensors], None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = writer_module.save_shard
+
+    def spoiled(ready: Tensors, path: Path) -> Any:
+        if path.name.startswith("converted-") and any(name.startswith(LINEAR) for name in ready):
+            spoil(ready)
+        return save(ready, path)
+
+    monkeypatch.setattr(writer_module, "save_shard", spoiled)
+    settings = {"calib": one_sample(model.parent), "scheme": "w3a16", "method": "rtn"}
+    recipe = make_recipe(settings | ({} if form == "plain" else {"format": form}))
+    with pytest.raises(UserError, match=f"not published.*{message}"):
+        pipeline.quantize(model, model.parent / "out", recipe, quiet=True, plain=form == "plain")
+    assert not [p for p in model.parent.iterdir() if "out" in p.name]
+
+
+def test_other_words_in_config_json_are_seen(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM would take for a model without quantized linears, or of other numbers."""
+    real = compressed_tensors.quantization_config
+    settings = {"calib": one_sample(model.parent), "scheme": "w4a8", "method": "rtn"}
+    recipe = make_recipe(settings | {"format": "compressed-tensors"})
+    changes: list[tuple[Callable[[Any], object], str]] = [
+        (lambda c: c["config_groups"]["group_0"].update(targets=["re:x"]), "no target"),
+        (lambda c: c["ignore"].append("re:.*up_proj$"), "leaves model.* out"),
+        (lambda c: c["config_groups"]["group_0"].update(input_activations=None), "differ by"),
+    ]
+    for change, message in changes:
+
+        def changed(*args: Any, change: Callable[[Any], object] = change) -> dict[str, Any]:
+            change(config := real(*args))
+            return config
+
+        monkeypatch.setattr(compressed_tensors, "quantization_config", changed)
+        with pytest.raises(UserError, match=f"not published.*{message}"):
+            pipeline.quantize(model, model.parent / "out", recipe, quiet=True)
 
 
 def test_it_is_part_of_the_pipeline() -> None:

@@ -1,0 +1,182 @@
+"""hf: datasets with the package itself: what a cell may hold, on disk and in parquet."""
+
+from __future__ import annotations
+
+import io
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from qig_serve.cli import main
+from qig_serve.errors import UserError
+from qig_serve.offline.calibration.sources import load_calibration
+
+datasets = pytest.importorskip("datasets", reason="pip install 'qig-serve[datasets]'")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+RED = Image.new("RGB", (40, 30), "red")
+BLUE = Image.new("RGB", (20, 30), "blue")
+
+
+def png(image: Image.Image = RED) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PICTURES = datasets.Image()
+STORED = datasets.Image(decode=False)
+STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+TEXT = datasets.Value("string")
+
+# Name: (type of the column, its cells, how many pictures each sample then has).
+CELLS: dict[str, tuple[Any, list[Any], list[int]]] = {
+    "pictures": (PICTURES, [RED, BLUE], [1, 1]),
+    "pictures-and-none": (PICTURES, [RED, None], [1]),
+    "lists": (datasets.List(PICTURES), [[RED, BLUE], [BLUE]], [2, 1]),
+    "lists-empty-or-none": (datasets.List(PICTURES), [[RED], [], None], [1]),
+    "lists-with-none": (datasets.List(PICTURES), [[None, RED], [None]], [1]),
+    "not-decoded": (STORED, [{"bytes": png(), "path": None}, None], [1]),
+    "lists-not-decoded": (datasets.List(STORED), [[{"bytes": png(), "path": None}] * 3], [3]),
+    "bytes": (datasets.Value("binary"), [png(), png(BLUE), b"", None], [1, 1]),
+    "lists-of-bytes": (datasets.List(datasets.Value("binary")), [[png(), png()]], [2]),
+    "structs": (STRUCT, [{"bytes": png(), "path": "a.png"}, {"bytes": None, "path": None}], [1]),
+    "paths": (TEXT, ["red.png", "file://red.png", "", None], [1, 1]),
+    "structs-of-paths": (STRUCT, [{"bytes": None, "path": "red.png"}], [1]),
+}
+CAPTIONS: dict[str, tuple[Any, list[Any], list[str]]] = {
+    "texts": (TEXT, ["a", "b"], ["a", "b"]),
+    "none-or-empty": (TEXT, ["a", None, "", "  "], ["a"]),
+    "lists": (datasets.List(TEXT), [["a", "x"], ["b"]], ["a", "b"]),
+    "lists-with-nothing": (datasets.List(TEXT), [["a"], [], None, [None], ["", "b"]], ["a", "b"]),
+    "numbers": (datasets.Value("int64"), [3, 0, None], ["3", "0"]),
+    "lists-of-lists": (datasets.List(datasets.List(TEXT)), [[["a"]], [[]]], ["a"]),
+}
+
+
+def write(folder: Path, form: str, columns: dict[str, tuple[Any, list[Any]]]) -> str:
+    """A dataset on disk: saved, saved as a split, a parquet file, or a folder of them; its name."""
+    features = datasets.Features({name: kind for name, (kind, _) in columns.items()})
+    rows = {name: cells for name, (_, cells) in columns.items()}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    target = folder / "data"
+    if form == "saved":
+        made.save_to_disk(target)
+    elif form == "split":
+        datasets.DatasetDict({"train": made}).save_to_disk(target)
+    else:
+        target.mkdir()
+        made.to_parquet(target / "train.parquet")
+    RED.save(target / "red.png")
+    return f"hf:{target / 'train.parquet' if form == 'parquet' else target}"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def ordered(samples: Any) -> list[Any]:
+    return sorted(samples, key=lambda s: s.answer)
+
+
+@pytest.mark.parametrize(
+    ("cells", "form"),
+    [*product(CELLS, ("saved", "parquet")), *product(("lists-with-none",), ("split", "folder"))],
+)
+def test_pictures(cells: str, form: str, tmp_path: Path) -> None:
+    kind, values, counts = CELLS[cells]
+    captions = [f"caption {i}" for i in range(len(values))]
+    source = write(tmp_path, form, {"image": (kind, values), "caption": (TEXT, captions)})
+    notes: list[str] = []
+    samples = ordered(load_calibration(source, 8, notes=notes))
+    assert [len(s.images) for s in samples] == counts
+    assert samples[0].images[-1].convert("RGB").getpixel((0, 0)) in ((255, 0, 0), (0, 0, 255))
+    left_out = len(values) - len(counts)
+    assert notes == (
+        [f"rows of {source} were left out: {left_out} without a picture"] if left_out else []
+    )
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+@pytest.mark.parametrize("cells", CAPTIONS)
+def test_captions(cells: str, form: str, tmp_path: Path) -> None:
+    kind, values, answers = CAPTIONS[cells]
+    columns = {"image": (PICTURES, [RED] * len(values)), "caption": (kind, values)}
+    notes: list[str] = []
+    samples = load_calibration(write(tmp_path, form, columns), 8, notes=notes)
+    assert sorted(s.answer or "" for s in samples) == sorted(answers)
+    assert len(notes) == (len(answers) < len(values))
+
+
+CONVERSATION = {"from": TEXT, "value": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": (PICTURES, [None, None])}, r"no row can be used \(2 without a picture\)"),
+        ({"caption": (TEXT, [None, ""])}, r"no row can be used \(2 without a caption\)"),
+        ({"caption": (CONVERSATION, [{"from": "a", "value": "b"}] * 2)}, "column caption: a text"),
+        ({"image": (TEXT, ["gone.png"] * 2)}, "row 0 .* column image: 'gone.png' is no picture"),
+        ({"image": (TEXT, ["https://a.b/c.png"] * 2)}, "'https://a.b/c.png' is no picture"),
+        ({"image": (datasets.Value("int64"), [1, 2])}, "a picture is wanted, .* not int"),
+        ({"image": (datasets.Value("binary"), [b"no"] * 2)}, "column image: .* cannot be read"),
+        ({"image": (PICTURES, [{"bytes": b"no", "path": None}] * 2)}, "cannot be read: cannot"),
+    ],
+)
+def test_what_cannot_be_used(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
+    usual = {"image": (PICTURES, [RED, RED]), "caption": (TEXT, ["a", "b"])}
+    source = write(tmp_path, "saved", usual | columns)
+    with pytest.raises(UserError, match=message) as raised:
+        load_calibration(source, 4)
+    assert source in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_text_only_keeps_rows_without_a_picture(tmp_path: Path) -> None:
+    columns = {"image": (PICTURES, [RED, None]), "caption": (TEXT, ["a", "b"])}
+    samples = ordered(load_calibration(write(tmp_path, "saved", columns), 4, text_only=True))
+    assert [len(s.images) for s in samples] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("data?split=test", "no split 'test'; it has train"), ("data/gone", "cannot be read: ")],
+)
+def test_datasets_that_are_not_there(name: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path, "split", {"image": (PICTURES, [RED]), "caption": (TEXT, ["a"])})
+    with pytest.raises(UserError, match=message):
+        load_calibration(f"hf:{tmp_path / name}", 4)
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    source = write(tmp_path, "parquet", {"image": (PICTURES, [RED]), "caption": (TEXT, ["a"])})
+    path = Path(source.removeprefix("hf:"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="train.parquet cannot be read: ") as raised:
+        load_calibration(source, 4)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_whole_command_tells_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from helpers.tiny_models import tiny_model
+
+    columns = {
+        "image": (datasets.List(PICTURES), [[RED], [RED, BLUE], None]),
+        "caption": (datasets.List(TEXT), [["a red star"], ["a star", "b"], ["c"]]),
+    }
+    source = write(tmp_path, "saved", columns)
+    model, out = tiny_model("llava", tmp_path / "llava"), tmp_path / "out"
+    words = ["quantize", str(model), "--calib", source, "--method", "rtn", "--output", str(out)]
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "2 samples with 3 images" in said.out + said.err
+    assert "1 without a picture" in said.out + said.err
+    assert "1 without a picture" in (out / "report.html").read_text()
