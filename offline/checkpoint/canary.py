@@ -3,7 +3,8 @@
 Before it is published, one batch of calibration samples goes through the checkpoint as a stranger
 would load it: transformers reads what stands before the decoder, every block is built from the
 written config.json and the unpacked tensors, one at a time. The last hidden states are those of
-the run's quantized stream, or the checkpoint is not published.
+the run's quantized stream, or the checkpoint is not published. Of an output head or an embedding in
+8 bits every weight is compared with the source's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from qig_serve import model_directory
 from qig_serve.errors import UserError
-from qig_serve.formats import QuantScheme, tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme, tensor_specs
 from qig_serve.offline.calibration.batches import IMAGE, CalibrationBatch
 from qig_serve.offline.passes.capture import first_output, quantized_activations
 from qig_serve.offline.passes.streams import Streams
@@ -28,9 +29,11 @@ from qig_serve.offline.source.surplus import (
     check_prefix,
 )
 from qig_serve.offline.source.tensors import SourceCheckpoint
-from qig_serve.packing import unpack_linear
+from qig_serve.packing import unpack_linear, unpack_rows
 from qig_serve.weight_files import FLOATS
 
+_ROWS = 4096  # of a table, compared at once
+_HALF_A_STEP = 0.501  # and what fp32 rounds
 _TOLERANCE = 0.01
 """Of the hidden states' size. On a CPU they are the same bit by bit; on a GPU sums may differ."""
 
@@ -123,10 +126,15 @@ class Canary:
             check_block(original.source, prefix, {n.removeprefix(prefix) for n in used})
 
     def _check_names(self, written: WrittenModel) -> None:
-        """All of the source outside the blocks is there, as it was."""
+        """All of the source outside the blocks is there, as it was or rounded."""
         source = self.original.source
         inside = (self.original.source_prefix, written.source_prefix)
-        for name in sorted({*source, *written.source}):
+        rounded = set()
+        for module in self.original.eight_bit:
+            parts = {f"{module}.{suffix}" for suffix in tensor_specs(VOCABULARY_SCHEME, 128, 128)}
+            rounded |= {f"{module}.weight", *parts}
+            _check_rounding(source, written.source, module)
+        for name in sorted({*source, *written.source} - rounded):
             if name.startswith(inside):
                 continue
             if name not in source or name not in written.source:
@@ -145,6 +153,28 @@ class Canary:
                 hidden = first_output(block(hidden, **inputs.kwargs(index)))
         found, wanted = hidden.cpu().double(), self.wanted.double()
         return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def _check_rounding(source: SourceCheckpoint, written: SourceCheckpoint, module: str) -> None:
+    """UserError unless a table in 8 bits is within half a step of the source's, row by row."""
+    name = f"{module}.weight"
+    if name in written:
+        raise UserError(f"{name} is in the written checkpoint, which has it in 8 bits, too")
+    parts = {
+        suffix: written.tensor(f"{module}.{suffix}")
+        for suffix in tensor_specs(VOCABULARY_SCHEME, 128, 128)
+    }
+    weight = source.tensor(name)
+    scale = parts["weight_scale"]
+    for start in range(0, len(weight), _ROWS):
+        some = {suffix: tensor[start : start + _ROWS] for suffix, tensor in parts.items()}
+        found = unpack_rows(some, VOCABULARY_SCHEME, torch.float32)
+        error = (found - weight[start : start + _ROWS].float()).abs()
+        if not bool((error <= _HALF_A_STEP * scale[start : start + _ROWS]).all()):
+            raise UserError(
+                f"{module} in the written checkpoint is further than half a step from {name} of "
+                "the source"
+            )
 
 
 def _load(directory: Path, original: LoadedModel) -> WrittenModel:
