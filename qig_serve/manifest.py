@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION, SCHEMES, QuantScheme
 
-
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 """Last words of the names of output head and embedding, in every family."""
 

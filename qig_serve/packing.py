@@ -194,7 +194,8 @@ def unpack_rows(
     tensors: dict[str, torch.Tensor], scheme: QuantScheme, dtype: torch.dtype
 ) -> torch.Tensor:
     """The weight [N, K] in `dtype` of the tensors of `pack_rows`, some rows at a time."""
-    some = [dict(zip(tensors, rows, strict=True)) for rows in zip(
-        *(tensor.split(_ROWS_AT_ONCE) for tensor in tensors.values()), strict=True
-    )]
+    some = [
+        dict(zip(tensors, rows, strict=True))
+        for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors.values()), strict=True)
+    ]
     return torch.cat([unpack_linear(part, scheme).to(dtype) for part in some])

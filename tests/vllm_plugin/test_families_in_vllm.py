@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 TOKENS = 12
 QUESTION = "What color is the star?"
+VOCABULARY_BITS = {"w3a16": 8, "w4a8": 16}
+"""Of output head and embedding; Gemma's are tied."""
 
 
 def _picture() -> Image.Image:
@@ -55,7 +57,8 @@ def _quantize(source: Path, target: Path, scheme: str) -> Path:
 
     calib = source.parent / "calib.jsonl"
     calib.write_text(json.dumps({"messages": _messages(), "answer": "a large red star"}) + "\n")
-    recipe = make_recipe({"scheme": scheme, "method": "awq", "calib": str(calib), "samples": 1})
+    values = {"scheme": scheme, "method": "awq", "calib": str(calib), "samples": 1}
+    recipe = make_recipe(values | dict.fromkeys(("head", "embeddings"), VOCABULARY_BITS[scheme]))
     quantize(source, target, recipe, quiet=True)
     return target
 
