@@ -94,8 +94,12 @@ class PackedVocabulary:
             tensors = {suffix: getattr(module, suffix).data for suffix in suffixes}
             for suffix in suffixes:
                 delattr(module, suffix)
-            weight = unpack_rows(tensors, VOCABULARY_SCHEME, dtype)
-            module.weight = nn.Parameter(weight, requires_grad=False)
+            weight: Any = nn.Parameter(
+                unpack_rows(tensors, VOCABULARY_SCHEME, dtype), requires_grad=False
+            )
+            weight._is_hf_initialized = True
+            module.weight = weight
+            self.model._init_weights(module)  # what it computes itself, as Gemma's scale
         if self.tied:
             self.tied[0].weight = self.tied[1].weight
         self.model.all_tied_weights_keys = self.tied_names
