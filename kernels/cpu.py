@@ -12,6 +12,7 @@ What `prepare` keeps of a linear [N, K], and what then runs:
                         time into scratch, then vLLM's int8 GEMM. Both want AVX-512 VNNI.
     w4a8   otherwise    8 bits per weight: `codes` int8 [N, K] and `scale`; torch's int8 GEMM.
     both   fp32         the reference: fp32 weights (w3a16) or int8 codes (w4a8), plain arithmetic.
+    w8a16               the vocabulary's tables: cpu_w8a16.py.
 
 A 3-bit code minus its zero point lies in -7..7, so four bits hold it without a zero point and
 nothing is rounded twice. All w4a8 kernels quantize activations as packing.quantize_activation
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from qig_serve.formats import QuantScheme, unsupported_shape
+from qig_serve.kernels import cpu_w8a16
 from qig_serve.packing import dequantize, quantize_activation, unpack
 
 GROUP = 128
@@ -67,7 +69,8 @@ def can_implement(
 
 def kernel_name(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype) -> str:
     """What runs a linear [n, k], in words."""
-    return "fp32 reference" if dtype == torch.float32 else PATHS[scheme.name].describe(n, dtype)
+    reference = dtype == torch.float32 and scheme.name != "w8a16"
+    return "fp32 reference" if reference else PATHS[scheme.name].describe(n, dtype)
 
 
 def prepare(scheme: QuantScheme, tensors: Prepared, dtype: torch.dtype) -> Prepared:
@@ -96,7 +99,9 @@ def linear(
     """x [..., K] times the prepared weight [N, K] transposed, plus bias [N]: [..., N]."""
     flat = x.reshape(-1, k)
     p = prepared
-    if "weight" in p:
+    if "rows" in p:
+        out = torch.ops.qig.cpu_w8a16(flat, p["rows"], p["power"], p["rest"], bias)
+    elif "weight" in p:
         out = F.linear(flat, p["weight"], bias)
     elif "codes" in p:
         out = torch.ops.qig.cpu_w4a8_codes(flat, p["codes"], p["scale"], bias)
@@ -107,6 +112,13 @@ def linear(
     else:
         out = torch.ops.qig.cpu_w3a16(flat, p["packed"], p["scales"], bias, n)
     return out.reshape(*x.shape[:-1], n)
+
+
+def embedding(
+    scheme: QuantScheme, ids: torch.Tensor, prepared: Prepared, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows `ids` [...] of the prepared table [N, K] in `dtype`: [..., K]."""
+    return cpu_w8a16.embedding(ids, prepared, dtype)
 
 
 def compile_ahead(
@@ -407,4 +419,5 @@ def _keep_w4a8(
 PATHS = {
     "w3a16": CpuPath(_describe_w3a16, _keep_w3a16, _torch_int4_block),
     "w4a8": CpuPath(_describe_w4a8, _keep_w4a8, _vllm_kernels),
+    "w8a16": CpuPath(cpu_w8a16.describe, cpu_w8a16.keep, cpu_w8a16.multiplies_bf16),
 }

@@ -6,6 +6,7 @@ library.py's:
 
     qig::w3a16_linear    x [M, K] -> [M, N]; fused_linear.py adds what comes before it
     qig::w4a8_linear     codes and scale of qig::quantize_activation -> [M, N]
+    qig::w8a16_linear    x [M, K] -> [M, N], and qig::w8a16_embedding ids [M] -> [M, K]
 
 quantizer_ops.py has those that quantize activations.
 """
@@ -27,12 +28,13 @@ from qig_serve.kernels import (
     tiles,
     w3a16,
     w4a8,
+    w8a16,
 )
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Tile
 from qig_serve.kernels.warm_up import COMPILATION
 
-KERNELS: dict[str, ModuleType] = {"w3a16": w3a16, "w4a8": w4a8}
+KERNELS: dict[str, ModuleType] = {"w3a16": w3a16, "w4a8": w4a8, "w8a16": w8a16}
 _DTYPES = (torch.bfloat16, torch.float16)
 _INT32 = 1 << 31
 
@@ -70,8 +72,9 @@ def can_implement(
 def prepare(scheme: QuantScheme, tensors: Prepared, dtype: torch.dtype) -> Prepared:
     """The checkpoint's tensors of one linear (formats.tensor_specs) in the kernels' layout.
 
-    w3a16: weight_planes, scale_zero; w4a8: weight_nibbles, channel_scale (layout.py). On the
-    tensors' own device, whose scratch memory (launch.py) exists afterwards.
+    w3a16: weight_planes, scale_zero; w4a8: weight_nibbles, channel_scale; w8a16: weight_bytes,
+    row_scale (layout.py). On the tensors' own device, whose scratch memory (launch.py) exists
+    afterwards.
     """
     launch.scratch(tensors["weight_packed"].device)
     return KERNELS[scheme.name].prepare(tensors, dtype)
@@ -89,6 +92,19 @@ def linear(
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     out = KERNELS[scheme.name].apply(flat, prepared, n, bias)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], n)
+
+
+def embedding(
+    scheme: QuantScheme,
+    ids: torch.Tensor,
+    prepared: Prepared,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows `ids` [...] of the prepared table [N, K] in `dtype`: [..., K]."""
+    rows = KERNELS[scheme.name].embedding(ids.reshape(-1), prepared, n, k, dtype)
+    return rows.reshape(*ids.shape, k)
 
 
 def run(

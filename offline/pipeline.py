@@ -53,6 +53,7 @@ from qig_serve.offline.results import (
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source import loaded_model
 from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
+from qig_serve.offline.source.vocabulary import in_eight_bits, rounded_inputs
 
 LOG_FILE = "quantize.log"
 """The run's progress, in the hidden directory beside the output and then in the checkpoint."""
@@ -101,7 +102,8 @@ def _quantize(
     device = pick_device(recipe.device, ranks)
     loaded = loaded_model.load(model, device=device)
     check_shapes(loaded, recipe.quant_scheme)
-    notes: list[str] = []
+    note = choose_vocabulary(loaded, recipe, plain)
+    notes = [note] if note else []
     samples = load_calibration(
         recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only, notes
     )
@@ -165,6 +167,16 @@ def _quantize(
     return report
 
 
+def choose_vocabulary(loaded: LoadedModel, recipe: QuantRecipe, plain: bool) -> str:
+    """Decides whether output head and embedding are stored in 8 bits; what to say about it."""
+    if plain or 8 not in (recipe.head, recipe.embeddings):
+        return ""
+    if recipe.format != "qig":
+        return f"{recipe.format}: output head and embedding stay in 16 bits"
+    loaded.eight_bit, note = in_eight_bits(loaded, recipe.head, recipe.embeddings)
+    return note or f"in 8 bits: {', '.join(loaded.eight_bit)}"
+
+
 def calibration_line(report: QuantizationReport, ranks: Ranks) -> str:
     """How much there is to calibrate on, for people."""
     tokens = report.calibration["tokens"]
@@ -224,7 +236,7 @@ def first_streams(
         before = loaded.block_inputs(batch.inputs)
         check_finite(before.hidden, f"input of layer 0, samples {', '.join(batch.ids)}")
         fp.put(b, before.hidden)
-        quantized.put(b, before.hidden)
+        quantized.put(b, rounded_inputs(loaded, batch.inputs, before))
         inputs.append(replace(before, hidden=before.hidden[:0]))  # the stores keep it
     loaded.model.to("cpu")  # from here on the device holds one block
     return Streams(

@@ -54,6 +54,7 @@ def new_report(
             "sample_sha256": [sample_sha256(s) for s in samples],
         },
         left_alone=loaded.left_alone(),
+        eight_bit=list(loaded.eight_bit),
         producer=f"qig-serve {__version__}",
     )
 
@@ -83,7 +84,7 @@ def publish(
     write_reports(
         report,
         writer.directory,
-        config.model_dump(mode="json"),
+        config.to_json(),
         card if card.is_file() else None,
         pictures,
     )
@@ -106,6 +107,7 @@ def quantization_config(
         bits=scheme.bits,
         group_size=scheme.group_size,
         ignore=report.left_alone,
+        eight_bit=report.eight_bit,
         model_type=loaded.config.model_type,
         architectures=loaded.config.architectures or [],
         method=recipe.method,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
@@ -182,6 +182,15 @@ class QuantRecipe(BaseModel):
         default=0.01, gt=0, description="damping of the compensation, as a fraction of input energy"
     )
 
+    head: Literal[8, 16] = Field(
+        default=16, description="bits of the output head; 8: a scale for each entry of it"
+    )
+    embeddings: Literal[8, 16] = Field(
+        default=16,
+        description="bits of the embedding; a tied model has one tensor for both, which has 8 bits "
+        "if both may",
+    )
+
     batch_tokens: int = Field(default=2048, ge=1, description="tokens that pass a block at a time")
     device: str = Field(
         default="auto", description="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"
@@ -190,6 +199,12 @@ class QuantRecipe(BaseModel):
     allow_fallbacks: bool = Field(
         default=False, description="finish even if a step had to fall back to a simpler one"
     )
+
+    @field_validator("head", "embeddings", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        """The command line has text."""
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
     @model_validator(mode="before")
     @classmethod

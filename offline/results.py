@@ -112,6 +112,8 @@ class QuantizationReport(_Data):
     blocks: list[BlockReport] = Field(default_factory=list)
     left_alone: list[str] = Field(default_factory=list)
     """Modules that stay in 16 bits on purpose."""
+    eight_bit: list[str] = Field(default_factory=list)
+    """Output head and embedding, where they are stored in 8 bits."""
     warnings: list[str] = Field(default_factory=list)
     fallbacks: list[str] = Field(default_factory=list)
     """Steps that had to take a simpler way; a run with any fails unless allow_fallbacks."""

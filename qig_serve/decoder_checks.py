@@ -10,11 +10,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import text_config
 
 _LAYER = re.compile(r"(.*\blayers)\.(\d{1,6})\.(.*)")
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+_VOCABULARY_PARTS = tuple(tensor_specs(VOCABULARY_SCHEME, 128, 128))
 
 
 def problems(
@@ -23,13 +25,16 @@ def problems(
     names: Collection[str],
     linears: Mapping[str, tuple[int, int]],
     suffixes: Collection[str],
+    vocabulary: Mapping[str, tuple[int, int]],
 ) -> Iterator[str]:
     """What does not fit, a sentence each.
 
     `config` is config.json, `names` those of all stored tensors, `linears` the quantized ones with
-    their [N, K], `suffixes` the tensors that the scheme stores of one.
+    their [N, K], `suffixes` the tensors that the scheme stores of one, `vocabulary` the output head
+    and the embedding, those in 8 bits, with theirs.
     """
     yield from _another_architecture(config, manifest)
+    yield from _other_vocabulary(config, manifest, vocabulary)
     layers: dict[int, set[str]] = {}
     decoders = {m[1] for n in linears if (m := _LAYER.fullmatch(n + "."))}
     for name in sorted(names):
@@ -37,6 +42,8 @@ def problems(
         place = _LAYER.fullmatch(name)
         if module in linears and leaf.startswith("weight") and leaf not in suffixes:
             yield f"{name}: {manifest.scheme} stores no such tensor of a quantized linear"
+        elif module in vocabulary and leaf in _VOCABULARY_PARTS:
+            continue
         elif leaf in _PARTS and module not in linears:
             yield f"{name}: there is no {module}.weight_packed beside it"
         elif place and place[1] in decoders:
@@ -62,6 +69,21 @@ def _another_architecture(config: Mapping[str, Any], manifest: QuantizationConfi
     for key, value in recorded.items():
         if value and value != claimed[key]:
             yield f"config.json: {key} is {claimed[key]!r}, but {value!r} was quantized"
+
+
+def _other_vocabulary(
+    config: Mapping[str, Any],
+    manifest: QuantizationConfig,
+    vocabulary: Mapping[str, tuple[int, int]],
+) -> Iterator[str]:
+    text = text_config(config)
+    sizes = (text.get("vocab_size"), text.get("hidden_size"))
+    for name in manifest.eight_bit:
+        if name not in vocabulary:
+            yield f"{name}: listed as stored in 8 bits, but there is no {name}.weight_packed"
+        elif all(isinstance(size, int) for size in sizes) and vocabulary[name] != sizes:
+            n, k = vocabulary[name]
+            yield f"{name}: {n} x {k}, but config.json asks for {sizes[0]} x {sizes[1]}"
 
 
 def _uneven_layers(layers: Mapping[int, set[str]], count: Any) -> Iterator[str]:

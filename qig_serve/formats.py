@@ -10,6 +10,11 @@ On disk a quantized linear `P.weight` of shape [N, K] (out, in) is replaced by
             P.weight_zero_point  uint8 [N, K / 128]
     w4a8    P.weight_packed      int32 [N, K / 8]
             P.weight_scale       float32 [N, 1]
+    w8a16   P.weight_packed      int32 [N, K / 4]
+            P.weight_scale       float32 [N, 1]
+
+w8a16 is what the output head and the embedding may be stored in, N the entries of the vocabulary;
+a tied model stores the embedding alone.
 
 `bits`-wide codes lie densely along K, least significant bit first: code k of a row occupies bits
 `bits * k` to `bits * k + bits - 1` of the row read as one little-endian bit string. So 32 3-bit
@@ -40,7 +45,8 @@ class QuantScheme:
     activation_bits: int | None = None
     """8: activations are int8, symmetric, one scale per token. None: left in 16 bits."""
     servable: bool = True
-    """False for stress schemes, which exist only to compare methods."""
+    """False for what decoder linears are not served in: stress schemes, which exist only to compare
+    methods, and the vocabulary's w8a16."""
 
     @property
     def qmin(self) -> int:
@@ -72,11 +78,16 @@ SCHEMES: dict[str, QuantScheme] = {
     for s in (
         QuantScheme("w3a16", bits=3, symmetric=False, group_size=128),
         QuantScheme("w4a8", bits=4, symmetric=True, group_size=None, activation_bits=8),
+        QuantScheme("w8a16", bits=8, symmetric=True, group_size=None, servable=False),
         # For comparing methods where the served schemes are too mild to tell them apart.
         QuantScheme("w2a16", bits=2, symmetric=False, group_size=128, servable=False),
         QuantScheme("w2a16-channel", bits=2, symmetric=False, group_size=None, servable=False),
     )
 }
+
+
+VOCABULARY_SCHEME = SCHEMES["w8a16"]
+"""Of the output head and of the embedding, where they are not left in 16 bits."""
 
 
 def get_scheme(name: str) -> QuantScheme:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from qig_serve import decoder_checks
 from qig_serve.errors import UserError
-from qig_serve.formats import tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme, tensor_specs
 from qig_serve.hashes import HASHES_FILE, file_sha256
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import INDEX_FILE, read_config, read_json, read_manifest
@@ -63,6 +63,8 @@ class Inspection:
     config: QuantizationConfig
     tensors: dict[str, StoredTensor]
     linears: list[QuantizedLinear]
+    vocabulary: list[QuantizedLinear] = field(default_factory=list)
+    """Output head and embedding, those in 8 bits."""
     problems: list[str] = field(default_factory=list)
     """What is wrong with index and tensors, one sentence each."""
 
@@ -80,8 +82,22 @@ class Inspection:
     @property
     def bytes_in_16_bits(self) -> int:
         """What the model would take with every quantized weight in 16 bits."""
-        packed = sum(linear.nbytes for linear in self.linears)
-        return self.nbytes - packed + sum(2 * linear.n * linear.k for linear in self.linears)
+        every = [*self.linears, *self.vocabulary]
+        packed = sum(linear.nbytes for linear in every)
+        return self.nbytes - packed + sum(2 * linear.n * linear.k for linear in every)
+
+    @property
+    def bits_of_model(self) -> float:
+        """Bits per weight over all of the model, quantized or not."""
+        every = [*self.linears, *self.vocabulary]
+        packed = {linear.name for linear in every}
+        weights = sum(linear.n * linear.k for linear in every)
+        weights += sum(
+            tensor.count
+            for name, tensor in self.tensors.items()
+            if name.rpartition(".")[0] not in packed or name.endswith(".bias")
+        )
+        return 8 * self.nbytes / weights if weights else 0.0
 
     def left_alone(self) -> dict[str, int]:
         """Modules left in 16 bits -> bytes of their tensors."""
@@ -107,12 +123,17 @@ def inspect(directory: Path) -> Inspection:
             if name in tensors:
                 twice.append(f"{name}: in two shards, {tensors[name].file} and {tensor.file}")
             tensors[name] = tensor
-    found = Inspection(directory, str(config.get("model_type")), manifest, tensors, [], twice)
+    found = Inspection(
+        directory, str(config.get("model_type")), manifest, tensors, [], problems=twice
+    )
     _check_index(found)
     _collect_linears(found)
     linears = {linear.name: (linear.n, linear.k) for linear in found.linears}
+    vocabulary = {table.name: (table.n, table.k) for table in found.vocabulary}
     suffixes = tensor_specs(manifest.quant_scheme, 1, manifest.quant_scheme.k_multiple)
-    found.problems += decoder_checks.problems(config, manifest, tensors, linears, suffixes)
+    found.problems += decoder_checks.problems(
+        config, manifest, tensors, linears, suffixes, vocabulary
+    )
     return found
 
 
@@ -168,7 +189,6 @@ def verify(directory: Path, progress: Callable[[str, int, int], None] | None = N
 
 def _collect_linears(found: Inspection) -> None:
     """Group the stored tensors into linears and check shapes and dtypes against the scheme."""
-    scheme = found.config.quant_scheme
     for name, packed in sorted(found.tensors.items()):
         if not name.endswith(".weight_packed"):
             continue
@@ -176,30 +196,40 @@ def _collect_linears(found: Inspection) -> None:
         if len(packed.shape) != 2:
             found.problems.append(f"{name}: not a matrix")
             continue
+        of_vocabulary = linear in found.config.eight_bit
+        scheme = VOCABULARY_SCHEME if of_vocabulary else found.config.quant_scheme
         n, k = packed.shape[0], packed.shape[1] * 32 // scheme.bits
         try:
-            specs = tensor_specs(scheme, n, k)
+            stored = QuantizedLinear(linear, n, k, _stored_bytes(found, linear, scheme, n, k))
         except ValueError as error:
             found.problems.append(f"{name}: {error}")
             continue
-        nbytes = 0
-        for suffix, spec in specs.items():
-            tensor = found.tensors.get(f"{linear}.{suffix}")
-            dtypes = _SPEC_DTYPES.get(spec.dtype, _MODEL_DTYPES)
-            if tensor is None:
-                found.problems.append(f"{linear}.{suffix}: missing")
-            elif tensor.shape != spec.shape or tensor.dtype not in dtypes:
-                found.problems.append(
-                    f"{linear}.{suffix}: {tensor.dtype} {list(tensor.shape)} in {tensor.file}, but "
-                    f"{scheme.name} needs {'/'.join(dtypes)} {list(spec.shape)}"
-                )
-            else:
-                nbytes += tensor.nbytes
         if found.config.is_ignored(linear):
             found.problems.append(f"{linear}: quantized, but listed as left in 16 bits")
-        found.linears.append(QuantizedLinear(linear, n, k, nbytes))
+        (found.vocabulary if of_vocabulary else found.linears).append(stored)
     if not found.linears:
         found.problems.append("no quantized linear at all")
+
+
+def _stored_bytes(found: Inspection, linear: str, scheme: QuantScheme, n: int, k: int) -> int:
+    """Of the tensors of a linear [N, K] that are as the scheme has them; the others are problems.
+
+    ValueError if the scheme cannot store it.
+    """
+    nbytes = 0
+    for suffix, spec in tensor_specs(scheme, n, k).items():
+        tensor = found.tensors.get(f"{linear}.{suffix}")
+        dtypes = _SPEC_DTYPES.get(spec.dtype, _MODEL_DTYPES)
+        if tensor is None:
+            found.problems.append(f"{linear}.{suffix}: missing")
+        elif tensor.shape != spec.shape or tensor.dtype not in dtypes:
+            found.problems.append(
+                f"{linear}.{suffix}: {tensor.dtype} {list(tensor.shape)} in {tensor.file}, but "
+                f"{scheme.name} needs {'/'.join(dtypes)} {list(spec.shape)}"
+            )
+        else:
+            nbytes += tensor.nbytes
+    return nbytes
 
 
 def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:

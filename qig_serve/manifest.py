@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION, SCHEMES, QuantScheme
 
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
+"""Last words of the names of output head and embedding, in every family."""
+
 
 class CalibrationInfo(BaseModel):
     """What the checkpoint was calibrated on."""
@@ -37,6 +40,9 @@ class QuantizationConfig(BaseModel):
     group_size: int | None
     ignore: list[str]
     """Modules left in 16 bits: names in the checkpoint, matched as dotted prefixes."""
+    eight_bit: list[str] = Field(default_factory=list)
+    """Output head and embedding, where their weights are stored in formats.VOCABULARY_SCHEME: names
+    in the checkpoint. A tied model has the embedding alone here, and no tensor of the head."""
     model_type: str = ""
     architectures: list[str] = Field(default_factory=list)
     """Those of config.json when it was quantized, so that another one beside the tensors is seen;
@@ -68,6 +74,36 @@ class QuantizationConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _eight_bit_is_vocabulary(self) -> QuantizationConfig:
+        for name in self.eight_bit:
+            if not name.endswith((HEAD, EMBEDDING)) or self.is_ignored(name):
+                raise ValueError(
+                    f"eight_bit names {name!r}, which is no {HEAD} or {EMBEDDING}, or is listed as "
+                    "left in 16 bits, too"
+                )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """As config.json has it; without `eight_bit` where nothing is, for older readers."""
+        return self.model_dump(mode="json", exclude=None if self.eight_bit else {"eight_bit"})
+
+    @property
+    def eight_bit_embedding(self) -> str | None:
+        """The embedding in 8 bits; None where it is in 16."""
+        return next((name for name in self.eight_bit if name.endswith(EMBEDDING)), None)
+
+    @property
+    def eight_bit_head(self) -> str | None:
+        """The output head in 8 bits with tensors of its own; None where it is tied or in 16."""
+        return next((name for name in self.eight_bit if name.endswith(HEAD)), None)
+
+    @property
+    def eight_bit_is_tied(self) -> bool:
+        """Whether the embedding in 8 bits is the output head, too."""
+        heads = [name for name in (*self.ignore, *self.eight_bit) if name.endswith(HEAD)]
+        return self.eight_bit_embedding is not None and not heads
+
     @property
     def quant_scheme(self) -> QuantScheme:
         """The scheme of the weights."""
@@ -95,6 +131,8 @@ def read_quantization_config(config: dict[str, Any], where: str) -> Quantization
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "this qig-serve does not know it: upgrade qig-serve, or quantize again"
         raise UserError(
             f"{where}: quantization_config{'.' + place if place else ''}: {message}"
         ) from None

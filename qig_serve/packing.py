@@ -6,6 +6,8 @@ Shapes: weight [N, K]; scale and zero point [N, G] with G groups along K. Arithm
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from qig_serve.formats import QuantScheme
@@ -116,6 +118,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
         raise ValueError(f"codes must lie in {low}..{high} for {bits} bits")
+    if bits == 8 and sys.byteorder == "little":
+        return codes.contiguous().view(torch.int32)
     words = 32 * bits // 32
     fields = (codes.to(torch.int64) & ((1 << bits) - 1)).reshape(n, k // 32, 32)
     packed = torch.zeros(n, k // 32, words, dtype=torch.int64, device=codes.device)
@@ -131,6 +135,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
     """Inverse of `pack`: int32 [N, K * bits / 32] -> codes [N, K], int8 if signed else uint8."""
     n = packed.shape[0]
+    if bits == 8 and sys.byteorder == "little":
+        return packed.contiguous().view(torch.int8 if signed else torch.uint8)
     words = packed.to(torch.int64).reshape(n, -1, bits) & 0xFFFFFFFF  # `bits` words hold 32 codes
     out = torch.empty(n, words.shape[1], 32, dtype=torch.int64, device=packed.device)
     for i in range(32):
@@ -166,3 +172,30 @@ def unpack_linear(tensors: dict[str, torch.Tensor], scheme: QuantScheme) -> torc
     """The dequantized weight [N, K] in fp32 of the tensors of `pack_linear`."""
     codes = unpack(tensors["weight_packed"], scheme.bits, scheme.symmetric)
     return dequantize(codes, tensors["weight_scale"], tensors.get("weight_zero_point"))
+
+
+_ROWS_AT_ONCE = 8192  # of a vocabulary: bounds the fp32 temporaries
+
+
+def pack_rows(weight: torch.Tensor, scheme: QuantScheme) -> dict[str, torch.Tensor]:
+    """The tensors of `pack_linear` of a weight [N, K] rounded to nearest, some rows at a time.
+
+    For schemes with one scale per row, whose tensors are rows, too.
+    """
+    parts = []
+    for rows in weight.split(_ROWS_AT_ONCE):
+        scale, zero = minmax_params(rows, scheme)
+        codes = quantize(rows, scale, zero, scheme)
+        parts.append(pack_linear(codes, scale, zero, scheme, weight.dtype))
+    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+def unpack_rows(
+    tensors: dict[str, torch.Tensor], scheme: QuantScheme, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight [N, K] in `dtype` of the tensors of `pack_rows`, some rows at a time."""
+    some = [
+        dict(zip(tensors, rows, strict=True))
+        for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors.values()), strict=True)
+    ]
+    return torch.cat([unpack_linear(part, scheme).to(dtype) for part in some])

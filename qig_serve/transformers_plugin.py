@@ -23,9 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qig_serve.errors import UserError
-from qig_serve.formats import QUANT_METHOD, QuantScheme, tensor_specs
-from qig_serve.manifest import read_quantization_config
-from qig_serve.packing import fake_quantize_activation, unpack_linear
+from qig_serve.formats import QUANT_METHOD, VOCABULARY_SCHEME, QuantScheme, tensor_specs
+from qig_serve.manifest import QuantizationConfig, read_quantization_config
+from qig_serve.packing import fake_quantize_activation, unpack_linear, unpack_rows
 
 
 class PackedLinear(nn.Module):
@@ -62,6 +62,49 @@ class QuantizedInputLinear(nn.Linear):
         return super().forward(fake_quantize_activation(input))
 
 
+class PackedVocabulary:
+    """Output head and embedding, holding what the checkpoint stores of them until `dequantize`.
+
+    The modules stay those of the model, which may be classes of its own; their weight is taken out
+    for as long.
+    """
+
+    def __init__(self, model: Any, manifest: QuantizationConfig) -> None:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        named = ((embedding, manifest.eight_bit_embedding), (head, manifest.eight_bit_head))
+        self.packed: list[Any] = [module for module, name in named if name]
+        self.tied = (head, embedding) if manifest.eight_bit_is_tied else None
+        self.model, self.tied_names = model, model.all_tied_weights_keys
+        if self.tied:
+            head.weight = None
+            head._is_hf_initialized = True
+            model.all_tied_weights_keys = {}  # transformers would look for what is not there
+        for module in self.packed:
+            n, k = module.weight.shape
+            module.weight = None
+            module._is_hf_initialized = True
+            for suffix, spec in tensor_specs(VOCABULARY_SCHEME, n, k).items():
+                empty = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
+                module.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
+
+    def dequantize(self, dtype: torch.dtype) -> None:
+        """Give the modules the weights that the codes stand for."""
+        for module in self.packed:
+            suffixes = list(tensor_specs(VOCABULARY_SCHEME, 128, 128))
+            tensors = {suffix: getattr(module, suffix).data for suffix in suffixes}
+            for suffix in suffixes:
+                delattr(module, suffix)
+            weight: Any = nn.Parameter(
+                unpack_rows(tensors, VOCABULARY_SCHEME, dtype), requires_grad=False
+            )
+            weight._is_hf_initialized = True
+            module.weight = weight
+            self.model._init_weights(module)  # what it computes itself, as Gemma's scale
+        if self.tied:
+            self.tied[0].weight = self.tied[1].weight
+        self.model.all_tied_weights_keys = self.tied_names
+
+
 class QigQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a qig checkpoint, as transformers holds it."""
 
@@ -77,12 +120,14 @@ class QigQuantizer(HfQuantizer):
         manifest = read_quantization_config(self.quantization_config.to_dict(), "config.json")
         for name, linear in decoder_linears(model).items():
             _replace(model, name, PackedLinear(linear, manifest.quant_scheme))
+        self.vocabulary = PackedVocabulary(model, manifest)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         dtype = model.config.dtype  # the one asked for
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 _replace(model, name, module.dequantized(dtype))
+        self.vocabulary.dequantize(dtype)
         for parameter in model.parameters():  # loaded as stored; scales had to be
             parameter.data = parameter.data.to(dtype)
         return model

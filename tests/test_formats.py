@@ -67,3 +67,34 @@ def test_manifest_reads_and_matches_prefixes() -> None:
 def test_manifest_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_quantization_config(GOOD | change, "config.json")
+
+
+VOCABULARY = ["language_model.lm_head", "language_model.model.embed_tokens"]
+
+
+def test_manifest_says_what_of_the_vocabulary_is_in_8_bits() -> None:
+    """Older readers do not know the field, so that they refuse; it is absent where nothing is."""
+    plain = read_quantization_config(GOOD, "config.json")
+    assert plain.eight_bit == [] and "eight_bit" not in plain.to_json()
+    both = read_quantization_config(
+        GOOD | {"ignore": ["vision_tower"], "eight_bit": VOCABULARY}, "config.json"
+    )
+    assert (both.eight_bit_head, both.eight_bit_embedding) == tuple(VOCABULARY)
+    assert not both.eight_bit_is_tied and both.to_json()["eight_bit"] == VOCABULARY
+    tied = read_quantization_config(
+        GOOD | {"ignore": ["vision_tower"], "eight_bit": VOCABULARY[1:]}, "config.json"
+    )
+    assert tied.eight_bit_is_tied and tied.eight_bit_head is None
+    head_alone = read_quantization_config(GOOD | {"eight_bit": VOCABULARY[1:]}, "config.json")
+    assert not head_alone.eight_bit_is_tied, "the head has a tensor of its own in 16 bits"
+
+
+@pytest.mark.parametrize("name", ["vision_tower", VOCABULARY[0]])
+def test_manifest_refuses_other_modules_in_8_bits(name: str) -> None:
+    with pytest.raises(UserError, match=f"eight_bit names '{name}'"):
+        read_quantization_config(GOOD | {"eight_bit": [name]}, "config.json")
+
+
+def test_an_unknown_field_asks_for_a_newer_version() -> None:
+    with pytest.raises(UserError, match=r"quantization_config\.sparsity: .* upgrade qig-serve"):
+        read_quantization_config(GOOD | {"sparsity": 2}, "config.json")

@@ -124,3 +124,22 @@ def test_activation_codes() -> None:
     assert scale[0].item() == 1.0
     torch.testing.assert_close(scale[1:, 0], torch.tensor([2 / 127, 1.0]))
     assert packing.fake_quantize_activation(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_rows_are_packed_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary's table in 8 bits: as whole, and its words are the codes' own bytes."""
+    monkeypatch.setattr(packing, "_ROWS_AT_ONCE", 3)
+    scheme = SCHEMES["w8a16"]
+    weight = torch.randn(8, 128).bfloat16()
+    weight[5] = 0
+    stored = packing.pack_rows(weight, scheme)
+    scale, _ = packing.minmax_params(weight, scheme)
+    codes = packing.quantize(weight, scale, None, scheme)
+    assert torch.equal(stored["weight_packed"].view(torch.int8), codes)
+    assert torch.equal(stored["weight_packed"], packing.pack(codes, 8))
+    assert {k: (v.shape, str(v.dtype)[6:]) for k, v in stored.items()} == {
+        k: (torch.Size(s.shape), s.dtype) for k, s in tensor_specs(scheme, 8, 128).items()
+    }
+    found = packing.unpack_rows(stored, scheme, torch.float32)
+    assert torch.equal(found, packing.unpack_linear(stored, scheme))
+    assert float((found - weight.float()).abs().max()) <= float(scale.max()) / 2 * 1.001

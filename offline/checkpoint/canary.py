@@ -3,7 +3,8 @@
 Before it is published, in whatever form, one batch of calibration samples goes through the
 checkpoint as a stranger would load it (written.py): transformers reads what stands before the
 decoder, every block is built from the written config.json and the unpacked tensors, one at a time.
-The last hidden states are those of the run's quantized stream, or it is not published.
+The last hidden states are those of the run's quantized stream, or it is not published. Of an output
+head or an embedding in 8 bits every weight is compared with the source's.
 
 What a checkpoint in our form gives for a sample that everyone can make is kept in canary.json, so
 that `qig-serve doctor` can ask again: of a copy, years later, with other versions.
@@ -22,6 +23,7 @@ from PIL import Image
 
 from qig_serve import model_directory
 from qig_serve.errors import UserError
+from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
 from qig_serve.offline.calibration.batches import IMAGE, CalibrationBatch, make_batches
 from qig_serve.offline.checkpoint.written import CompressedModel, PlainModel, WrittenModel
 from qig_serve.offline.disk import write_text
@@ -29,10 +31,14 @@ from qig_serve.offline.passes.capture import first_output, quantized_activations
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.offline.source.surplus import check_block
+from qig_serve.offline.source.tensors import SourceCheckpoint
+from qig_serve.packing import unpack_rows
 from qig_serve.samples import sample_from_parts
 from qig_serve.weight_files import FLOATS
 
 RECORD_FILE = "canary.json"
+_ROWS = 4096  # of a table, compared at once
+_HALF_A_STEP = 0.501  # and what fp32 rounds
 READERS: Mapping[str, type[WrittenModel]] = {
     "qig": WrittenModel,
     "compressed-tensors": CompressedModel,
@@ -106,11 +112,16 @@ class Canary:
             check_block(original.source, prefix, {n.removeprefix(prefix) for n in used})
 
     def _check_names(self, written: WrittenModel) -> None:
-        """All of the source outside the blocks is there, as it was."""
+        """All of the source outside the blocks is there, as it was or rounded."""
         source = self.original.source
         by_name = {self.original.served_name(name): name for name in source}
         inside = (self.original.source_prefix, written.source_prefix)
-        for name in sorted({*by_name, *written.source}):
+        rounded = set()
+        for module in self.original.eight_bit:
+            parts = {f"{module}.{suffix}" for suffix in tensor_specs(VOCABULARY_SCHEME, 128, 128)}
+            rounded |= {f"{module}.weight", *parts}
+            _check_rounding(source, written.source, module)
+        for name in sorted({*by_name, *written.source} - rounded):
             if name.startswith(inside):
                 continue
             if name not in by_name or name not in written.source:
@@ -140,6 +151,28 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     found, wanted = found.double(), wanted.double()
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def _check_rounding(source: SourceCheckpoint, written: SourceCheckpoint, module: str) -> None:
+    """UserError unless a table in 8 bits is within half a step of the source's, row by row."""
+    name = f"{module}.weight"
+    if name in written:
+        raise UserError(f"{name} is in the written checkpoint, which has it in 8 bits, too")
+    parts = {
+        suffix: written.tensor(f"{module}.{suffix}")
+        for suffix in tensor_specs(VOCABULARY_SCHEME, 128, 128)
+    }
+    weight = source.tensor(name)
+    scale = parts["weight_scale"]
+    for start in range(0, len(weight), _ROWS):
+        some = {suffix: tensor[start : start + _ROWS] for suffix, tensor in parts.items()}
+        found = unpack_rows(some, VOCABULARY_SCHEME, torch.float32)
+        error = (found - weight[start : start + _ROWS].float()).abs()
+        if not bool((error <= _HALF_A_STEP * scale[start : start + _ROWS]).all()):
+            raise UserError(
+                f"{module} in the written checkpoint is further than half a step from {name} of "
+                "the source"
+            )
 
 
 # --- the record ----------------------------------------------------------------------------------

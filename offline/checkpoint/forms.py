@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from qig_serve.architectures import Architecture
-from qig_serve.formats import QuantScheme
+from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.checkpoint.packed import packed_linears
 from qig_serve.offline.source.tensors import SourceCheckpoint
-from qig_serve.packing import unpack_linear
+from qig_serve.packing import pack_rows, unpack_linear
 
 Tensors = dict[str, torch.Tensor]
 
@@ -35,11 +35,21 @@ class Form:
     """What is added to the source's config.json."""
     convert: Callable[[Tensors], Tensors] | None = None
     """Tensors of a packed block's shard, by name, as they are published; None: as they are."""
+    eight_bit: frozenset[str] = frozenset()
+    """Output head and embedding, where they are stored in 8 bits."""
+
+    def outside(self, name: str, tensor: torch.Tensor) -> Tensors:
+        """A tensor of the source that is in no block, as it is published."""
+        module = name.removesuffix(".weight")
+        if module == name or module not in self.eight_bit:
+            return {name: tensor}
+        packed = pack_rows(tensor, VOCABULARY_SCHEME)
+        return {f"{module}.{suffix}": part for suffix, part in packed.items()}
 
 
 def qig(config: QuantizationConfig) -> Form:
     """Our own form."""
-    return Form({"quantization_config": config.model_dump(mode="json")})
+    return Form({"quantization_config": config.to_json()}, eight_bit=frozenset(config.eight_bit))
 
 
 def compressed(config: QuantizationConfig, arch: Architecture, left_alone: Iterable[str]) -> Form:
@@ -47,7 +57,7 @@ def compressed(config: QuantizationConfig, arch: Architecture, left_alone: Itera
     scheme = config.quant_scheme
     theirs = compressed_tensors.quantization_config(arch, scheme, left_alone)
     return Form(
-        {"quantization_config": theirs, "qig": config.model_dump(mode="json")},
+        {"quantization_config": theirs, "qig": config.to_json()},
         partial(compressed_tensors.compress, scheme=scheme),
     )
 

@@ -205,7 +205,7 @@ class CheckpointWriter:
             if form.convert is not None:
                 done_with = shards  # kept to the end: a killed run is resumed from them
                 shards = [_converted(path, form) for path in shards]
-            number_shards(shards + self._copy_untouched())
+            number_shards(shards + self._copy_untouched(form))
             self._copy_other_files()
             config = json.loads((self.source.directory / "config.json").read_text("utf-8"))
             config |= form.config
@@ -236,10 +236,14 @@ class CheckpointWriter:
         for path in self.directory.rglob("*.tmp"):
             path.unlink()
 
-    def _copy_untouched(self) -> list[Path]:
+    def _copy_untouched(self, form: Form) -> list[Path]:
         replaced = {name for block in self._blocks.values() for name in block["replaced"]}
         untouched = (name for name in self.source if name not in replaced)
-        tensors = ((self._served_name(name), self.source.tensor(name)) for name in untouched)
+        tensors = (
+            (self._served_name(stored), tensor)
+            for name in untouched
+            for stored, tensor in form.outside(name, self.source.tensor(name)).items()
+        )
         return save_shards(tensors, self.directory, "rest")
 
     def _copy_other_files(self) -> None:

@@ -210,6 +210,25 @@ vllm serve {title}                     # the same, where qig-serve is installed:
 ```"""
 
 
+def _unchanged(report: QuantizationReport) -> str:
+    """What lies outside of the decoder, and in how many bits."""
+    names = {"lm_head": "output head", "embed_tokens": "embedding"}
+    in_8 = [text for end, text in names.items() if any(n.endswith(end) for n in report.eight_bit)]
+    tied = in_8 == ["embedding"] and not any(n.endswith("lm_head") for n in report.left_alone)
+    if len(in_8) == 2 or tied:
+        return (
+            "Vision tower and projector are\nunchanged, output head and embedding in 8 bits (one "
+            "scale for an entry of the vocabulary)."
+        )
+    if in_8:
+        other = next(text for text in names.values() if text not in in_8)
+        return (
+            f"Vision tower, projector and\n{other} are unchanged, the {in_8[0]} is in 8 bits (one "
+            "scale for an entry of the vocabulary)."
+        )
+    return "Vision tower, projector, embeddings and\noutput head are unchanged."
+
+
 def model_card(
     report: QuantizationReport,
     quantization_config: Mapping[str, Any],
@@ -241,8 +260,7 @@ def model_card(
 # {title}
 
 `{name}` with the linears of its language model in {scheme.bits} bits ({activations}; one scale for
-{scales}), quantized by the method `{report.method}`. Vision tower, projector, embeddings and
-output head are unchanged.
+{scales}), quantized by the method `{report.method}`. {_unchanged(report)}
 
 ## Serve
 

@@ -376,6 +376,11 @@ def _left_alone(report: QuantizationReport) -> str:
     rows = [[name, _reason(name)] for name in report.left_alone]
     if rows:
         rows.append(["norms and biases of the decoder blocks", "vectors, no matrices"])
+    eight = ", ".join(report.eight_bit)
     return _section(
-        "Left in 16 bits, and why", _table(["module", "why"], rows, 2) if rows else None
+        "Left in 16 bits, and why",
+        _table(["module", "why"], rows, 2) if rows else None,
+        f"<p>In 8 bits, one scale for an entry of the vocabulary: {html.escape(eight)}.</p>"
+        if eight
+        else None,
     )

@@ -106,6 +106,8 @@ class LoadedModel:
         self.device = device
         self.text_config = config.get_text_config()
         self.dtype: torch.dtype = model_directory.model_dtype(directory)
+        self.eight_bit: list[str] = []
+        """Output head and embedding, names in the files, where they are to be stored in 8 bits."""
         self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         decoder = model.get_submodule(arch.decoder)
         self._block_class = type(decoder.layers[0])
@@ -159,8 +161,9 @@ class LoadedModel:
         return self.arch.served_name(name, getattr(tower, "model_type", None))
 
     def left_alone(self) -> list[str]:
-        """Modules that stay in 16 bits: shortest names that cover all but the decoder blocks."""
-        return outside_blocks(self.source, self._prefix)
+        """Modules that stay in 16 bits: shortest names that cover all that is not quantized."""
+        names = outside_blocks(self.source, self._prefix)
+        return [name for name in names if name not in self.eight_bit]
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Block `index` with its weights, in `dtype` on the device, in eval mode."""

@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     console.print(
         f"\nEach with {' and '.join(TESTED)}; --json names the class that serves it in vLLM.\n\n"
-        "Quantized in every decoder block: q, k, v, o, gate, up and down. Left in 16 bits: "
-        "vision tower, projector, embeddings, norms and lm_head. InternVL2 as published "
+        "Quantized in every decoder block: q, k, v, o, gate, up and down. Output head "
+        "and embedding: 8 bits or 16 (quantize --head, --embeddings). Left in 16 bits: vision "
+        "tower, projector and norms. InternVL2 as published "
         "(internvl_chat) goes through `qig-serve convert` first.\n\n"
         "Tested for each on a tiny random model of the real architecture: names of published "
         "files, every linear covered, blocks one at a time computing the model, folding, a "

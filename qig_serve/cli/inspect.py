@@ -82,10 +82,15 @@ def _record(found: Inspection | None, wrong: list[str], verified: bool) -> dict[
         "bytes": found.nbytes,
         "bytes_in_16_bits": found.bytes_in_16_bits,
         "bits_a_weight": found.bits,
+        "bits_a_weight_of_model": found.bits_of_model,
         "tensor_parallel_sizes": config.tensor_parallel_sizes,
         "linears": {
             linear.name: {"out": linear.n, "in": linear.k, "bits_a_weight": linear.bits}
             for linear in found.linears
+        },
+        "vocabulary": {
+            table.name: {"out": table.n, "in": table.k, "bits_a_weight": table.bits}
+            for table in found.vocabulary
         },
         "left_in_16_bits": found.left_alone(),
     }
@@ -108,8 +113,8 @@ def _print_facts(console: Console, found: Inspection) -> None:
         ("family", found.model_type),
         (
             "size",
-            f"{_size(found.nbytes)} of tensors; {_size(found.bytes_in_16_bits)} with every "
-            "weight in 16 bits",
+            f"{_size(found.nbytes)} of tensors, {found.bits_of_model:.2f} bits per weight over all "
+            f"of the model; {_size(found.bytes_in_16_bits)} with every weight in 16 bits",
         ),
         (
             "quantized",
@@ -125,10 +130,10 @@ def _print_facts(console: Console, found: Inspection) -> None:
         console.print(f"{name:<16}{text}")
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("quantized linear", "layers", "out x in", "bits per weight"):
+    for column in ("quantized", "layers", "out x in", "bits per weight"):
         table.add_column(column, justify="left" if column.startswith("q") else "right")
     kinds: dict[tuple[str, int, int], list[float]] = {}
-    for linear in found.linears:
+    for linear in [*found.linears, *found.vocabulary]:
         kind = ".".join(linear.name.split(".")[-2:])
         kinds.setdefault((kind, linear.n, linear.k), []).append(linear.bits)
     for (kind, n, k), bits in kinds.items():

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             options["metavar"] = name.upper()
             if get_origin(field.annotation) is Literal:
-                options["metavar"] = "{" + ",".join(get_args(field.annotation)) + "}"
+                options["metavar"] = "{" + ",".join(map(str, get_args(field.annotation))) + "}"
         fields.add_argument(flag, help=f"{field.description}{default}", **options)
 
 

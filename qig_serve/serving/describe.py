@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.formats import QuantScheme, tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme, tensor_specs
 from qig_serve.inspection import require_sound
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import (
@@ -217,7 +217,7 @@ def describe(
     manifest = stored.config
     scheme = manifest.quant_scheme
     backend, capability = kernel_backend(), device_capability()
-    layers, quantized, other, memory = [], 0, 0, 0
+    layers, quantized, other, memory, vocabulary = [], 0, 0, 0, 0
     for name, tensor in sorted(stored.tensors.items()):
         prefix, _, suffix = name.rpartition(".")
         if suffix not in ("weight_packed", "weight_scale", "weight_zero_point"):
@@ -226,13 +226,17 @@ def describe(
         quantized += tensor.nbytes
         if suffix != "weight_packed":
             continue
-        n, k = tensor.shape[0], tensor.shape[1] * 32 // scheme.bits
+        its = VOCABULARY_SCHEME if prefix in manifest.eight_bit else scheme
+        n, k = tensor.shape[0], tensor.shape[1] * 32 // its.bits
         part = _shard(prefix, n, k, tensor_parallel_size)
-        possible, reason = backend.can_implement(scheme, *part, dtype, capability)
-        kernel = kernel_name(scheme, *part, dtype)
+        possible, reason = backend.can_implement(its, *part, dtype, capability)
+        kernel = kernel_name(its, *part, dtype)
         layers.append(LayerReport(prefix, n, k, kernel, None if possible else reason))
-        if possible:
-            memory += part[0] * _bytes_of_rows(scheme, part[1], dtype) // _ROWS
+        needed = part[0] * _bytes_of_rows(its, part[1], dtype) // _ROWS if possible else 0
+        if its is scheme:
+            memory += needed
+        else:
+            vocabulary += needed
     device = "cpu" if capability is None else f"cuda {capability[0]}.{capability[1]}"
     config = load_config(directory)
     refused = refused_sizes(config, scheme.k_multiple, split_vision_tower)
@@ -246,7 +250,7 @@ def describe(
         layers=tuple(layers),
         quantized_bytes=quantized,
         other_bytes=other,
-        memory_bytes=memory // pipeline_parallel_size + other,
+        memory_bytes=memory // pipeline_parallel_size + vocabulary + other,
         device_bytes=current_platform.get_device_total_memory(),
         tensor_parallel_size=tensor_parallel_size,
         tensor_parallel_refused=refused,

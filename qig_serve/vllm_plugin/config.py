@@ -28,6 +28,7 @@ class QigConfig(QuantizationConfig):
         self.manifest = read_quantization_config(checkpoint, "config.json")
         self.scheme = self.manifest.quant_scheme
         self.ignored = set(self.manifest.ignore)
+        self.eight_bit = set(self.manifest.eight_bit)
 
     def __repr__(self) -> str:
         return f"QigConfig(scheme={self.scheme.name}, method={self.manifest.method})"
@@ -74,25 +75,45 @@ class QigConfig(QuantizationConfig):
         vLLM calls this for the model and again for the language model inside it. The rules are
         for weights ("lm_head." -> "language_model.lm_head."), hence the suffix.
         """
-        for name in sorted(self.ignored):
-            for mapped in hf_to_vllm_mapper.apply_list([f"{name}.weight"]):
-                self.ignored.add(mapped.removesuffix(".weight"))
+        for names in (self.ignored, self.eight_bit):
+            for name in sorted(names):
+                for mapped in hf_to_vllm_mapper.apply_list([f"{name}.weight"]):
+                    names.add(mapped.removesuffix(".weight"))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The linear method of the layer at `prefix` (vLLM's name); None for what is no linear."""
+        """The method of the layer at `prefix` (vLLM's name); None for what stays in 16 bits."""
         from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from qig_serve.vllm_plugin.linear import QigLinearMethod
 
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
-            return None  # attention, embeddings and lm_head stay in 16 bits
+            return None  # attention
         if self.is_ignored(prefix):
             return UnquantizedLinearMethod()
         vllm_config = get_current_vllm_config()
         patches.do_without_a_compiler(vllm_config)
         patches.ask_for_amx()
         return QigLinearMethod(self, prefix, vllm_config.load_config.load_format == "dummy")
+
+    def _vocabulary_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Of an output head or an embedding."""
+        from vllm.config import get_current_vllm_config
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from qig_serve.vllm_plugin.embedding import QigEmbeddingMethod
+
+        is_head = isinstance(layer, ParallelLMHead)
+        stored = self.manifest.eight_bit_head if is_head else self.manifest.eight_bit_embedding
+        tied = is_head and self.manifest.eight_bit_is_tied
+        # Some models give the decoder's embedding no name.
+        if not tied and (stored is None or (prefix and prefix not in self.eight_bit)):
+            return None
+        dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        return QigEmbeddingMethod(prefix or str(stored), dummy, tied)
 
     def is_ignored(self, prefix: str) -> bool:
         """Whether a module (vLLM's name) is left in 16 bits; ValueError if only partly so."""

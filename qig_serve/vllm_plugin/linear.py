@@ -25,7 +25,7 @@ from qig_serve.tensor_parallel import sizes_for_inputs
 if TYPE_CHECKING:
     from qig_serve.vllm_plugin.config import QigConfig
 
-_SMALLEST_SCALE = 1e-6  # of dummy weights
+SMALLEST_SCALE = 1e-6  # of dummy weights
 
 
 def kernel_backend() -> ModuleType:
@@ -97,7 +97,7 @@ class QigLinearMethod(LinearMethodBase):
         for suffix, spec in tensor_specs(self.scheme, n, k).items():
             dtype = params_dtype if spec.dtype == "model" else getattr(torch, spec.dtype)
             data = torch.zeros(spec.shape, dtype=dtype)
-            load = _checked(
+            load = checked(
                 extra_weight_attrs["weight_loader"], f"{self.prefix}.{suffix}", on_disk[suffix]
             )
             if suffix == "weight_packed":
@@ -134,7 +134,7 @@ class QigLinearMethod(LinearMethodBase):
         """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
         tensors = {suffix: getattr(layer, suffix).data for suffix in self._suffixes(layer)}
         if self.dummy:  # scales of either sign, which no kernel has to understand
-            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(_SMALLEST_SCALE)
+            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
         if not bool((tensors["weight_scale"] > 0).all()):
             raise ValueError(
                 f"{self.prefix}.weight_scale: the checkpoint has no scales for this layer, or "
@@ -167,7 +167,7 @@ class QigLinearMethod(LinearMethodBase):
         return self.backend.linear(self.scheme, x, prepared, layer.qig_n, layer.qig_k, bias)
 
 
-def _checked(load: Callable[..., None], name: str, spec: TensorSpec) -> Callable[..., None]:
+def checked(load: Callable[..., None], name: str, spec: TensorSpec) -> Callable[..., None]:
     """`load`, refusing a tensor whose dtype or row length is not what the format stores.
 
     vLLM would cast the one in silence and stop at a bare assertion on the other.

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_cpu.py [--n 4096 --k 4096 --threads 1 --json FILE]
 
-The three are timed in turns, so that a busy machine slows all of them alike; medians. `cold` goes
-round several copies of the weights that together exceed the last-level cache, as a model does.
+Decoder linears in w3a16 and w4a8, and the vocabulary's tables in w8a16. They are timed in turns, so
+that a busy machine slows all of them alike; medians. `cold` goes round several copies of the
+weights that together exceed the last-level cache, as a model does.
 Ratios are bf16's time over ours: above 1 is faster.
 """
 
@@ -25,8 +26,10 @@ from qig_serve.formats import get_scheme
 from qig_serve.kernels import cpu
 
 ROWS = (1, 4, 16, 32, 64, 256, 1024)
+NAMES = ("w3a16", "w4a8", "w8a16")
 GOALS = {("w3a16", 1): 3.0, ("w3a16", 256): 0.6, ("w4a8", 1): 5.0, ("w4a8", 256): 1.3}
-BITS_GOAL = {"w3a16": 5.0, "w4a8": 8.0}
+GOALS |= {("w8a16", 1): 1.0, ("w8a16", 256): 1.0}
+BITS_GOAL = {"w3a16": 5.0, "w4a8": 8.0, "w8a16": 8.1}
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -70,9 +73,9 @@ def main() -> int:
     torch.manual_seed(0)
     weight = torch.randn(args.n, args.k) / args.k**0.5
     held = {}
-    copies: dict[str, list[Layer]] = {"bf16": [], "w3a16": [], "w4a8": []}
+    copies: dict[str, list[Layer]] = {name: [] for name in ("bf16", *NAMES)}
     for _ in range(args.copies):
-        for name in ("w3a16", "w4a8"):
+        for name in NAMES:
             layer, held[name] = quantized_layer(name, weight)
             copies[name].append(layer)
         half = weight.to(torch.bfloat16, copy=True)
@@ -84,7 +87,7 @@ def main() -> int:
     )
     for name, bits in held.items():
         print(f"{name}: {bits:.3f} bits held a weight, scales and compensation included")
-    print(f"{'M':>5} {'':>5} {'bf16':>9} {'w3a16':>9} {'ratio':>6} {'w4a8':>9} {'ratio':>6}")
+    print(f"{'M':>5} {'':>5} {'bf16':>9}" + "".join(f" {name:>9} {'ratio':>6}" for name in NAMES))
     rows, missed = [], []
     for m in args.rows:
         x = torch.randn(m, args.k, dtype=torch.bfloat16)
@@ -92,12 +95,9 @@ def main() -> int:
         for state in ("warm", "cold"):
             chosen = {name: c[:1] if state == "warm" else c for name, c in copies.items()}
             t = medians(chosen, x, repeats)
-            ratio = {name: t["bf16"] / t[name] for name in ("w3a16", "w4a8")}
-            print(
-                f"{m:>5} {state:>5} {t['bf16'] * 1e3:9.3f} {t['w3a16'] * 1e3:9.3f} "
-                f"{ratio['w3a16']:6.2f} {t['w4a8'] * 1e3:9.3f} {ratio['w4a8']:6.2f}",
-                flush=True,
-            )
+            ratio = {name: t["bf16"] / t[name] for name in NAMES}
+            columns = "".join(f" {t[name] * 1e3:9.3f} {ratio[name]:6.2f}" for name in NAMES)
+            print(f"{m:>5} {state:>5} {t['bf16'] * 1e3:9.3f}{columns}", flush=True)
             rows.append(
                 {
                     "m": m,

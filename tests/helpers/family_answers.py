@@ -14,6 +14,8 @@ from PIL import Image
 
 TOKENS = 12
 QUESTION = "What color is the star?"
+VOCABULARY_BITS = {"w3a16": 8, "w4a8": 16}
+"""Of output head and embedding; Gemma's are tied."""
 
 
 def _picture() -> Image.Image:
@@ -43,7 +45,8 @@ def quantize_tiny(source: Path, target: Path, scheme: str, **settings: Any) -> P
 
     calib = source.parent / "calib.jsonl"
     calib.write_text(json.dumps({"messages": _messages(), "answer": "a large red star"}) + "\n")
-    wanted = {"scheme": scheme, "method": "awq", "calib": str(calib), "samples": 1, **settings}
+    wanted = {"scheme": scheme, "method": "awq", "calib": str(calib), "samples": 1}
+    wanted |= dict.fromkeys(("head", "embeddings"), VOCABULARY_BITS[scheme]) | settings
     quantize(source, target, make_recipe(wanted), quiet=True)
     return target
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qig_serve import packing
-from qig_serve.formats import FORMAT_VERSION, QuantScheme, get_scheme
+from qig_serve.formats import FORMAT_VERSION, VOCABULARY_SCHEME, QuantScheme, get_scheme
 
 IMAGE, EOS, PAD = 257, 256, 258
 CHAT_TEMPLATE = (
@@ -123,13 +123,25 @@ def _published_name(name: str) -> str:
     return name
 
 
-def quantize(source: Path, directory: Path, scheme_name: str) -> Path:
-    """Write a qig checkpoint of `source`, rounded to nearest, to `directory`."""
+VOCABULARY = ("language_model.lm_head", "language_model.model.embed_tokens")
+
+
+def quantize(source: Path, directory: Path, scheme_name: str, vocabulary_bits: int = 16) -> Path:
+    """Write a qig checkpoint of `source`, rounded to nearest, to `directory`.
+
+    vocabulary_bits: of output head and embedding, 16 or 8.
+    """
+    eight_bit = list(VOCABULARY) if vocabulary_bits == 8 else []
     scheme = get_scheme(scheme_name)
     shutil.copytree(source, directory)
     tensors = load_file(source / "model.safetensors")
     written: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if module in eight_bit:
+            packed = packing.pack_rows(tensor, VOCABULARY_SCHEME)
+            written |= {f"{module}.{key}": t for key, t in packed.items()}
+            continue
         if not is_quantized(name):
             written[name] = tensor
             continue
@@ -150,12 +162,13 @@ def quantize(source: Path, directory: Path, scheme_name: str) -> Path:
         "ignore": [
             "vision_tower",
             "multi_modal_projector",
-            "language_model.lm_head",
-            "language_model.model.embed_tokens",
+            *(name for name in VOCABULARY if name not in eight_bit),
             "language_model.model.norm",
         ],
         "method": "rtn",
     }
+    if eight_bit:
+        config["quantization_config"]["eight_bit"] = eight_bit
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES, get_scheme
-from qig_serve.kernels import cpu
+from qig_serve.kernels import cpu, cpu_w8a16
 
 BF16_NOISE = 4e-3  # one rounding of weights or outputs to 8 bits of mantissa
 
@@ -40,7 +40,7 @@ def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 47, 64, 130])
 @pytest.mark.parametrize("n,k", [(192, 256), (96, 384), (72, 128), (320, 1280)])
-@pytest.mark.parametrize("name", ["w3a16", "w4a8"])
+@pytest.mark.parametrize("name", ["w3a16", "w4a8", "w8a16"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_linear(name: str, n: int, k: int, rows: int, dtype: torch.dtype) -> None:
     tensors, weight = make(name, n, k)
@@ -106,7 +106,7 @@ def test_w4a8_integer_product_is_exact() -> None:
     assert torch.equal(out, exact)
 
 
-@pytest.mark.parametrize("name,bits", [("w3a16", 4.5), ("w4a8", 4.5)])
+@pytest.mark.parametrize("name,bits", [("w3a16", 4.5), ("w4a8", 4.5), ("w8a16", 8.2)])
 def test_bits_held(name: str, bits: float) -> None:
     """No 16-bit copy, and no second copy, stays behind."""
     if name == "w4a8" and not cpu._vllm_kernels():
@@ -137,7 +137,32 @@ def test_refusals() -> None:
     assert "w2a16" in cpu.can_implement(SCHEMES["w2a16"], 64, 128, torch.bfloat16)[1]
 
 
-@pytest.mark.parametrize("name", ["w3a16", "w4a8"])
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+def test_w8a16_with_and_without_instructions_for_bf16(
+    rows: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many rows of x, and more rows of the table than one scratch holds."""
+    monkeypatch.setattr(cpu_w8a16, "multiplies_bf16", lambda: native)
+    monkeypatch.setattr(cpu_w8a16, "_SCRATCH", 3 * 256)
+    tensors, weight = make("w8a16", 77, 256)
+    scheme, x = get_scheme("w8a16"), torch.randn(rows, 256).bfloat16()
+    prepared = cpu.prepare(scheme, tensors, torch.bfloat16)
+    out = cpu.linear(scheme, x, prepared, 77, 256, None)
+    assert relative_error(out, expected("w8a16", x, weight)) < BF16_NOISE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_are_the_dequantized_ones(dtype: torch.dtype) -> None:
+    tensors, weight = make("w8a16", 77, 256)
+    scheme = get_scheme("w8a16")
+    prepared = cpu.prepare(scheme, tensors, dtype)
+    ids = torch.tensor([[0, 76], [3, 3]])
+    rows = cpu.embedding(scheme, ids, prepared, 77, 256, dtype)
+    assert torch.equal(rows, weight[ids].to(dtype))
+
+
+@pytest.mark.parametrize("name", ["w3a16", "w4a8", "w8a16"])
 def test_fake_implementation(name: str) -> None:
     """Shapes are known without running, as torch.compile wants."""
     from torch._subclasses.fake_tensor import FakeTensorMode

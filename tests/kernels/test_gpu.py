@@ -10,6 +10,7 @@ pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():
     from kernel_checks import *  # noqa: F403
     from quantizer_checks import *  # noqa: F403
+    from vocabulary_checks import *  # noqa: F403
 else:
 
     def test_kernels_on_a_cuda_device() -> None:

@@ -15,7 +15,7 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-CHECKS = ["kernel_checks.py", "quantizer_checks.py"]
+CHECKS = ["kernel_checks.py", "quantizer_checks.py", "vocabulary_checks.py"]
 
 
 def run_checks(checks: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -86,7 +86,14 @@ def shortened(name: str, target: Path, blocks: int = BLOCKS) -> Path:
 def run(model: Path, output: Path, scheme: str, method: str) -> dict[str, Any]:
     """{"sha256": of all packed tensors, "codes": a row of each linear of the last block}."""
     recipe = QuantRecipe(
-        scheme=scheme, method=method, calib="demo", samples=SAMPLES, grid=GRID, device="cpu"
+        scheme=scheme,
+        method=method,
+        calib="demo",
+        samples=SAMPLES,
+        grid=GRID,
+        head=16,
+        embeddings=16,
+        device="cpu",
     )
     quantize(model, output, recipe, quiet=True)
     tensors = tensors_of(output)

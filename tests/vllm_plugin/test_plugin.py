@@ -16,7 +16,7 @@ from qig_serve.errors import UserError
 from qig_serve.formats import tensor_specs
 from qig_serve.vllm_plugin import check_vllm_version, register
 from qig_serve.vllm_plugin.config import QigConfig
-from qig_serve.vllm_plugin.linear import QigLinearMethod, _checked
+from qig_serve.vllm_plugin.linear import QigLinearMethod, checked
 
 
 def quantization_config(scheme: str = "w3a16", **changes: Any) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def test_unsupported_size_names_the_layer() -> None:
 def test_wrong_tensors_are_not_cast_or_cut(tensor: torch.Tensor) -> None:
     config = QigConfig.from_config(quantization_config())
     loaded: list[torch.Tensor] = []
-    load = _checked(
+    load = checked(
         lambda parameter, t: loaded.append(t),
         "m.weight_packed",
         tensor_specs(config.scheme, 4, 128)["weight_packed"],

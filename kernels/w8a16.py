@@ -1,0 +1,241 @@
+"""The vocabulary's tables, 8-bit weights with a scale a row: the output head's product, and rows.
+
+    qig::w8a16_linear       x [M, K] -> [M, N]
+    qig::w8a16_embedding    ids [M] -> [M, K], the rows of the table in 16 bits
+
+Both read the bytes of layout.repack_w8a16, so that a tied model holds one table. The product is
+halves.py's, x in two int8 halves and sums exact, for few tokens; for many the rows are dequantized,
+`tile.block_n` at a time, and go through cuBLAS. That is the regime "dequantize".
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qig_serve.kernels import halves, launch, layout, library, quantize_activation
+from qig_serve.kernels.launch import Scratch
+from qig_serve.kernels.library import Prepared
+from qig_serve.kernels.tiles import Tile, select, tile_table
+
+FUSES_ACTIVATIONS = False
+_MOST_HALVES = 64
+_SOME, _MANY = 4, 32  # rows a program looks up: of a few tokens, and of a slice
+
+
+@triton.jit(do_not_specialize=["first", "M", "TILES"])
+def w8a16_rows_kernel(
+    ids_ptr, order_ptr, weight_ptr, scale_ptr, out_ptr, M, N, K, TILES, first,
+    HAS_IDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of rows, pairs of groups): rows ids, or first ..., of the table into [M, K].
+
+    order int32 [128]: the input that lies at each place of a group.
+    """
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(1)
+    there = token < M
+    if HAS_IDS:
+        row = tl.load(ids_ptr + token, mask=there, other=0).to(tl.int32)
+    else:
+        row = token + first
+    row = tl.minimum(tl.maximum(row, 0), N - 1)
+    place = tl.arange(0, 128)
+    order = tl.load(order_ptr + place)
+    scale = tl.load(scale_ptr + row) * 0.125  # 8 times the weight's
+    bytes_ptr = weight_ptr + ((pair * TILES + row // 128) * 32768 + row % 128 * 128)[:, None]
+    bytes_ptr += place[None, :]
+    columns = pair * 256 + order
+    out = out_ptr + token[:, None].to(tl.int64) * K + columns[None, :]
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    w = tl.load(bytes_ptr).to(tl.float32) * scale[:, None]
+    tl.store(out, w.to(DTYPE), mask=there[:, None])
+    w = tl.load(bytes_ptr + 16384).to(tl.float32) * scale[:, None]
+    tl.store(out + 128, w.to(DTYPE), mask=there[:, None] & (columns + 128 < K)[None, :])
+
+
+@functools.cache
+def _order(device: torch.device) -> torch.Tensor:
+    """The table's order of inputs, on its device."""
+    order = layout.ORDERS[launch.orders(device).activations]
+    return torch.tensor(order, dtype=torch.int32, device=device)
+
+
+def _rows(
+    prepared: Prepared, ids: torch.Tensor | None, first: int, n: int, out: torch.Tensor
+) -> torch.Tensor:
+    """Rows `ids` of a table of n, or `first` and what follows it, into out [M, K]."""
+    weight = prepared["weight_bytes"]
+    m, k = out.shape
+    block = _MANY if ids is None else _SOME
+    if m:
+        w8a16_rows_kernel[triton.cdiv(m, block), weight.shape[0]](
+            ids, _order(weight.device), weight, prepared["row_scale"], out, m, n, k,
+            weight.shape[1], first, HAS_IDS=ids is not None, BLOCK=block,
+        )  # fmt: skip
+    return out
+
+
+def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
+    """The checkpoint's tensors of one table (formats.tensor_specs) in the kernels' layout."""
+    packed = tensors["weight_packed"]
+    order = launch.orders(packed.device).activations
+    _order(packed.device)  # made before a CUDA graph is captured
+    return layout.repack_w8a16(packed.view(torch.int8), tensors["weight_scale"], order)
+
+
+def zeros(n: int, k: int, device: torch.device) -> Prepared:
+    """Tensors of zero weights [N, K], in the shapes of `prepare`."""
+    rows = layout.padded_rows(n)
+    shape = (layout.padded_pairs(k), rows // layout.ROW_TILE, 2, layout.ROW_TILE, layout.GROUP)
+    return {
+        "weight_bytes": torch.zeros(shape, dtype=torch.int8, device=device),
+        "row_scale": torch.zeros(rows, dtype=torch.float32, device=device),
+    }
+
+
+def linear(
+    x: torch.Tensor,
+    prepared: Prepared,
+    n: int,
+    bias: torch.Tensor | None,
+    tile: Tile,
+    scratch: Scratch,
+    use_ptx: bool = True,
+) -> torch.Tensor:
+    """x [M, K] contiguous times the prepared table transposed (+ bias [N]): [M, N] of x's dtype.
+
+    use_ptx: as of the other schemes; there is nothing to unpack. ValueError for a tile that wants x
+    in another order than the table's, or if the scratch memory does not suffice.
+    """
+    if tile.regime == "dequantize":
+        return _dequantized_linear(x, prepared, n, bias, tile)
+    orders = launch.orders(x.device)
+    if orders.of_halves(tile) != orders.activations:
+        raise ValueError(f"{tile} is too narrow for the order in which the table lies")
+    halves_of_x, x_scale_sum = quantize_activation.split_halves(x, tile)
+    return halves.product(
+        halves_of_x, x_scale_sum, prepared["weight_bytes"], prepared["row_scale"], bias, n,
+        x.dtype, tile, scratch, use_ptx,
+    )  # fmt: skip
+
+
+def _dequantized_linear(
+    x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None, tile: Tile
+) -> torch.Tensor:
+    """Through cuBLAS; `tile.block_n` rows of the table at a time, or all of them at once (0)."""
+    (m, k), some = x.shape, tile.block_n or n
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    scratch = torch.empty(min(some, n), k, dtype=x.dtype, device=x.device)
+    for first in range(0, n, some):
+        last = min(n, first + some)
+        weight = _rows(prepared, None, first, n, scratch[: last - first])
+        part = out[:, first:last]
+        if bias is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(bias[first:last], x, weight.t(), out=part)
+    return out
+
+
+def candidates(m: int) -> list[Tile]:
+    """Tiles to try at M tokens; what does not fit a device is skipped."""
+    tiles = [tile for tile in halves.candidates(m) if launch.uses_wgmma(tile)]
+    tiles = tiles if m <= _MOST_HALVES else []
+    if m >= _MOST_HALVES // 2:
+        tiles += [Tile("dequantize", block_n=rows) for rows in (4224, 8448, 16896, 0)]
+    return tiles
+
+
+def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
+    """What a launch with the tile compiles, for `dtype` ("bf16", "fp16")."""
+    if tile.regime == "halves":
+        return halves.kernel(tile, dtype, orders.of_halves(tile), bits=8)
+    arguments = dict(
+        order_ptr="*i32", weight_ptr="*i8", scale_ptr="*fp32", out_ptr=f"*{dtype}",
+        M="i32", N="i32", K="i32", TILES="i32", first="i32",
+    )  # fmt: skip
+    constants: dict[str, Any] = dict(ids_ptr=None, HAS_IDS=False, BLOCK=_MANY)
+    return launch.of_tile(w8a16_rows_kernel, arguments, constants, tile, layout.PAIR)
+
+
+def unsupported(n: int, k: int) -> str:
+    """Why a table [N, K] cannot run; empty if it can."""
+    return ""
+
+
+def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what makes halves of activations, and what looks up rows."""
+    tiles = (
+        tile
+        for (of, scheme, _), rows in tile_table().items()
+        if (of, scheme) == (launch.architecture(device), "w8a16")
+        for _, tile in rows
+        if tile.regime == "halves"
+    )
+    x = torch.zeros(1, k, dtype=dtype, device=device)
+    quantize_activation.split_halves(x, next(tiles))
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    _rows(zeros(1, k, device), ids, 0, 1, x)
+
+
+def _w8a16_linear(
+    x: torch.Tensor,
+    weight_bytes: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+) -> torch.Tensor:
+    m, k = x.shape
+    if m == 0:
+        return x.new_empty(0, n)
+    tile = select("w8a16", launch.architecture(x.device), n, k, m)
+    prepared = {"weight_bytes": weight_bytes, "row_scale": row_scale}
+    scratch = launch.scratch(x.device)
+    return linear(library.aligned(x), prepared, n, bias, tile, scratch, library.use_ptx(x))
+
+
+def _w8a16_embedding(
+    ids: torch.Tensor,
+    weight_bytes: torch.Tensor,
+    row_scale: torch.Tensor,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    out = torch.empty(ids.shape[0], k, dtype=dtype, device=ids.device)
+    prepared = {"weight_bytes": weight_bytes, "row_scale": row_scale}
+    return _rows(prepared, ids.contiguous(), 0, n, out)
+
+
+_TABLE = "Tensor weight_bytes, Tensor row_scale"
+library.define(
+    f"w8a16_linear(Tensor x, {_TABLE}, Tensor? bias, int n) -> Tensor",
+    _w8a16_linear,
+    lambda x, weight_bytes, row_scale, bias, n: x.new_empty(x.shape[0], n),
+)
+library.define(
+    f"w8a16_embedding(Tensor ids, {_TABLE}, int n, int k, ScalarType dtype) -> Tensor",
+    _w8a16_embedding,
+    lambda ids, weight_bytes, row_scale, n, k, dtype: row_scale.new_empty(
+        ids.shape[0], k, dtype=dtype
+    ),
+)
+
+
+def apply(x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] -> [M, N] through the op, with the tile of tiles.json."""
+    p = prepared
+    return torch.ops.qig.w8a16_linear(x, p["weight_bytes"], p["row_scale"], bias, n)
+
+
+def embedding(
+    ids: torch.Tensor, prepared: Prepared, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """ids [M] -> the rows [M, K] in `dtype` through the op."""
+    p = prepared
+    return torch.ops.qig.w8a16_embedding(ids, p["weight_bytes"], p["row_scale"], n, k, dtype)

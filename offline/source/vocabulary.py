@@ -1,0 +1,82 @@
+"""The two tables outside of the blocks that are as long as the vocabulary: embedding and head.
+
+Both may be stored in 8 bits, rounded to nearest with a scale a row. A tied model has one table for
+both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qig_serve.formats import VOCABULARY_SCHEME, unsupported_shape
+from qig_serve.manifest import EMBEDDING, HEAD
+from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
+from qig_serve.packing import fake_quantize
+
+
+def in_eight_bits(loaded: LoadedModel, head: int, embeddings: int) -> tuple[list[str], str]:
+    """Names in the files of what is stored in 8 bits, given the bits asked for, and what to say.
+
+    What a model has no usable table for stays in 16 bits; the text says why, or is empty.
+    """
+    embedding, heads = _stored(loaded)
+    tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
+    if tied and heads:
+        return [], f"{heads[0]} is stored beside the embedding that it is tied to: both stay as is"
+    wanted = {embedding: embeddings}
+    if tied:
+        if head != embeddings:
+            note = "output head and embedding are one tensor: it stays in 16 bits unless both may "
+            return [], note + "have 8"
+    else:
+        wanted |= dict.fromkeys(heads, head)
+    found = []
+    for name, bits in wanted.items():
+        if bits != 8:
+            continue
+        if reason := unsupported_shape(VOCABULARY_SCHEME, *loaded.source.shape(f"{name}.weight")):
+            return [], f"{name} stays in 16 bits: {reason}"
+        found.append(name)
+    return found, ""
+
+
+def _stored(loaded: LoadedModel) -> tuple[str, list[str]]:
+    """The modules' names in the files: the embedding, and the head unless it is tied."""
+    beside = loaded.source_prefix.removesuffix("layers.")
+    heads = [
+        name.removesuffix(".weight")
+        for name in loaded.source
+        if name.endswith(f"{HEAD}.weight") and not name.startswith(loaded.source_prefix)
+    ]
+    return f"{beside}{EMBEDDING}", heads
+
+
+def rounded_inputs(
+    loaded: LoadedModel, inputs: Mapping[str, torch.Tensor], before: BlockInputs
+) -> torch.Tensor:
+    """What block 0 is given for a batch by the model as it is stored, [B, T, C].
+
+    before: what the original gives, which is the same where the embedding is not in 8 bits.
+    """
+    if not any(name.endswith(EMBEDDING) for name in loaded.eight_bit):
+        return before.hidden
+    hook = loaded.model.get_input_embeddings().register_forward_hook(_look_up_rounded)
+    try:
+        return loaded.block_inputs(inputs).hidden
+    finally:
+        hook.remove()
+
+
+def _look_up_rounded(module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor:
+    """The module's own forward on the rows that are asked for, rounded: rows have their scales."""
+    ids, places = args[0].unique(return_inverse=True)
+    rows: Any = copy.copy(module)
+    weight = fake_quantize(module.weight[ids], VOCABULARY_SCHEME)
+    rows._parameters = {"weight": nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)}
+    rows.padding_idx = None
+    return rows.forward(places)

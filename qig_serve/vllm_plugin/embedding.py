@@ -1,0 +1,130 @@
+"""The method of output head and embedding in 8 bits: vLLM's ParallelLMHead, VocabParallelEmbedding.
+
+A tied model has one table. Its head makes no parameters: vLLM ties it by handing over the
+embedding's `weight` (ParallelLMHead.tie_weights, in later versions the method's own), which here is
+an empty tensor that knows its layer, and the head computes with that layer's table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
+from qig_serve.vllm_plugin.linear import SMALLEST_SCALE, checked, device_capability, kernel_backend
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+_WARM_ROWS = 8192  # kernels do not depend on the number of rows: no zeros for a whole vocabulary
+
+
+class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
+    """Output head or embedding in formats.VOCABULARY_SCHEME; one object a layer."""
+
+    def __init__(self, prefix: str, dummy: bool = False, tied: bool = False) -> None:
+        """dummy: vLLM fills the weights with small random numbers. tied: a head without a table."""
+        self.prefix = prefix
+        self.dummy = dummy
+        self.tied = tied
+        self.backend = kernel_backend()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Parameters of this rank's rows, shapes from formats.tensor_specs.
+
+        ValueError, one sentence, if no kernel can run them.
+        """
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, params_dtype
+        possible, why_not = self.backend.can_implement(
+            VOCABULARY_SCHEME, n, k, params_dtype, device_capability()
+        )
+        if not possible:
+            raise ValueError(f"{self.prefix}: {why_not}")
+        if self.tied:
+            return
+        self._compile(layer, self.backend.compile_ahead, torch.get_default_device())
+        for suffix, spec in tensor_specs(VOCABULARY_SCHEME, n, k).items():
+            data = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
+            parameter = torch.nn.Parameter(data, requires_grad=False)
+            load = checked(extra_weight_attrs["weight_loader"], f"{self.prefix}.{suffix}", spec)
+            set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, "weight_loader": load})
+            layer.register_parameter(suffix, parameter)
+        self._set_handle(layer, data.device)
+
+    def _set_handle(self, layer: torch.nn.Module, device: torch.device) -> None:
+        handle: Any = torch.empty(0, dtype=layer.qig_dtype, device=device)
+        handle.qig_layer = layer
+        layer.weight = handle
+
+    def _compile(self, layer: torch.nn.Module, how: Any, device: torch.device) -> None:
+        rows = min(layer.qig_n, _WARM_ROWS + layer.qig_n % 16)
+        has_bias = getattr(layer, "bias", None) is not None
+        how(VOCABULARY_SCHEME, rows, layer.qig_k, layer.qig_dtype, device, has_bias)
+
+    def tie_weights(
+        self, layer: torch.nn.Module, embed_tokens: VocabParallelEmbedding
+    ) -> torch.nn.Module:
+        """What vLLM's default does, too: the head gets the embedding's handle."""
+        layer.weight = embed_tokens.weight
+        return layer
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
+        if self.tied:
+            if not hasattr(getattr(layer, "weight", None), "qig_layer"):
+                raise ValueError(
+                    f"{self.prefix}: the checkpoint has no tensors for the output head, and "
+                    "config.json does not tie it to an embedding in 8 bits: quantize again"
+                )
+            return
+        suffixes = list(tensor_specs(VOCABULARY_SCHEME, layer.qig_n, layer.qig_k))
+        tensors = {suffix: getattr(layer, suffix).data for suffix in suffixes}
+        if self.dummy:
+            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
+        rows = getattr(layer, "num_org_embeddings_per_partition", layer.qig_n)  # padding follows
+        if not bool((tensors["weight_scale"][:rows] > 0).all()):
+            raise ValueError(
+                f"{self.prefix}.weight_scale: the checkpoint has no scales for this layer, or "
+                "some are not positive: it is damaged; try `qig-serve inspect --verify`"
+            )
+        for suffix in suffixes:
+            delattr(layer, suffix)
+        prepared = self.backend.prepare(VOCABULARY_SCHEME, tensors, layer.qig_dtype)
+        device = tensors["weight_packed"].device
+        del tensors
+        for name, tensor in prepared.items():
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(f"qig_{name}", parameter)
+        layer.qig_names = tuple(prepared)
+        self._set_handle(layer, device)
+        self._compile(layer, self.backend.warm_up, device)
+
+    def _table(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        holder = layer.weight.qig_layer if self.tied else layer
+        return {name: getattr(holder, f"qig_{name}") for name in holder.qig_names}
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits: x [..., K] -> [..., N]."""
+        table = self._table(layer)
+        return self.backend.linear(VOCABULARY_SCHEME, x, table, layer.qig_n, layer.qig_k, bias)
+
+    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+        """Token ids [...] -> [..., K]."""
+        return self.backend.embedding(
+            VOCABULARY_SCHEME, input_, self._table(layer), layer.qig_n, layer.qig_k, layer.qig_dtype
+        )
