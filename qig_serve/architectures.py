@@ -6,8 +6,8 @@ which may be older than the module names of the installed transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from qig_serve.errors import UserError
 
@@ -19,18 +19,22 @@ class SmoothingGroup:
     name: str
     """For reports: qkv, o, gate_up, down."""
     previous: str
-    """Path, inside a block, of the norm or linear into which scales are folded."""
+    """Path, inside a block, of the norm or linear into which scales are folded; "" if none."""
     linears: tuple[str, ...]
     """Paths of the linears."""
     loss_module: str
     """Path of the module whose output is compared; a linear's own path for that linear."""
-    kind: Literal["norm", "linear"]
+    kind: Literal["norm", "linear", "none"]
     """linear: scales divide output rows; a value projection's are shared by the query heads."""
     norm_offset: float = 0.0
     """1 for norms that multiply by (1 + weight)."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): the linears read the i-th of n equal parts of a fused previous linear's outputs."""
+    readers: tuple[str, ...] = ()
+    """Linears that stay in 16 bits and read the same: they take up the scales too."""
 
 
-PictureLayout = Literal["grid", "anyres", "merged", "tiles", "split", "pooled"]
+PictureLayout = Literal["grid", "anyres", "merged", "sized", "tiles", "split", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Architecture:
     source_prefixes: tuple[str, ...]
     """What may stand before `0.self_attn...` in the files; the first that is there counts."""
     groups: tuple[SmoothingGroup, ...]
+    """Of a block, in the order of execution."""
     vllm_class: str
     """What vLLM serves it with."""
     pictures: PictureLayout
@@ -53,11 +58,29 @@ class Architecture:
     """`model_type` of the decoders with these groups; empty where a family has one of its own."""
     splits_tower: bool = True
     """False where vLLM keeps the vision tower whole if its heads do not divide."""
+    other_groups: tuple[tuple[SmoothingGroup, ...], ...] = ()
+    """Where blocks are of several kinds: the groups of the others."""
+    kept: tuple[str, ...] = ()
+    """Paths, inside a block, of linears that stay in 16 bits."""
+
+    @property
+    def kinds(self) -> tuple[tuple[SmoothingGroup, ...], ...]:
+        """The groups of every kind of block."""
+        return (self.groups, *self.other_groups)
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths, inside a block, of all linears that are quantized, in the order of execution."""
-        return tuple(name for group in self.groups for name in group.linears)
+        """Paths, inside a block, of all linears that are quantized; of every kind of block."""
+        names = (name for groups in self.kinds for group in groups for name in group.linears)
+        return tuple(dict.fromkeys(names))
+
+    def groups_of(self, block: Any) -> tuple[SmoothingGroup, ...]:
+        """The groups of a block (a module): those of the first kind whose linears are all in it."""
+        found = {name for name, _ in block.named_modules()}
+        for groups in self.kinds:
+            if all(name in found for group in groups for name in group.linears):
+                return groups
+        raise ValueError(f"{self.name}: a decoder block of an unknown kind")
 
 
 def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ...]:
@@ -72,7 +95,34 @@ def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ..
     )
 
 
+def _fused_gate_up(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where gate and up are one linear, gate first."""
+    qkv, o, gate_up, down = groups
+    fused = "mlp.gate_up_proj"
+    return (
+        qkv,
+        o,
+        replace(gate_up, linears=(fused,)),
+        replace(down, previous=fused, part=(1, 2)),
+    )
+
+
+def _delta_net(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same with gated delta-net in the place of attention; its small projections stay."""
+    qkv, _, *mlp = groups
+    q, z, b, a, out, norm = (
+        f"linear_attn.{x}"
+        for x in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "norm")
+    )
+    return (
+        replace(qkv, name="qkvz", linears=(q, z), loss_module="linear_attn", readers=(b, a)),
+        SmoothingGroup("out", norm, (out,), out, "norm"),  # one weight for all heads
+        *mlp,
+    )
+
+
 _PRE_NORM = _groups("post_attention_layernorm")
+_QWEN3_5 = _groups("post_attention_layernorm", norm_offset=1.0)
 _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.")
 _PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _QWEN_PREFIXES = ("model.layers.", "model.language_model.layers.")
@@ -163,6 +213,36 @@ ARCHITECTURES: dict[str, Architecture] = {
             "SmolVLMForConditionalGeneration",
             "split",
             text_types=_PLAIN_DECODERS,
+        ),
+        Architecture(
+            "mistral3",
+            "model.language_model",
+            _LLAVA_PREFIXES,
+            _PRE_NORM,
+            "Mistral3ForConditionalGeneration",
+            "sized",
+            "Mistral Small 3.1 and 3.2, Ministral 3",
+            ("mistral", "ministral3"),
+        ),
+        Architecture(
+            "glm4v",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _fused_gate_up(_PRE_NORM),
+            "Glm4vForConditionalGeneration",
+            "merged",
+            "M-RoPE, gate and up in one linear, norms after both",
+        ),
+        Architecture(
+            "qwen3_5",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _QWEN3_5,
+            "Qwen3_5ForConditionalGeneration",
+            "merged",
+            "3.5 to 3.8: gated delta-net, (1 + w) norms, gate in q_proj",
+            other_groups=(_delta_net(_QWEN3_5),),
+            kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
         ),
     )
 }

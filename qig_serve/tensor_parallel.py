@@ -32,7 +32,16 @@ def why_refused(config: Any, k_multiple: int, size: int, split_tower: bool = Tru
         reasons.append(f"{heads} query heads")
     if kv_heads % size and size % kv_heads:
         reasons.append(f"{kv_heads} key/value heads")
-    for name, k in (("o", heads * head_dim), ("down", int(text.intermediate_size))):
+    inputs = {"o": heads * head_dim, "down": int(text.intermediate_size)}
+    if key_heads := getattr(text, "linear_num_key_heads", None):
+        values = text.linear_num_value_heads
+        inputs["out of gated delta-net"] = int(values * text.linear_value_head_dim)
+        reasons += [
+            f"{count} {what} heads of gated delta-net"
+            for count, what in ((key_heads, "key"), (values, "value"))
+            if count % size
+        ]
+    for name, k in inputs.items():
         if k % (size * k_multiple):
             reasons.append(f"{k} inputs of {name} in groups of {k_multiple}")
     tower = _tower_heads(config) if split_tower else 0

@@ -47,10 +47,12 @@ class WrittenModel(LoadedModel):
         check_prefix(self.source, self.source_prefix)
         check_number_of_blocks(self.source, self.source_prefix, self.num_blocks)
         suffixes = list(tensor_specs(self.scheme, 128, 128))
-        known = {f"{name}.{suffix}" for name in self.arch.linears for suffix in suffixes}
         for index in range(self.num_blocks):
-            names = known | {n for n, _ in self.meta_block(index).named_parameters()}
-            names -= {f"{name}.weight" for name in self.arch.linears}
+            block = self.meta_block(index)
+            linears = [name for group in self.groups(block) for name in group.linears]
+            names = {n for n, _ in block.named_parameters()}
+            names -= {f"{name}.weight" for name in linears}
+            names |= {f"{name}.{suffix}" for name in linears for suffix in suffixes}
             check_block(self.source, self.source_name(index, ""), names)
 
     def _empty_block(self, index: int) -> nn.Module:
@@ -140,7 +142,7 @@ class Canary:
         hidden = inputs.hidden
         for index in range(written.num_blocks):
             block = written.block(index)
-            linears = [block.get_submodule(name) for name in written.arch.linears]
+            linears = written.linears(block)
             with quantized_activations(linears, written.scheme.activation_bits is not None):
                 hidden = first_output(block(hidden, **inputs.kwargs(index)))
         found, wanted = hidden.cpu().double(), self.wanted.double()

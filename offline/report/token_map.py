@@ -33,6 +33,8 @@ class Given:
     """Whether it is the sample's only one."""
     grid: Any = None
     """Its row of the processor's image_grid_thw (time, rows, columns of patches), if there is."""
+    size: Any = None
+    """Its row of the processor's image_sizes (height, width), if there is."""
 
 
 def grid_boxes(rows: int, columns: int, area: Box = (0.0, 0.0, 1.0, 1.0)) -> list[Box]:
@@ -112,6 +114,13 @@ def _merged(config: Any, processor: Any, given: Given) -> list[Box | None]:
     return [*grid_boxes(rows // merge, columns // merge)]
 
 
+def _sized(config: Any, processor: Any, given: Given) -> list[Box | None]:
+    """Merged patches, row by row, over the picture resized to whole ones (image_sizes)."""
+    side = config.vision_config.patch_size * config.spatial_merge_size
+    height, width = (int(v) for v in given.size)
+    return [*grid_boxes(height // side, width // side)]
+
+
 def _tiles(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """Tiles row by row over the stretched picture, then the whole picture if there are several."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -156,6 +165,7 @@ LAYOUTS: dict[str, Callable[[Any, Any, Given], list[Box | None]]] = {
     "grid": _grid,
     "anyres": _anyres,
     "merged": _merged,
+    "sized": _sized,
     "tiles": _tiles,
     "split": _split,
     "pooled": _pooled,
@@ -174,11 +184,12 @@ def token_boxes(
     layout = LAYOUTS[get_architecture(config.model_type).pictures]
     ids = torch.as_tensor(inputs["input_ids"]).reshape(-1)
     positions = (ids == image_token_id(config, processor)).nonzero()[:, 0].tolist()
-    grids = inputs.get("image_grid_thw")
+    grids, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
     boxes: list[tuple[int, Box | None]] = []
     for number, image in enumerate(images):
         grid = None if grids is None else np.asarray(grids)[number]
-        given = Given(image, len(images) == 1, grid)
+        size = None if sizes is None else np.asarray(sizes)[number]
+        given = Given(image, len(images) == 1, grid, size)
         boxes += [(number, box) for box in layout(config, processor, given)]
     if len(boxes) != len(positions):
         raise UserError(

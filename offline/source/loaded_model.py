@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qig_serve import model_directory
-from qig_serve.architectures import Architecture, get_architecture
+from qig_serve.architectures import Architecture, SmoothingGroup, get_architecture
 from qig_serve.errors import UserError
 from qig_serve.offline.source.surplus import (
     check_block,
@@ -152,9 +152,27 @@ class LoadedModel:
         """The tensor in the files behind parameter `name` of block `index`."""
         return f"{self._prefix}{index}.{name}"
 
+    def groups(self, block: nn.Module) -> tuple[SmoothingGroup, ...]:
+        """The smoothing groups of a block, in the order of execution."""
+        return self.arch.groups_of(block)
+
+    def linears(self, block: nn.Module) -> list[nn.Module]:
+        """The linears of a block that are quantized, in the order of execution."""
+        names = (name for group in self.groups(block) for name in group.linears)
+        return [block.get_submodule(name) for name in names]
+
     def left_alone(self) -> list[str]:
-        """Modules that stay in 16 bits: shortest names that cover all but the decoder blocks."""
-        return outside_blocks(self.source, self._prefix)
+        """Modules that stay in 16 bits: shortest names that cover all that is not quantized.
+
+        Of the decoder blocks the linears alone, since norms are never quantized.
+        """
+        inside = (
+            self.source_name(index, name)
+            for index in range(self.num_blocks)
+            for name in self.arch.kept
+        )
+        kept = [name for name in inside if f"{name}.weight" in self.source]
+        return sorted([*outside_blocks(self.source, self._prefix), *kept])
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Block `index` with its weights, in `dtype` on the device, in eval mode."""

@@ -32,7 +32,11 @@ def run(args: argparse.Namespace) -> int:
             "vllm_class": row.vllm_class,
             "tested": list(TESTED),
             "quantized": list(row.linears),
-            "smoothing": [f"{g.previous} -> {', '.join(g.linears)}" for g in row.groups],
+            "smoothing": [
+                f"{g.previous or 'nothing'} -> {', '.join(g.linears)}"
+                for g in dict.fromkeys(group for groups in row.kinds for group in groups)
+            ],
+            "kept_in_16_bits": list(row.kept),
             "note": row.note,
         }
         for row in ARCHITECTURES.values()
@@ -55,8 +59,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     console.print(
         f"\nEach with {' and '.join(TESTED)}; --json names the class that serves it in vLLM.\n\n"
-        "Quantized in every decoder block: q, k, v, o, gate, up and down. Left in 16 bits: "
-        "vision tower, projector, embeddings, norms and lm_head. InternVL2 as published "
+        "Quantized in every decoder block: q, k, v, o, gate, up and down; in gated delta-net "
+        "in_proj_qkv, in_proj_z and out_proj. Left in 16 bits: vision tower, projector, "
+        "embeddings, norms, convolutions, gated delta-net's in_proj_a and in_proj_b, heads that "
+        "predict several tokens (mtp) and lm_head. InternVL2 as published "
         "(internvl_chat) goes through `qig-serve convert` first.\n\n"
         "Tested for each on a tiny random model of the real architecture: names of published "
         "files, every linear covered, blocks one at a time computing the model, folding, a "

@@ -38,6 +38,8 @@ class Tiny:
     """(prefix in transformers 5, prefix in published files)."""
     roles: dict[str, Any] | None = None
     """Named special tokens the processor asks the tokenizer for."""
+    unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    """Configuration -> further tensors of published files, which transformers does not read."""
 
 
 def chat_template(image_text: str) -> str:
@@ -398,6 +400,119 @@ def _idefics_processor(kind: str) -> Callable[[Any, str], Any]:
     return make
 
 
+def _mistral3_config(tokenizer: Any) -> Any:
+    from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig
+
+    return Mistral3Config(
+        vision_config=PixtralVisionConfig(**VISION, image_size=112, patch_size=14),
+        text_config=MistralConfig(**text_fields(tokenizer)),
+        image_token_index=token_id(tokenizer, "[IMG]"),
+        spatial_merge_size=2,
+        **common_fields(tokenizer),
+    )
+
+
+def _mistral3_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import PixtralProcessor
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    images = PixtralImageProcessorPil(size={"longest_edge": 112}, patch_size=14, **HALF)
+    return PixtralProcessor(
+        images, tokenizer, patch_size=14, spatial_merge_size=2, chat_template=template
+    )
+
+
+_GLM_TOKENS = ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>") + (
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+)
+
+
+def _glm4v_config(tokenizer: Any) -> Any:
+    from transformers import Glm4vConfig
+
+    rope: dict[str, Any] = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    rope |= {"rope_type": "default", "mrope_section": [4, 6, 6]}
+    text = text_fields(tokenizer, rope_parameters=rope, attention_bias=True)
+    return Glm4vConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        text_config=text,
+        image_token_id=token_id(tokenizer, "<|image|>"),
+        video_token_id=token_id(tokenizer, "<|video|>"),
+        image_start_token_id=token_id(tokenizer, "<|begin_of_image|>"),
+        image_end_token_id=token_id(tokenizer, "<|end_of_image|>"),
+        video_start_token_id=token_id(tokenizer, "<|begin_of_video|>"),
+        video_end_token_id=token_id(tokenizer, "<|end_of_video|>"),
+        **common_fields(tokenizer),
+    )
+
+
+def _glm4v_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Glm4vProcessor, Glm4vVideoProcessor
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    options = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, **HALF}
+    return Glm4vProcessor(
+        Glm4vImageProcessorPil(size=size, **options),
+        tokenizer,
+        Glm4vVideoProcessor(size=size, **options),
+        chat_template=template,
+    )
+
+
+def _qwen3_5_config(tokenizer: Any) -> Any:
+    from transformers import Qwen3_5Config
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=4,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        rope_parameters={**rope, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        mtp_num_hidden_layers=1,
+    )
+    return Qwen3_5Config(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 2,
+            "patch_size": 14,
+            "num_position_embeddings": 64,
+        },
+        text_config=text,
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
+    )
+
+
+def _qwen3_5_mtp(config: Any) -> dict[str, torch.Tensor]:
+    """The head that predicts a second token: a block of attention between two norms and a norm."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
+
+    text = config.get_text_config()
+    block = Qwen3_5DecoderLayer(text, text.layer_types.index("full_attention"))
+    tensors = {f"mtp.layers.0.{name}": p.detach() for name, p in block.named_parameters()}
+    size = text.hidden_size
+    tensors["mtp.fc.weight"] = torch.randn(size, 2 * size) * 0.05
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        tensors[f"mtp.{name}.weight"] = torch.randn(size) * 0.2
+    return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+
+
 _LLAVA_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -469,6 +584,28 @@ FAMILIES: dict[str, Tiny] = {
         _idefics_processor("SmolVLM"),
         _SAME_NAMES,
     ),
+    "mistral3": Tiny(
+        ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        "[IMG]",
+        _mistral3_config,
+        _mistral3_processor,
+        _LLAVA_NAMES,
+    ),
+    "glm4v": Tiny(
+        _GLM_TOKENS,
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        _glm4v_config,
+        _glm4v_processor,
+        _SAME_NAMES,
+    ),
+    "qwen3_5": Tiny(
+        _QWEN_TOKENS,
+        _QWEN_IMAGE,
+        _qwen3_5_config,
+        _qwen_processor("Qwen3VL"),
+        _SAME_NAMES,
+        unread=_qwen3_5_mtp,
+    ),
 }
 
 
@@ -508,6 +645,7 @@ def tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
+    tensors |= tiny.unread(config)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 

@@ -14,7 +14,7 @@ from qig_serve.architectures import ARCHITECTURES, PictureLayout, get_architectu
 from qig_serve.demo.families import FAMILIES as DEMO_FAMILIES
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration.batches import make_batches
-from qig_serve.offline.equalization.smoothing import fold
+from qig_serve.offline.equalization.smoothing import fold, outputs
 from qig_serve.offline.report.token_map import LAYOUTS
 from qig_serve.offline.source import loaded_model
 from qig_serve.samples import Sample, sample_from_parts
@@ -67,14 +67,20 @@ def test_tables_agree_with_the_families() -> None:
 
 def test_paths_resolve_and_every_linear_is_covered(loaded: loaded_model.LoadedModel) -> None:
     arch = loaded.arch
-    block = loaded.block(0)
-    covered = {name for group in arch.groups for name in group.linears}
-    linears = {n for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert covered == linears
-    for group in arch.groups:
-        block.get_submodule(group.previous)
-        block.get_submodule(group.loss_module)
-    assert all(loaded.source_name(1, f"{name}.weight") in loaded.source for name in covered)
+    seen = set()
+    for index in range(loaded.num_blocks):
+        block = loaded.block(index)
+        groups = arch.groups_of(block)
+        seen.add(groups)
+        covered = {name for group in groups for name in group.linears}
+        linears = {n for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert covered == linears - set(arch.kept)
+        for group in groups:
+            block.get_submodule(group.previous)
+            block.get_submodule(group.loss_module)
+            assert set(group.readers) <= set(arch.kept) & linears
+        assert all(loaded.source_name(index, f"{n}.weight") in loaded.source for n in covered)
+    assert seen == set(arch.kinds)
 
 
 def test_left_alone_covers_the_rest_and_nothing_else(loaded: loaded_model.LoadedModel) -> None:
@@ -83,9 +89,10 @@ def test_left_alone_covers_the_rest_and_nothing_else(loaded: loaded_model.Loaded
     def is_alone(name: str) -> bool:
         return any(name == a or name.startswith(a + ".") for a in alone)
 
+    kept = tuple(f".{name}.weight" for name in loaded.arch.kept)
     for name in loaded.source:
         inside = name.startswith(loaded.source_name(0, "").removesuffix("0."))
-        assert is_alone(name) != inside, name
+        assert is_alone(name) != (inside and not name.endswith(kept)), name
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -124,9 +131,9 @@ def test_folding_changes_logits_by_less_than_rounding(
         ).logits.float()
         reference.float()
         for block in reference.get_submodule(loaded.arch.decoder).layers:
-            for group in loaded.arch.groups:
-                previous = block.get_submodule(group.previous)
-                size = previous.weight.shape[0]
+            for group in loaded.groups(block):
+                read = outputs(block, group)
+                size = read.stop - read.start
                 scales = torch.exp(torch.randn(size, generator=generator) * 0.7)
                 fold(block, group, scales, torch.float32)
         after = reference(**batch.inputs).logits

@@ -213,6 +213,66 @@ def _gemma3() -> Built:
     return Gemma3Model(config), SimpleNamespace(image_processor=images), config
 
 
+def _mistral3() -> Built:
+    from transformers import Mistral3Config, Mistral3Model
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    config = Mistral3Config(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 160, "patch_size": 8},
+        text_config={"model_type": "mistral", **TEXT},
+        image_token_index=5,
+    )
+    images = PixtralImageProcessorPil(size={"longest_edge": 160}, patch_size=16)
+    return Mistral3Model(config), SimpleNamespace(image_processor=images), config
+
+
+def _glm4v() -> Built:
+    from transformers import Glm4vConfig, Glm4vModel
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    config = Glm4vConfig(
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "image_size": 112,
+        },
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=5,
+    )
+    size = {"shortest_edge": 28 * 28 * 64, "longest_edge": 28 * 28 * 120}
+    return (
+        Glm4vModel(config),
+        SimpleNamespace(image_processor=Glm4vImageProcessorPil(size=size)),
+        config,
+    )
+
+
+def _qwen3_5() -> Built:
+    from transformers import Qwen3_5Config, Qwen3_5Model
+
+    _, processor, qwen3 = _qwen3_vl()
+    vision = {
+        k: getattr(qwen3.vision_config, k)
+        for k in ("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_heads")
+    }
+    config = Qwen3_5Config(
+        vision_config={**vision, "patch_size": 16, "num_position_embeddings": 64},
+        text_config={
+            **TEXT,
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+        },
+        image_token_id=5,
+    )
+    return Qwen3_5Model(config), processor, config
+
+
 FAMILIES: dict[str, Callable[[], Built]] = {
     "llava": lambda: _llava(crop=False),
     "llava-center-crop": lambda: _llava(crop=True),
@@ -225,6 +285,9 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
+    "mistral3": _mistral3,
+    "glm4v": _glm4v,
+    "qwen3.5": _qwen3_5,
 }
 
 
