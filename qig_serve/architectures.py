@@ -34,7 +34,9 @@ class SmoothingGroup:
     """Linears that stay in 16 bits and read the same: they take up the scales too."""
 
 
-PictureLayout = Literal["grid", "anyres", "merged", "sized", "tiles", "split", "pooled"]
+PictureLayout = Literal[
+    "grid", "anyres", "cut", "merged", "placed", "sized", "tiles", "split", "pooled"
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Architecture:
     """Where blocks are of several kinds: the groups of the others."""
     kept: tuple[str, ...] = ()
     """Paths, inside a block, of linears that stay in 16 bits."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Fields of the decoder's configuration that must not be set, and what they stand for."""
 
     @property
     def kinds(self) -> tuple[tuple[SmoothingGroup, ...], ...]:
@@ -121,8 +125,43 @@ def _delta_net(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]
     )
 
 
+def _normed_values(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where values are normalized: nothing can be folded before o."""
+    return tuple(replace(g, previous="", kind="none") if g.name == "o" else g for g in groups)
+
+
+def _keys_as_values(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where attention has no v_proj: values are what k_proj gives."""
+    qkv, *rest = groups
+    return (replace(qkv, name="qk", linears=qkv.linears[:2]), *rest)
+
+
+def _lfm2(mixer: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """LFM2's names of a gated MLP, behind attention or a short convolution."""
+    gate, up, down = (f"feed_forward.{w}" for w in ("w1", "w3", "w2"))
+    return (
+        *mixer,
+        SmoothingGroup("gate_up", "ffn_norm", (gate, up), "feed_forward", "norm"),
+        SmoothingGroup("down", up, (down,), down, "linear"),
+    )
+
+
+def _lfm2_attention() -> tuple[SmoothingGroup, ...]:
+    q, k, v, out = (f"self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
+    qkv = SmoothingGroup("qkv", "operator_norm", (q, k, v), "self_attn", "norm")
+    return qkv, SmoothingGroup("o", v, (out,), out, "linear")
+
+
+def _lfm2_convolution() -> tuple[SmoothingGroup, ...]:
+    """in_proj gives B, C and x; out_proj reads C times the convolution of B x."""
+    into, out = "conv.in_proj", "conv.out_proj"
+    first = SmoothingGroup("in", "operator_norm", (into,), "conv", "norm")
+    return first, SmoothingGroup("out", into, (out,), out, "linear", part=(1, 3))
+
+
 _PRE_NORM = _groups("post_attention_layernorm")
 _QWEN3_5 = _groups("post_attention_layernorm", norm_offset=1.0)
+_GEMMA4 = _normed_values(_groups("pre_feedforward_layernorm"))
 _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.")
 _PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _QWEN_PREFIXES = ("model.layers.", "model.language_model.layers.")
@@ -243,6 +282,31 @@ ARCHITECTURES: dict[str, Architecture] = {
             "3.5 to 3.8: gated delta-net, (1 + w) norms, gate in q_proj",
             other_groups=(_delta_net(_QWEN3_5),),
             kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+        ),
+        Architecture(
+            "gemma4",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _GEMMA4,
+            "Gemma4ForConditionalGeneration",
+            "placed",
+            "31B: normalized values, full attention without v_proj",
+            other_groups=(_keys_as_values(_GEMMA4),),
+            refused=(
+                ("num_kv_shared_layers", "blocks that read the keys and values of others"),
+                ("enable_moe_block", "experts"),
+            ),
+        ),
+        Architecture(
+            "lfm2_vl",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _lfm2(_lfm2_attention()),
+            "Lfm2VLForConditionalGeneration",
+            "cut",
+            "short convolutions between blocks of attention",
+            ("lfm2",),
+            other_groups=(_lfm2(_lfm2_convolution()),),
         ),
     )
 }

@@ -52,7 +52,8 @@ def problems(
     text = text_config(config)
     family = ARCHITECTURES.get(str(config.get("model_type")))
     mixed = family is not None and len(family.kinds) > 1
-    yield from _uneven_layers(layers, text.get("num_hidden_layers"), mixed)
+    kinds = text.get("layer_types") if mixed else None
+    yield from _uneven_layers(layers, text.get("num_hidden_layers"), kinds)
     yield from _other_sizes(text, linears, mixed)
 
 
@@ -67,24 +68,20 @@ def _another_architecture(config: Mapping[str, Any], manifest: QuantizationConfi
             yield f"config.json: {key} is {claimed[key]!r}, but {value!r} was quantized"
 
 
-def _uneven_layers(layers: Mapping[int, set[str]], count: Any, mixed: bool) -> Iterator[str]:
-    """Blocks that lack what others have; if blocks are of mixed kinds, others of their kind."""
+def _uneven_layers(layers: Mapping[int, set[str]], count: Any, kinds: Any) -> Iterator[str]:
+    """Blocks that lack what others have, or if their kinds are listed, others of their kind."""
     if isinstance(count, int) and layers and (len(layers), max(layers) + 1) != (count, count):
         yield (
             f"config.json: num_hidden_layers is {count}, but the blocks stored are "
             f"{min(layers)} to {max(layers)}, {len(layers)} of them"
         )
-    every: dict[frozenset[str], set[str]] = {}
-    for names in layers.values():
-        every.setdefault(_kind(names, mixed), set()).update(names)
+    listed = isinstance(kinds, list) and len(kinds) > max(layers, default=0)
+    every: dict[Any, set[str]] = {}
+    for index, names in layers.items():
+        every.setdefault(kinds[index] if listed else None, set()).update(names)
     for index, names in sorted(layers.items()):
-        for name in sorted(every[_kind(names, mixed)] - names):
+        for name in sorted(every[kinds[index] if listed else None] - names):
             yield f"decoder block {index} has no {name}, which other blocks have"
-
-
-def _kind(names: Collection[str], mixed: bool) -> frozenset[str]:
-    """What kind of block has tensors of these names: the modules that it is made of."""
-    return frozenset(name.partition(".")[0] for name in names if mixed)
 
 
 def _other_sizes(

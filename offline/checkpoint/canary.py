@@ -50,7 +50,7 @@ class WrittenModel(LoadedModel):
         for index in range(self.num_blocks):
             block = self.meta_block(index)
             linears = [name for group in self.groups(block) for name in group.linears]
-            names = {n for n, _ in block.named_parameters()}
+            names = set(block.state_dict())
             names -= {f"{name}.weight" for name in linears}
             names |= {f"{name}.{suffix}" for name in linears for suffix in suffixes}
             check_block(self.source, self.source_name(index, ""), names)
@@ -114,7 +114,7 @@ class Canary:
         used = {
             original.source_name(index, name)
             for index in range(original.num_blocks)
-            for name, _ in original.meta_block(index).named_parameters()
+            for name in original.meta_block(index).state_dict()
         }
         for name in original.source:
             dtype = original.source.dtype(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Tiny:
     """(prefix in transformers 5, prefix in published files)."""
     roles: dict[str, Any] | None = None
     """Named special tokens the processor asks the tokenizer for."""
+    cpu_dtype: str = "float32"
+    """What vLLM on a CPU computes in; bfloat16 where its kernels have nothing else."""
+    cpu_text: dict[str, Any] = field(default_factory=dict)
+    """Of the decoder's configuration, what vLLM on a CPU cannot do otherwise."""
     unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     """Configuration -> further tensors of published files, which transformers does not read."""
 
@@ -513,6 +517,107 @@ def _qwen3_5_mtp(config: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
+def _gemma4_config(tokenizer: Any) -> Any:
+    from transformers import Gemma4Config
+
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=3,
+        global_head_dim=128,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        sliding_window=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        use_bidirectional_attention="vision",
+        initializer_range=0.02,  # or tied embeddings repeat a token for ever
+        tie_word_embeddings=True,
+    )
+    return Gemma4Config(
+        vision_config={
+            **VISION,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+            "default_output_length": 70,
+        },
+        text_config=text,
+        **{
+            f"{name}_token_{kind}": token_id(tokenizer, token)
+            for name, kind, token in (
+                ("image", "id", "<|image|>"),
+                ("video", "id", "<|video|>"),
+                ("audio", "id", "<|audio|>"),
+                ("boi", "id", "<|image>"),
+                ("eoi", "id", "<image|>"),
+                ("boa", "id", "<|audio>"),
+                ("eoa", "index", "<audio|>"),
+            )
+        },
+        **{**common_fields(tokenizer), "tie_word_embeddings": True},
+    )
+
+
+def _gemma4_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Gemma4AudioFeatureExtractor, Gemma4Processor, Gemma4VideoProcessor
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    options = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    return Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessorPil(**options),
+        tokenizer,
+        Gemma4VideoProcessor(**options),
+        chat_template=template,
+        image_seq_length=70,
+    )
+
+
+_LFM_TOKENS = ("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>") + tuple(
+    f"<|img_row_{r}_col_{c}|>" for r in range(1, 5) for c in range(1, 5)
+)
+
+
+def _lfm2_config(tokenizer: Any) -> Any:
+    from transformers import Lfm2Config, Lfm2VlConfig, Siglip2VisionConfig
+
+    types = ["conv", "full_attention", "conv"]
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=3,
+        layer_types=types,
+        block_auto_adjust_ff_dim=False,
+        conv_dim=256,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+    )
+    return Lfm2VlConfig(
+        vision_config=Siglip2VisionConfig(
+            **VISION, patch_size=14, num_patches=64, vision_use_head=False
+        ),
+        text_config=Lfm2Config(**text),
+        image_token_id=token_id(tokenizer, "<image>"),
+        projector_hidden_size=256,
+        **{**common_fields(tokenizer), "tie_word_embeddings": True},
+    )
+
+
+def _lfm2_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
+
+    images = Lfm2VlImageProcessor(
+        encoder_patch_size=14,
+        tile_size=56,
+        min_image_tokens=4,
+        max_image_tokens=16,
+        max_tiles=4,
+        size={"height": 56, "width": 56},
+    )
+    return Lfm2VlProcessor(images, tokenizer, chat_template=template)
+
+
 _LLAVA_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -604,8 +709,26 @@ FAMILIES: dict[str, Tiny] = {
         _qwen3_5_config,
         _qwen_processor("Qwen3VL"),
         _SAME_NAMES,
+        cpu_dtype="bfloat16",
         unread=_qwen3_5_mtp,
     ),
+    "gemma4": Tiny(
+        ("<|image|>", "<|image>", "<image|>", "<|audio|>", "<|audio>", "<audio|>", "<|video|>"),
+        "<|image|>",
+        _gemma4_config,
+        _gemma4_processor,
+        _SAME_NAMES,
+        {
+            "image_token": "<|image|>",
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "audio_token": "<|audio|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+        },
+        cpu_text={"use_bidirectional_attention": None},  # its attention is causal
+    ),
+    "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _SAME_NAMES),
 }
 
 
