@@ -64,6 +64,8 @@ class Architecture:
     """Where blocks are of several kinds: the groups of the others."""
     kept: tuple[str, ...] = ()
     """Paths, inside a block, of linears that stay in 16 bits."""
+    on_cpu: str = ""
+    """What vLLM on a CPU does not do as transformers does, or only in part; "" if nothing."""
     refused: tuple[tuple[str, str], ...] = ()
     """Fields of the decoder's configuration that must not be set, and what they stand for."""
 
@@ -282,6 +284,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "3.5 to 3.8: gated delta-net, (1 + w) norms, gate in q_proj",
             other_groups=(_delta_net(_QWEN3_5),),
             kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+            on_cpu="gated delta-net in bfloat16 only",
         ),
         Architecture(
             "gemma4",
@@ -292,6 +295,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "placed",
             "31B: normalized values, full attention without v_proj",
             other_groups=(_keys_as_values(_GEMMA4),),
+            on_cpu="attention inside a picture is causal: compared without pictures' own mask",
             refused=(
                 ("num_kv_shared_layers", "blocks that read the keys and values of others"),
                 ("enable_moe_block", "experts"),

@@ -92,6 +92,7 @@ class QigConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config()
         patches.do_without_a_compiler(vllm_config)
         patches.ask_for_amx()
+        patches.lay_heads_flat()
         return QigLinearMethod(self, prefix, vllm_config.load_config.load_format == "dummy")
 
     def is_ignored(self, prefix: str) -> bool:

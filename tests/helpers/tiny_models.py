@@ -590,6 +590,7 @@ def _lfm2_config(tokenizer: Any) -> Any:
         layer_types=types,
         block_auto_adjust_ff_dim=False,
         conv_dim=256,
+        block_dim=256,
         tie_word_embeddings=True,
         initializer_range=0.02,
     )
@@ -634,6 +635,7 @@ _QWEN_NAMES = (
     ("lm_head.", "lm_head."),
 )
 _SAME_NAMES = (("", ""),)
+_LFM_NAMES = (("model.vision_tower.", "model.vision_tower.vision_model."), *_SAME_NAMES)
 
 FAMILIES: dict[str, Tiny] = {
     "llava": Tiny(("<image>",), "<image>", _llava_config, _llava_processor, _CLIP_NAMES),
@@ -728,7 +730,7 @@ FAMILIES: dict[str, Tiny] = {
         },
         cpu_text={"use_bidirectional_attention": None},  # its attention is causal
     ),
-    "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _SAME_NAMES),
+    "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }
 
 

@@ -160,7 +160,7 @@ def test_published_names_load_as_the_same_model(directory: Path, family: str) ->
 
 
 def test_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'bert' .* gemma3, idefics3, internvl, llava"):
+    with pytest.raises(UserError, match=r"'bert' .* gemma3, gemma4, glm4v, idefics3, internvl"):
         get_architecture("bert")
 
 
