@@ -161,7 +161,8 @@ def time_block(
     block = copy.deepcopy(original)
     seconds.load = _now(device) - started
     results = []
-    for group in loaded.arch.groups if recipe.needs_groups else ():
+    groups = loaded.groups(block)
+    for group in groups if recipe.needs_groups else ():
         started = _now(device)
         module = block.get_submodule(group.loss_module)
         quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
@@ -177,12 +178,11 @@ def time_block(
     parts: dict[str, float] = {}
     started = _now(device)
     method = recipe.rounding_method
-    round_block(block, original, loaded.arch.groups, results, streams, method, "layer 0", parts)
+    round_block(block, original, groups, results, streams, method, "layer 0", parts)
     seconds.statistics = parts.get("statistics", 0.0)
     seconds.rounding += _now(device) - started - seconds.statistics
     started = _now(device)
-    linears = [block.get_submodule(name) for name in loaded.arch.linears]
-    streams.advance(original, block, linears, "layer 0")
+    streams.advance(original, block, loaded.linears(block), "layer 0")
     seconds.advance = _now(device) - started
     return seconds
 
@@ -191,7 +191,8 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
     """What waits on the host for every token: both streams, and a group's inputs and targets."""
     hidden = int(loaded.text_config.hidden_size)
     widest = 0
-    for group in loaded.arch.groups if recipe.needs_groups else ():
+    groups = loaded.groups(loaded.meta_block(0))
+    for group in groups if recipe.needs_groups else ():
         n = k = hidden
         if group.loss_module in group.linears:
             n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))

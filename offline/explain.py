@@ -28,7 +28,6 @@ from qig_serve.offline.importance.attribution import (
     quadrature,
 )
 from qig_serve.offline.passes.capture import (
-    all_linears,
     catch_call,
     first_output,
     quantized_activations,
@@ -122,12 +121,14 @@ def explain_layers(
         block, kwargs = loaded.block(index), before.kwargs(index)
         if index in chosen:
             start = rounded if scheme.activation_bits is not None else None
+            groups = loaded.groups(block)
             found[index] = _explain(
-                block, loaded.arch.groups, full, start, kwargs, mask, scheme, loaded.dtype, rule
+                block, groups, full, start, kwargs, mask, scheme, loaded.dtype, rule
             )
         full = first_output(block(full, **kwargs))
         if scheme.activation_bits is not None:
-            rounded = _through_rounded(block, rounded, kwargs, scheme, loaded.dtype)
+            linears = loaded.linears(block)
+            rounded = _through_rounded(block, linears, rounded, kwargs, scheme, loaded.dtype)
     if progress is not None:
         progress("attributing", last + 1, last + 1)
     return found
@@ -135,13 +136,13 @@ def explain_layers(
 
 def _through_rounded(
     block: nn.Module,
+    linears: Sequence[nn.Module],
     hidden: torch.Tensor,
     kwargs: Mapping[str, Any],
     scheme: QuantScheme,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The block's output with its linears rounded to nearest, for good, on int8 inputs."""
-    linears = all_linears(block)
     for linear in linears:
         linear.weight.copy_(fake_quantize(linear.weight, scheme, scale_dtype(scheme, dtype)))
     with quantized_activations(linears):
@@ -166,7 +167,8 @@ def _explain(
         call = catch_call(block, module, hidden, kwargs)
         if start is not None:
             x0 = fake_quantize_activation(catch_call(block, module, start, kwargs).hidden)
-        result = attribute(module, inner_names(group), call, x0, mask, scheme, dtype, rule)
+        names, readers = inner_names(group), inner_names(group, group.readers)
+        result = attribute(module, names, call, x0, mask, scheme, dtype, rule, readers)
         weights, _ = normalize(clip_outliers(result.importance, mask), mask)
         total += weights
         error = completeness(float(result.integral.sum()), float(result.difference.sum()))

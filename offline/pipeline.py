@@ -214,7 +214,8 @@ def look_ahead(
 def check_shapes(loaded: LoadedModel, scheme: QuantScheme) -> None:
     """UserError that names the first linear whose size the scheme does not divide."""
     for index in range(loaded.num_blocks):
-        for name in loaded.arch.linears:
+        groups = loaded.groups(loaded.meta_block(index))
+        for name in (name for group in groups for name in group.linears):
             weight = loaded.source_name(index, f"{name}.weight")
             n, k = loaded.source.shape(weight)
             if reason := unsupported_shape(scheme, n, k):
@@ -267,7 +268,7 @@ def quantize_blocks(
 
     `writer` is None in the processes that do not write.
     """
-    ranks, groups = streams.ranks, loaded.arch.groups
+    ranks = streams.ranks
     first = ranks.broadcast_object(writer.finished if writer is not None else 0)
     if first:
         if writer is not None:
@@ -279,7 +280,7 @@ def quantize_blocks(
         original = loaded.block(index)
         block = copy.deepcopy(original)
         where = f"layer {index}"
-        linears = [block.get_submodule(name) for name in loaded.arch.linears]
+        groups, linears = loaded.groups(block), loaded.linears(block)
         if index < first:
             progress.step("passing", 0.0)
             if writer is not None:

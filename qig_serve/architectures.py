@@ -6,8 +6,8 @@ which may be older than the module names of the installed transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from qig_serve.errors import UserError
 
@@ -19,21 +19,27 @@ class SmoothingGroup:
     name: str
     """For reports: qkv, o, gate_up, down."""
     previous: str
-    """Path, inside a block, of the norm or linear into which scales are folded."""
+    """Path, inside a block, of the norm or linear into which scales are folded; "" if none."""
     linears: tuple[str, ...]
     """Paths of the linears."""
     loss_module: str
     """Path of the module whose output is compared; a linear's own path for that linear."""
-    kind: Literal["norm", "linear"]
+    kind: Literal["norm", "linear", "none"]
     """linear: scales divide output rows; a value projection's are shared by the query heads."""
     norm_offset: float = 0.0
     """1 for norms that multiply by (1 + weight)."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): the linears read the i-th of n equal parts of a fused previous linear's outputs."""
+    readers: tuple[str, ...] = ()
+    """Linears that stay in 16 bits and read the same: they take up the scales too."""
 
 
 _TOWERS = ("vision_tower.", "model.vision_tower.")
 _LEVEL = "vision_model."
 
-PictureLayout = Literal["grid", "anyres", "merged", "tiles", "split", "pooled"]
+PictureLayout = Literal[
+    "grid", "anyres", "cut", "merged", "placed", "sized", "tiles", "split", "pooled"
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Architecture:
     source_prefixes: tuple[str, ...]
     """What may stand before `0.self_attn...` in the files; the first that is there counts."""
     groups: tuple[SmoothingGroup, ...]
+    """Of a block, in the order of execution."""
     vllm_class: str
     """What vLLM serves it with."""
     pictures: PictureLayout
@@ -61,11 +68,33 @@ class Architecture:
 
     transformers 5 leaves that level out where it saves a model under its modules' names.
     """
+    other_groups: tuple[tuple[SmoothingGroup, ...], ...] = ()
+    """Where blocks are of several kinds: the groups of the others."""
+    kept: tuple[str, ...] = ()
+    """Paths, inside a block, of linears that stay in 16 bits."""
+    on_cpu: str = ""
+    """What vLLM on a CPU does not do as transformers does, or only in part; "" if nothing."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Fields of the decoder's configuration that must not be set, and what they stand for."""
+
+    @property
+    def kinds(self) -> tuple[tuple[SmoothingGroup, ...], ...]:
+        """The groups of every kind of block."""
+        return (self.groups, *self.other_groups)
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths, inside a block, of all linears that are quantized, in the order of execution."""
-        return tuple(name for group in self.groups for name in group.linears)
+        """Paths, inside a block, of all linears that are quantized; of every kind of block."""
+        names = (name for groups in self.kinds for group in groups for name in group.linears)
+        return tuple(dict.fromkeys(names))
+
+    def groups_of(self, block: Any) -> tuple[SmoothingGroup, ...]:
+        """The groups of a block (a module): those of the first kind whose linears are all in it."""
+        found = {name for name, _ in block.named_modules()}
+        for groups in self.kinds:
+            if all(name in found for group in groups for name in group.linears):
+                return groups
+        raise ValueError(f"{self.name}: a decoder block of an unknown kind")
 
     def served_name(self, name: str, tower_type: str | None) -> str:
         """The name by which vLLM loads a tensor of the source; its own nearly always."""
@@ -88,7 +117,69 @@ def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ..
     )
 
 
+def _fused_gate_up(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where gate and up are one linear, gate first."""
+    qkv, o, gate_up, down = groups
+    fused = "mlp.gate_up_proj"
+    return (
+        qkv,
+        o,
+        replace(gate_up, linears=(fused,)),
+        replace(down, previous=fused, part=(1, 2)),
+    )
+
+
+def _delta_net(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same with gated delta-net in the place of attention; its small projections stay."""
+    qkv, _, *mlp = groups
+    q, z, b, a, out, norm = (
+        f"linear_attn.{x}"
+        for x in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "norm")
+    )
+    return (
+        replace(qkv, name="qkvz", linears=(q, z), loss_module="linear_attn", readers=(b, a)),
+        SmoothingGroup("out", norm, (out,), out, "norm"),  # one weight for all heads
+        *mlp,
+    )
+
+
+def _normed_values(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where values are normalized: nothing can be folded before o."""
+    return tuple(replace(g, previous="", kind="none") if g.name == "o" else g for g in groups)
+
+
+def _keys_as_values(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where attention has no v_proj: values are what k_proj gives."""
+    qkv, *rest = groups
+    return (replace(qkv, name="qk", linears=qkv.linears[:2]), *rest)
+
+
+def _lfm2(mixer: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """LFM2's names of a gated MLP, behind attention or a short convolution."""
+    gate, up, down = (f"feed_forward.{w}" for w in ("w1", "w3", "w2"))
+    return (
+        *mixer,
+        SmoothingGroup("gate_up", "ffn_norm", (gate, up), "feed_forward", "norm"),
+        SmoothingGroup("down", up, (down,), down, "linear"),
+    )
+
+
+def _lfm2_attention() -> tuple[SmoothingGroup, ...]:
+    q, k, v, out = (f"self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
+    qkv = SmoothingGroup("qkv", "operator_norm", (q, k, v), "self_attn", "norm")
+    return qkv, SmoothingGroup("o", v, (out,), out, "linear")
+
+
+def _lfm2_convolution() -> tuple[SmoothingGroup, ...]:
+    """in_proj gives B, C and x; out_proj reads C times the convolution of B x."""
+    into, out = "conv.in_proj", "conv.out_proj"
+    first = SmoothingGroup("in", "operator_norm", (into,), "conv", "norm")
+    return first, SmoothingGroup("out", into, (out,), out, "linear", part=(1, 3))
+
+
 _PRE_NORM = _groups("post_attention_layernorm")
+_QWEN3_5 = _groups("post_attention_layernorm", norm_offset=1.0)
+_GEMMA4 = _normed_values(_groups("pre_feedforward_layernorm"))
 _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.")
 _LEVELLED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -183,6 +274,63 @@ ARCHITECTURES: dict[str, Architecture] = {
             "SmolVLMForConditionalGeneration",
             "split",
             text_types=_PLAIN_DECODERS,
+        ),
+        Architecture(
+            "mistral3",
+            "model.language_model",
+            _LLAVA_PREFIXES,
+            _PRE_NORM,
+            "Mistral3ForConditionalGeneration",
+            "sized",
+            "Mistral Small 3.1 and 3.2, Ministral 3",
+            ("mistral", "ministral3"),
+        ),
+        Architecture(
+            "glm4v",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _fused_gate_up(_PRE_NORM),
+            "Glm4vForConditionalGeneration",
+            "merged",
+            "M-RoPE, gate and up in one linear, norms after both",
+        ),
+        Architecture(
+            "qwen3_5",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _QWEN3_5,
+            "Qwen3_5ForConditionalGeneration",
+            "merged",
+            "3.5 to 3.8: gated delta-net, (1 + w) norms, gate in q_proj",
+            other_groups=(_delta_net(_QWEN3_5),),
+            kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+            on_cpu="gated delta-net in bfloat16 only",
+        ),
+        Architecture(
+            "gemma4",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _GEMMA4,
+            "Gemma4ForConditionalGeneration",
+            "placed",
+            "31B: normalized values, full attention without v_proj",
+            other_groups=(_keys_as_values(_GEMMA4),),
+            on_cpu="attention inside a picture is causal: compared without pictures' own mask",
+            refused=(
+                ("num_kv_shared_layers", "blocks that read the keys and values of others"),
+                ("enable_moe_block", "experts"),
+            ),
+        ),
+        Architecture(
+            "lfm2_vl",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _lfm2(_lfm2_attention()),
+            "Lfm2VLForConditionalGeneration",
+            "cut",
+            "short convolutions between blocks of attention",
+            ("lfm2",),
+            other_groups=(_lfm2(_lfm2_convolution()),),
         ),
     )
 }

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from qig_serve.architectures import ARCHITECTURES
 from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import text_config
@@ -56,8 +57,11 @@ def problems(
         if not any(n == module or n.startswith(module + ".") for n in names):
             yield f"{module}: listed as left in 16 bits, but no tensor is of it"
     text = text_config(config)
-    yield from _uneven_layers(layers, text.get("num_hidden_layers"))
-    yield from _other_sizes(text, linears)
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    mixed = family is not None and len(family.kinds) > 1
+    kinds = text.get("layer_types") if mixed else None
+    yield from _uneven_layers(layers, text.get("num_hidden_layers"), kinds)
+    yield from _other_sizes(text, linears, mixed)
 
 
 def _another_architecture(config: Mapping[str, Any], manifest: QuantizationConfig) -> Iterator[str]:
@@ -86,20 +90,29 @@ def _other_vocabulary(
             yield f"{name}: {n} x {k}, but config.json asks for {sizes[0]} x {sizes[1]}"
 
 
-def _uneven_layers(layers: Mapping[int, set[str]], count: Any) -> Iterator[str]:
+def _uneven_layers(layers: Mapping[int, set[str]], count: Any, kinds: Any) -> Iterator[str]:
+    """Blocks that lack what others have, or if their kinds are listed, others of their kind."""
     if isinstance(count, int) and layers and (len(layers), max(layers) + 1) != (count, count):
         yield (
             f"config.json: num_hidden_layers is {count}, but the blocks stored are "
             f"{min(layers)} to {max(layers)}, {len(layers)} of them"
         )
-    every = set().union(*layers.values())
+    listed = isinstance(kinds, list) and len(kinds) > max(layers, default=0)
+    every: dict[Any, set[str]] = {}
+    for index, names in layers.items():
+        every.setdefault(kinds[index] if listed else None, set()).update(names)
     for index, names in sorted(layers.items()):
-        for name in sorted(every - names):
+        for name in sorted(every[kinds[index] if listed else None] - names):
             yield f"decoder block {index} has no {name}, which other blocks have"
 
 
-def _other_sizes(text: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """Of the first linear whose inputs or outputs are not as many as config.json says."""
+def _other_sizes(
+    text: Mapping[str, Any], linears: Mapping[str, tuple[int, int]], mixed: bool
+) -> Iterator[str]:
+    """Of the first linear whose inputs or outputs are not as many as config.json says.
+
+    Heads are left out where blocks are of mixed kinds: each kind has its own.
+    """
     hidden, inner = text.get("hidden_size"), text.get("intermediate_size")
     wanted = {
         "gate_proj": (inner, hidden),
@@ -108,7 +121,7 @@ def _other_sizes(text: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]
         "o_proj": (hidden, None),
     }
     wanted |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), (None, hidden))
-    if isinstance(size := text.get("head_dim"), int):
+    if isinstance(size := text.get("head_dim"), int) and not mixed:
         for names, key in (("q", "num_attention_heads"), ("kv", "num_key_value_heads")):
             if isinstance(heads := text.get(key), int):
                 wanted |= dict.fromkeys((f"{n}_proj" for n in names), (heads * size, hidden))

@@ -24,21 +24,33 @@ def why_refused(config: Any, k_multiple: int, size: int, split_tower: bool = Tru
     is split too, as vLLM does by default (--mm-encoder-tp-mode).
     """
     text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    reasons = []
-    if heads % size:
-        reasons.append(f"{heads} query heads")
-    if kv_heads % size and size % kv_heads:
-        reasons.append(f"{kv_heads} key/value heads")
-    for name, k in (("o", heads * head_dim), ("down", int(text.intermediate_size))):
+    reasons, inputs = [], [("down", _mlp_width(text))]
+    for block in _kinds_of_block(text):
+        heads = int(block.num_attention_heads)
+        kv_heads = int(getattr(block, "num_key_value_heads", None) or heads)
+        head_dim = int(getattr(block, "head_dim", None) or block.hidden_size // heads)
+        if heads % size:
+            reasons.append(f"{heads} query heads")
+        if kv_heads % size and size % kv_heads:
+            reasons.append(f"{kv_heads} key/value heads")
+        inputs.insert(-1, ("o", heads * head_dim))
+    if key_heads := getattr(text, "linear_num_key_heads", None):
+        values = text.linear_num_value_heads
+        inputs.append(("out of gated delta-net", int(values * text.linear_value_head_dim)))
+        reasons += [
+            f"{count} {what} heads of gated delta-net"
+            for count, what in ((key_heads, "key"), (values, "value"))
+            if count % size
+        ]
+    if "conv" in (getattr(text, "layer_types", None) or ()):
+        inputs.append(("out of convolution", int(text.hidden_size)))
+    for name, k in inputs:
         if k % (size * k_multiple):
             reasons.append(f"{k} inputs of {name} in groups of {k_multiple}")
     tower = _tower_heads(config) if split_tower else 0
     if tower % size:
         reasons.append(f"{tower} heads of the vision tower")
-    return ", ".join(reasons) + f" cannot be split {size} ways" if reasons else None
+    return ", ".join(dict.fromkeys(reasons)) + f" cannot be split {size} ways" if reasons else None
 
 
 def refused_sizes(config: Any, k_multiple: int, split_tower: bool = True) -> dict[int, str]:
@@ -61,6 +73,23 @@ def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:
     """For people: "1, 2, 4; not 8 (28 query heads cannot be split 8 ways)"."""
     text = ", ".join(map(str, sizes)) or "none"
     return text + "".join(f"; not {size} ({why})" for size, why in refused.items())
+
+
+def _mlp_width(text: Any) -> int:
+    """Inputs of the MLP's last linear; LFM2 makes them from what its configuration says."""
+    width = int(text.intermediate_size)
+    if not getattr(text, "block_auto_adjust_ff_dim", False):
+        return width
+    width = int(text.block_ffn_dim_multiplier * int(2 * width / 3))
+    return width + -width % int(text.block_multiple_of)
+
+
+def _kinds_of_block(text: Any) -> list[Any]:
+    """The decoder's configuration; of each kind of block, where heads differ among them."""
+    if not getattr(text, "is_heterogeneous", False):
+        return [text]
+    kinds = sorted(set(text.layer_types))
+    return [text.per_layer_config[text.layer_types.index(kind)] for kind in kinds]
 
 
 def _tower_heads(config: Any) -> int:

@@ -144,11 +144,14 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linears of the language model's decoder blocks, by name: what qig quantizes."""
     from qig_serve.architectures import get_architecture
 
-    inside = get_architecture(model.config.model_type).decoder + ".layers."
+    arch = get_architecture(model.config.model_type)
+    inside, linears = arch.decoder + ".layers.", set(arch.linears)
     return {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(inside) and isinstance(module, nn.Linear)
+        if name.startswith(inside)
+        and name.removeprefix(inside).partition(".")[2] in linears
+        and isinstance(module, nn.Linear)
     }
 
 

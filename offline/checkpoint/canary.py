@@ -101,7 +101,7 @@ class Canary:
         used = {
             original.source_name(index, name)
             for index in range(original.num_blocks)
-            for name, _ in original.meta_block(index).named_parameters()
+            for name in original.meta_block(index).state_dict()
         }
         for name in original.source:
             dtype = original.source.dtype(name)
@@ -138,7 +138,7 @@ def last_hidden(written: WrittenModel, batches: Sequence[CalibrationBatch]) -> l
     hidden = [before.hidden for before in inputs]
     for index in range(written.num_blocks):
         block = written.block(index)
-        linears = [block.get_submodule(name) for name in written.arch.linears]
+        linears = written.linears(block)
         with quantized_activations(linears, written.activation_bits is not None):
             for b, before in enumerate(inputs):
                 hidden[b] = first_output(block(hidden[b], **before.kwargs(index)))

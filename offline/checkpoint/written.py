@@ -77,11 +77,12 @@ class WrittenModel(LoadedModel):
         self._read_form()
         check_prefix(self.source, self.source_prefix)
         check_number_of_blocks(self.source, self.source_prefix, self.num_blocks)
-        weights = {f"{name}.weight" for name in self.arch.linears}
-        known = {f"{name}.{suffix}" for name in self.arch.linears for suffix in self.suffixes}
         for index in range(self.num_blocks):
-            names = {n for n, _ in self.meta_block(index).named_parameters()} - weights
-            check_block(self.source, self.source_name(index, ""), names | known)
+            block = self.meta_block(index)
+            linears = [name for group in self.groups(block) for name in group.linears]
+            names = set(block.state_dict()) - {f"{name}.weight" for name in linears}
+            names |= {f"{name}.{suffix}" for name in linears for suffix in self.suffixes}
+            check_block(self.source, self.source_name(index, ""), names)
 
     def _empty_block(self, index: int) -> nn.Module:
         return self.meta_block(index)

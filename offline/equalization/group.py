@@ -119,11 +119,12 @@ def _search(
             settings.loss,
             where,
             streams.ranks,
+            inner_names(group, group.readers),
         )
 
     candidates = _candidates(block, group, streams, settings, captured)
     losses = evaluate(candidates)
-    if settings.kind not in ("search", "channels"):
+    if settings.kind not in ("search", "channels") or group.kind == "none":
         return _Found(candidates[-1], losses, losses[-1])
     chosen = best(losses)
     if settings.kind == "search":
@@ -150,6 +151,8 @@ def _candidates(
         return Candidate(exponent, scales, columns)
 
     candidates = [candidate(0.0, torch.ones_like(act_mean))]
+    if group.kind == "none":
+        return candidates
     if settings.kind in ("search", "channels"):
         for step in range(1, settings.grid):
             exponent = step / settings.grid

@@ -69,16 +69,22 @@ def evaluate_candidates(
     loss: LossKind,
     where: str,
     ranks: Ranks = ALONE,
+    readers: Sequence[str] = (),
 ) -> list[float]:
     """The loss of each candidate, a weighted mean over the tokens of all processes.
 
-    `batches` are those of this process; `where` is for error messages.
+    `linears` and `readers` (which stay in 16 bits) are names inside the module; `batches` are those
+    of this process; `where` is for error messages.
     """
+    inner = all_linears(module, readers)
     sums: list[float] = []
     for candidate in candidates:
         weights = quantized_weights(module, linears, candidate.columns, scheme, dtype)
+        for name in readers:
+            weight = module.get_submodule(name).weight
+            weights[f"{name}.weight"] = weight * candidate.columns
         total = weight = torch.zeros((), dtype=torch.float64)
-        with quantized_activations(all_linears(module), scheme.activation_bits is not None):
+        with quantized_activations(inner, scheme.activation_bits is not None):
             for batch in batches():
                 call = batch.call.with_input(batch.call.hidden / candidate.columns)
                 output = run_module(module, call, weights)

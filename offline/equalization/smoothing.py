@@ -15,8 +15,17 @@ from qig_serve.architectures import SmoothingGroup
 SCALE_FLOOR = 1e-4
 
 
+def outputs(block: nn.Module, group: SmoothingGroup) -> slice:
+    """Those outputs of the group's previous op that its linears read."""
+    part, parts = group.part
+    size = len(block.get_submodule(group.previous).weight) // parts
+    return slice(part * size, (part + 1) * size)
+
+
 def _head_dim(block: nn.Module, group: SmoothingGroup) -> int:
-    """Width of a head of the attention that the group's previous linear belongs to."""
+    """Width of a head of what stands before the group's linears."""
+    if group.kind == "norm":  # one weight for all heads
+        return len(block.get_submodule(group.previous).weight)
     return int(block.get_submodule(group.previous.rpartition(".")[0]).head_dim)
 
 
@@ -61,15 +70,15 @@ def group_scales(
     A norm stores its folded weight in the model's dtype. The columns take up what that rounding
     does, so that the full-precision function is preserved to fp32 all the same.
     """
-    previous = block.get_submodule(group.previous)
+    scales = scales.float()
     if group.kind == "norm":
-        before, stored = _norm_weights(previous, group, scales, dtype)
+        before, stored = _norm_weights(block.get_submodule(group.previous), group, scales, dtype)
         kept = before / (stored + group.norm_offset)
-        return torch.where(kept.isfinite() & (kept > 0), kept, scales.float())
+        scales = torch.where(kept.isfinite() & (kept > 0), kept, scales)
     inputs = block.get_submodule(group.linears[0]).in_features
     if len(scales) == inputs:
-        return scales.float()
-    return repeat_over_heads(scales.float(), inputs, _head_dim(block, group))
+        return scales
+    return repeat_over_heads(scales, inputs, _head_dim(block, group))
 
 
 def output_of_channel(block: nn.Module, group: SmoothingGroup, outputs: int) -> torch.Tensor:
@@ -83,11 +92,13 @@ def output_of_channel(block: nn.Module, group: SmoothingGroup, outputs: int) -> 
 
 def previous_outputs(block: nn.Module, group: SmoothingGroup, values: torch.Tensor) -> torch.Tensor:
     """`values` [K] of the linears' inputs as values of the previous op's outputs."""
-    previous = block.get_submodule(group.previous)
-    outputs = len(values) if group.kind == "norm" else previous.out_features
-    if outputs == len(values):
+    if group.kind == "none":
         return values
-    return share_over_heads(values, outputs, _head_dim(block, group))
+    read = outputs(block, group)
+    count = read.stop - read.start
+    if count == len(values):
+        return values
+    return share_over_heads(values, count, _head_dim(block, group))
 
 
 def _norm_weights(
@@ -108,7 +119,9 @@ def fold(
     `dtype` here, so that the search goes on with what will be served. Returns the names, in the
     block, of the 16-bit parameters that changed.
     """
-    previous = block.get_submodule(group.previous)
+    if group.kind == "none":
+        return []
+    previous, read = block.get_submodule(group.previous), outputs(block, group)
     columns = group_scales(block, group, scales, dtype)  # before the previous op changes
     changed = []
     if group.kind == "norm":
@@ -116,10 +129,14 @@ def fold(
         previous.weight.copy_(stored)
         changed.append(f"{group.previous}.weight")
     else:
-        previous.weight.div_(scales[:, None])
+        previous.weight[read].div_(scales[:, None])
     if getattr(previous, "bias", None) is not None:
-        previous.bias.copy_((previous.bias / scales).to(dtype))
+        previous.bias[read] = (previous.bias[read] / scales).to(dtype).to(previous.bias.dtype)
         changed.append(f"{group.previous}.bias")
     for name in group.linears:
         block.get_submodule(name).weight.mul_(columns)
+    for name in group.readers:
+        weight = block.get_submodule(name).weight
+        weight.copy_((weight * columns).to(dtype))
+        changed.append(f"{name}.weight")
     return changed

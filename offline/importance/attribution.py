@@ -111,13 +111,15 @@ def branches(
     call: ModuleCall,
     scheme: QuantScheme,
     dtype: torch.dtype,
+    readers: Sequence[str] = (),
 ) -> tuple[Branch, Branch]:
     """f(., w) and f(., w_q) of a module that is called like `call`, which is not run.
 
-    `linears` are names inside the module, `dtype` is the model's.
+    `linears` and `readers` (which stay in 16 bits) are names inside the module, `dtype` is the
+    model's.
     """
     weights = quantized_weights(module, linears, None, scheme, dtype)
-    inner = all_linears(module)
+    inner = all_linears(module, readers)
 
     def full(z: torch.Tensor) -> torch.Tensor:
         return run_module(module, call.with_input(z))
@@ -138,6 +140,7 @@ def attribute(
     scheme: QuantScheme,
     dtype: torch.dtype,
     rule: Quadrature,
+    readers: Sequence[str] = (),
 ) -> Attribution:
     """Integrated gradients of a module's tokens, from `x0` [B, T, C] (None: zero) to its input.
 
@@ -147,7 +150,7 @@ def attribute(
         # The gradient of one linear is the same all along a path from zero: one node is exact.
         rule = quadrature("gauss", 1)
     start = torch.zeros_like(call.hidden) if x0 is None else x0
-    full, quantized = branches(module, linears, call, scheme, dtype)
+    full, quantized = branches(module, linears, call, scheme, dtype, readers)
     return integrate(full, quantized, call.hidden, start, token_mask, rule)
 
 

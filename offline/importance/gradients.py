@@ -61,7 +61,7 @@ def model_gradients(
         return model(**inputs, use_cache=False).logits
 
     layers = list(model.get_submodule(loaded.arch.decoder).layers)
-    modules = sorted({group.loss_module for group in loaded.arch.groups})
+    modules = [sorted({group.loss_module for group in loaded.groups(layer)}) for layer in layers]
     return answer_gradients(model, forward, batches, layers, modules, ranks)
 
 
@@ -70,13 +70,13 @@ def answer_gradients(
     forward: Callable[[int], torch.Tensor],
     batches: Sequence[CalibrationBatch],
     layers: Sequence[nn.Module],
-    modules: Sequence[str],
+    modules: Sequence[Sequence[str]],
     ranks: Ranks = ALONE,
 ) -> AnswerGradients:
     """One backward pass of the whole model for each batch.
 
     `forward(b)` gives the logits [B, T, V] of batch b; `layers` are the decoder blocks and
-    `modules` names inside a block at whose outputs gradients are taken, kept as "{block}.{name}".
+    `modules` names inside each at whose outputs gradients are taken, kept as "{block}.{name}".
     UserError when no batch of any process has an answer.
     """
     if not any(ranks.total(sum(int(batch.answer_mask.sum()) for batch in batches))):
@@ -102,7 +102,7 @@ def answer_gradients(
 
     handles = [layers[0].register_forward_pre_hook(require_grad, with_kwargs=True)]
     for index, layer in enumerate(layers):
-        for name in modules:
+        for name in modules[index]:
             hook = keep(f"{index}.{name}")
             handles.append(layer.get_submodule(name).register_forward_hook(hook))
     model.requires_grad_(False)

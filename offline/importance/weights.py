@@ -94,9 +94,11 @@ def _gradient(tokens: GroupTokens) -> Importance:
 
 
 def _attention(tokens: GroupTokens) -> Importance:
-    """Attention received in this block, whatever the group."""
+    """Attention received in this block, whatever the group; alike for all where none is paid."""
     block, streams = tokens.block, tokens.streams
-    attention = next(m for m in block.children() if hasattr(m, "head_dim"))
+    attention = next((m for m in block.children() if hasattr(m, "head_dim")), None)
+    if attention is None:  # gated delta-net, convolution
+        return _uniform(tokens)
     found = []
     for b, mask in enumerate(tokens.masks):
         call = catch_call(block, attention, streams.fp.get(b, streams.device), streams.kwargs(b))
@@ -112,7 +114,12 @@ def _perturbation(tokens: GroupTokens) -> Importance:
     for i, (call, mask) in enumerate(zip(captured.calls, captured.masks, strict=True)):
         x = captured.inputs.get(i, streams.device)
         full, quantized = branches(
-            module, inner_names(tokens.group), call, streams.scheme, streams.dtype
+            module,
+            inner_names(tokens.group),
+            call,
+            streams.scheme,
+            streams.dtype,
+            inner_names(tokens.group, tokens.group.readers),
         )
         parts.append(discrepancy(full(x), quantized(x)) * mask)
     return captured.to_batches(parts, tokens.masks), None
@@ -145,6 +152,7 @@ def attribute_part(tokens: GroupTokens, part: int) -> Attribution:
         streams.scheme,
         streams.dtype,
         quadrature(weighting.quadrature, weighting.steps),
+        inner_names(tokens.group, tokens.group.readers),
     )
 
 

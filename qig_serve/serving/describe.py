@@ -30,7 +30,7 @@ from qig_serve.model_directory import (
 from qig_serve.tensor_parallel import fitting_sizes, in_words, refused_sizes, why_refused
 from qig_serve.vllm_plugin import SUPPORTED_VLLM, check_vllm_version
 
-_ROW_PARALLEL = ("o_proj", "down_proj")
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "w2")
 """Linears whose inputs tensor parallelism splits; it splits the outputs of the others."""
 
 _SHOWN = 3  # problems; usually the same one in every layer
@@ -325,6 +325,10 @@ def _positive(config: Mapping[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
+_WITHOUT_KEYS = ("linear_attention", "conv")
+"""Kinds of blocks whose state does not grow with the tokens."""
+
+
 def _kv_bytes_per_token(text: Mapping[str, Any], dtype: torch.dtype) -> int | None:
     heads, layers = _positive(text, "num_attention_heads"), _positive(text, "num_hidden_layers")
     head = _positive(text, "head_dim")
@@ -333,4 +337,6 @@ def _kv_bytes_per_token(text: Mapping[str, Any], dtype: torch.dtype) -> int | No
     if heads is None or layers is None or head is None:
         return None
     kv_heads = _positive(text, "num_key_value_heads") or heads
+    if isinstance(kinds := text.get("layer_types"), list):
+        layers = sum(kind not in _WITHOUT_KEYS for kind in kinds)
     return 2 * layers * kv_heads * head * dtype.itemsize

@@ -97,6 +97,7 @@ class QigConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config()
         patches.do_without_a_compiler(vllm_config)
         patches.ask_for_amx()
+        patches.lay_heads_flat()
         return QigLinearMethod(self, prefix, vllm_config.load_config.load_format == "dummy")
 
     def _vocabulary_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

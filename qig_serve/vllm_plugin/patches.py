@@ -134,3 +134,30 @@ def ask_for_amx() -> None:
 
     if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def lay_heads_flat() -> None:
+    """Have a CPU's rotary embedding take heads laid end to end; repeated at will.
+
+    Its kernel reads [tokens, heads * size]; of [tokens, heads, size], which LFM2 gives it, it makes
+    something else than on a GPU, without an error.
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.platforms import current_platform
+
+    forward = RotaryEmbedding.forward_cpu
+    if not current_platform.is_cpu() or hasattr(forward, "qig_flat"):
+        return
+
+    def flat(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        if query.dim() != 3:
+            return forward(self, positions, query, key)
+        laid = [None if x is None else x.reshape(len(x), -1) for x in (query, key)]
+        done = forward(self, positions, *laid)
+        return tuple(
+            None if x is None else y.view_as(x) for x, y in zip((query, key), done, strict=True)
+        )
+
+    flat.qig_flat = True  # type: ignore[attr-defined]
+    RotaryEmbedding.forward_cpu = flat

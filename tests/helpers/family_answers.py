@@ -6,13 +6,18 @@ import base64
 import gc
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from helpers.tiny_models import FAMILIES
+
 TOKENS = 12
+NEAR = 0.4
+"""Of the logits' standard deviation: what bfloat16 may change. Of another model it is 2 or 3."""
 QUESTION = "What color is the star?"
 VOCABULARY_BITS = {"w3a16": 8, "w4a8": 16}
 """Of output head and embedding; Gemma's are tied."""
@@ -51,13 +56,27 @@ def quantize_tiny(source: Path, target: Path, scheme: str, **settings: Any) -> P
     return target
 
 
-def hugging_face_tokens(checkpoint: Path) -> list[int]:
-    """Greedy tokens of plain transformers with the dequantized weights, in fp32."""
+def as_vllm_computes_it(source: Path, family: str) -> Path:
+    """The family's tiny model, as far as vLLM on a CPU can compute it."""
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"].update(FAMILIES[family].cpu_text)
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+def hugging_face_tokens(
+    checkpoint: Path, dtype: str = "float32", tokens: Sequence[int] = ()
+) -> list[int]:
+    """Greedy tokens of plain transformers with the dequantized weights.
+
+    In bfloat16 `tokens` themselves, if at every place Hugging Face likes them as much as its own
+    choice but for rounding: then one near tie does not make all that follows another text.
+    """
     from transformers import AutoProcessor
 
     from qig_serve.transformers_plugin import load_dequantized
 
-    model: Any = load_dequantized(checkpoint, torch.float32)
+    model: Any = load_dequantized(checkpoint, getattr(torch, dtype))
     processor = AutoProcessor.from_pretrained(checkpoint)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(
@@ -65,21 +84,31 @@ def hugging_face_tokens(checkpoint: Path) -> list[int]:
     )
     inputs = processor(
         text=[text], images=[_picture()], add_special_tokens=False, return_tensors="pt"
-    )
+    ).to(getattr(torch, dtype))
+    length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         out = model.generate(
             **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
         )
-    return list(out[0, inputs["input_ids"].shape[1] :].tolist())
+        if dtype == "float32":
+            return list(out[0, length:].tolist())
+        ids = torch.tensor([list(tokens)])
+        for name, fill in (("input_ids", ids), ("attention_mask", ids * 0 + 1)):
+            inputs[name] = torch.cat([inputs[name], fill], 1)
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], ids * 0], 1)
+        logits = model(**inputs).logits[0, length - 1 : -1].float()
+    behind = logits.max(-1).values - logits.gather(1, ids.T)[:, 0]
+    assert behind.max() < NEAR * logits.std(), behind
+    return list(tokens)
 
 
-def vllm_tokens(checkpoint: Path) -> list[int]:
-    """Greedy tokens of vLLM, in this process and in fp32."""
+def vllm_tokens(checkpoint: Path, dtype: str = "float32") -> list[int]:
+    """Greedy tokens of vLLM, in this process."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         str(checkpoint),
-        dtype="float32",
+        dtype=dtype,
         max_model_len=512,
         max_num_seqs=2,
         enforce_eager=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class Tiny:
     """(prefix in transformers 5, prefix in published files)."""
     roles: dict[str, Any] | None = None
     """Named special tokens the processor asks the tokenizer for."""
+    cpu_dtype: str = "float32"
+    """What vLLM on a CPU computes in; bfloat16 where its kernels have nothing else."""
+    cpu_text: dict[str, Any] = field(default_factory=dict)
+    """Of the decoder's configuration, what vLLM on a CPU cannot do otherwise."""
+    unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    """Configuration -> further tensors of published files, which transformers does not read."""
 
 
 def chat_template(image_text: str) -> str:
@@ -398,6 +404,221 @@ def _idefics_processor(kind: str) -> Callable[[Any, str], Any]:
     return make
 
 
+def _mistral3_config(tokenizer: Any) -> Any:
+    from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig
+
+    return Mistral3Config(
+        vision_config=PixtralVisionConfig(**VISION, image_size=112, patch_size=14),
+        text_config=MistralConfig(**text_fields(tokenizer)),
+        image_token_index=token_id(tokenizer, "[IMG]"),
+        spatial_merge_size=2,
+        **common_fields(tokenizer),
+    )
+
+
+def _mistral3_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import PixtralProcessor
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    images = PixtralImageProcessorPil(size={"longest_edge": 112}, patch_size=14, **HALF)
+    return PixtralProcessor(
+        images, tokenizer, patch_size=14, spatial_merge_size=2, chat_template=template
+    )
+
+
+_GLM_TOKENS = ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>") + (
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+)
+
+
+def _glm4v_config(tokenizer: Any) -> Any:
+    from transformers import Glm4vConfig
+
+    rope: dict[str, Any] = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    rope |= {"rope_type": "default", "mrope_section": [4, 6, 6]}
+    text = text_fields(tokenizer, rope_parameters=rope, attention_bias=True)
+    return Glm4vConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        text_config=text,
+        image_token_id=token_id(tokenizer, "<|image|>"),
+        video_token_id=token_id(tokenizer, "<|video|>"),
+        image_start_token_id=token_id(tokenizer, "<|begin_of_image|>"),
+        image_end_token_id=token_id(tokenizer, "<|end_of_image|>"),
+        video_start_token_id=token_id(tokenizer, "<|begin_of_video|>"),
+        video_end_token_id=token_id(tokenizer, "<|end_of_video|>"),
+        **common_fields(tokenizer),
+    )
+
+
+def _glm4v_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Glm4vProcessor, Glm4vVideoProcessor
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    options = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, **HALF}
+    return Glm4vProcessor(
+        Glm4vImageProcessorPil(size=size, **options),
+        tokenizer,
+        Glm4vVideoProcessor(size=size, **options),
+        chat_template=template,
+    )
+
+
+def _qwen3_5_config(tokenizer: Any) -> Any:
+    from transformers import Qwen3_5Config
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=4,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        rope_parameters={**rope, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        mtp_num_hidden_layers=1,
+    )
+    return Qwen3_5Config(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 2,
+            "patch_size": 14,
+            "num_position_embeddings": 64,
+        },
+        text_config=text,
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
+    )
+
+
+def _qwen3_5_mtp(config: Any) -> dict[str, torch.Tensor]:
+    """The head that predicts a second token: a block of attention between two norms and a norm."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
+
+    text = config.get_text_config()
+    block = Qwen3_5DecoderLayer(text, text.layer_types.index("full_attention"))
+    tensors = {f"mtp.layers.0.{name}": p.detach() for name, p in block.named_parameters()}
+    size = text.hidden_size
+    tensors["mtp.fc.weight"] = torch.randn(size, 2 * size) * 0.05
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        tensors[f"mtp.{name}.weight"] = torch.randn(size) * 0.2
+    return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+
+
+def _gemma4_config(tokenizer: Any) -> Any:
+    from transformers import Gemma4Config
+
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=3,
+        global_head_dim=128,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        sliding_window=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        use_bidirectional_attention="vision",
+        initializer_range=0.02,  # or tied embeddings repeat a token for ever
+        tie_word_embeddings=True,
+    )
+    return Gemma4Config(
+        vision_config={
+            **VISION,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+            "default_output_length": 70,
+        },
+        text_config=text,
+        **{
+            f"{name}_token_{kind}": token_id(tokenizer, token)
+            for name, kind, token in (
+                ("image", "id", "<|image|>"),
+                ("video", "id", "<|video|>"),
+                ("audio", "id", "<|audio|>"),
+                ("boi", "id", "<|image>"),
+                ("eoi", "id", "<image|>"),
+                ("boa", "id", "<|audio>"),
+                ("eoa", "index", "<audio|>"),
+            )
+        },
+        **{**common_fields(tokenizer), "tie_word_embeddings": True},
+    )
+
+
+def _gemma4_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Gemma4AudioFeatureExtractor, Gemma4Processor, Gemma4VideoProcessor
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    options = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    return Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessorPil(**options),
+        tokenizer,
+        Gemma4VideoProcessor(**options),
+        chat_template=template,
+        image_seq_length=70,
+    )
+
+
+_LFM_TOKENS = ("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>") + tuple(
+    f"<|img_row_{r}_col_{c}|>" for r in range(1, 5) for c in range(1, 5)
+)
+
+
+def _lfm2_config(tokenizer: Any) -> Any:
+    from transformers import Lfm2Config, Lfm2VlConfig, Siglip2VisionConfig
+
+    types = ["conv", "full_attention", "conv"]
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=3,
+        layer_types=types,
+        block_auto_adjust_ff_dim=False,
+        conv_dim=256,
+        block_dim=256,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+    )
+    return Lfm2VlConfig(
+        vision_config=Siglip2VisionConfig(
+            **VISION, patch_size=14, num_patches=64, vision_use_head=False
+        ),
+        text_config=Lfm2Config(**text),
+        image_token_id=token_id(tokenizer, "<image>"),
+        projector_hidden_size=256,
+        **{**common_fields(tokenizer), "tie_word_embeddings": True},
+    )
+
+
+def _lfm2_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
+
+    images = Lfm2VlImageProcessor(
+        encoder_patch_size=14,
+        tile_size=56,
+        min_image_tokens=4,
+        max_image_tokens=16,
+        max_tiles=4,
+        size={"height": 56, "width": 56},
+    )
+    return Lfm2VlProcessor(images, tokenizer, chat_template=template)
+
+
 _LLAVA_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -414,6 +635,7 @@ _QWEN_NAMES = (
     ("lm_head.", "lm_head."),
 )
 _SAME_NAMES = (("", ""),)
+_LFM_NAMES = (("model.vision_tower.", "model.vision_tower.vision_model."), *_SAME_NAMES)
 
 FAMILIES: dict[str, Tiny] = {
     "llava": Tiny(("<image>",), "<image>", _llava_config, _llava_processor, _CLIP_NAMES),
@@ -469,6 +691,46 @@ FAMILIES: dict[str, Tiny] = {
         _idefics_processor("SmolVLM"),
         _SAME_NAMES,
     ),
+    "mistral3": Tiny(
+        ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        "[IMG]",
+        _mistral3_config,
+        _mistral3_processor,
+        _LLAVA_NAMES,
+    ),
+    "glm4v": Tiny(
+        _GLM_TOKENS,
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        _glm4v_config,
+        _glm4v_processor,
+        _SAME_NAMES,
+    ),
+    "qwen3_5": Tiny(
+        _QWEN_TOKENS,
+        _QWEN_IMAGE,
+        _qwen3_5_config,
+        _qwen_processor("Qwen3VL"),
+        _SAME_NAMES,
+        cpu_dtype="bfloat16",
+        unread=_qwen3_5_mtp,
+    ),
+    "gemma4": Tiny(
+        ("<|image|>", "<|image>", "<image|>", "<|audio|>", "<|audio>", "<audio|>", "<|video|>"),
+        "<|image|>",
+        _gemma4_config,
+        _gemma4_processor,
+        _SAME_NAMES,
+        {
+            "image_token": "<|image|>",
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "audio_token": "<|audio|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+        },
+        cpu_text={"use_bidirectional_attention": None},  # its attention is causal
+    ),
+    "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }
 
 
@@ -508,6 +770,7 @@ def tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
+    tensors |= tiny.unread(config)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 

@@ -10,6 +10,7 @@ import torch
 from helpers.tiny_models import FAMILIES, one_sample, tiny_model
 
 from qig_serve import packing
+from qig_serve.architectures import get_architecture
 from qig_serve.formats import get_scheme
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
@@ -44,7 +45,9 @@ def test_rtn_is_the_source_with_fake_quantized_weights(
     original: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     expected = dict(original.named_parameters())
     quantized = decoder_linears(got)
-    assert len(quantized) == 7 * original.config.get_text_config().num_hidden_layers
+    arch = get_architecture(original.config.model_type)
+    blocks = original.get_submodule(arch.decoder).layers
+    assert len(quantized) == sum(len(g.linears) for b in blocks for g in arch.groups_of(b))
     form = get_scheme(scheme)
     for name, parameter in got.named_parameters():
         weight = expected.pop(name)

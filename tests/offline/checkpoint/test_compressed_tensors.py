@@ -198,7 +198,7 @@ def test_names_in_transformers_and_in_vllm(family: str) -> None:
     ignored = [re.compile(name.removeprefix("re:")) for name in config["ignore"]]
     text = arch.decoder.rpartition(".")[2]
     for prefix in (f"{arch.decoder}.layers.3", f"{text}.model.layers.3"):
-        for linear in (n for group in arch.groups for n in group.linears):
+        for linear in arch.linears:
             assert pattern.match(f"{prefix}.{linear}")
             assert not any(p.match(f"{prefix}.{linear}") for p in ignored)
         assert not pattern.match(f"{prefix}.self_attn.q_norm")

@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_answer_loss() -> None:
     ids = batch.inputs["input_ids"]
     layers = model.model.layers
     found = answer_gradients(
-        model, lambda b: model(input_ids=ids).logits, [batch], layers, ["self_attn", "mlp"]
+        model, lambda b: model(input_ids=ids).logits, [batch], layers, [["self_attn", "mlp"]] * 2
     )
     assert set(found.magnitude) == {f"{i}.{n}" for i in (0, 1) for n in ("self_attn", "mlp")}
 
@@ -80,7 +80,7 @@ def test_no_answer_anywhere_is_an_error() -> None:
             lambda b: model(input_ids=batch.inputs["input_ids"]).logits,
             [batch],
             model.model.layers,
-            ["mlp"],
+            [["mlp"]] * 2,
         )
 
 

@@ -213,6 +213,107 @@ def _gemma3() -> Built:
     return Gemma3Model(config), SimpleNamespace(image_processor=images), config
 
 
+def _mistral3() -> Built:
+    from transformers import Mistral3Config, Mistral3Model
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    config = Mistral3Config(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 160, "patch_size": 8},
+        text_config={"model_type": "mistral", **TEXT},
+        image_token_index=5,
+    )
+    images = PixtralImageProcessorPil(size={"longest_edge": 160}, patch_size=16)
+    return Mistral3Model(config), SimpleNamespace(image_processor=images), config
+
+
+def _glm4v() -> Built:
+    from transformers import Glm4vConfig, Glm4vModel
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    config = Glm4vConfig(
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "image_size": 112,
+        },
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=5,
+    )
+    size = {"shortest_edge": 28 * 28 * 64, "longest_edge": 28 * 28 * 120}
+    return (
+        Glm4vModel(config),
+        SimpleNamespace(image_processor=Glm4vImageProcessorPil(size=size)),
+        config,
+    )
+
+
+def _qwen3_5() -> Built:
+    from transformers import Qwen3_5Config, Qwen3_5Model
+
+    _, processor, qwen3 = _qwen3_vl()
+    vision = {
+        k: getattr(qwen3.vision_config, k)
+        for k in ("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_heads")
+    }
+    config = Qwen3_5Config(
+        vision_config={**vision, "patch_size": 16, "num_position_embeddings": 64},
+        text_config={
+            **TEXT,
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+        },
+        image_token_id=5,
+    )
+    return Qwen3_5Model(config), processor, config
+
+
+def _gemma4() -> Built:
+    from transformers import Gemma4Config, Gemma4Model
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    config = Gemma4Config(
+        vision_config={
+            **VISION,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        text_config={**TEXT, "head_dim": 16, "hidden_size_per_layer_input": 0},
+        image_token_id=5,
+    )
+    images = Gemma4ImageProcessorPil(patch_size=8, pooling_kernel_size=2, max_soft_tokens=70)
+    return Gemma4Model(config), SimpleNamespace(image_processor=images), config
+
+
+def _lfm2_vl() -> Built:
+    from transformers import Lfm2VlConfig, Lfm2VlImageProcessor, Lfm2VlModel
+
+    config = Lfm2VlConfig(
+        vision_config={**VISION, "num_attention_heads": 2, "patch_size": 8, "num_patches": 64},
+        text_config={"model_type": "lfm2", **TEXT},
+        image_token_id=5,
+        projector_hidden_size=32,
+    )
+    images = Lfm2VlImageProcessor(
+        encoder_patch_size=8,
+        tile_size=64,
+        min_image_tokens=40,
+        max_image_tokens=64,
+        max_tiles=4,
+        max_pixels_tolerance=1.0,
+    )
+    return Lfm2VlModel(config), SimpleNamespace(image_processor=images), config
+
+
 FAMILIES: dict[str, Callable[[], Built]] = {
     "llava": lambda: _llava(crop=False),
     "llava-center-crop": lambda: _llava(crop=True),
@@ -225,12 +326,18 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
+    "mistral3": _mistral3,
+    "glm4v": _glm4v,
+    "qwen3.5": _qwen3_5,
+    "gemma4": _gemma4,
+    "lfm2-vl": _lfm2_vl,
 }
 
 
 def _features(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Image features [tokens, channels] as they enter the language model."""
     wanted = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    wanted += ("image_position_ids", "spatial_shapes")
     with torch.no_grad():
         out = model.get_image_features(**{k: inputs[k] for k in wanted if k in inputs})
     out = out.pooler_output if hasattr(out, "pooler_output") else out

@@ -1,0 +1,190 @@
+"""Configurations of published sizes, no weights: shapes, memory a token, tensor parallelism.
+
+Decoders as their config.json has them; towers by the heads that tensor parallelism shares out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qig_serve.architectures import get_architecture
+from qig_serve.errors import UserError
+from qig_serve.formats import SCHEMES, tensor_specs
+from qig_serve.offline.estimate import bytes_a_token
+from qig_serve.offline.pipeline import check_shapes
+from qig_serve.offline.recipe import make_recipe
+from qig_serve.tensor_parallel import fitting_sizes, refused_sizes
+
+SERVABLE = [scheme for scheme in SCHEMES.values() if scheme.servable]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A published model."""
+
+    family: str
+    hidden: int
+    blocks: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    billions: float
+    """Weights of the decoder's linears."""
+    parallel: tuple[int, ...]
+    """Tensor-parallel sizes that fit."""
+    head_dim: int | None = None
+    decoder: str = ""
+    """`model_type` of the decoder, where the family has several."""
+    tower_heads: int = 16
+    more: tuple[tuple[str, Any], ...] = ()
+
+
+def qwen3_5(*sizes: Any, values: int) -> Size:
+    return Size("qwen3_5", *sizes, 256, more=(("linear_num_value_heads", values),))
+
+
+def qwen2(family: str, *sizes: Any) -> Size:
+    return Size(family, *sizes, decoder="qwen2")
+
+
+GEMMA4 = (
+    ("global_head_dim", 512),
+    ("num_global_key_value_heads", 4),
+    ("attention_k_eq_v", True),
+    ("hidden_size_per_layer_input", 0),
+)
+PUBLISHED = {
+    "Qwen3.5-4B": qwen3_5(2560, 32, 9216, 16, 4, 3.57, (1, 2, 4, 8), values=32),
+    "Qwen3.5-9B": qwen3_5(4096, 32, 12288, 16, 4, 6.9, (1, 2, 4, 8, 16), values=32),
+    "Qwen3.5-27B": qwen3_5(5120, 64, 17408, 24, 4, 24.3, (1, 2, 4, 8), values=48),
+    "Qwen3-VL-2B": Size("qwen3_vl", 2048, 28, 6144, 16, 8, 1.4, (1, 2, 4, 8, 16), 128),
+    "Qwen3-VL-4B": Size("qwen3_vl", 2560, 36, 9728, 32, 8, 3.6, (1, 2, 4), 128),
+    "Qwen3-VL-8B": Size("qwen3_vl", 4096, 36, 12288, 32, 8, 6.9, (1, 2, 4, 8, 16), 128),
+    "Qwen3-VL-32B": Size("qwen3_vl", 5120, 64, 25600, 64, 8, 31.2, (1, 2, 4, 8), 128),
+    "Qwen2.5-VL-3B": Size("qwen2_5_vl", 2048, 36, 11008, 16, 2, 2.8, (1, 2)),
+    "Qwen2.5-VL-7B": Size("qwen2_5_vl", 3584, 28, 18944, 28, 4, 6.5, (1, 2, 4)),
+    "Qwen2.5-VL-32B": Size("qwen2_5_vl", 5120, 64, 27648, 40, 8, 31.2, (1, 2, 4, 8)),
+    "Qwen2.5-VL-72B": Size("qwen2_5_vl", 8192, 80, 29568, 64, 8, 70.2, (1,)),
+    "InternVL3-1B": qwen2("internvl", 896, 24, 4864, 14, 2, 0.36, (1,)),
+    "InternVL3-2B": qwen2("internvl", 1536, 28, 8960, 12, 2, 1.3, (1, 2)),
+    "InternVL3-8B": qwen2("internvl", 3584, 28, 18944, 28, 4, 6.5, (1, 2, 4)),
+    "InternVL3-14B": qwen2("internvl", 5120, 48, 13824, 40, 8, 13.2, (1, 2, 4)),
+    "InternVL3-38B": qwen2("internvl", 5120, 64, 27648, 40, 8, 31.2, (1, 2, 4, 8)),
+    "Gemma-3-4B": Size("gemma3", 2560, 34, 10240, 8, 4, 3.2, (1, 2, 4, 8), 256),
+    "Gemma-3-12B": Size("gemma3", 3840, 48, 15360, 16, 8, 10.8, (1, 2, 4, 8), 256),
+    "Gemma-3-27B": Size("gemma3", 5376, 62, 21504, 32, 16, 25.6, (1, 2, 4, 8), 128),
+    "Gemma-4-31B": Size("gemma4", 5376, 60, 21504, 32, 16, 29.2, (1, 2, 4, 8), 256, more=GEMMA4),
+    "Mistral-Small-3.2-24B": Size(
+        "mistral3", 5120, 40, 32768, 32, 8, 22.2, (1, 2, 4, 8, 16), 128, "mistral"
+    ),
+    "Ministral-3-8B": Size(
+        "mistral3", 4096, 34, 14336, 32, 8, 7.4, (1, 2, 4, 8, 16), 128, "ministral3"
+    ),
+    "GLM-4.1V-9B": Size("glm4v", 4096, 40, 13696, 32, 2, 8.1, (1,), tower_heads=12),
+    "LLaVA-OneVision-0.5B": qwen2("llava_onevision", 896, 24, 4864, 14, 2, 0.36, (1,)),
+    "LLaVA-OneVision-7B": qwen2("llava_onevision", 3584, 28, 18944, 28, 4, 6.5, (1, 2, 4)),
+    "SmolVLM-2B": Size("smolvlm", 2048, 24, 8192, 32, 32, 1.6, (1, 2, 4, 8, 16), 64, "llama"),
+    "Idefics3-8B": Size("idefics3", 4096, 32, 14336, 32, 8, 7.0, (1, 2, 4, 8, 16), 128, "llama"),
+}
+NARROW = {
+    "SmolVLM-256M": Size("smolvlm", 576, 30, 1536, 9, 3, 0.1, (1,), 64, "llama", 12),
+    "SmolVLM-500M": Size("smolvlm", 960, 32, 2560, 15, 5, 0.3, (1,), 64, "llama", 12),
+}
+
+
+def config_of(size: Size) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    text: dict[str, Any] = {
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.blocks,
+        "intermediate_size": size.mlp,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        **dict(size.more),
+    }
+    if size.head_dim is not None:
+        text["head_dim"] = size.head_dim
+    if size.decoder:
+        text["model_type"] = size.decoder
+    vision = {"vision_config": {}} if size.family == "gemma4" else {}
+    config = CONFIG_MAPPING[size.family](text_config=text, **vision)
+    for key in ("num_attention_heads", "num_heads"):
+        if hasattr(config.vision_config, key):
+            setattr(config.vision_config, key, size.tower_heads)
+    return config
+
+
+class NoWeights:
+    """What LoadedModel says of a model, from its configuration alone; blocks on the meta device."""
+
+    def __init__(self, size: Size) -> None:
+        import copy
+
+        from transformers import AutoModelForImageTextToText
+
+        self.config = config_of(size)
+        self.arch = get_architecture(size.family)
+        self.text_config = self.config.get_text_config()
+        self.num_blocks = size.blocks
+        few = copy.deepcopy(self.config)
+        few.get_text_config().num_hidden_layers = 1
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(few)
+        self._block = type(model.get_submodule(self.arch.decoder).layers[0])
+        self._made: dict[str, torch.nn.Module] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for index in range(self.num_blocks):
+            for name, tensor in self.meta_block(index).state_dict().items():
+                self.shapes[self.source_name(index, name)] = tuple(tensor.shape)
+        self.source = SimpleNamespace(shape=self.shapes.__getitem__)
+
+    def meta_block(self, index: int) -> torch.nn.Module:
+        kinds = getattr(self.text_config, "layer_types", None)
+        kind = kinds[index] if kinds else ""
+        if kind not in self._made:
+            with torch.device("meta"):
+                self._made[kind] = self._block(self.text_config, layer_idx=index)
+        return self._made[kind]
+
+    def source_name(self, index: int, name: str) -> str:
+        return f"{index}.{name}"
+
+    def groups(self, block: torch.nn.Module) -> Any:
+        return self.arch.groups_of(block)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_size_can_be_quantized_and_split(name: str) -> None:
+    size = PUBLISHED[name]
+    model: Any = NoWeights(size)
+    linears = [
+        model.shapes[model.source_name(index, f"{linear}.weight")]
+        for index in range(size.blocks)
+        for group in model.groups(model.meta_block(index))
+        for linear in group.linears
+    ]
+    weights = sum(n * k for n, k in linears)
+    assert weights / 1e9 == pytest.approx(size.billions, rel=0.03)
+    for scheme in SERVABLE:
+        check_shapes(model, scheme)
+        specs = (tensor_specs(scheme, n, k).values() for n, k in set(linears))
+        assert all(min(spec.shape) > 0 for one in specs for spec in one)
+        refused = refused_sizes(model.config, scheme.k_multiple)
+        assert tuple(fitting_sizes(refused)) == size.parallel, refused
+        recipe = make_recipe({"scheme": scheme.name, "method": "qig+", "calib": "x"})
+        waiting = bytes_a_token(model, recipe)  # two streams, and a group's inputs and outputs
+        assert 4 * 4 * size.hidden <= waiting <= 4 * (3 * size.hidden + 2 * size.mlp)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_width_of_broken_groups_is_refused_by_name(name: str) -> None:
+    model: Any = NoWeights(NARROW[name])
+    for scheme in SERVABLE:
+        with pytest.raises(UserError, match=r"0.self_attn.q_proj.weight cannot be quantized"):
+            check_shapes(model, scheme)
