@@ -304,7 +304,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "3.5 to 3.8: gated delta-net, (1 + w) norms, gate in q_proj",
             other_groups=(_delta_net(_QWEN3_5),),
             kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
-            on_cpu="gated delta-net in bfloat16 only",
+            on_cpu="gated delta-net in bfloat16 only, and no speculation",
         ),
         Architecture(
             "gemma4",

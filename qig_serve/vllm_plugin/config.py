@@ -95,6 +95,7 @@ class QigConfig(QuantizationConfig):
         if self.is_ignored(prefix):
             return UnquantizedLinearMethod()
         vllm_config = get_current_vllm_config()
+        refuse_speculation(vllm_config)
         patches.do_without_a_compiler(vllm_config)
         patches.ask_for_amx()
         patches.lay_heads_flat()
@@ -130,6 +131,23 @@ class QigConfig(QuantizationConfig):
 
     def _matches(self, module: str) -> bool:
         return any(module == name or module.startswith(name + ".") for name in self.ignored)
+
+
+def refuse_speculation(vllm_config: Any) -> None:
+    """ValueError where vLLM would answer otherwise with a speculator than without.
+
+    Its gated delta-net on a CPU does not take back the state of tokens that were not accepted.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or vllm_config.speculative_config is None:
+        return
+    types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
+    if "linear_attention" in types:
+        raise ValueError(
+            "vLLM on a CPU gives other tokens when it speculates with a model of gated delta-net: "
+            "leave --speculative-config out, or serve it on a GPU"
+        )
 
 
 def register_once() -> None:
