@@ -90,7 +90,7 @@ def test_weights_are_prefetched_before_the_wait(scheme: str) -> None:
 
 def test_a_regression_is_reported() -> None:
     compiled = compile_report.compile_tile("w4a8", 90, tile_of("w4a8", 90), m=1)
-    counts = dataclasses.replace(compiled.counts, spills=3, shared=300_000, tensor_core="")
+    counts = dataclasses.replace(compiled.counts, spills=30, shared=300_000, tensor_core="")
     worse = dataclasses.replace(compiled, counts=counts, issued_per_weight=1.9)
     problems = "\n".join(worse.problems())
     for word in ("spill", "issued", "shared", "tensor-core"):
