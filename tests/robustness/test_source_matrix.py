@@ -13,6 +13,7 @@ import torch
 from helpers.tiny_models import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 
+from qig_serve.architectures import ARCHITECTURES
 from qig_serve.errors import UserError
 from qig_serve.offline.source import loaded_model
 
@@ -97,7 +98,7 @@ def test_odd_tensors(models: dict[str, Path], tmp_path: Path, family: str, fault
     directory = Path(shutil.copytree(models[family], tmp_path / family))
     path = directory / "model.safetensors"
     tensors = load_file(path)
-    up = "layers.0.mlp.up_proj.weight"
+    up = f"layers.0.{ARCHITECTURES[family].groups[-1].previous}.weight"
     linear = next(n for n in tensors if n.endswith(up)).removesuffix(".weight")
     other = next(n for n in sorted(tensors) if "vis" in n and n.endswith("weight"))
     if fault == "bias" and f"{linear}.bias" in tensors:
@@ -133,6 +134,10 @@ def test_blocks_in_config(
     if text.get("layer_types"):
         kinds = [*text["layer_types"], text["layer_types"][-1]]
         text["layer_types"] = kinds[: text["num_hidden_layers"]]
+    if own := text.get("per_layer_config"):
+        text["per_layer_config"] = {
+            index: part for index, part in own.items() if int(index) < text["num_hidden_layers"]
+        }
     path.write_text(json.dumps(config))
     refused(directory)
 
