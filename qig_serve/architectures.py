@@ -331,6 +331,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "short convolutions between blocks of attention",
             ("lfm2",),
             other_groups=(_lfm2(_lfm2_convolution()),),
+            levelled_towers=("siglip2_vision_model",),
         ),
     )
 }

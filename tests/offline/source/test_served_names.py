@@ -30,10 +30,11 @@ def test_names_are_those_of_published_files(family: str, tmp_path: Path) -> None
     for way in WAYS:
         again = save_again(published, tmp_path / way, way)
         tower = read_config(again)["vision_config"].get("model_type")
-        served = {get_architecture(family).served_name(n, tower) for n in names(again)}
+        found = names(again)
         if way == "own-names":  # vLLM's mappers know `model.language_model.` and its like
-            served = {published_name(family, name) for name in served}
-        assert served == names(published), way
+            found = {published_name(family, name) for name in found}
+        served = {get_architecture(family).served_name(name, tower) for name in found}
+        assert served == {n for n in names(published) if not n.startswith("mtp.")}, way
 
 
 def test_other_towers_keep_their_names() -> None:
