@@ -20,8 +20,8 @@ CHECKS = ["kernel_checks.py", "quantizer_checks.py", "vocabulary_checks.py"]
 
 def run_checks(checks: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         str(FOLDER / checks)],
+        [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider",
+         str(FOLDER / checks)],  # two: this file is what other processes wait for
         env={**os.environ, "TRITON_INTERPRET": "1", **environment},
         cwd=FOLDER.parent.parent, capture_output=True, text=True,
     )  # fmt: skip
