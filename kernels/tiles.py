@@ -44,7 +44,7 @@ class Tile:
     block_m: int = 16
     """Tokens a tile; of dequantize, nothing."""
     block_n: int = 128
-    """Outputs a tile; of dequantize, rows that are dequantized at once (0: all), 128 or multiples."""
+    """Outputs a tile; of dequantize, rows dequantized at once (0: all), a multiple of 128."""
     num_warps: int = 4
     num_stages: int = 4
     """Loads in flight along K."""
