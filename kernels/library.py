@@ -35,3 +35,23 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     """Contiguous and 16-byte aligned, which the compiled loads count on."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def linear_in_slices(
+    x: torch.Tensor, n: int, rows: int, bias: torch.Tensor | None,
+    fill: Callable[[int, int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """x [M, K] times a weight [N, K] transposed (+ bias), through cuBLAS, some rows at a time.
+
+    fill(first, last, out) writes those rows of the weight into out [last - first, K], returns it.
+    """
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    scratch = torch.empty(min(rows, n), x.shape[1], dtype=x.dtype, device=x.device)
+    for first in range(0, n, rows):
+        last = min(n, first + rows)
+        weight, part = fill(first, last, scratch[: last - first]), out[:, first:last]
+        if bias is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(bias[first:last], x, weight.t(), out=part)
+    return out

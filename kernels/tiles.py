@@ -78,6 +78,17 @@ def tile_table() -> dict[tuple[str, str, str], Buckets]:
     return table
 
 
+def tiles_of(architecture: str, scheme: str, regime: Regime) -> list[Tile]:
+    """Those of a scheme and regime, of all shapes."""
+    return [
+        tile
+        for (of, by, _), rows in tile_table().items()
+        if (of, by) == (architecture, scheme)
+        for _, tile in rows
+        if tile.regime == regime
+    ]
+
+
 def architecture_of(capability: tuple[int, int]) -> str | None:
     """Whose tiles in tiles.json a device takes: those of its major version, and not newer."""
     major, minor = capability

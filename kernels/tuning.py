@@ -114,7 +114,7 @@ def predicted(
         if not tile.block_n:
             return time
         # In slices the scratch is small, and the vendor's kernels end in more part-filled waves.
-        return time if m >= _SLICES_FROM and n > 2 * tile.block_n == 16896 else float("inf")
+        return time if m >= _SLICES_FROM and n > 2 * tile.block_n else float("inf")
     counts = found.get(scheme.name, {}).get(compiled_as(tile))
     if counts is None or not counts.tensor_core or counts.spills or counts.stack:
         return float("inf")
@@ -298,9 +298,9 @@ def write_counts(path: Path, target: int, found: Found) -> None:
 
 
 def write_tiles(architecture: str, entry: dict[str, Any]) -> None:
-    """Replace an architecture's part of tiles.json."""
+    """Replace an architecture's part of tiles.json; schemes that the entry lacks stay."""
     data = json.loads(TILES_FILE.read_text())
-    data[architecture] = entry
+    data[architecture] = data.get(architecture, {}) | entry
     TILES_FILE.write_text(json.dumps(data, indent=1) + "\n")
     tile_table.cache_clear()
     select.cache_clear()

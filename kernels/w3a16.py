@@ -67,7 +67,7 @@ from qig_serve.kernels import (
 from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
-from qig_serve.kernels.tiles import Regime, Tile, select, tile_table
+from qig_serve.kernels.tiles import Regime, Tile, select, tiles_of
 
 MOST_HALVES = 64
 """Most tokens at which halves tiles are tried."""
@@ -439,17 +439,10 @@ def _dequantized_linear(
     if rows >= n:
         weight = dequantize(planes, scale_zero, n, x.shape[1], x.dtype, use_ptx)
         return torch.nn.functional.linear(x, weight, bias)
-    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    scratch = torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
-    for first in range(0, n, rows):
-        last = min(n, first + rows)
-        weight = _dequantize_rows(planes, scale_zero, first, last, scratch[: last - first], use_ptx)
-        part = out[:, first:last]
-        if bias is None:
-            torch.mm(x, weight.t(), out=part)
-        else:
-            torch.addmm(bias[first:last], x, weight.t(), out=part)
-    return out
+    return library.linear_in_slices(
+        x, n, rows, bias,
+        lambda first, last, out: _dequantize_rows(planes, scale_zero, first, last, out, use_ptx),
+    )  # fmt: skip
 
 
 def dequantize(
@@ -501,7 +494,7 @@ def candidates(m: int) -> list[Tile]:
             )
             for stages in (2, 3)
         ]  # fmt: skip
-        tiles += [Tile("dequantize", block_n=rows) for rows in (4224, 8448, 0)]
+        tiles += [Tile("dequantize", block_n=rows) for rows in (8448, 4224, 0)]
     return tiles
 
 
@@ -542,13 +535,7 @@ def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
 
 def _tiles_of_halves(architecture: str) -> list[Tile]:
     """A tile of tiles.json for each way in which halves are stored."""
-    every = [
-        tile
-        for (of, scheme, _), rows in tile_table().items()
-        if (of, scheme) == (architecture, "w3a16")
-        for _, tile in rows
-        if tile.regime == "halves"
-    ]
+    every = tiles_of(architecture, "w3a16", "halves")
     return list({launch.uses_wgmma(tile): tile for tile in every}.values())
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from qig_serve.kernels import halves, launch, layout, library, quantize_activation
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
-from qig_serve.kernels.tiles import Tile, select, tile_table
+from qig_serve.kernels.tiles import Tile, select, tiles_of
 
 FUSES_ACTIVATIONS = False
 _MOST_HALVES = 64
@@ -128,18 +128,10 @@ def _dequantized_linear(
     x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None, tile: Tile
 ) -> torch.Tensor:
     """Through cuBLAS; `tile.block_n` rows of the table at a time, or all of them at once (0)."""
-    (m, k), some = x.shape, tile.block_n or n
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    scratch = torch.empty(min(some, n), k, dtype=x.dtype, device=x.device)
-    for first in range(0, n, some):
-        last = min(n, first + some)
-        weight = _rows(prepared, None, first, n, scratch[: last - first])
-        part = out[:, first:last]
-        if bias is None:
-            torch.mm(x, weight.t(), out=part)
-        else:
-            torch.addmm(bias[first:last], x, weight.t(), out=part)
-    return out
+    return library.linear_in_slices(
+        x, n, tile.block_n or n, bias,
+        lambda first, last, out: _rows(prepared, None, first, n, out),
+    )  # fmt: skip
 
 
 def candidates(m: int) -> list[Tile]:
@@ -170,15 +162,9 @@ def unsupported(n: int, k: int) -> str:
 
 def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what makes halves of activations, and what looks up rows."""
-    tiles = (
-        tile
-        for (of, scheme, _), rows in tile_table().items()
-        if (of, scheme) == (launch.architecture(device), "w8a16")
-        for _, tile in rows
-        if tile.regime == "halves"
-    )
+    tile, *_ = tiles_of(launch.architecture(device), "w8a16", "halves")
     x = torch.zeros(1, k, dtype=dtype, device=device)
-    quantize_activation.split_halves(x, next(tiles))
+    quantize_activation.split_halves(x, tile)
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     _rows(zeros(1, k, device), ids, 0, 1, x)
 

@@ -1,14 +1,15 @@
 """Fit kernels/time_model.py to the kernels that were timed on an H200, and say how far it is off.
 
-    python tests/benchmarks/fit_time_model.py [--leave-out LAYER] [--rows FILE ...] [--beside]
+    python tests/benchmarks/fit_time_model.py [--leave-out LAYER] [--rows FILE ...] [--present]
+        [--beside]
 
 Prints the fitted numbers (time_model.Fit holds them), the error of each row by kind of kernel, and
 of how many pairs of tiles of one row (layer, M, scheme) the faster is found. --leave-out: fit
-without a layer's rows, and judge on them alone. --beside: instead, a table of the four linears'
-sums: measured with the kernels of then, and predicted for those of now. The rows are in
-results/kernel-times-H200.json: 142 timings of 28 kernels, some of which are no longer in the code;
---rows names others, or several: `make gpu` leaves such a file of every run
-(kernel-times-<card>-<commit>.json), with what its card's memory reaches.
+without a layer's rows, and judge on them alone. --present: judge the numbers that are there.
+--beside: instead, a table of the four linears' sums: measured with the kernels of then, and
+predicted for those of now. The rows are in results/kernel-times-H200.json: 142 timings of 28
+kernels, some of which are no longer in the code; --rows names others, or several: `make gpu` leaves
+such a file of every run (kernel-times-<card>-<commit>.json), with what its card's memory reaches.
 """
 
 from __future__ import annotations
@@ -96,12 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leave-out", metavar="LAYER")
     parser.add_argument("--rows", type=Path, nargs="+", default=[ROWS], metavar="FILE")
+    parser.add_argument("--present", action="store_true")
     parser.add_argument("--beside", action="store_true")
     options = parser.parse_args()
     if options.beside:
         return print_beside(json.loads(ROWS.read_text()))
     rows = read(options.rows)
-    fit = fitted([row for row in rows if row["layer"] != options.leave_out])
+    left = [row for row in rows if row["layer"] != options.leave_out]
+    fit = FIT if options.present else fitted(left)
     judged = [row for row in rows if options.leave_out in (None, row["layer"])]
     print(fit)
     by_kind, by_row = collections.defaultdict(list), collections.defaultdict(list)

@@ -90,9 +90,12 @@ def offered(scheme: str, found: tuning.Found, target: int, m: int, n: int, k: in
     """
     architecture = tiles.architecture_of((target // 10, target % 10))
     assert architecture is not None
-    listed = tuning.shortlist(SCHEMES[scheme], found, target, m, n, k, SHORTLIST) if found else []
     if (n, k) in EVERY:
         listed = [t for t in tuning.candidates(scheme, m) if t.regime != "dequantize"]
+    elif found:
+        listed = tuning.shortlist(SCHEMES[scheme], found, target, m, n, k, SHORTLIST)
+    else:
+        listed = []
     present = tiles.select(scheme, architecture, n, k, m)
     through_cublas = [
         tile

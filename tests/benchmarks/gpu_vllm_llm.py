@@ -240,8 +240,12 @@ class Engine:
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             if spent > 0 and on_gpu == cuda:
                 times[event.key[:160]] += spent
-        on_gpu = [e for e in profiler.events() if str(e.device_type).endswith("CUDA")]
-        return dict(times), idle([(e.time_range.start, e.time_range.end) for e in on_gpu])
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if str(event.device_type).endswith("CUDA")
+        ]
+        return dict(times), idle(spans)
 
     def profile_decode(self, batch: int) -> dict[str, Any]:
         """A decode step of a batch, as groups and longest kernels."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES, get_scheme
-from qig_serve.kernels import launch, ops, tiles
+from qig_serve.kernels import launch, ops, tiles, tuning
 
 W3A16, W4A8 = get_scheme("w3a16"), get_scheme("w4a8")
 HOPPER = (9, 0)
@@ -204,3 +206,14 @@ def test_tuning_without_a_gpu_fails_in_one_sentence() -> None:
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "tuning measures kernels on a GPU, and no CUDA device was found\n"
+
+
+def test_schemes_that_were_not_tuned_keep_their_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output head's, where decoder linears alone are timed."""
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"sm_90": {"source": "old", "w3a16": [1], "w8a16": [2]}}))
+    monkeypatch.setattr(tuning, "TILES_FILE", path)
+    tuning.write_tiles("sm_90", {"source": "new", "w3a16": [3]})
+    assert json.loads(path.read_text())["sm_90"] == {"source": "new", "w3a16": [3], "w8a16": [2]}
