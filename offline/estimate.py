@@ -26,6 +26,7 @@ from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import LoadedModel
+from qig_serve.offline.source.stand_ins import out_of_memory
 
 _DRY_GRID = 2
 FirstStreams = Callable[[Sequence[CalibrationBatch]], Streams]
@@ -132,7 +133,7 @@ def dry_run(
         before = _now(loaded.device) - started
         seconds = time_block(loaded, streams, dry, recipe.candidates)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise UserError(
             f"the dry run on calibration sample {chosen[0].ids[0]} "
@@ -198,13 +199,6 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
             n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))
         widest = max(widest, n + k * (2 if recipe.weighting.needs_quantized_input else 1))
     return 4 * (2 * hidden + widest)  # fp32
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    texts = ("can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error) for text in texts
-    )
 
 
 def _now(device: torch.device) -> float:

@@ -68,8 +68,10 @@ def generate(
     """
     from qig_serve.inspection import require_sound
     from qig_serve.serve import parse_flags, set_environment
+    from qig_serve.serving.adapter_tensors import check_adapter_tensors
+    from qig_serve.serving.adapters import check_adapters
 
-    read_manifest(directory)
+    manifest = read_manifest(directory)
     require_sound(directory)
     defaults: dict[str, Any] = {"max_tokens": max_tokens} if max_tokens else {}
     first = next(batch_io.read_requests(source, prompt, defaults), None)
@@ -77,6 +79,8 @@ def generate(
         raise UserError(f"{source}: no requests in it")
     set_environment(Limits())
     args = parse_flags(directory, flags)
+    check_adapters(directory, manifest, args)
+    check_adapter_tensors(directory, args)
     args.disable_log_stats = True  # the progress bar shows it, at no cost per token
     defaults["model"] = (args.served_model_name or [args.model])[0]
     results = Results(output, resume)

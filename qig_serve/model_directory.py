@@ -6,6 +6,9 @@ evaluation and the server cannot disagree about it.
 
 from __future__ import annotations
 
+import codecs
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
+_COPY_AGAIN = "copy the published model's tokenizer and processor files there again"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
@@ -37,12 +42,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as it is written; UserError if there is none or it cannot be read."""
+    if os.path.exists(directory) and not directory.is_dir():
+        raise UserError(f"{directory} is a file: give the directory of the model, with all of it")
     if not directory.is_dir():
-        raise UserError(f"the model directory {directory} does not exist")
+        hub = _HUB_NAME.fullmatch(str(directory))
+        way_out = f": download it first, with `hf download {directory} --local-dir DIR`"
+        raise UserError(f"the model directory {directory} does not exist{way_out if hub else ''}")
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
-    return read_json(path)
+    config = read_json(path)
+    with path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            raise UserError(
+                f"{path} begins with a byte-order mark, which transformers and vLLM do not read: "
+                "save it as UTF-8 without one"
+            )
+    return config
 
 
 def load_config(directory: Path) -> Any:
@@ -69,14 +85,20 @@ def load_processor(directory: Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # a package that is missing, a value that is none of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{directory} has no usable processor: {reason}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")[:400]
+        raise UserError(
+            f"{directory} has no usable processor ({reason}): {_COPY_AGAIN}, or install the "
+            "package that is missing"
+        ) from None
     if getattr(processor, "tokenizer", None) is None:
-        raise UserError(f"{directory} has no image processor beside its tokenizer")
+        raise UserError(f"{directory} has no image processor beside its tokenizer: {_COPY_AGAIN}")
     if not processor.chat_template:
         processor.chat_template = _tokenizer_template(processor.tokenizer)
-    if not processor.chat_template:
-        raise UserError(f"{directory} has no chat template, so it cannot be asked anything")
+    if not isinstance(processor.chat_template, (str, Mapping)) or not processor.chat_template:
+        raise UserError(
+            f"{directory} has no chat template, so it cannot be asked anything: add the "
+            "chat_template.jinja of the model that was trained on chats"
+        )
     return processor
 
 
@@ -84,7 +106,8 @@ def _tokenizer_template(tokenizer: Any) -> Any:
     """The chat template of files that keep it with the tokenizer: one, or several by name."""
     template = tokenizer.chat_template
     if isinstance(template, (list, tuple)):
-        template = {entry["name"]: entry["template"] for entry in template}
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        template = {entry.get("name"): entry.get("template") for entry in entries}
     return template.get("default") if isinstance(template, Mapping) else template
 
 
@@ -139,7 +162,8 @@ def dtype_named(name: str, where: Path | str) -> torch.dtype:
 
     names = {"half": "float16", "float": "float32"}
     dtype = getattr(torch, names.get(name, name.removeprefix("torch.")), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    floats = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not isinstance(dtype, torch.dtype) or not floats or dtype.itemsize < 2:
         raise UserError(f"{where}: {name!r} is not a dtype that weights can have")
     return dtype
 

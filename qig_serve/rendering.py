@@ -6,6 +6,7 @@ sentence that names the sample, the cause and the way out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from qig_serve.errors import UserError
 from qig_serve.samples import Sample
 
+_TEMPLATE_FAULTS = ("TemplateSyntaxError", "SecurityError", "RecursionError")
 _MARKS = (
     "image_token",
     "boi_token",
@@ -27,6 +29,10 @@ _MARKS = (
 """Attributes of processors and tokenizers that hold what stands for a picture in a prompt."""
 _USUAL_MARKS = ("<image>", "<video>", "<audio>")
 """Those of data sets, which other programs replace."""
+_MEDIA_TOKEN = re.compile(
+    r"[<\[]\W*(start_of_|end_of_)?(image|img|vision|video|audio)", re.IGNORECASE
+)
+"""Special tokens by their names."""
 
 
 def render(
@@ -70,6 +76,8 @@ def guarded(name: str, what: str) -> Iterator[None]:
         way_out = "leave it out, or correct its turns, texts and images"
         if isinstance(error, ImportError):
             way_out = "install the package that is missing"
+        elif kind in _TEMPLATE_FAULTS:
+            way_out = "correct the model's chat template"
         raise UserError(
             f"{name}: {what} ({kind}{': ' if cause else ''}{cause[:400]}); {way_out}"
         ) from None
@@ -97,7 +105,8 @@ def image_marks(processor: Any) -> list[str]:
             value = getattr(holder, attribute, None)
             if isinstance(value := getattr(value, "content", value), str) and value.strip():
                 marks.add(value)
-    return sorted(marks)
+    added = getattr(getattr(processor, "tokenizer", None), "all_special_tokens", None) or ()
+    return sorted(marks.union(token for token in added if _MEDIA_TOKEN.match(token)))
 
 
 def check_samples(processor: Any, samples: Sequence[Sample]) -> None:

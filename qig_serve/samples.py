@@ -13,8 +13,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from qig_serve.errors import UserError
-from qig_serve.text_files import lines
+from qig_serve.text_files import lines, parse_json
 
 ImageSource = Path | bytes | Image.Image
 """A file, the bytes of an encoded picture, or a picture in memory."""
@@ -36,11 +36,20 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 """Files with these endings are pictures, in lower or upper case."""
 
 _ROLES = ("system", "user", "assistant")
-_MEDIA = frozenset(
-    f"{kind}{ending}"
-    for kind in ("image", "video", "audio")
-    for ending in ("", "s", "_url", "_urls", "_path", "_paths", "_file", "_files")
+_MEDIA = re.compile(
+    r"(input_)?(image|img|picture|photo|video|audio|sound|speech|media)s?"
+    r"(_?(url|uri|path|file|byte|data|base64|b64)s?)?"
+    r"|pixel_values|multi_?modal(_data)?"
 )
+"""Keys, in small letters, that carry pictures, video or sound in somebody's data."""
+_MEDIA_VALUE = re.compile(
+    r"data:(image|video|audio)/.*|.{1,4096}\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic"
+    r"|mp4|mkv|avi|mov|webm|wav|mp3|flac|ogg|m4a)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Texts that name such a file."""
+_TEXTS = frozenset({"id", "type", "answer", "messages", "conversations"})
+"""Keys of a record that may speak of files."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     Image.DecompressionBombError,
 )
 _LONGEST = 200
+_SHOWN = 300  # characters of a name
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -195,7 +205,7 @@ def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list
 
 def _parse_line(line: str, where: str, folder: Path, number: int) -> Sample:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     return parse_record(record, where, folder, number)
@@ -209,6 +219,8 @@ def parse_record(record: Any, where: str, folder: Path, number: int) -> Sample:
     """
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise UserError(f'{where}: a sample needs a "messages" list in OpenAI chat form')
+    if record.get("conversations"):
+        raise UserError(f'{where}: "messages" and "conversations": give the turns in one of them')
     answer = record.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise UserError(f'{where}: "answer" must be text, not {type(answer).__name__}')
@@ -220,6 +232,8 @@ def parse_record(record: Any, where: str, folder: Path, number: int) -> Sample:
         raise UserError(
             f"{where}: {count} images, and {count - len(images)} marks <image> in the messages"
         )
+    if not any(p["type"] == "image" for m in messages for p in m["content"]):
+        check_files(record, where)
     if not messages or messages[-1]["role"] == "system":
         raise UserError(f"{where}: the conversation has no user turn")
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
@@ -233,13 +247,31 @@ def parse_record(record: Any, where: str, folder: Path, number: int) -> Sample:
 
 def check_media(record: dict[str, Any], where: str, read: Sequence[str] = ()) -> None:
     """UserError for a key that carries pictures, video or sound and would not be read."""
-    for key in sorted(set(record) & _MEDIA - set(read)):
-        if record[key]:
-            raise UserError(
-                f'{where}: the key "{key}" is not read: give pictures as image_url parts of a '
-                'message, or as paths in "images" with <image> in the text; video and sound cannot '
-                "be used"
-            )
+    for key in sorted(set(record) - set(read)):
+        if record[key] and _MEDIA.fullmatch(key.lower()):
+            raise _not_read(where, key)
+
+
+def check_files(record: dict[str, Any], where: str) -> None:
+    """UserError where the record of a sample without pictures names one, under whatever key."""
+    for key in sorted(set(record) - _TEXTS):
+        if _names_media(record[key]):
+            raise _not_read(where, key)
+
+
+def _names_media(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, str):
+        return bool(_MEDIA_VALUE.fullmatch(value))
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 3 and any(_names_media(item, depth + 1) for item in inner)
+
+
+def _not_read(where: str, key: str) -> UserError:
+    return UserError(
+        f'{where}: the key "{key}" is not read: give pictures as image_url parts of a '
+        'message, or as paths in "images" with <image> in the text; video and sound cannot '
+        "be used"
+    )
 
 
 def _beside(value: Any, where: str, folder: Path) -> list[ImageSource] | None:
@@ -249,7 +281,7 @@ def _beside(value: Any, where: str, folder: Path) -> list[ImageSource] | None:
     named = value if isinstance(value, list) else [value]
     if not all(isinstance(url, str) for url in named):
         raise UserError(f'{where}: "images" must be a list of paths')
-    return [_resolve(url, where, folder) for url in named]
+    return [resolve_picture(url, where, folder) for url in named]
 
 
 def split_marks(text: str, images: list[ImageSource], where: str) -> list[dict[str, Any]]:
@@ -271,6 +303,10 @@ def _parse_message(
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise UserError(f"{where}: every message needs a role, one of {', '.join(_ROLES)}")
     check_media(message, where)
+    if message.get("tool_calls") or message.get("function_call"):
+        raise UserError(
+            f"{where}: calls of tools are not read: write them as text, as the model does"
+        )
     content = message.get("content")
     if isinstance(content, str) and images is not None:
         return {"role": message["role"], "content": split_marks(content, images, where)}
@@ -281,6 +317,10 @@ def _parse_message(
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            check_media(part, where)
+        elif kind is not None and part.get("text"):
+            raise UserError(f"{where}: a part of type {kind!r} holds a text too: make them two")
         if images is not None and kind == "text" and isinstance(part.get("text"), str):
             parts += split_marks(part["text"], images, where)
         elif images is not None and kind == "image" and set(part) <= {"type", "text", "index"}:
@@ -298,15 +338,16 @@ def _parse_part(part: Any, where: str, folder: Path) -> dict[str, Any]:
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
         if isinstance(url, str):
-            return {"type": "image", "image": _resolve(url, where, folder)}
+            return {"type": "image", "image": resolve_picture(url, where, folder)}
     raise UserError(
         f"{where}: a part must be {{'type': 'text', 'text': ...}} or "
         "{'type': 'image_url', 'image_url': {'url': ...}}"
     )
 
 
-def _resolve(url: str, where: str, folder: Path) -> ImageSource:
-    if url.startswith("data:"):
+def resolve_picture(url: str, where: str, folder: Path) -> ImageSource:
+    """The picture that a path, a file:// URL or a data URL means; UserError, from `where` on."""
+    if url[:5].lower() == "data:":
         try:
             data = base64.b64decode(url.partition(",")[2], validate=True)
         except ValueError:
@@ -316,10 +357,17 @@ def _resolve(url: str, where: str, folder: Path) -> ImageSource:
         return data
     path = picture_path(url, folder)
     if path is None:
-        raise UserError(f"{where}: {url} is on a network; give a file path or a data URL")
+        raise UserError(f"{where}: {shown(url)} is on a network; give a file path or a data URL")
     if not os.path.isfile(path):
-        raise UserError(f"{where}: the image {path} does not exist")
+        fault = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"{where}: the image {shown(path)} {fault}")
     return path
+
+
+def shown(name: str | Path) -> str:
+    """A name from somebody's file for a message: on one line, and not longer than that."""
+    text = str(name)[:_SHOWN]
+    return text if text.isprintable() else repr(text)
 
 
 def picture_path(url: str, folder: Path) -> Path | None:
@@ -327,8 +375,8 @@ def picture_path(url: str, folder: Path) -> Path | None:
 
     The same in samples and in batches.
     """
-    if url.startswith("file://"):
-        return folder / unquote(url.removeprefix("file://").removeprefix("localhost"))
+    if url[:7].lower() == "file://":
+        return folder / unquote(url[7:].removeprefix("localhost"))
     return None if "://" in url else folder / url
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qig_serve.errors import UserError
 from qig_serve.model_directory import read_manifest
+from qig_serve.serving.adapter_tensors import check_adapter_tensors
 from qig_serve.serving.adapters import check_adapters
 from qig_serve.serving.folders import check_folders
 from qig_serve.serving.limits import Limits
@@ -43,6 +44,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     """
     from qig_serve.serving.describe import unsupported_version
 
+    check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
     if version := unsupported_version():
         raise UserError(version)
 
@@ -52,7 +54,8 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
 
     from qig_serve.vllm_plugin import compat, register
 
-    check_folders(cuda=current_platform.is_cuda())
+    if current_platform.is_cuda():
+        check_folders(cuda=True)
     register()
     compat.cli_environment()()
     names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
@@ -120,6 +123,7 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
             f"(`qig-serve doctor {directory}` says more)"
         )
     note = check_adapters(directory, manifest, args)
+    check_adapter_tensors(directory, args)
     print("\n".join([*report.lines(), *([note] if note else [])]), flush=True)
 
     from qig_serve.vllm_plugin import compat

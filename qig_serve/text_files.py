@@ -14,6 +14,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,16 @@ _MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 
+_BINARY = (
+    (b"\x1f\x8b", "packed by gzip"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd"),
+    (b"PK\x03\x04", "a zip file"),
+    (b"PAR1", "a parquet file"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+)
+_GIVE_TEXT = "unpack it, or give a text file (a parquet file as hf:PATH)"
+
 
 def check_utf8(path: Path) -> None:
     """UserError, with line and byte (both counted from 1), if a file is not text in UTF-8.
@@ -41,6 +52,9 @@ def check_utf8(path: Path) -> None:
     done, line = 0, 1  # bytes before the piece, and the line on which it begins
     with _opened(path) as file:
         piece = file.read(_CHUNK)
+        for mark, kind in _BINARY:
+            if piece.startswith(mark):
+                raise UserError(f"{path} is {kind}, not text: {_GIVE_TEXT}")
         for mark, name in _MARKS:
             if piece.startswith(mark):
                 raise _refusal(path, 1, 1, f"the file is text in {name}, not in UTF-8", name)
@@ -83,11 +97,44 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """The value of a JSON file; UserError if it cannot be read."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except RecursionError:
         raise UserError(f"{path} cannot be read: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: it is not JSON ({error})") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ValueError if it is none, or RecursionError if it is too deep.
+
+    A key twice in one object and half a surrogate pair are errors too: programs differ in what
+    they take such a text to be.
+    """
+    value = json.loads(text, object_pairs_hook=_object)
+    if (half := _HALF_PAIR.search(text)) and _has_half_pair(value):
+        raise ValueError(f"{half[0]} is half of a surrogate pair, which is no character")
+    return value
+
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""Or one half of a whole one."""
+
+
+def _has_half_pair(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object")
+    return found
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -119,7 +166,10 @@ class CsvRow:
 def csv_columns(path: Path) -> list[str]:
     """The names in the first line. UserError if the file is not a CSV file in UTF-8."""
     check_utf8(path)
-    return next(_csv_records(path), (0, []))[1]
+    columns = next(_csv_records(path), (0, []))[1]
+    if twice := next((c for c in columns if columns.count(c) > 1), None):
+        raise UserError(f"{path}: the column {twice!r} is there twice: name one of them otherwise")
+    return columns
 
 
 def csv_rows(path: Path) -> Iterator[CsvRow]:

@@ -21,16 +21,24 @@ SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_KEYS = ("quantization_config", "compression_config")
-_QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Those of ModelOpt, AutoGPTQ and AutoAWQ, which leave config.json as it was."""
+_KEYS = ("quantization_config", "compression_config", "quantization")
+"""The last is MLX's."""
+_QUANTIZER_FILES = (
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+)
+"""Those of ModelOpt, AutoGPTQ, AutoAWQ and AutoRound, which leave config.json as it was."""
 _COMPANION = re.compile(
     r"(weight_|input_|scale_)(global_)?(scale|weight|input)(_inv|_2)?|weight_(zero_point|packed|shape"
     r"|format)|SCB|qweight|qzeros|scales|g_idx|absmax|nested_absmax|quant_map|nested_quant_map"
     r"|quant_state.*"
 )
+_ADAPTER = re.compile(r".*\.(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer)(\..*)?")
 _INTEGER_BUFFERS = ("position_ids", "num_batches_tracked", "relative_position_index")
 """Tables of numbers that are no weights: copied, if no one reads them."""
+_POINTER = b"version https://git-lfs"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -72,7 +80,13 @@ def weight_files(directory: Path) -> WeightFiles:
             )
         return found
     if single.is_file():
+        check_pointers(directory, [SINGLE_FILE])
         return WeightFiles([SINGLE_FILE])
+    for path in (index, single):
+        if os.path.lexists(path):
+            raise UserError(
+                f"{path} is no file (a folder, or a link to nothing): download it again"
+            )
     others = sorted(p.name for p in directory.glob("*.safetensors"))
     if others:
         raise UserError(
@@ -85,22 +99,54 @@ def weight_files(directory: Path) -> WeightFiles:
             f"{directory} has its weights in pickle form ({pickles[0]}), which can run code when "
             "it is read: convert it to safetensors"
         )
-    raise UserError(f"{directory} has no safetensors weights")
+    if gguf := sorted(p.name for p in directory.glob("*.gguf")):
+        raise UserError(
+            f"{directory} has its weights as GGUF ({gguf[0]}), which is quantized already: give "
+            "the full-precision model, with its safetensors files"
+        )
+    raise UserError(
+        f"{directory} has no safetensors weights: download {SINGLE_FILE}, or the shards and "
+        f"{INDEX_FILE}"
+    )
 
 
 def _indexed(index: Path) -> WeightFiles:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        wanted = {str(k): str(v) for k, v in weight_map.items()}
+        value = json.loads(index.read_text(encoding="utf-8"))
+        wanted = {str(k): str(v) for k, v in value["weight_map"].items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not an index of safetensors: download it again") from None
+    if not wanted:
+        raise UserError(f"{index} names no tensors: download it again")
     names = sorted(set(wanted.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names {name!r}, which is not a file beside it")
         if not os.path.isfile(index.parent / name):
             raise UserError(f"{index} names the shard {name}, which is missing: download it again")
+    check_pointers(index.parent, names)
     return WeightFiles(names, wanted)
+
+
+def check_index(directory: Path) -> None:
+    """UserError for an index that transformers fails on, though nothing of it is missing."""
+    index = directory / INDEX_FILE
+    if index.is_file() and not isinstance(read_json(index).get("metadata"), Mapping):
+        raise UserError(
+            f'{index} has no "metadata", without which transformers does not read it: put '
+            '"metadata": {} beside its weight_map'
+        )
+
+
+def check_pointers(directory: Path, names: list[str]) -> None:
+    """UserError for a file of which Git has only fetched the pointer."""
+    for name in names:
+        with (directory / name).open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise UserError(
+                    f"{directory / name} is a pointer of Git LFS and not the weights: fetch them "
+                    "with `git lfs pull`"
+                )
 
 
 def check_full_precision(directory: Path) -> None:
@@ -140,6 +186,11 @@ def check_tensor(directory: Path, file: str, name: str, dtype: str) -> None:
     if leaf in _INTEGER_BUFFERS:
         return
     where = f"{name} in {directory / file}"
+    if _ADAPTER.fullmatch(name):
+        raise UserError(
+            f"{where} is of a LoRA adapter that is not merged: give the model that PEFT's "
+            "merge_and_unload returns, saved"
+        )
     if _COMPANION.fullmatch(leaf) or dtype.startswith(("F8", "F4", "F6_")):
         raise UserError(
             f"{directory} is quantized already: {where} is {_kind(leaf, dtype)}; give the "

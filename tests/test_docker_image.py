@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,7 @@ class Composed:
     image: Image
     models: Path
     service: dict[str, Any]
+    cache: Path
 
     def command(
         self, argv: list[str], writable: bool = False, env: dict[str, str] | None = None
@@ -200,7 +202,7 @@ class Composed:
         for path in service["tmpfs"]:  # Docker's own options for them
             options = "mode=1777,nosuid,nodev,noexec"
             mounts.append(f"mount -t tmpfs -o {options} tmpfs {root}{path}")
-        mounts.append(f"mount --bind {self.models.parent / 'cache'} {root}/cache")
+        mounts.append(f"mount --bind {self.cache} {root}/cache")
         mounts.append(f"mount --bind {self.models} {root}/mnt")
         assert service["read_only"] and "cache:/cache" in service["volumes"]
         if not writable:
@@ -229,7 +231,7 @@ def composed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Composed
         if path.stat().st_uid == os.geteuid() and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o011)
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
-    return Composed(image, folder / "models", services["cpu"])
+    return Composed(image, folder / "models", services["cpu"], folder / "cache")
 
 
 def _child(process: subprocess.Popen[bytes]) -> int:
@@ -333,38 +335,90 @@ def test_it_quantizes(composed: Composed, checkpoint: Path) -> None:
     assert (composed.models / "demo-w4a8" / "config.json").stat().st_uid == 10001
 
 
-def test_it_serves_is_healthy_answers_and_stops(
-    composed: Composed, checkpoint: Path, questions: list[dict[str, Any]], tmp_path: Path
-) -> None:
+@contextmanager
+def serving(composed: Composed, checkpoint: Path, log: Path, key: str) -> Iterator[int]:
+    """compose.yaml's server, healthy and at last stopped; process 1 by its number out here."""
     argv = [str(checkpoint) if word == "/model" else word for word in composed.service["command"]]
     argv = [word.replace("${MODEL_NAME:-qig}", "qig") for word in argv]
-    command = composed.command(argv, env={"VLLM_API_KEY": "open sesame"})
-    said = tmp_path / "log"
-    with said.open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+    command = composed.command(argv, env={"VLLM_API_KEY": key})
+    with log.open("w") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=said)
     try:
         first = _child(server)
         assert composed.beside(first, composed.image.health).returncode != 0
         deadline = time.monotonic() + 900
         while composed.beside(first, composed.image.health).returncode != 0:
-            assert server.poll() is None, said.read_text()[-4000:]
-            assert time.monotonic() < deadline, said.read_text()[-4000:]
+            assert server.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(2)
-        bodies = [json.dumps(q["body"]) for q in questions]
-        done = composed.beside(first, ["python", "-c", ASK, *bodies])
-        assert done.returncode == 0, done.stderr
-        answers = done.stdout.splitlines()
-        right = sum(a.strip() == q["answer"] for a, q in zip(answers, questions, strict=True))
-        assert right >= 5, list(zip(answers, [q["answer"] for q in questions], strict=True))
-        # As Prometheus asks, with compose.yaml's key and without.
-        scraped = composed.beside(first, ["python", "-c", SCRAPE, "", "open sesame"]).stdout
-        assert scraped.startswith("refused 401") and "vllm:" in scraped and "qig_" in scraped
+        yield first
         # Docker's stop: SIGTERM to process 1.
         os.kill(first, signal.SIGTERM)
-        assert server.wait(timeout=90) == 0, said.read_text()[-4000:]
+        assert server.wait(timeout=90) == 0, log.read_text()[-4000:]
     finally:
         server.kill()
         server.wait()
+
+
+def _answers_right(composed: Composed, first: int, questions: list[dict[str, Any]]) -> None:
+    bodies = [json.dumps(q["body"]) for q in questions]
+    done = composed.beside(first, ["python", "-c", ASK, *bodies])
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    right = sum(a.strip() == q["answer"] for a, q in zip(answers, questions, strict=True))
+    assert right >= 5, list(zip(answers, [q["answer"] for q in questions], strict=True))
+
+
+def test_it_serves_is_healthy_answers_and_stops(
+    composed: Composed, checkpoint: Path, questions: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with serving(composed, checkpoint, tmp_path / "log", "open sesame") as first:
+        _answers_right(composed, first, questions)
+        # As Prometheus asks, with compose.yaml's key and without.
+        scraped = composed.beside(first, ["python", "-c", SCRAPE, "", "open sesame"]).stdout
+        assert scraped.startswith("refused 401") and "vllm:" in scraped and "qig_" in scraped
+
+
+def _as_anyone(composed: Composed, folder: Path) -> Composed:
+    """The same under a user id that no file knows and group 0; the cache is new, as the image's."""
+    image = dataclasses.replace(composed.image, user="12345", group="0")
+    assert "12345" not in (image.root / "etc/passwd").read_text()
+    cache, mode = folder / "cache", (image.root / "cache").stat()
+    cache.mkdir()
+    os.chown(cache, mode.st_uid, mode.st_gid)
+    cache.chmod(mode.st_mode)
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.geteuid() and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o011)
+    return Composed(image, composed.models, composed.service, cache)
+
+
+def test_it_serves_under_any_user_of_group_0(
+    composed: Composed, checkpoint: Path, questions: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """As OpenShift runs it: `--user 12345:0`, a read-only root, and questions about pictures."""
+    other = _as_anyone(composed, tmp_path)
+    with serving(other, checkpoint, tmp_path / "log", "open sesame") as first:
+        status = Path(f"/proc/{first}/status").read_text()
+        assert re.search(r"^Uid:\t12345\t12345", status, re.M)
+        assert re.search(r"^Gid:\t0\t0", status, re.M)
+        _answers_right(other, first, questions)
+        assert {path.stat().st_uid for path in (tmp_path / "cache").iterdir()} == {12345}
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    composed: Composed, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = _as_anyone(composed, tmp_path)
+    (tmp_path / "cache").chmod(0o755)
+    done = subprocess.run(
+        other.command(["serve", str(checkpoint)]), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == 1, said
+    for name in ("/cache/vllm", "VLLM_CACHE_ROOT", "/cache/inductor", "TORCHINDUCTOR_CACHE_DIR"):
+        assert name in said[0]
 
 
 def test_it_runs_a_batch(

@@ -8,6 +8,7 @@ or a caption are left out, and counted.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,10 @@ from qig_serve.samples import ImageSource, Sample, load_image, picture_path
 
 CAPTION_QUESTION = "Describe the image."
 _OPTIONS = {"split": "train", "image": "image", "answer": "caption", "question": ""}
+_WAY_OUT = (
+    "give a dataset of the hub (with a network), a folder that datasets saved, or a parquet file: "
+    "hf:NAME, hf:FOLDER or hf:FILE.parquet"
+)
 _SAVED = ("state.json", "dataset_dict.json")
 """What `save_to_disk` leaves of a dataset, and of several splits."""
 
@@ -62,7 +67,13 @@ def hugging_face(source: str, n: int, seed: int, text_only: bool, notes: list[st
 def _parse(source: str) -> tuple[str, dict[str, str]]:
     name, _, query = source.removeprefix("hf:").partition("?")
     options = dict(_OPTIONS)
-    for key, value in parse_qsl(query):
+    if not name:
+        raise UserError(f"{source} names no dataset: {_WAY_OUT}")
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        if not value and key != "question":
+            raise UserError(
+                f"{source}: the option {key!r} is empty: name a column, or leave it out"
+            )
         if key not in (*_OPTIONS, "config"):
             raise UserError(
                 f"{source}: unknown option {key!r}; known: {', '.join(_OPTIONS)}, config"
@@ -95,11 +106,20 @@ def _rows(
         raise
     except Exception as error:  # of the hub's client, of pyarrow, of Pillow, and its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{source} cannot be read: {reason.rstrip('.')}") from None
+        raise UserError(f"{source} cannot be read ({reason.rstrip('.')}): {_WAY_OUT}") from None
 
 
 def _open(datasets: Any, name: str, options: Mapping[str, str]) -> Any:
     split, path = options["split"], Path(name)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+    if path.suffix and not path.is_dir() and (path.is_absolute() or path.suffix == ".parquet"):
+        if not path.is_file():
+            raise UserError(f"hf:{name}: the file {path} does not exist: {_WAY_OUT}")
+        if path.suffix != ".parquet":
+            raise UserError(
+                f"hf:{name}: of single files only parquet is read: give a parquet file, or "
+                "CSV and JSON without hf:"
+            )
     if any((path / file).is_file() for file in _SAVED):
         saved = datasets.load_from_disk(name)
         if isinstance(saved, dict):
@@ -160,6 +180,8 @@ def _text(value: Any, where: str) -> str | None:
     """The first text of a cell; None where there is none. Numbers are texts."""
     if isinstance(value, (list, tuple)):
         return next((t for t in (_text(item, where) for item in value) if t is not None), None)
+    if isinstance(value, float) and math.isnan(value):  # an empty cell that passed through pandas
+        return None
     if isinstance(value, (int, float)):
         return str(value)
     if value is None or isinstance(value, str):

@@ -25,11 +25,13 @@ from qig_serve.samples import (
     IMAGE_SUFFIXES,
     ImageSource,
     Sample,
+    check_files,
     check_media,
     parse_record,
-    picture_path,
     read_samples,
+    resolve_picture,
     sample_from_parts,
+    shown,
     split_marks,
 )
 
@@ -70,7 +72,8 @@ def load_calibration(
         if path.is_dir():
             samples = _choose(_captioned_folder(path), n, seed)
         elif not path.is_file():
-            raise UserError(f"the calibration data {source} does not exist")
+            fault = "is no file" if os.path.lexists(path) else "does not exist"
+            raise UserError(f"the calibration data {source} {fault}")
         elif path.suffix == ".json":
             folder = Path(image_folder) if image_folder is not None else path.parent
             samples = _conversations(path, folder, n, seed)
@@ -114,7 +117,7 @@ def _conversations(path: Path, folder: Path, n: int, seed: int) -> list[Sample]:
 
 
 def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
-    if isinstance(record, dict) and "messages" in record and "conversations" not in record:
+    if isinstance(record, dict) and "messages" in record:
         return parse_record(record, where, folder, index)
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -126,12 +129,12 @@ def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
     files = named if isinstance(named, list) else [named]
     images: list[ImageSource] = []
     for name in files:
-        path = picture_path(name, folder) if isinstance(name, str) else None
-        if path is None:
+        if not isinstance(name, str):
             raise UserError(f"{where}: the image {str(name)[:80]!r} is not a path")
-        if not os.path.isfile(path):
-            raise UserError(f"{where}: the image {path} does not exist; see --image-folder")
-        images.append(path)
+        try:
+            images.append(resolve_picture(name, where, folder))
+        except UserError as error:
+            raise UserError(f"{error}; see --image-folder") from None
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     roles["system"] = "system"
     messages: list[dict[str, Any]] = []
@@ -147,6 +150,8 @@ def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
     if first is None:
         raise UserError(f"{where}: the conversation has no human turn")
     first["content"][:0] = [{"type": "image", "image": image} for image in images]
+    if not files:
+        check_files(record, where)
     answer = None
     if messages[-1]["role"] == "assistant":
         answer = " ".join(p["text"] for p in messages.pop()["content"] if p["type"] == "text")
@@ -188,8 +193,6 @@ def _captions_csv(path: Path) -> list[Sample]:
                 f"{path}, line {row.line}: more fields than columns: quote a caption with commas"
             )
         name, text = row.fields[image], row.fields[caption].strip()
-        file = path.parent / name
-        if not file.is_file():
-            raise UserError(f"{path}, line {row.line}: the image {file} does not exist")
-        samples.append(sample_from_parts(name, "caption", file, CAPTION_QUESTION, text))
+        picture = resolve_picture(name, f"{path}, line {row.line}", path.parent)
+        samples.append(sample_from_parts(shown(name), "caption", picture, CAPTION_QUESTION, text))
     return samples

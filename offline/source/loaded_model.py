@@ -7,8 +7,7 @@ transformers; the blocks themselves are built and filled from the files when ask
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,26 @@ from torch import nn
 from qig_serve import model_directory
 from qig_serve.architectures import Architecture, SmoothingGroup, get_architecture
 from qig_serve.errors import UserError
+from qig_serve.offline.source.stand_ins import (
+    AFTER,
+    CACHE,
+    ONE_MODEL,
+    BlockInputs,
+    Catcher,
+    add_after,
+    computing,
+)
 from qig_serve.offline.source.surplus import (
     check_block,
+    check_head,
     check_number_of_blocks,
     check_other_names,
     check_outside,
     check_served_names,
+    no_blocks,
 )
 from qig_serve.offline.source.tensors import SourceCheckpoint
-from qig_serve.weight_files import check_full_precision
-
-_AFTER = "hidden_states_added_after"
-"""Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
+from qig_serve.weight_files import check_full_precision, check_index
 
 
 def outside_blocks(names: Iterable[str], prefix: str) -> list[str]:
@@ -53,40 +60,6 @@ def image_token_id(config: Any, processor: Any) -> int | None:
             if isinstance(value := getattr(holder, name, None), int):
                 return value
     return None
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """What the model hands to its decoder for one batch."""
-
-    hidden: torch.Tensor
-    """Input of block 0, [B, T, C]."""
-    _kwargs: tuple[dict[str, Any], ...] = field(repr=False)
-
-    def kwargs(self, index: int) -> Mapping[str, Any]:
-        """Keyword arguments with which the model calls block `index`: masks, positions."""
-        return self._kwargs[index]
-
-
-class _Catcher(nn.Module):
-    """Stands in for a block: keeps what it is called with and passes its input on."""
-
-    def __init__(
-        self,
-        calls: list[tuple[torch.Tensor, dict[str, Any]]],
-        attention_type: str | None,
-        names: Sequence[str],
-    ) -> None:
-        """names: of a block's arguments, for those that the model passes by position."""
-        super().__init__()
-        self._calls = calls
-        self._names = names
-        self.attention_type = attention_type  # older transformers choose the mask by it
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        named = dict(zip(self._names, args, strict=False))
-        self._calls.append((hidden_states, {**named, **kwargs}))
-        return hidden_states
 
 
 class LoadedModel:
@@ -119,17 +92,14 @@ class LoadedModel:
         self.text_config._attn_implementation = "sdpa"
         types = getattr(self.text_config, "layer_types", None) or [None] * self.num_blocks
         names = list(inspect.signature(self._block_class.forward).parameters)[2:]
-        decoder.layers = nn.ModuleList(_Catcher(self._calls, kind, names) for kind in types)
+        decoder.layers = nn.ModuleList(Catcher(self._calls, kind, names) for kind in types)
         # Built with fewer blocks (see `load`); the loop over them reads these.
         decoder.config.num_hidden_layers = self.num_blocks
         if getattr(self.text_config, "layer_types", None) is not None:
             decoder.config.layer_types = list(self.text_config.layer_types)
         found = [p for p in arch.source_prefixes if any(n.startswith(p + "0.") for n in source)]
         if not found:
-            raise UserError(
-                f"{directory}: no decoder block among the tensors; looked for "
-                + " and ".join(f"{p}0.*" for p in arch.source_prefixes)
-            )
+            raise no_blocks(source, arch.source_prefixes)
         self._prefix = found[0]
         self._check_blocks()
 
@@ -208,7 +178,7 @@ class LoadedModel:
         left = [n for n, b in block.named_buffers() if b.is_meta]
         if left:
             raise UserError(f"{self.arch.name}: block buffer {left[0]} cannot be made")
-        block.register_forward_hook(_add_after, with_kwargs=True)
+        block.register_forward_hook(add_after, with_kwargs=True)
         return block.eval()
 
     def _stored(self, index: int, name: str) -> torch.Tensor:
@@ -245,34 +215,34 @@ class LoadedModel:
         for name, value in moved.items():
             if value.is_floating_point():
                 moved[name] = value.to(next(self.model.parameters()).dtype)
-        self.model(**moved, use_cache=False, logits_to_keep=1)
+        self._check_tokens(moved["input_ids"])
+        with computing(self.directory):
+            self.model(**moved, use_cache=False, logits_to_keep=1)
         calls = list(self._calls)
         self._calls.clear()
         if len(calls) != self.num_blocks:
             raise UserError(
                 f"{self.arch.name}: the model called {len(calls)} of {self.num_blocks} blocks"
             )
-        kwargs = [{k: v for k, v in call[1].items() if k not in _CACHE} for call in calls]
+        kwargs = [{k: v for k, v in call[1].items() if k not in CACHE} for call in calls]
         for i in range(len(calls) - 1):
             before, after = calls[i][0], calls[i + 1][0]
             if before is not after:  # a stand-in passes its input on, so the model added something
-                kwargs[i][_AFTER] = after - before
+                kwargs[i][AFTER] = after - before
         return BlockInputs(calls[0][0], tuple(kwargs))
+
+    def _check_tokens(self, ids: torch.Tensor) -> None:
+        """UserError for a token without a row in the embedding; on a GPU it would end the run."""
+        rows, token = len(self.model.get_input_embeddings().weight), int(ids.max())
+        if token >= rows:
+            text = self.processor.tokenizer.convert_ids_to_tokens(token)
+            raise UserError(
+                f"{self.directory}: its tokenizer has the token {text!r} ({token}), and its "
+                f"embedding only {rows} rows: {ONE_MODEL}"
+            )
 
 
 _MOST_BLOCKS = 10_000  # transformers makes a list as long as what a stranger's file says
-_CACHE = ("past_key_values", "past_key_value", "use_cache", "cache_position")
-
-
-def _add_after(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    added = kwargs.get(_AFTER)
-    if added is None:
-        return output
-    if isinstance(output, tuple):
-        return (output[0] + added, *output[1:])
-    return output + added
 
 
 def read_config(directory: Path) -> Any:
@@ -308,14 +278,27 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
             )
     source = SourceCheckpoint(directory)
     source.check_full_precision()
+    check_index(directory)
     processor = model_directory.load_processor(directory)
 
     model, info = load_front(directory, config)
     model = model.to(device).eval().requires_grad_(False)
     loaded = LoadedModel(directory, arch, config, processor, source, model, device)
     check_served_names(source, loaded.served_name)
+    _check_architecture(directory, type(model).__name__)
+    check_head(source, loaded.source_prefix, model_directory.read_config(directory))
     _check_loaded(loaded, info)
     return loaded
+
+
+def _check_architecture(directory: Path, class_name: str) -> None:
+    """UserError unless config.json names the class, by which vLLM finds its own."""
+    named = model_directory.read_config(directory).get("architectures")
+    if named != [class_name]:
+        raise UserError(
+            f'{directory / model_directory.CONFIG_FILE}: "architectures" is {named!r}, by which '
+            f'vLLM chooses the model: write ["{class_name}"] there'
+        )
 
 
 def load_front(directory: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -338,8 +321,14 @@ def load_front(directory: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{directory} cannot be loaded: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a stranger's values may make its classes raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise UserError(
+            f"{directory} cannot be loaded ({reason[:400]}): give the config.json that belongs to "
+            "these weights"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
         if progress:

@@ -7,9 +7,13 @@ computed and not read, are copied on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
 
 from qig_serve.errors import UserError
+from qig_serve.model_directory import text_config
 from qig_serve.offline.source.tensors import SourceCheckpoint
 
 _COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked", "relative_position_index")
@@ -61,6 +65,42 @@ def check_outside(source: SourceCheckpoint, unread: Iterable[str]) -> None:
     for name in sorted(unread):
         if not _is_computed(name):
             raise _unknown(source, name)
+
+
+def no_blocks(source: SourceCheckpoint, prefixes: Sequence[str]) -> UserError:
+    """What is wrong with files in which no decoder block is found under the `prefixes`."""
+    looked_for = " and ".join(f"{prefix}0.*" for prefix in prefixes)
+    for name in source:
+        before = next((name.partition(p)[0] for p in prefixes if f".{p}0." in name), None)
+        if before:
+            return UserError(
+                f"{source.directory}: every name of a tensor begins with {before!r}, which a "
+                "training program put there: save the model inside of its wrapper"
+            )
+    return UserError(
+        f"{source.directory}: no decoder block among the tensors; looked for {looked_for}: give "
+        "files and configuration of one model"
+    )
+
+
+def check_head(source: SourceCheckpoint, prefix: str, config: Mapping[str, Any]) -> None:
+    """UserError when config.json ties the output head to the embedding and the files do not.
+
+    transformers then reads the head, and vLLM takes the embedding for it.
+    """
+    parts = (config, text_config(config))
+    embedding = f"{prefix.removesuffix('layers.')}embed_tokens.weight"
+    if embedding not in source or not any(part.get("tie_word_embeddings") for part in parts):
+        return
+    for name in source:
+        if name.endswith("lm_head.weight") and not name.startswith(prefix):
+            same = source.shape(name) == source.shape(embedding)
+            if not same or not torch.equal(source.tensor(name), source.tensor(embedding)):
+                raise UserError(
+                    f"{name} in {source.file(name)} is not {embedding}, but config.json says that "
+                    "they are one (tie_word_embeddings): set it to false, or leave the tensor out "
+                    "of the files"
+                )
 
 
 def check_served_names(source: SourceCheckpoint, served_name: Callable[[str], str]) -> None:

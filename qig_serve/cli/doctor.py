@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from qig_serve.model_directory import read_manifest
     from qig_serve.serving.describe import describe, serving_dtype
+    from qig_serve.serving.folders import check_folders
 
     read_manifest(args.directory)
+    check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
     dtype = serving_dtype(args.directory, args.dtype)
     report = describe(args.directory, dtype, args.tensor_parallel_size, args.pipeline_parallel_size)
     sound, answers = (True, "not compared (--no-load)") if args.no_load else _load(args.directory)

@@ -87,12 +87,13 @@ def _through_vllm(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from qig_serve.serving.folders import check_folders
+
+    check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
     from tqdm import tqdm
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
-
-    from qig_serve.serving.folders import check_folders
 
     class Bar(tqdm):
         """What vLLM takes for its progress bar; draws nothing and reports to `progress`."""
@@ -105,7 +106,8 @@ def _through_vllm(
             progress(min(int(self.n), len(samples)), len(samples))
             return None
 
-    check_folders(cuda=current_platform.is_cuda())
+    if current_platform.is_cuda():
+        check_folders(cuda=True)
     check_samples(load_processor(directory), samples)
     most_images = max((len(s.images) for s in samples), default=0)
     settings: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from qig_serve.errors import UserError
 from qig_serve.model_directory import quantization
 from qig_serve.rendering import check_marks, process, render
 from qig_serve.samples import Sample, load_image
-from qig_serve.weight_files import weight_files
+from qig_serve.weight_files import check_index, weight_files
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -32,12 +32,19 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
         from transformers import AutoModelForImageTextToText
 
         weight_files(directory)  # refuses a directory of which programs read different files
+        check_index(directory)
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 directory, dtype=dtype, local_files_only=True
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{directory} cannot be loaded: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a stranger's values may make its classes raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            raise UserError(
+                f"{directory} cannot be loaded ({reason[:400]}): give the config.json that "
+                "belongs to these weights"
+            ) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 

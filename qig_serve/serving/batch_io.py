@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qig_serve.errors import UserError
-from qig_serve.samples import IMAGE_SUFFIXES, picture_path
+from qig_serve.samples import IMAGE_SUFFIXES, picture_path, shown
 from qig_serve.serving.json_faults import find_fault
-from qig_serve.text_files import csv_columns, csv_rows, lines
+from qig_serve.text_files import csv_columns, csv_rows, lines, parse_json
 
 URL = "/v1/chat/completions"
 CSV_COLUMNS = ("custom_id", "line", "answer", "error")
@@ -85,7 +85,7 @@ def _from_jsonl(path: Path) -> Iterator[Request]:
 
 def _parse_line(number: int, text: str) -> Request:
     try:
-        line = json.loads(text)
+        line = parse_json(text)
     except RecursionError:
         return Request(number, None, error="not JSON: nested too deeply")
     except ValueError as error:
@@ -176,8 +176,9 @@ def _embed_part(part: Any, folder: Path) -> Any:
         return part
     try:
         data = base64.b64encode(path.read_bytes()).decode()
-    except OSError as error:
-        raise ValueError(f"cannot read the picture {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read the picture {shown(path)}: {reason}") from None
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
     embedded = f"data:{kind};base64,{data}"
     return part | {"image_url": image | {"url": embedded} if isinstance(image, dict) else embedded}

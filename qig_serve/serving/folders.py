@@ -1,7 +1,8 @@
 """The folders that a server writes to beside the user's own, looked at before it starts.
 
 In a container with a read-only root, or under a user id without a home, a cache cannot be written,
-and vLLM would say so minutes later, in a traceback of one of its processes.
+and vLLM would say so minutes later, in a traceback of one of its processes, or torch while vLLM is
+imported. So nothing here imports either.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Folder:
 def check_folders(cuda: bool) -> None:
     """UserError that names each folder that cannot be written, and the variable that moves it.
 
-    cuda: whether vLLM runs on a GPU. Creates the folders, as vLLM would.
+    cuda: whether vLLM runs on a GPU; False where vLLM has not been imported yet, which needs some
+    of the folders. Creates them, as vLLM would.
     """
     problems = [
         f"{folder.purpose} ({folder.path}): {reason}; set {folder.variable} to a folder that can "
@@ -42,13 +44,13 @@ def check_folders(cuda: bool) -> None:
 
 
 def _folders(cuda: bool) -> Iterator[Folder]:
-    import vllm.envs
-
     try:
         yield Folder("temporary files", tempfile.gettempdir(), "TMPDIR")
     except FileNotFoundError:
         yield Folder("temporary files", "/tmp", "TMPDIR")  # noqa: S108 - only named
-    yield Folder("vLLM's cache", vllm.envs.VLLM_CACHE_ROOT, "VLLM_CACHE_ROOT")
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "vllm")
+    root = os.path.expanduser(os.environ.get("VLLM_CACHE_ROOT", usual))
+    yield Folder("vLLM's cache", root, "VLLM_CACHE_ROOT")
     if inductor := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         yield Folder("torch's compiled code", inductor, "TORCHINDUCTOR_CACHE_DIR")
     if not cuda:

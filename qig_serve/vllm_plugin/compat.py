@@ -136,3 +136,18 @@ def lora_support() -> Any:
 def adapter_config() -> Any:
     """The class that reads and validates an adapter's configuration."""
     return find("PEFTHelper", "vllm.lora.peft_helper")
+
+
+def adapter_names(model: Any) -> tuple[Any, Any]:
+    """Of a model class: what makes vLLM's name of a tensor of a file's, and of an adapter's.
+
+    The first returns the name, the second the module and whether the tensor is A; the second
+    raises ValueError for a tensor that is none of LoRA's.
+    """
+    parse = find("parse_fine_tuned_lora_name", "vllm.lora.utils")
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return (lambda name: name), parse
+    if hasattr(mapper, "get_rename_mapper"):
+        mapper = mapper.get_rename_mapper()
+    return (lambda name: mapper._map_name(name) or name), (lambda name: parse(name, mapper))

@@ -9,11 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
 
 from qig_serve.errors import UserError
+from qig_serve.inspection import Inspection, QuantizedLinear, StoredTensor
 from qig_serve.manifest import QuantizationConfig
+from qig_serve.serving.adapter_tensors import TENSORS_FILE, Adaptable, adaptable, check_tensors
 from qig_serve.serving.adapters import check_adapters
 
 ADAPTER = {
@@ -117,3 +121,125 @@ def test_rescaled_channels_need_an_adapter_of_their_own(
         check_adapters(checkpoint, used, args)
     own = arguments(tmp_path / "a", base_model_name_or_path=str(checkpoint))
     assert "rescaled this checkpoint's channels" in str(check_adapters(checkpoint, used, own))
+
+
+LAYER = "base_model.model.model.language_model.layers.1"
+GOOD = {
+    f"{LAYER}.self_attn.q_proj.lora_A.weight": (8, 256),
+    f"{LAYER}.self_attn.q_proj.lora_B.weight": (256, 8),
+}
+
+
+@pytest.fixture(scope="module")
+def names() -> tuple[Any, Any]:
+    """vLLM's own, of LLaVA."""
+    from qig_serve.vllm_plugin import compat
+
+    model = compat.model_registry().models["LlavaForConditionalGeneration"].load_model_cls()
+    return compat.adapter_names(model)
+
+
+def base(names: tuple[Any, Any], tower: bool = False) -> Adaptable:
+    """A checkpoint with one quantized linear, a tower, and its output head in 8 bits."""
+    linear = QuantizedLinear("language_model.model.layers.1.self_attn.q_proj", 256, 256, 1)
+    head = QuantizedLinear("language_model.lm_head", 320, 256, 1)
+    stored = StoredTensor("model.safetensors", "BF16", (1,))
+    others = (
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+        "multi_modal_projector.linear_1",
+    )
+    tensors = {f"{name}.weight": stored for name in (*others, "language_model.model.norm")}
+    found = Inspection(Path("m"), "llava", manifest(), tensors, [linear], [head])
+    return adaptable(found, names[0], tower)
+
+
+def changed(**shapes: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+    """GOOD, and other tensors of q_proj by their last words; None leaves one out."""
+    out: dict[str, tuple[int, ...]] = dict(GOOD)
+    for last, shape in shapes.items():
+        out.pop(name := f"{LAYER}.self_attn.q_proj.{last}.weight", None)
+        if shape is not None:
+            out[name] = shape
+    return out
+
+
+def moved(old: str, new: str) -> dict[str, tuple[int, ...]]:
+    return {name.replace(old, new): shape for name, shape in GOOD.items()}
+
+
+TENSORS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "other-inputs": (
+        changed(lora_A=(8, 512)),
+        r"is \[8, 512\], and the linear needs \[rank, 256\]",
+    ),
+    "other-outputs": (changed(lora_B=(512, 8)), r"is \[512, 8\], and .* needs \[256, rank\]"),
+    "two-ranks": (changed(lora_B=(256, 4)), "not a pair of one rank"),
+    "half": (changed(lora_B=None), "not a pair of one rank"),
+    "flat": (changed(lora_A=(2048,)), r"is \[2048\], and the linear needs"),
+    "further-layer": (moved("layers.1", "layers.9"), "which this checkpoint does not have"),
+    "text-model": (moved("model.language_model.", ""), "which this checkpoint does not have"),
+    "tower": (
+        moved(
+            "language_model.layers.1.self_attn.q_proj",
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+        ),
+        "no linear of the decoder, .* leave it out: train .* --enable-tower-connector-lora",
+    ),
+    "projector": (
+        moved("language_model.layers.1.self_attn.q_proj", "multi_modal_projector.linear_1"),
+        "no linear of the decoder",
+    ),
+    "head": (
+        {
+            "base_model.model.lm_head.lora_A.weight": (8, 256),
+            "base_model.model.lm_head.lora_B.weight": (320, 8),
+        },
+        "stores in 8 bits: quantize with --head 16",
+    ),
+    "adalora": (changed(lora_E=(8, 1)), "no tensor of a plain LoRA adapter: merge"),
+    "dora": (changed(lora_magnitude_vector=(256,)), "no tensor of a plain LoRA adapter: merge"),
+    "saved-module": (moved("lora_A", "original_module"), "no tensor of a plain LoRA"),
+    "nothing": ({}, "holds no tensors"),
+}
+
+
+def write(folder: Path, shapes: dict[str, tuple[int, ...]], value: float = 1.0) -> Path:
+    save_file({n: torch.full(s, value) for n, s in shapes.items()}, folder / TENSORS_FILE)
+    return folder
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_vllm_would_leave_out(
+    tmp_path: Path, names: tuple[Any, Any], case: str
+) -> None:
+    shapes, message = TENSORS[case]
+    with pytest.raises(UserError, match=f"the adapter mine: .*{message}") as caught:
+        check_tensors(write(tmp_path, shapes), base(names), names[1], "the adapter mine")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [GOOD, moved("model.language_model.layers", "language_model.model.layers")],
+    ids=["transformers-5", "transformers-4"],
+)
+def test_tensors_that_fit(tmp_path: Path, names: tuple[Any, Any], shapes: Any) -> None:
+    check_tensors(write(tmp_path, shapes), base(names), names[1], "the adapter mine")
+
+
+def test_the_tower_on_request(tmp_path: Path, names: tuple[Any, Any]) -> None:
+    check_tensors(write(tmp_path, TENSORS["tower"][0]), base(names, True), names[1], "mine")
+
+
+def test_files_of_tensors(tmp_path: Path, names: tuple[Any, Any]) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            check_tensors(tmp_path, base(names), names[1], "mine")
+
+    refused("has no adapter_model.safetensors: copy it")
+    (tmp_path / "adapter_model.bin").touch()
+    refused("pickle form .adapter_model.bin.*save_pretrained")
+    (tmp_path / TENSORS_FILE).write_bytes(b"\0" * 20)
+    refused("is damaged .*: copy it again")
+    write(tmp_path, GOOD, float("nan"))
+    refused("holds NaN or infinity: its training failed")

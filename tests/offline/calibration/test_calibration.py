@@ -289,7 +289,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
             for i in range(5)
         )
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    quiet = SimpleNamespace(set_verbosity=lambda level: None, CRITICAL=50)
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, logging=quiet)
+    )
     return asked
 
 
@@ -320,7 +323,7 @@ def test_image_caption_pairs_are_the_default(hub: list[tuple[Any, ...]]) -> None
     [
         ("hf:some/captions?picture=x", "unknown option 'picture'; known: split, image"),
         ("hf:some/captions?image=photo", r"no column 'photo'; .* hf:NAME\?image=COLUMN"),
-        ("hf:gone/gone", "hf:gone/gone cannot be read: Dataset .* doesn't exist"),
+        ("hf:gone/gone", r"hf:gone/gone cannot be read \(Dataset .* doesn't exist .*\): give a"),
     ],
 )
 def test_wrong_hugging_face_sources(hub: list[tuple[Any, ...]], source: str, message: str) -> None:

@@ -113,6 +113,7 @@ def test_captions(cells: str, form: str, tmp_path: Path) -> None:
     assert len(notes) == (len(answers) < len(values))
 
 
+FLOATS = datasets.Value("float64")
 CONVERSATION = {"from": TEXT, "value": TEXT}
 
 
@@ -126,7 +127,7 @@ CONVERSATION = {"from": TEXT, "value": TEXT}
         ({"image": (TEXT, ["https://a.b/c.png"] * 2)}, "'https://a.b/c.png' is no picture"),
         ({"image": (datasets.Value("int64"), [1, 2])}, "a picture is wanted, .* not int"),
         ({"image": (datasets.Value("binary"), [b"no"] * 2)}, "column image: .* cannot be read"),
-        ({"image": (PICTURES, [{"bytes": b"no", "path": None}] * 2)}, "cannot be read: cannot"),
+        ({"image": (PICTURES, [{"bytes": b"no", "path": None}] * 2)}, "cannot be read .cannot"),
     ],
 )
 def test_what_cannot_be_used(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -145,7 +146,10 @@ def test_text_only_keeps_rows_without_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("data?split=test", "no split 'test'; it has train"), ("data/gone", "cannot be read: ")],
+    [
+        ("data?split=test", "no split 'test'; it has train"),
+        ("data/gone", "cannot be read .*: give a dataset"),
+    ],
 )
 def test_datasets_that_are_not_there(name: str, message: str, tmp_path: Path) -> None:
     write(tmp_path, "split", {"image": (PICTURES, [RED]), "caption": (TEXT, ["a"])})
@@ -153,11 +157,35 @@ def test_datasets_that_are_not_there(name: str, message: str, tmp_path: Path) ->
         load_calibration(f"hf:{tmp_path / name}", 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "hf: names no dataset: give a dataset"),
+        ("gone.parquet", r"the file .*gone\.parquet does not exist: give a dataset"),
+        ("rows.csv", "of single files only parquet is read: give a parquet"),
+        ("rows.csv?image=", "the option 'image' is empty: name a column"),
+    ],
+)
+def test_what_is_no_dataset(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,caption\n")
+    with pytest.raises(UserError, match=message):
+        load_calibration(f"hf:{tmp_path / name}" if name else "hf:", 4)
+
+
+def test_an_empty_cell_of_pandas_is_no_caption(tmp_path: Path) -> None:
+    columns = {"image": (PICTURES, [RED] * 2), "caption": (FLOATS, [float("nan"), 7.0])}
+    notes: list[str] = []
+    (sample,) = load_calibration(write(tmp_path, "parquet", columns), 4, notes=notes)
+    assert sample.answer == "7.0" and "1 without a caption" in notes[0]
+
+
 def test_damaged_parquet(tmp_path: Path) -> None:
     source = write(tmp_path, "parquet", {"image": (PICTURES, [RED]), "caption": (TEXT, ["a"])})
     path = Path(source.removeprefix("hf:"))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="train.parquet cannot be read: ") as raised:
+    with pytest.raises(
+        UserError, match=r"train\.parquet cannot be read \(.*\): give a dataset"
+    ) as raised:
         load_calibration(source, 4)
     assert "\n" not in str(raised.value)
 

@@ -1,0 +1,160 @@
+"""What a LoRA adapter's file holds, against the linears of the checkpoint that it is to change.
+
+vLLM looks for a tensor of each linear by name: one whose name is no linear's is left out without a
+word, and one of another shape ends the engine after its start.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qig_serve.errors import UserError
+from qig_serve.inspection import Inspection, inspect
+from qig_serve.model_directory import read_config
+
+TENSORS_FILE = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+
+Names = Callable[[str], tuple[str, bool]]
+"""The name of an adapter's tensor -> vLLM's name of the module, and whether it is A."""
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """What adapters may change, by vLLM's names of the modules."""
+
+    linears: Mapping[str, tuple[int, int]]
+    """Decoder linears: [N, K]."""
+    eight_bit: frozenset[str]
+    """Output head and embedding where they are stored in 8 bits."""
+    others: frozenset[str]
+    """Every other module with a weight."""
+    tower: bool
+    """Whether vLLM was told to adapt the vision tower as well."""
+
+
+def check_adapter_tensors(directory: Path, args: argparse.Namespace) -> None:
+    """UserError for adapters on this machine that vLLM would not apply as they were trained.
+
+    args: of vLLM's server.
+    """
+    folders = [(a.name, Path(a.path)) for a in args.lora_modules or () if Path(a.path).exists()]
+    if not args.enable_lora or not folders:
+        return
+    from qig_serve.vllm_plugin import compat
+
+    architecture = (read_config(directory).get("architectures") or ["model"])[0]
+    model = compat.model_registry().models[architecture].load_model_cls()
+    to_vllm, names = compat.adapter_names(model)
+    found = adaptable(inspect(directory), to_vllm, args.enable_tower_connector_lora)
+    for name, folder in folders:
+        check_tensors(folder, found, names, f"the adapter {name}")
+
+
+def adaptable(found: Inspection, to_vllm: Callable[[str], str], tower: bool) -> Adaptable:
+    """Of a checkpoint; `to_vllm` makes vLLM's name of a tensor of the one of the file."""
+
+    def module(name: str) -> str:
+        return to_vllm(f"{name}.weight").removesuffix(".weight")
+
+    linears = {module(linear.name): (linear.n, linear.k) for linear in found.linears}
+    eight_bit = frozenset(module(table.name) for table in found.vocabulary)
+    weights = (n.removesuffix(".weight") for n in found.tensors if n.endswith(".weight"))
+    return Adaptable(linears, eight_bit, frozenset(module(n) for n in weights), tower)
+
+
+def check_tensors(folder: Path, model: Adaptable, names: Names, where: str) -> None:
+    """UserError, which `where` begins, for tensors that would not be applied as they were trained.
+
+    Reads the whole file. Adapters in pickle form are refused.
+    """
+    path = folder / TENSORS_FILE
+    pickled = next((n for n in _PICKLES if (folder / n).is_file()), None)
+    if not path.is_file():
+        if pickled is None:
+            raise UserError(f"{where}: {folder} has no {TENSORS_FILE}: copy it there too")
+        raise UserError(
+            f"{where}: its weights are in pickle form ({pickled}), which can run code when it is "
+            "read: save it again with PEFT's save_pretrained, which writes safetensors"
+        )
+    shapes = _finite_shapes(path, where)
+    if not shapes:
+        raise UserError(f"{where}: {path} holds no tensors: save the trained adapter again")
+    ranks: dict[str, dict[bool, int]] = {}
+    for name, shape in shapes.items():
+        try:
+            module, is_a = names(name)
+        except ValueError:
+            raise UserError(
+                f"{where}: {name} in {path} is no tensor of a plain LoRA adapter: merge the "
+                "adapter into the full-precision model (PEFT's merge_and_unload) and quantize that"
+            ) from None
+        _check_module(module, model, f"{where}: {name} in {path}")
+        if module in model.linears:
+            _check_shape(shape, model.linears[module], is_a, f"{where}: {name} in {path}")
+        ranks.setdefault(module, {})[is_a] = shape[0] if is_a else shape[-1]
+    for module, found in sorted(ranks.items()):
+        if len(found) != 2 or found[True] != found[False]:
+            raise UserError(
+                f"{where}: the A and B of {module} in {path} are not a pair of one rank: save the "
+                "adapter again"
+            )
+
+
+def _finite_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensor: Any = file.get_tensor(name)
+                shapes[name] = tuple(tensor.shape)
+                if not torch.isfinite(tensor.float()).all():
+                    raise UserError(
+                        f"{where}: {name} in {path} holds NaN or infinity: its training failed; "
+                        "take an earlier state of it"
+                    )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{where}: {path} is damaged ({str(error).rstrip('.')}): copy it again"
+        ) from None
+    return shapes
+
+
+def _check_module(module: str, model: Adaptable, tensor: str) -> None:
+    if module in model.linears or (module in model.others and model.tower):
+        return
+    if module in model.eight_bit:
+        reason = "is of a table that this checkpoint stores in 8 bits: quantize with --head 16"
+        raise UserError(f"{tensor} {reason} --embeddings 16, or train the decoder's linears only")
+    leaf = module.rpartition(".")[2]
+    if module in model.others and leaf in ("lm_head", "embed_tokens"):
+        return  # vLLM's own, in 16 bits
+    if module in model.others:
+        raise UserError(
+            f"{tensor} changes {module}, which is no linear of the decoder, and vLLM would leave "
+            "it out: train the decoder's linears only, or merge the adapter into the "
+            "full-precision model (PEFT's merge_and_unload) and quantize that; "
+            "--enable-tower-connector-lora lets vLLM adapt the vision tower of some models"
+        )
+    raise UserError(
+        f"{tensor} is for {module}, which this checkpoint does not have, and vLLM would leave it "
+        "out: give an adapter that was trained on this model"
+    )
+
+
+def _check_shape(shape: tuple[int, ...], linear: tuple[int, int], is_a: bool, tensor: str) -> None:
+    n, k = linear
+    if len(shape) == 2 and (shape[1] if is_a else shape[0]) == (k if is_a else n):
+        return
+    wanted = f"[rank, {k}]" if is_a else f"[{n}, rank]"
+    raise UserError(
+        f"{tensor} is {list(shape)}, and the linear needs {wanted}: give an adapter that was "
+        "trained on this model"
+    )

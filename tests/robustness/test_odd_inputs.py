@@ -1,0 +1,343 @@
+"""Odd data and odd models that public reports did not name: each read, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from qig_serve.cli import main
+from qig_serve.errors import UserError
+from qig_serve.offline.calibration.sources import load_calibration
+from qig_serve.offline.source import loaded_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "0.png")
+    (tmp_path / "link.png").symlink_to("link.png")
+    return tmp_path
+
+
+def message(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "answer": "a star"} | more
+
+
+def picture(url: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+WHAT = {"type": "text", "text": "What?"}
+MEDIA: dict[str, Any] = {
+    "input_audio": {"data": "UklGRg==", "format": "wav"},
+    "img": "0.png",
+    "imgs": ["0.png"],
+    "pictures": ["0.png"],
+    "photo": "0.png",
+    "media": ["0.png"],
+    "image_base64": "iVBORw0KGgo=",
+    "pixel_values": [[0.1]],
+    "Image": "0.png",
+    "frames": ["0.png"],
+    "speech": "a.wav",
+    "multi_modal_data": {"image": "0.png"},
+    "files": ["0.png"],
+    "attachments": [{"url": "clips/1.MP4"}],
+    "mm": "data:image/png;base64,AAAA",
+}
+RECORDS: dict[str, tuple[Any, str]] = {
+    **{f"key-{key}": (message("What?", **{key: v}), f'"{key}" is not') for key, v in MEDIA.items()},
+    "text-part-with-image": (message([{**picture("0.png"), **WHAT}]), '"image_url" is not read'),
+    "image-part-with-text": (message([{**picture("0.png"), **{"text": "Why?"}}]), "make them two"),
+    "nested-parts": (message([[WHAT]]), "a part must be"),
+    "texts-as-parts": (message(["What?"]), "a part must be"),
+    "object-as-content": (message(WHAT), "must be text or a list"),
+    "images-nested": (message("<image>?", images=[["0.png"]]), "must be a list of paths"),
+    "images-of-null": (message("<image>?", images=[None]), "must be a list of paths"),
+    "images-an-object": (message("<image>?", images={"0": "0.png"}), "must be a list of paths"),
+    "two-forms": (message("What?", conversations=[{"from": "human"}]), "in one of them"),
+    "tool-calls": (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [{"type": "function"}]}]},
+        "calls of tools",
+    ),
+    "url": (message([picture("https://a.test/0.png?x=y"), WHAT]), "is on a network"),
+    "url-blob": (message([picture("blob:https://a/1"), WHAT]), "is on a network"),
+    "other-host": (message([picture("file://host/0.png"), WHAT]), "0.png does not exist"),
+    "home": (message([picture("~/0.png"), WHAT]), "~/0.png does not exist"),
+    "windows-path": (message([picture("C:\\0.png"), WHAT]), r"C:\\0.png does not exist"),
+    "zero-in-path": (message([picture("0\0.png"), WHAT]), r"0\\x00.png' does not exist"),
+    "line-end-in-path": (message([picture("0\n.png"), WHAT]), r"0\\n.png' does not exist"),
+    "long-path": (message([picture("a" * 9000), WHAT]), "aaaa does not exist"),
+    "folder-as-picture": (message([picture("."), WHAT]), "is no file"),
+    "device-as-picture": (message([picture("/dev/zero"), WHAT]), "/dev/zero is no file"),
+    "link-to-itself": (message([picture("link.png"), WHAT]), "link.png is no file"),
+    "svg-data-url": (message([picture("data:image/svg+xml,<svg/>"), WHAT]), "not valid base64"),
+    "number-as-url": (message([picture(5), WHAT]), "a part must be"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records(folder: Path, name: str) -> None:
+    record, wanted = RECORDS[name]
+    path = folder / "c.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rf"c\.jsonl, line 1: .*{wanted}") as caught:
+        load_calibration(str(path), 8, text_only=True)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+LINE = json.dumps(message([picture("0.png"), WHAT]))
+TEXTS: dict[str, tuple[str, bytes, str]] = {
+    "answer-twice": (
+        "c.jsonl",
+        f'{LINE[:-1]}, "answer": "b"}}'.encode(),
+        "'answer' is there twice",
+    ),
+    "inner-key-twice": ("c.json", b'[{"image": "a", "image": "b"}]', "'image' is there twice"),
+    "half-a-pair": ("c.jsonl", LINE.replace("What", "\\ud800").encode(), "half of a surrogate"),
+    "gzip": ("c.jsonl", b"\x1f\x8b\x08\0", "packed by gzip, not text: unpack it, or"),
+    "zip": ("c.jsonl", b"PK\x03\x04", "a zip file, not text: .*give a text file"),
+    "parquet": ("c.parquet", b"PAR1\0", "a parquet file, not text: .* hf:PATH"),
+    "picture": ("c.jsonl", b"\x89PNG\r\n", "a picture, not text"),
+    "cr-line-ends": ("c.jsonl", f"{LINE}\r{LINE}\r".encode(), "line 1: not JSON"),
+    "pretty-printed": ("c.jsonl", b'{\n"messages": []\n}', "line 1: not JSON"),
+    "empty": ("c.jsonl", b"", "holds no samples"),
+    "blank": ("c.jsonl", b"\xef\xbb\xbf \r\n\t\r\n", "holds no samples"),
+    "column-twice": ("f.csv", b"image,caption,caption\n0.png,a,b\n", "'caption' is there twice"),
+    "csv-url": ("f.csv", b"image,caption\nhttp://a/0.png,a\n", "line 2: .* is on a network"),
+    "csv-semicolons": ("f.csv", b"image;caption\n0.png;a\n", "needs the columns"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files(folder: Path, name: str) -> None:
+    file, raw, wanted = TEXTS[name]
+    (folder / file).write_bytes(raw)
+    source = folder if file == "f.csv" else folder / file
+    with pytest.raises(UserError, match=wanted):
+        load_calibration(str(source), 8)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file://localhost{0}", "FILE://{0}", "file://{1}/%30.png", "DATA:image/png;base64,iVBORw=="],
+)
+def test_the_same_picture_in_all_forms(folder: Path, url: str) -> None:
+    """Samples, conversations and captions; U+2028 is a character of the caption."""
+    url = url.format(folder / "0.png", folder)
+    forms: dict[str, Any] = {
+        "a.jsonl": message([picture(url), WHAT]),
+        "b.json": [{"image": url, "conversations": [{"from": "human", "value": "<image>?"}]}],
+    }
+    for name, value in forms.items():
+        (folder / name).write_text(json.dumps(value))
+        assert len(load_calibration(str(folder / name), 1)[0].images) == 1
+    (folder / "c.csv").write_text(f'\ufeffimage,caption\r\n"{url}",a red\u2028star\r\n')
+    (sample,) = load_calibration(str(folder), 1)
+    assert sample.answer == "a red\u2028star" and len(sample.images) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_what_is_no_file(folder: Path, kind: str) -> None:
+    path = folder / "c.jsonl"
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("gone")
+    with pytest.raises(UserError, match=r"c\.jsonl is no file"):
+        load_calibration(str(path), 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llava", tmp_path_factory.mktemp("model") / "llava")
+
+
+Spoil = Callable[[Path], Any]
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
+    def spoil(directory: Path) -> None:
+        found = load_file(directory / WEIGHTS)
+        save_file(change(found) or found, directory / WEIGHTS, {"format": "pt"})
+
+    return spoil
+
+
+def config(name: str = "config.json", **parts: Any) -> Spoil:
+    """Changes of a file's JSON; of an inner object where there is one by that name."""
+
+    def spoil(directory: Path) -> None:
+        path = directory / name
+        value = json.loads(path.read_text())
+        for key, part in parts.items():
+            value[key] = {**value[key], **part} if isinstance(value.get(key), dict) else part
+        path.write_text(json.dumps(value))
+
+    return spoil
+
+
+def text(name: str, change: Callable[[bytes], bytes]) -> Spoil:
+    return lambda d: (d / name).write_bytes(change((d / name).read_bytes()))
+
+
+def replaced(make: Spoil, name: str = WEIGHTS) -> Spoil:
+    def spoil(directory: Path) -> None:
+        (directory / name).unlink()
+        make(directory / name)
+
+    return spoil
+
+
+def sharded(index: dict[str, Any] | None) -> Spoil:
+    def spoil(directory: Path) -> None:
+        shard = "model-00001-of-00001.safetensors"
+        (directory / WEIGHTS).rename(directory / shard)
+        names = dict.fromkeys(load_file(directory / shard), shard)
+        (directory / INDEX).write_text(json.dumps(index or {"weight_map": names}))
+
+    return spoil
+
+
+def wrapped(prefix: str) -> Spoil:
+    return tensors(lambda found: {prefix + name: value for name, value in found.items()})
+
+
+def unmerged(found: dict[str, torch.Tensor]) -> None:
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    found[f"{name}.base_layer.weight"] = found.pop(f"{name}.weight")
+    found[f"{name}.lora_A.default.weight"] = torch.ones(8, 256)
+
+
+def tied(directory: Path) -> None:
+    config(tie_word_embeddings=True, text_config={"tie_word_embeddings": True})(directory)
+
+
+TOWER = {"vision_config": {"quantization_config": {"quant_method": "fp8"}}}
+MODELS: dict[str, tuple[Spoil, str]] = {
+    "wrapped-module": (wrapped("module."), "begins with 'module.'.* save the model inside"),
+    "wrapped-compile": (wrapped("_orig_mod."), "begins with '_orig_mod.'"),
+    "wrapped-peft": (wrapped("base_model.model."), "begins with 'base_model.model.'"),
+    "adapter-unmerged": (tensors(unmerged), "LoRA adapter that is not merged: .*merge_and_unload"),
+    "head-not-tied": (tied, "lm_head.weight .* config.json says that they are one"),
+    "mlx": (config(quantization={"group_size": 64, "bits": 4}), "quantized already .*quantization"),
+    "tower-claims": (config(**TOWER), "quantized already with fp8"),
+    "claim-is-text": (config(quantization_config="fp8"), "quantized already"),
+    "auto-round": (
+        lambda d: (d / "quantization_config.json").write_text('{"bits": 4}'),
+        "quantized already .quantization_config.json says how",
+    ),
+    "dtype-float8": (config(dtype="float8_e4m3fn"), "'float8_e4m3fn' is not a dtype"),
+    "no-architectures": (config(architectures=None), r'write \["LlavaForConditionalGeneration"\]'),
+    "other-architectures": (config(architectures=["LlamaForCausalLM"]), "vLLM chooses the model"),
+    "gguf": (replaced(lambda p: p.with_suffix(".gguf").touch()), "as GGUF .* quantized already"),
+    "no-weights": (replaced(lambda p: None), "has no safetensors weights: download"),
+    "weights-a-folder": (replaced(Path.mkdir), "safetensors is no file .*download it again"),
+    "weights-a-dead-link": (replaced(lambda p: p.symlink_to("../blobs/x")), "is no file"),
+    "weights-a-pointer": (
+        replaced(lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n")),
+        "pointer of Git LFS .* `git lfs pull`",
+    ),
+    "index-without-metadata": (sharded(None), 'has no "metadata", without which transformers'),
+    "index-of-nothing": (sharded({"metadata": {}, "weight_map": {}}), "names no tensors"),
+    "config-mark": (text("config.json", lambda b: b"\xef\xbb\xbf" + b), "byte-order mark"),
+    "config-utf-16": (
+        text("config.json", lambda b: b.decode().encode("utf-16")),
+        "line 1, byte 1: .* UTF-16",
+    ),
+    "config-comma": (text("config.json", lambda b: b.rstrip()[:-1] + b",}"), "is not JSON"),
+    "config-key-twice": (
+        text("config.json", lambda b: b.replace(b"{", b'{"dtype": "float16",', 1)),
+        "'dtype' is there twice",
+    ),
+    "patch-size-0": (config(vision_config={"patch_size": 0}), "ZeroDivisionError.*: give the conf"),
+    "unknown-act": (config(text_config={"hidden_act": "sillu"}), "KeyError: 'sillu'.: give the"),
+    "unknown-rope": (
+        config(text_config={"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}),
+        "cannot be loaded .KeyError: 'spiral'.",
+    ),
+    "tokenizer-cut": (text("tokenizer.json", lambda b: b[:500]), "no usable processor .*: copy"),
+    "no-tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no usable processor .*: copy"),
+    "no-processor": (lambda d: (d / "processor_config.json").unlink(), "no usable processor"),
+    "template-no-text": (
+        lambda d: (
+            (d / "chat_template.jinja").unlink(),
+            config("tokenizer_config.json", chat_template=5)(d),
+        ),
+        "no chat template, .*: add the chat_template.jinja",
+    ),
+    "template-nameless": (
+        lambda d: (
+            (d / "chat_template.jinja").unlink(),
+            config("tokenizer_config.json", chat_template=[{"template": "x"}])(d),
+        ),
+        "no usable processor|no chat template",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(model: Path, tmp_path: Path, name: str) -> None:
+    spoil, wanted = MODELS[name]
+    directory = Path(shutil.copytree(model, tmp_path / "model"))
+    spoil(directory)
+    with pytest.raises(UserError, match=wanted) as caught:
+        loaded_model.load(directory)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        (f"model/{WEIGHTS}", "is a file: give the directory"),
+        ("gone/model", "does not exist"),
+        ("llava-hf/llava-1.5-7b-hf", "`hf download llava-hf/llava-1.5-7b-hf --local-dir DIR`"),
+    ],
+)
+def test_no_model_directories(model: Path, path: str, wanted: str) -> None:
+    given = model / WEIGHTS if path.startswith("model/") else Path(path)
+    with pytest.raises(UserError, match=wanted):
+        loaded_model.load(given)
+
+
+UNFIT: dict[str, tuple[Spoil, str]] = {
+    "patches": (config("processor_config.json", patch_size=7), "cannot compute a sample"),
+    "feature-layer": (config(vision_feature_layer=-9), "cannot compute a sample .IndexError"),
+    "vocabulary": (lambda d: None, "its tokenizer has the token '<new319>' .* only 320 rows"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_parts_of_two_models(
+    model: Path, folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen when the first sample is computed; through the command line."""
+    directory = Path(shutil.copytree(model, folder / "model"))
+    UNFIT[name][0](directory)
+    asked = "What?"
+    if name == "vocabulary":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.add_tokens([f"<new{i}>" for i in range(320)])
+        tokenizer.save_pretrained(directory)
+        asked = "What <new319>?"
+    Image.new("RGB", (64, 64), "red").save(folder / "1.png")
+    line = message([picture("1.png"), {"type": "text", "text": asked}])
+    (folder / "c.jsonl").write_text(json.dumps(line))
+    command = ["quantize", str(directory), "--output", str(folder / "out"), "--scheme", "w4a8"]
+    command += ["--method", "rtn", "--quiet", "--calib", str(folder / "c.jsonl")]
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(UNFIT[name][1], said) and "\n" not in said, said
