@@ -2,7 +2,7 @@
 
     model directory -> samples -> for every decoder block:
         capture -> token weights -> equalization search -> fold -> round -> pack -> write
-    -> report -> publish
+    -> tune all scales -> report -> publish
 
 Two streams of hidden states go through the decoder side by side, that of the original model and
 that of the quantized prefix (passes/streams.py). One block is resident at a time (twice: as it was
@@ -54,6 +54,7 @@ from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source import loaded_model
 from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
 from qig_serve.offline.source.vocabulary import in_eight_bits, rounded_inputs
+from qig_serve.offline.tuning.scales import STEP_SAMPLES, Tuning, tune
 
 LOG_FILE = "quantize.log"
 """The run's progress, in the hidden directory beside the output and then in the checkpoint."""
@@ -113,6 +114,7 @@ def _quantize(
         loaded.image_token_id,
         batch_tokens=recipe.batch_tokens,
         max_length=recipe.max_length,
+        most=STEP_SAMPLES if recipe.tuning_passes else None,
         ranks=ranks,
     )
     report = new_report(loaded, recipe, samples, batches, ranks)
@@ -152,7 +154,10 @@ def _quantize(
             gradients = model_gradients(loaded, batches, ranks)
         kept = KeptWeights.choose(samples, batches, loaded.num_blocks)
         streams = first_streams(loaded, recipe, batches, folder, ranks)
+        first = streams.quantized.copy("first") if recipe.tuning_passes else None
         quantize_blocks(loaded, recipe, streams, gradients, writer, progress, report, kept)
+        if first is not None:
+            tune_scales(loaded, recipe, streams, first, writer, progress, report)
         ranks.barrier()
         report.seconds = time.monotonic() - started
         if writer is not None:
@@ -272,7 +277,7 @@ def quantize_blocks(
     first = ranks.broadcast_object(writer.finished if writer is not None else 0)
     if first:
         if writer is not None:
-            report.blocks, report.fallbacks = read_progress(writer, first)
+            read_progress(writer, first, report)
         progress.line(f"going on after block {first}/{loaded.num_blocks}")
     for index in range(loaded.num_blocks):
         progress.block(index)
@@ -284,7 +289,7 @@ def quantize_blocks(
         if index < first:
             progress.step("passing", 0.0)
             if writer is not None:
-                load_written(loaded, block, index, writer, streams.scheme)
+                load_written(loaded, block, index, writer.block(index), streams.scheme)
             for parameter in block.parameters():
                 ranks.broadcast(parameter.data)
             streams.advance(original, block, linears, where)
@@ -320,6 +325,33 @@ def quantize_blocks(
             writer.write_text(REPORT_FILE, report.model_dump_json())
             write_block(loaded, block, index, tensors, results, writer)
         progress.block_done(block_line(done), first)
+
+
+def tune_scales(
+    loaded: LoadedModel,
+    recipe: QuantRecipe,
+    streams: Streams,
+    first: Store,
+    writer: CheckpointWriter | None,
+    progress: RunProgress,
+    report: QuantizationReport,
+) -> None:
+    """Tunes the scales of all blocks, unless an interrupted run has; `first`: input of block 0."""
+    if streams.ranks.broadcast_object(writer is not None and writer.is_tuned):
+        progress.line("going on with the scales that are tuned")
+        return
+    started = time.monotonic()
+    tuning = Tuning.of(loaded, writer, streams, first)
+    found = tune(tuning, recipe.tuning_passes, recipe.seed, progress.tuning)
+    report.tuning = found.model_copy(update={"seconds": time.monotonic() - started})
+    progress.line(report.tuning.line())
+    if found.kept:
+        chosen = Canary.choose(streams)
+        streams.quantized.put(chosen, tuning.forward([chosen], keep=False)[chosen])
+    loaded.model.to("cpu")
+    if writer is not None:
+        writer.write_text(REPORT_FILE, report.model_dump_json())
+        writer.write_tuned(tuning.scales() if found.kept else {})
 
 
 def block_line(done: BlockReport) -> str:

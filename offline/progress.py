@@ -109,6 +109,11 @@ class RunProgress:
             memory=self.memory(),
         )
 
+    def tuning(self, done: int, steps: int) -> None:
+        """Of the tuning of all scales `done` steps are behind us."""
+        self._write(f"tuning scales: step {done}/{steps}")
+        self._bar.update(self._task, description=f"tuning scales: step {done}/{steps}")
+
     def block_done(self, text: str, first: int) -> None:
         """Block finished: a line with time, time left and memory. `first` is the first block of
         this run (later than 0 if resumed)."""

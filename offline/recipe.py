@@ -71,8 +71,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant": {"equalize": "smoothquant", "token_weights": "uniform"},
     "gptq": {"equalize": "none", "token_weights": "uniform", "rounding": "gptq"},
     "gptq-qig": {"equalize": "none", "token_weights": "qig", "rounding": "gptq-weighted"},
-    "qig+": {"equalize": "channels", "token_weights": "qig", "rounding": "qronos"},
+    "qig+": {
+        "equalize": "channels",
+        "token_weights": "qig",
+        "rounding": "qronos",
+        "tuning_passes": 2,
+    },
 }
+
 
 if TYPE_CHECKING:
     Method = str
@@ -180,6 +186,13 @@ class QuantRecipe(BaseModel):
     )
     damp: float = Field(
         default=0.01, gt=0, description="damping of the compensation, as a fraction of input energy"
+    )
+
+    tuning_passes: int = Field(
+        default=0,
+        ge=0,
+        description="passes over the samples in which all scales, codes fixed, are tuned towards "
+        "the full-precision model's answers",
     )
 
     head: Literal[8, 16] = Field(

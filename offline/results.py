@@ -98,6 +98,26 @@ class BlockReport(_Data):
     """Peak memory allocated on the GPU so far; 0 on a CPU."""
 
 
+class TuningReport(_Data):
+    """What tuning the scales of all blocks has done (offline/tuning/scales.py)."""
+
+    kept: bool
+    """Whether the tuned scales are those of the checkpoint."""
+    steps: int = 0
+    kl_before: float = 0.0
+    """Mean KL to full precision, nats a token, on calibration samples that were left out."""
+    kl_after: float = 0.0
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """For people."""
+        if not self.steps:
+            return "scales are not tuned: too few calibration samples to judge it by"
+        text = f"KL on samples left out {self.kl_before:.2e} -> {self.kl_after:.2e}"
+        text = f"scales tuned in {self.steps} steps, {self.seconds:.0f} s: {text}"
+        return text if self.kept else f"{text}: not kept"
+
+
 class QuantizationReport(_Data):
     """One run."""
 
@@ -110,6 +130,8 @@ class QuantizationReport(_Data):
     calibration: dict[str, Any]
     """source, samples, sha256, seed, images, tokens by modality, and a hash of every sample."""
     blocks: list[BlockReport] = Field(default_factory=list)
+    tuning: TuningReport | None = None
+    """None where the recipe asks for no tuning."""
     left_alone: list[str] = Field(default_factory=list)
     """Modules that stay in 16 bits on purpose."""
     eight_bit: list[str] = Field(default_factory=list)

@@ -78,9 +78,12 @@ def make_batches(
     *,
     batch_tokens: int = 2048,
     max_length: int = 2048,
+    most: int | None = None,
     ranks: Ranks = ALONE,
 ) -> list[CalibrationBatch]:
     """Batches of at most `batch_tokens` tokens (at least one sample each), longest first.
+
+    `most` is the largest number of samples of a batch; None: as many as there are of a length.
 
     With several processes, those of this one: the samples are dealt out by length, and there must
     be one for each. UserError names the sample that is longer than `max_length` (images are never
@@ -104,7 +107,7 @@ def make_batches(
     encodings = [replace(e, half=bool(i % 2)) for i, e in enumerate(encodings)]
     batches = []
     for key, alike in groupby(ranks.shard(encodings), key=lambda e: e.key):
-        size = max(1, batch_tokens // key[0])
+        size = min(max(1, batch_tokens // key[0]), most or len(samples))
         group = list(alike)
         batches += [_collate(group[i : i + size]) for i in range(0, len(group), size)]
     return batches

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.checkpoint.packed import packed_linears
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
-from qig_serve.offline.results import REPORT_FILE, BlockReport, GroupResult, QuantizationReport
+from qig_serve.offline.results import REPORT_FILE, GroupResult, QuantizationReport
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.packing import unpack_linear
 
@@ -43,11 +42,11 @@ def load_written(
     loaded: LoadedModel,
     block: nn.Module,
     index: int,
-    writer: CheckpointWriter,
+    tensors: Mapping[str, torch.Tensor],
     scheme: QuantScheme,
 ) -> None:
-    """Makes a block what a finished block of an interrupted run was, bit by bit."""
-    linears, written = packed_linears(load_file(writer.block_file(index)))
+    """Makes a block what a finished block was, bit by bit; `tensors` are those of its shard."""
+    linears, written = packed_linears(tensors)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             source_name = loaded.source_name(index, name)
@@ -58,10 +57,11 @@ def load_written(
                 parameter.copy_(unpack_linear(linears[linear], scheme))
 
 
-def read_progress(writer: CheckpointWriter, first: int) -> tuple[list[BlockReport], list[str]]:
-    """What an interrupted run reported about its finished blocks."""
+def read_progress(writer: CheckpointWriter, first: int, report: QuantizationReport) -> None:
+    """Puts what an interrupted run reported about its finished blocks into `report`."""
     path = writer.directory / REPORT_FILE
     if not path.is_file():
-        return [], []
-    report = QuantizationReport.model_validate_json(path.read_text(encoding="utf-8"))
-    return report.blocks[:first], report.fallbacks
+        return
+    before = QuantizationReport.model_validate_json(path.read_text(encoding="utf-8"))
+    report.blocks, report.fallbacks = before.blocks[:first], before.fallbacks
+    report.tuning = before.tuning if writer.is_tuned else None

@@ -60,11 +60,17 @@ class Canary:
     @classmethod
     def of(cls, original: LoadedModel, streams: Streams) -> Canary:
         """From streams that have passed all blocks: the shortest batch that has a picture."""
+        chosen = cls.choose(streams)
+        return cls(original, streams.batches[chosen], streams.quantized.get(chosen, "cpu"))
+
+    @staticmethod
+    def choose(streams: Streams) -> int:
+        """Its batch."""
         chosen = len(streams) - 1
         for b, batch in enumerate(streams.batches):
             if bool((batch.modality == IMAGE).any()):
                 chosen = b  # they are longest first
-        return cls(original, streams.batches[chosen], streams.quantized.get(chosen, "cpu"))
+        return chosen
 
     @torch.no_grad()
     def check(self, directory: Path, form: str = "qig") -> float:

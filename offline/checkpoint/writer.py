@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qig_serve.errors import UserError
@@ -38,6 +39,7 @@ from qig_serve.offline.source.tensors import SourceCheckpoint
 from qig_serve.weight_files import PICKLE_SUFFIXES
 
 _STATE_FILE = ".state.json"
+_TUNED_FILE = "tuned.safetensors"
 _LOCK_FILE = ".lock"
 """Hidden: a run killed right after it was published leaves them in the finished checkpoint."""
 _WEIGHT_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", *PICKLE_SUFFIXES)
@@ -82,6 +84,7 @@ class CheckpointWriter:
         # Through JSON once, so that what is compared is what was stored.
         self._fingerprint = json.loads(json.dumps(dict(fingerprint)))
         self._blocks: dict[int, dict[str, Any]] = {}
+        self._tuned: str | None = None  # hash of the file that has the tuned scales
         self._published = False
         if self.output.exists() or self.output.is_symlink():
             raise UserError(f"{self.output} exists already: choose another --output, or remove it")
@@ -135,6 +138,30 @@ class CheckpointWriter:
             path = next(self.directory.glob(f"model-{index + 1:05d}-of-*.safetensors"), path)
         return path
 
+    def block(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a finished block, by their names in the checkpoint; tuned, if it is."""
+        tensors = load_file(self.block_file(index))
+        if self.is_tuned:
+            with safe_open(self.directory / _TUNED_FILE, "pt") as tuned:
+                known = set(tuned.keys())
+                tensors |= {n: tuned.get_tensor(n) for n in tensors if n in known}
+        return tensors
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether `write_tuned` was called, in this run or before it was resumed."""
+        return self._tuned is not None
+
+    def write_tuned(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Tensors that take the place of those of the same names in finished blocks; maybe none.
+
+        In one file, so that a run killed meanwhile has all of them or none.
+        """
+        path = self.directory / _TUNED_FILE
+        save_shard(dict(tensors), path)
+        self._tuned = file_sha256(path)
+        self._save_state()
+
     def _block_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"
 
@@ -157,6 +184,7 @@ class CheckpointWriter:
             "format_version": FORMAT_VERSION,
             "fingerprint": self._fingerprint,
             "blocks": {str(i): self._blocks[i] for i in sorted(self._blocks)},
+            "tuned": self._tuned,
         }
         write_text(self.directory / _STATE_FILE, json.dumps(state, indent=1))
         sync(self.directory)
@@ -186,6 +214,10 @@ class CheckpointWriter:
             if not intact or index != len(self._blocks):
                 break  # this block and those behind it are done again
             self._blocks[index] = finished[index]
+        tuned = self.directory / _TUNED_FILE
+        if len(self._blocks) == len(finished) and tuned.is_file():
+            stored = state.get("tuned")
+            self._tuned = stored if file_sha256(tuned) == stored else None
 
     # --- the rest --------------------------------------------------------------------------------
 
@@ -202,9 +234,9 @@ class CheckpointWriter:
         with disk_errors(self.directory):
             shards = [self.block_file(i) for i in sorted(self._blocks)]
             done_with: list[Path] = []
-            if form.convert is not None:
+            if form.convert is not None or self.is_tuned:
                 done_with = shards  # kept to the end: a killed run is resumed from them
-                shards = [_converted(path, form) for path in shards]
+                shards = [self._converted(i, form) for i in sorted(self._blocks)]
             number_shards(shards + self._copy_untouched(form))
             self._copy_other_files()
             config = json.loads((self.source.directory / "config.json").read_text("utf-8"))
@@ -212,7 +244,8 @@ class CheckpointWriter:
             write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
             if check is not None:
                 check(self.directory)
-            state = [self.directory / _STATE_FILE, self.directory / _LOCK_FILE, *done_with]
+            hidden = (_STATE_FILE, _LOCK_FILE, _TUNED_FILE)
+            state = [*(self.directory / name for name in hidden), *done_with]
             write_hashes(self.directory, state)
             sync(self.directory)
             try:
@@ -235,6 +268,13 @@ class CheckpointWriter:
         """What a write that failed, or a killed run, has left half done."""
         for path in self.directory.rglob("*.tmp"):
             path.unlink()
+
+    def _converted(self, index: int, form: Form) -> Path:
+        """A block's shard as the form has it, beside it."""
+        target = self.directory / f"converted-{index:05d}.safetensors"
+        tensors = self.block(index)
+        save_shard(tensors if form.convert is None else form.convert(tensors), target)
+        return target
 
     def _copy_untouched(self, form: Form) -> list[Path]:
         replaced = {name for block in self._blocks.values() for name in block["replaced"]}
@@ -263,14 +303,6 @@ class CheckpointWriter:
             shutil.copyfile(path, partial)
             sync(partial)
             partial.rename(target)
-
-
-def _converted(path: Path, form: Form) -> Path:
-    """A block's shard as the form has it, beside it."""
-    assert form.convert is not None
-    target = path.with_name(path.name.replace("block-", "converted-"))
-    save_shard(form.convert(load_file(path)), target)
-    return target
 
 
 def _differences(stored: Any, now: Mapping[str, Any], keys: list[str]) -> str:

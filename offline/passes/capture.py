@@ -6,6 +6,7 @@ states holds between blocks waits in host memory or on disk.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,18 @@ class Store:
         if self._folder is None:
             return self._tensors[index].to(device)
         return load_file(self._path(self._folder, index), device=str(device))["tensor"]
+
+    def copy(self, name: str) -> Store:
+        """Another store with the same tensors."""
+        other = Store(self._folder, name)
+        if self._folder is None:
+            other._tensors = dict(self._tensors)
+        else:
+            for path in self._folder.glob(f"{self._name}-*.safetensors"):
+                number = path.stem.removeprefix(f"{self._name}-")
+                with disk_errors(path):
+                    shutil.copyfile(path, self._folder / f"{name}-{number}.safetensors")
+        return other
 
     def _path(self, folder: Path, index: int) -> Path:
         return folder / f"{self._name}-{index}.safetensors"

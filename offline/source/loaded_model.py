@@ -241,6 +241,26 @@ class LoadedModel:
                 f"embedding only {rows} rows: {ONE_MODEL}"
             )
 
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the output head."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, C] behind the last block -> logits [n, V], in full precision.
+
+        By the model's own norm, head and what else it does to them; gradients pass.
+        """
+        last = self.model.get_submodule(self.arch.decoder).layers[-1]
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        last.instead = hidden[None]
+        try:
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            last.instead = None
+            self._calls.clear()
+        return logits
+
 
 _MOST_BLOCKS = 10_000  # transformers makes a list as long as what a stranger's file says
 

@@ -47,8 +47,12 @@ class Catcher(nn.Module):
         self._calls = calls
         self._names = names
         self.attention_type = attention_type  # older transformers choose the mask by it
+        self.instead: torch.Tensor | None = None
+        """What is passed on in place of the input, for once."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.instead is not None:
+            return self.instead
         named = dict(zip(self._names, args, strict=False))
         self._calls.append((hidden_states, {**named, **kwargs}))
         return hidden_states

@@ -18,7 +18,7 @@ FLOORS = (
     ("recipe", "report"),
     ("passes",),
     ("importance", "rounding", "checkpoint"),
-    ("equalization", "explain", "publish"),
+    ("equalization", "explain", "publish", "tuning"),
     ("estimate",),
     ("pipeline",),
 )

@@ -1,0 +1,34 @@
+"""How far what the quantized model says is from full precision, and the gradient of that."""
+
+from __future__ import annotations
+
+import torch
+
+from qig_serve.offline.source.loaded_model import LoadedModel
+
+_LOGIT_BYTES = 128 << 20
+"""Of the fp32 logits that are there at once, of each model."""
+
+
+def divergence(
+    loaded: LoadedModel, wanted: torch.Tensor, found: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """Sum over tokens of KL(full precision || quantized) in nats, and its gradient [n, C].
+
+    wanted, found: hidden states [n, C] behind the last block, of full precision and of the
+    quantized model, on the model's device. Both go through the model's own norm and output head,
+    in pieces, so that a vocabulary of any size fits.
+    """
+    rows = max(1, _LOGIT_BYTES // (4 * loaded.vocabulary))
+    total, gradients = 0.0, []
+    for p, q in zip(wanted.split(rows), found.split(rows), strict=True):
+        with torch.no_grad():
+            log_p = loaded.logits(p).float().log_softmax(-1)
+        with torch.enable_grad():
+            q = q.detach().requires_grad_()
+            log_q = loaded.logits(q).float().log_softmax(-1)
+            kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            (gradient,) = torch.autograd.grad(kl, q)
+        total += float(kl.detach())
+        gradients.append(gradient)
+    return total, torch.cat(gradients) if gradients else torch.zeros_like(found)

@@ -1,0 +1,205 @@
+"""Tuning of scales: gradients, what it changes and what not, judges, resumed runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoints import tensors_of
+from helpers.small_llava import small_llava
+from helpers.tiny_models import FAMILIES, tiny_model
+
+from qig_serve.demo.questions import write_jsonl
+from qig_serve.evaluate import load_samples
+from qig_serve.evaluation.divergence import divergences
+from qig_serve.offline import pipeline
+from qig_serve.offline.checkpoint.writer import CheckpointWriter
+from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.results import QuantizationReport
+from qig_serve.offline.source.loaded_model import load
+from qig_serve.offline.tuning import scales
+from qig_serve.offline.tuning.scales import Tuning, rate, split, tune
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_llava(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_jsonl("calibration", 40, tmp_path_factory.mktemp("calib")))
+
+
+def recipe(calib: str, **fields: Any) -> QuantRecipe:
+    return QuantRecipe(
+        **{"calib": calib, "samples": 40, "method": "rtn", "device": "cpu", "tuning_passes": 2}
+        | fields
+    )
+
+
+def tuned(model: Path, out: Path, wanted: QuantRecipe, **more: Any) -> QuantizationReport:
+    return pipeline.quantize(model, out, wanted, quiet=True, **more)
+
+
+class Kept(Exception):
+    """Ends a run once a Tuning is there."""
+
+
+def a_tuning(model: Path, calib: str, out: Path, monkeypatch: Any, **fields: Any) -> Tuning:
+    """What a run tunes, before it does."""
+    found: list[Tuning] = []
+
+    def keep(tuning: Tuning, *_: Any) -> Any:
+        found.append(tuning)
+        raise Kept
+
+    monkeypatch.setattr(pipeline, "tune", keep)
+    with pytest.raises(Kept):
+        tuned(model, out, recipe(calib, **fields))
+    monkeypatch.undo()
+    return found[0]
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_gradient_is_that_of_the_divergence(
+    model: Path, calib: str, tmp_path: Path, monkeypatch: Any, scheme: str
+) -> None:
+    tuning = a_tuning(model, calib, tmp_path / "out", monkeypatch, scheme=scheme)
+    chosen = list(range(len(tuning.streams)))[:4]
+    tuning.step(chosen)
+    # Along the gradient of all factors together KL grows by its square.
+    factors = [f for kept in tuning.blocks for f in kept.factors.values()]
+    gradients = [f.grad.clone() for f in factors if f.grad is not None]
+    assert len(gradients) == len(factors)
+    squared = sum(float(g.double().square().sum()) for g in gradients)
+    kl = []
+    step = 0.01 / squared**0.5
+    for sign in (1, -1):
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.data = sign * step * gradient
+        kl.append(tuning.kl(chosen))
+    slope = (kl[0] - kl[1]) / (2 * step)
+    # int8 codes jump, and their straight-through gradient is an approximation.
+    assert slope == pytest.approx(squared, rel=0.02 if scheme == "w3a16" else 0.2)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_scales_alone_change_and_kl_falls(
+    model: Path, calib: str, tmp_path: Path, scheme: str
+) -> None:
+    plain = tuned(model, tmp_path / "plain", recipe(calib, scheme=scheme, tuning_passes=0))
+    report = tuned(model, tmp_path / "tuned", recipe(calib, scheme=scheme))
+    assert plain.tuning is None and report.tuning is not None
+    found = report.tuning
+    assert found.kept and found.steps > 0 and found.kl_after < 0.95 * found.kl_before
+    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "tuned")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {n for n in before if n.endswith(".weight_scale")}
+    assert all(before[n].dtype == after[n].dtype for n in changed)
+    samples = load_samples(calib, None, 0)
+    told = divergences(
+        model, [(n, tmp_path / n) for n in ("plain", "tuned")], samples, lambda *_: None
+    )
+    kl = {name: figures.kl_mean for name, figures in told}
+    assert kl["tuned"] < kl["plain"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_compressed_tensors_have_the_tuned_scales(model: Path, calib: str, tmp_path: Path) -> None:
+    wanted = recipe(calib, scheme="w4a8")
+    tuned(model, tmp_path / "ours", wanted)
+    tuned(model, tmp_path / "theirs", wanted.model_copy(update={"format": "compressed-tensors"}))
+    ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
+    names = [n for n in ours if n.endswith(".weight_scale")]
+    assert names and all(torch.equal(ours[n].flatten(), theirs[n].flatten().float()) for n in names)
+
+
+def test_too_few_samples_are_said(model: Path, calib: str, tmp_path: Path) -> None:
+    report = tuned(model, tmp_path / "out", recipe(calib, samples=4))
+    assert report.tuning is not None and not report.tuning.kept
+    assert "too few calibration samples" in report.tuning.line()
+
+
+def test_what_does_not_help_is_not_kept(
+    model: Path, calib: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    tuned(model, tmp_path / "plain", recipe(calib, tuning_passes=0))
+    downhill = scales.divergence
+
+    def uphill(*given: Any) -> tuple[float, torch.Tensor]:
+        kl, gradient = downhill(*given)
+        return kl, -gradient
+
+    monkeypatch.setattr(scales, "divergence", uphill)
+    report = tuned(model, tmp_path / "uphill", recipe(calib))
+    assert report.tuning is not None and not report.tuning.kept
+    assert report.tuning.kl_after > report.tuning.kl_before
+    assert "not kept" in report.tuning.line()
+    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "uphill")
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("place", ["tuning", "publishing"])
+def test_resumed_runs_end_with_the_same_bytes(
+    model: Path, calib: str, tmp_path: Path, monkeypatch: Any, place: str
+) -> None:
+    wanted = recipe(calib, offload="disk" if place == "tuning" else "ram")
+    whole = tuned(model, tmp_path / "whole", wanted)
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if place == "tuning":
+        monkeypatch.setattr(CheckpointWriter, "write_tuned", killed)
+    else:
+        monkeypatch.setattr(pipeline, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, tmp_path / "part", wanted)
+    monkeypatch.undo()
+    if place == "publishing":
+        monkeypatch.setattr(pipeline, "tune", killed)  # it is done
+    resumed = tuned(model, tmp_path / "part", wanted, resume=True)
+    assert resumed.tuning is not None and whole.tuning is not None
+    assert resumed.tuning.kl_after == whole.tuning.kl_after
+    one, two = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "part")
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_schedule() -> None:
+    judges, learned = split(17)
+    assert judges == [7, 15] and sorted(judges + learned) == list(range(17))
+    assert split(7)[0] == []
+    rates = [rate(i, 20) for i in range(20)]
+    assert max(rates) <= scales.RATE and rates[0] < rates[4] and rates[-1] < rates[-2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_hidden_states(family: str, tmp_path: Path) -> None:
+    """What `LoadedModel.logits` makes of the last hidden states is what the model says."""
+    from transformers import AutoModelForImageTextToText
+
+    directory = tiny_model(family, tmp_path / "model")
+    whole = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    loaded = load(directory)
+    hidden: list[torch.Tensor] = []
+    last = whole.get_submodule(loaded.arch.decoder).layers[-1]
+    last.register_forward_hook(
+        lambda *given: hidden.append(given[2][0] if isinstance(given[2], tuple) else given[2])
+    )
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        wanted = whole(input_ids=ids, use_cache=False).logits[0]
+        found = loaded.logits(hidden[0].reshape(5, -1))
+    assert found.shape == wanted.shape == (5, loaded.vocabulary)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tune_needs_judges(model: Path, calib: str, tmp_path: Path, monkeypatch: Any) -> None:
+    tuning = a_tuning(model, calib, tmp_path / "out", monkeypatch)
+    told: list[tuple[int, int]] = []
+    found = tune(tuning, 1, 0, lambda done, steps: told.append((done, steps)))
+    assert told[-1][0] == told[-1][1] == found.steps == len(told)
