@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.offline.calibration.batches import CalibrationBatch
+from qig_serve.offline.calibration.batches import TEXT, CalibrationBatch
 from qig_serve.offline.equalization.group import equalize_group
 from qig_serve.offline.passes.capture import quantized_weights
 from qig_serve.offline.passes.parts import inner_names
@@ -26,9 +26,14 @@ from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import LoadedModel
+from qig_serve.offline.tuning.divergence import rows_at_once
 from qig_serve.offline.source.stand_ins import out_of_memory
 
 _DRY_GRID = 2
+_PASSES_TO_TUNE = 5
+"""Forward passes of a block that a pass of tuning costs: two, and a backward for both factors."""
+_PASSES_AT_THE_HEAD = 5
+"""The same of the output head: full precision, quantized, back, and softmax of both."""
 FirstStreams = Callable[[Sequence[CalibrationBatch]], Streams]
 """Runs what comes before the decoder on some batches."""
 
@@ -144,8 +149,12 @@ def dry_run(
     factor = everything / tokens
     waiting = everything * bytes_a_token(loaded, recipe)
     on_disk = recipe.offload == "disk"
+    advance = seconds.advance * factor * loaded.num_blocks
+    tuning = recipe.tuning_passes * (
+        _PASSES_TO_TUNE / 2 * advance + seconds_at_the_head(loaded, batches)
+    )
     return Estimate(
-        seconds=before * factor + loaded.num_blocks * seconds.scaled(factor),
+        seconds=before * factor + loaded.num_blocks * seconds.scaled(factor) + tuning,
         host_bytes=host_bytes() + (0 if on_disk else waiting),
         disk_bytes=waiting if on_disk else 0,
         device_bytes=device_bytes(loaded.device),
@@ -188,8 +197,22 @@ def time_block(
     return seconds
 
 
+@torch.no_grad()
+def seconds_at_the_head(loaded: LoadedModel, batches: Sequence[CalibrationBatch]) -> float:
+    """What a pass of tuning spends behind the last block, from one call of the output head."""
+    rows = rows_at_once(loaded.vocabulary)
+    loaded.model.to(loaded.device)
+    hidden = torch.zeros(rows, loaded.text_config.hidden_size, device=loaded.device)
+    started = _now(loaded.device)
+    loaded.logits(hidden)
+    once = _now(loaded.device) - started
+    loaded.model.to("cpu")
+    tokens = sum(int((b.modality == TEXT).sum()) for b in batches)
+    return _PASSES_AT_THE_HEAD * once * tokens / rows
+
+
 def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
-    """What waits on the host for every token: both streams, and a group's inputs and targets."""
+    """What waits on the host for every token: the streams, and a group's inputs and targets."""
     hidden = int(loaded.text_config.hidden_size)
     widest = 0
     groups = loaded.groups(loaded.meta_block(0))
@@ -198,7 +221,8 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
         if group.loss_module in group.linears:
             n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))
         widest = max(widest, n + k * (2 if recipe.weighting.needs_quantized_input else 1))
-    return 4 * (2 * hidden + widest)  # fp32
+    streams = 3 if recipe.tuning_passes else 2
+    return 4 * (streams * hidden + widest)  # fp32
 
 
 def _now(device: torch.device) -> float:

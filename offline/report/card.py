@@ -191,6 +191,8 @@ def calibration_figures(report: QuantizationReport) -> list[str]:
             f"- squared error of the last block's output: {figures['output_error_last_block']:.3g} "
             "of its energy"
         )
+    if report.tuning is not None and report.tuning.steps:
+        lines.append(f"- {report.tuning.line()}")
     if "completeness_worst" in figures:
         lines.append(f"- largest completeness error: {figures['completeness_worst']:.2%}")
     return lines

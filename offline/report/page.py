@@ -216,6 +216,7 @@ def _losses(report: QuantizationReport) -> str:
             "How far the hidden state of the quantized model has drifted after each block.",
         ),
         _details("Drift", _table(["block", "squared error / square"], outputs, 0)),
+        "" if report.tuning is None else f"<p>Afterwards: {report.tuning.line()}.</p>",
     )
 
 
