@@ -99,7 +99,7 @@ def quantization_config(
 ) -> QuantizationConfig:
     """What the checkpoint's config.json says about it."""
     scheme = recipe.quant_scheme
-    refused = tensor_parallel.refused_sizes(loaded.config, scheme.k_multiple)
+    refused = tensor_parallel.refused_sizes(loaded.config, scheme.cut_multiple)
     return QuantizationConfig(
         quant_method="qig",
         format_version=FORMAT_VERSION,

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from qig_serve.architectures import get_architecture
-from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES, tensor_specs
 from qig_serve.offline.estimate import bytes_a_token
 from qig_serve.offline.pipeline import check_shapes
@@ -90,10 +89,8 @@ PUBLISHED = {
     "LLaVA-OneVision-7B": qwen2("llava_onevision", 3584, 28, 18944, 28, 4, 6.5, (1, 2, 4)),
     "SmolVLM-2B": Size("smolvlm", 2048, 24, 8192, 32, 32, 1.6, (1, 2, 4, 8, 16), 64, "llama"),
     "Idefics3-8B": Size("idefics3", 4096, 32, 14336, 32, 8, 7.0, (1, 2, 4, 8, 16), 128, "llama"),
-}
-NARROW = {
-    "SmolVLM-256M": Size("smolvlm", 576, 30, 1536, 9, 3, 0.1, (1,), 64, "llama", 12),
-    "SmolVLM-500M": Size("smolvlm", 960, 32, 2560, 15, 5, 0.3, (1,), 64, "llama", 12),
+    "SmolVLM-256M": Size("smolvlm", 576, 30, 1536, 9, 3, 0.106, (1,), 64, "llama", 12),
+    "SmolVLM-500M": Size("smolvlm", 960, 32, 2560, 15, 5, 0.315, (1,), 64, "llama", 12),
 }
 
 
@@ -175,16 +172,8 @@ def test_a_published_size_can_be_quantized_and_split(name: str) -> None:
         check_shapes(model, scheme)
         specs = (tensor_specs(scheme, n, k).values() for n, k in set(linears))
         assert all(min(spec.shape) > 0 for one in specs for spec in one)
-        refused = refused_sizes(model.config, scheme.k_multiple)
+        refused = refused_sizes(model.config, scheme.cut_multiple)
         assert tuple(fitting_sizes(refused)) == size.parallel, refused
         recipe = make_recipe({"scheme": scheme.name, "method": "qig+", "calib": "x"})
         waiting = bytes_a_token(model, recipe)  # two streams, and a group's inputs and outputs
         assert 4 * 4 * size.hidden <= waiting <= 4 * (3 * size.hidden + 2 * size.mlp)
-
-
-@pytest.mark.parametrize("name", NARROW)
-def test_a_width_of_broken_groups_is_refused_by_name(name: str) -> None:
-    model: Any = NoWeights(NARROW[name])
-    for scheme in SERVABLE:
-        with pytest.raises(UserError, match=r"0.self_attn.q_proj.weight cannot be quantized"):
-            check_shapes(model, scheme)
