@@ -30,11 +30,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 NARROW = {
     "hidden_size": 160,
     "intermediate_size": 288,
-    "num_attention_heads": 3,
+    "num_attention_heads": 5,
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-"""Inputs of qkv and gate_up 160, of o 96, of down 288."""
+"""Inputs of qkv, o and gate_up 160, of down 288."""
 
 
 @pytest.fixture
@@ -50,10 +50,7 @@ def test_a_shorter_last_group(scheme: str, dtype: str, tmp_path: Path, release: 
     source = tiny_model("llava", tmp_path / "source", **NARROW)
     checkpoint = quantize_tiny(source, tmp_path / scheme, scheme, method="qig+")
     found = vllm_tokens(checkpoint, dtype)
-    if dtype == "float32":
-        assert hugging_face_tokens(checkpoint, dtype, found) == found
-    else:  # near ties may part; a wrong kernel parts at the first token
-        assert hugging_face_tokens(checkpoint, "float32")[0] == found[0]
+    assert hugging_face_tokens(checkpoint, dtype, found) == found
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
