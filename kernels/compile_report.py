@@ -97,7 +97,8 @@ def _compiled(
     kernel: Kernel, scheme: str, target: int, dtype: str, use_ptx: bool, m: int
 ) -> Compiled:
     tile = kernel.tile
-    kernel.constants["USE_PTX"] = use_ptx
+    if "USE_PTX" in kernel.function.arg_names:  # the rows of a table are bytes
+        kernel.constants["USE_PTX"] = use_ptx
     counts = count(kernel, target)
     weights = kernel.inputs * tile.block_n / (32 * kernel.warps)
     loops = tile.regime != "dequantize"

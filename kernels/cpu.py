@@ -3,7 +3,7 @@
 What `prepare` keeps of a linear [N, K], and what then runs:
 
     w3a16  bf16, fp16   4.25 bits per weight. `packed`, uint8 in torch's int4 layout, holds
-                        code - zero + 8; `scales` [K/128, N, 2] a scale and a zero offset.
+                        code - zero + 8; `scales` [groups, N, 2] a scale and a zero offset.
                         Few rows: torch's int4 GEMM. Many: dequantized a few columns at a time
                         into a scratch that stays in cache, then torch's GEMM.
     w4a8   bf16         4.27 bits per weight. `packed`, uint8 in vLLM's int4 layout, with `zeros`,
@@ -13,6 +13,9 @@ What `prepare` keeps of a linear [N, K], and what then runs:
     w4a8   otherwise    8 bits per weight: `codes` int8 [N, K] and `scale`; torch's int8 GEMM.
     both   fp32         the reference: fp32 weights (w3a16) or int8 codes (w4a8), plain arithmetic.
     w8a16               the vocabulary's tables: cpu_w8a16.py.
+
+Where 128 does not divide K, the weights of bf16 and fp16 are padded to whole groups with zeros, and
+so is x in each call.
 
 A 3-bit code minus its zero point lies in -7..7, so four bits hold it without a zero point and
 nothing is rounded twice. All w4a8 kernels quantize activations as packing.quantize_activation
@@ -167,11 +170,12 @@ def _torch_int4_block() -> int | None:
 def _prepare_w3a16(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
 ) -> Prepared:
-    n, k = codes.shape
+    (n, k), groups = codes.shape, scale.shape[1]
     padding = -n % _N_BLOCK
-    shift = 8 - zero.to(torch.int32).repeat_interleave(GROUP, dim=1)  # [N, K]
-    nibbles = F.pad(codes.to(torch.int32) + shift, (0, 0, 0, padding), value=8)
-    scales = torch.zeros(k // GROUP, n + padding, 2, dtype=dtype)
+    shift = 8 - zero.to(torch.int32).repeat_interleave(GROUP, dim=1)[:, :k]
+    nibbles = codes.to(torch.int32) + shift  # [N, K]
+    nibbles = F.pad(nibbles, (0, groups * GROUP - k, 0, padding), value=8)
+    scales = torch.zeros(groups, n + padding, 2, dtype=dtype)
     scales[:, :n, 0] = scale.t()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
     return {"packed": packed, "scales": scales}
@@ -185,7 +189,7 @@ def _w3a16(
     n: int,
 ) -> torch.Tensor:
     """x [M, K], packed and scales as `_prepare_w3a16` made them: [M, N] in x's dtype."""
-    block = _torch_int4_block()
+    block, x = _torch_int4_block(), _whole_groups(x)
     if x.shape[0] < W3A16_MANY_ROWS or block is None:
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, GROUP, scales)
     else:
@@ -247,6 +251,12 @@ def _vllm_kernels() -> bool:
     return torch.equal(wide.view(64, 260), torch.ops._C.convert_weight_packed(codes))
 
 
+def _whole_groups(rows: torch.Tensor) -> torch.Tensor:
+    """[R, K] with zeros behind a last group that is shorter."""
+    missing = -rows.shape[1] % GROUP
+    return F.pad(rows, (0, missing)) if missing else rows
+
+
 def _use_vllm(n: int, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and n % _VLLM_BLOCK == 0 and _vllm_kernels()
 
@@ -261,6 +271,7 @@ def _awq_words(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _prepare_w4a8(codes: torch.Tensor, scale: torch.Tensor) -> Prepared:
+    codes = _whole_groups(codes)
     n, k = codes.shape
     packed, zeros, scales = torch.ops._C.convert_weight_packed_scale_zp(
         _awq_words(codes.t() + 8), _awq_words(torch.full((1, n), 8)), scale.reshape(1, n), 0
@@ -298,7 +309,7 @@ def _w4a8(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """x [M, K] bf16, the rest as `_prepare_w4a8` made it: [M, N] bf16."""
-    x = x.contiguous()
+    x = _whole_groups(x).contiguous()
     m, k = x.shape
     n = scales.numel()
     bias = None if bias is None else bias.float()

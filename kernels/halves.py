@@ -252,10 +252,10 @@ def product(
 ) -> torch.Tensor:
     """x in halves times a weight [N, K] transposed (+ bias): [M, N] of `dtype` (16 bits).
 
-    halves int8 [M, 2, K] and x_scale_sum int32 [pairs, M, 2] of quantize_activation.split_halves;
-    weights and scale: weight_planes and scale_zero (layout.repack_w3a16), or weight_bytes and
-    row_scale (layout.repack_w8a16). use_ptx=False takes the pure Triton twin. ValueError if the
-    scratch memory does not suffice.
+    halves int8 [M, 2, K] (K in whole groups) and x_scale_sum int32 [pairs, M, 2], of
+    quantize_activation.split_halves; weights and scale: weight_planes and scale_zero
+    (layout.repack_w3a16), or weight_bytes and row_scale (layout.repack_w8a16). use_ptx=False takes
+    the pure Triton twin. ValueError if the scratch memory does not suffice.
     """
     m, _, k = halves.shape
     bits = 3 if scale.dim() == 3 else 8

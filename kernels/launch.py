@@ -414,7 +414,7 @@ def run(
     if tile.regime == "prefill":
         prefill[(output_tiles,)](*tensors, *sizes, GROUP_M=tile.group_m, **constants)
         return
-    blocks, aligned = k // GROUP, tile.regime == "split_k"
+    blocks, aligned = triton.cdiv(k, GROUP), tile.regime == "split_k"
     count = programs(tile, output_tiles, blocks, multiprocessors(device))
     partials = scratch.partial_sums(tile, count, output_tiles, sums)
     shared[(count,)](

@@ -2,7 +2,8 @@
 
 Pure torch, on CPU or CUDA, no triton. The layouts are private to the kernels and may change with
 them; what is stored on disk does not. They are drawn in the headers of halves.py and w4a8.py.
-N is padded to a multiple of ROW_TILE with zero scales, so no kernel masks a weight load.
+N is padded to a multiple of ROW_TILE with zero scales, and K to whole groups with zero codes, so no
+kernel masks a weight load.
 """
 
 from __future__ import annotations
@@ -62,21 +63,31 @@ def padded_pairs(k: int) -> int:
     return -(-k // PAIR)
 
 
+def padded_inputs(k: int) -> int:
+    """K rounded up to whole groups."""
+    return -(-k // GROUP) * GROUP
+
+
+def _pad_inputs(codes: torch.Tensor) -> torch.Tensor:
+    return F.pad(codes, (0, padded_inputs(codes.shape[1]) - codes.shape[1]))
+
+
 def repack_w3a16(
     packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, order: int
 ) -> dict[str, torch.Tensor]:
     """Tensors of formats.tensor_specs("w3a16") -> `weight_planes` and `scale_zero`.
 
-    packed int32 [N, K * 3 / 32], scale [N, K / 128] of 16 bits, zero uint8 [N, K / 128]; order: 16
-    or 32, of the device's tensor cores. Returns weight_planes int8 [pairs, N_pad / 128, 2, 3, 128,
-    16] and scale_zero int32 [pairs, N_pad, 2]: the bits of the scale in fp32, and in its last
-    three, which are zero in a scale of 16 bits, the zero point."""
+    packed int32 [N, K * 3 / 32], scale [N, G] of 16 bits, zero uint8 [N, G], G = ceil(K / 128);
+    order: 16 or 32, of the device's tensor cores. Returns weight_planes int8 [pairs, N_pad / 128,
+    2, 3, 128, 16] and scale_zero int32 [pairs, N_pad, 2]: the bits of the scale in fp32, and in its
+    last three, which are zero in a scale of 16 bits, the zero point."""
     n, words = packed.shape
-    groups = words * 32 // 3 // GROUP
+    groups = padded_inputs(words * 32 // 3) // GROUP
     tiles, pairs = padded_rows(n) // ROW_TILE, padded_pairs(groups * GROUP)
     planes = torch.zeros(pairs * 2, tiles, 3, ROW_TILE, 16, dtype=torch.int8, device=packed.device)
     for start in range(0, n, _ROWS_AT_ONCE):
         codes = _pad_rows(unpack(packed[start : start + _ROWS_AT_ONCE], 3, signed=False))
+        codes = _pad_inputs(codes)
         first, some = start // ROW_TILE, codes.shape[0] // ROW_TILE
         planes[:groups, first : first + some] = _pack_planes(codes, order)
     planes = planes.unflatten(0, (pairs, 2)).transpose(1, 2).contiguous()
@@ -109,7 +120,8 @@ def unpack_w3a16(
     codes = torch.empty_like(by_j.flatten(-2))  # [pairs, T, 2, row, 128]
     codes[..., ORDERS[order]] = by_j.flatten(-2)
     codes = codes.permute(1, 3, 0, 2, 4).reshape(planes.shape[1] * ROW_TILE, -1)
-    word = scale_zero.permute(1, 0, 2).reshape(scale_zero.shape[1], -1)[:n, : k // GROUP]
+    word = scale_zero.permute(1, 0, 2).reshape(scale_zero.shape[1], -1)
+    word = word[:n, : padded_inputs(k) // GROUP]
     scale = (word & ~7).contiguous().view(torch.float32).to(dtype)
     return codes[:n, :k], scale, (word & 7).to(torch.uint8)
 
@@ -134,14 +146,15 @@ def repack_w4a8(packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Te
     """Tensors of formats.tensor_specs("w4a8") -> `weight_nibbles` and `channel_scale`.
 
     packed int32 [N, K / 8], scale fp32 [N, 1]. Returns weight_nibbles int8
-    [K / 128, N_pad, 64] and channel_scale fp32 [N_pad], divided by 16 because the kernel multiplies
-    with 16 times the code.
+    [ceil(K / 128), N_pad, 64] and channel_scale fp32 [N_pad], divided by 16 because the kernel
+    multiplies with 16 times the code.
     """
     n, words = packed.shape
-    blocks = words * 8 // GROUP
+    blocks = padded_inputs(words * 8) // GROUP
     nibbles = torch.empty(blocks, padded_rows(n), 64, dtype=torch.int8, device=packed.device)
     for start in range(0, n, _ROWS_AT_ONCE):
         codes = _pad_rows(unpack(packed[start : start + _ROWS_AT_ONCE], 4, signed=True))
+        codes = _pad_inputs(codes)
         halves = codes.to(torch.int32).reshape(-1, blocks, 2, 64)  # k 0..63 and 64..127
         byte = (halves[:, :, 0] & 15) | (halves[:, :, 1] << 4)  # within -128..127
         nibbles[:, start : start + codes.shape[0]] = byte.to(torch.int8).transpose(0, 1)
@@ -152,7 +165,7 @@ def repack_w4a8(packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Te
 def unpack_w4a8(
     nibbles: torch.Tensor, channel_scale: torch.Tensor, n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of `repack_w4a8`: codes int8 [N, K] and scale fp32 [N, 1]."""
+    """Inverse of `repack_w4a8`: codes int8 [N, K] and scale fp32 [N, 1], K in whole groups."""
     byte = nibbles.to(torch.int32)
     halves = torch.stack([((byte & 15) ^ 8) - 8, byte >> 4], dim=2)  # [blocks, N_pad, 2, 64]
     codes = halves.transpose(0, 1).reshape(nibbles.shape[1], -1)

@@ -45,6 +45,9 @@ The exponent of scale / 8 and minus the sum of q, |sum| <= 128 * 32639 < 2^22, s
 bits (halves.py reads it), and the two words of a pair of groups lie side by side. Inputs are
 stored in the order in which the tensor cores take them (layout.ORDERS).
 
+Where 128 does not divide K, PAD zeros complete the last group of codes and halves: K + PAD is what
+the kernels that multiply take for K. Zeros move no scale, and weights are padded as well.
+
 A NaN or an infinity makes its row's scale NaN, or its group's infinite, and the codes zero: 0 / 0
 or 0 * infinity reaches the output as NaN, and no integer is undefined. Magnitudes are compared as
 integers, since a maximum of floats loses NaN; of the 16-bit floats, so that a row waits for its
@@ -162,7 +165,7 @@ def _largest(x, axis: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(row, bits, columns, token, codes_ptr, scale_ptr, K, FIRST):
+def _store_codes(row, bits, columns, token, codes_ptr, scale_ptr, K, FIRST, PAD: tl.constexpr):
     """row, zero beyond K, with the token's largest magnitude -> codes and, if FIRST, the scale."""
     finite = bits < INFINITY
     # Below 2^-126 the inverse would be infinite.
@@ -170,7 +173,7 @@ def _store_codes(row, bits, columns, token, codes_ptr, scale_ptr, K, FIRST):
     scale = tl.where(bits > 0, scale, 1.0)
     rounded = tl.fma(row.to(tl.float32), tl.div_rn(1.0, scale), ROUND).to(tl.int32, bitcast=True)
     codes = tl.where(finite, rounded, 0).to(tl.int8)
-    tl.store(codes_ptr + token * K + columns, codes, mask=columns < K)
+    tl.store(codes_ptr + token * (K + PAD) + columns, codes, mask=columns < K + PAD)
     stored = tl.where(finite, scale.to(tl.int32, bitcast=True), NAN_BITS)
     if FIRST:
         tl.store(scale_ptr + token, stored.to(tl.float32, bitcast=True))
@@ -192,7 +195,7 @@ def _in_order(x, SIZE: tl.constexpr, ORDER: tl.constexpr):
 @triton.jit
 def _store_halves(
     row, columns, token, halves_ptr, x_scale_sum_ptr, M, K,
-    BLOCK_K: tl.constexpr, ORDER: tl.constexpr,
+    BLOCK_K: tl.constexpr, ORDER: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """row [BLOCK_K], zero beyond K -> both halves, and a token's words of scale and sum."""
     GROUPS: tl.constexpr = BLOCK_K // GROUP
@@ -212,9 +215,9 @@ def _store_halves(
     tl.store(where, words, mask=groups < 2 * pairs)
 
     q = _in_order(q.reshape(BLOCK_K), BLOCK_K, ORDER)
-    ptrs = halves_ptr + token * (2 * K) + columns
-    tl.store(ptrs, ((q + 128) >> 8).to(tl.int8), mask=columns < K)
-    tl.store(ptrs + K, q.to(tl.int8), mask=columns < K)
+    ptrs = halves_ptr + token * (2 * (K + PAD)) + columns
+    tl.store(ptrs, ((q + 128) >> 8).to(tl.int8), mask=columns < K + PAD)
+    tl.store(ptrs + (K + PAD), q.to(tl.int8), mask=columns < K + PAD)
 
 
 @triton.jit
@@ -230,24 +233,26 @@ def _columns(BLOCK_K: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    x_ptr, codes_ptr, scale_ptr, K, BLOCK_K: tl.constexpr, PDL: tl.constexpr = False
-):
+    x_ptr, codes_ptr, scale_ptr, K,
+    BLOCK_K: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
     token, columns = _columns(BLOCK_K)
     _begin(PDL)
     x = tl.load(x_ptr + token * K + columns, mask=columns < K, other=0.0)
-    _store_codes(x, _largest(x, 0), columns, token, codes_ptr, scale_ptr, K, True)
+    _store_codes(x, _largest(x, 0), columns, token, codes_ptr, scale_ptr, K, True, PAD)
 
 
 @triton.jit
 def rms_norm_quantize_kernel(
     x_ptr, residual_ptr, weight_ptr, codes_ptr, scale_ptr, added_ptr, K, eps,
-    BLOCK_K: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_K: tl.constexpr, PAD: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     token, columns = _columns(BLOCK_K)
     row = _normalized(
         x_ptr, residual_ptr, weight_ptr, added_ptr, token, columns, K, eps, HAS_RESIDUAL, PDL
     )
-    _store_codes(row, _largest(row, 0), columns, token, codes_ptr, scale_ptr, K, True)
+    _store_codes(row, _largest(row, 0), columns, token, codes_ptr, scale_ptr, K, True, PAD)
 
 
 @triton.jit
@@ -264,7 +269,7 @@ def silu_mul_largest_kernel(
 @triton.jit
 def quantize_chunk_kernel(
     x_ptr, largest_ptr, codes_ptr, scale_ptr, K,
-    CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr = False,
+    CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """A chunk of x to codes, by the largest magnitudes of its token's chunks (CHUNKS or fewer)."""
     token, columns = _columns(BLOCK_K)
@@ -273,41 +278,42 @@ def quantize_chunk_kernel(
     _begin(PDL)
     bits = tl.max(tl.load(largest_ptr + token * count + chunk, mask=chunk < count, other=0), axis=0)
     x = tl.load(x_ptr + token * K + columns, mask=columns < K, other=0.0)
-    _store_codes(x, bits, columns, token, codes_ptr, scale_ptr, K, tl.program_id(1) == 0)
+    first = tl.program_id(1) == 0
+    _store_codes(x, bits, columns, token, codes_ptr, scale_ptr, K, first, PAD)
 
 
 @triton.jit(do_not_specialize=["M"])
 def split_halves_kernel(
     x_ptr, halves_ptr, x_scale_sum_ptr, M, K,
-    BLOCK_K: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_K: tl.constexpr, PAD: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     token, columns = _columns(BLOCK_K)
     _begin(PDL)
     x = tl.load(x_ptr + token * K + columns, mask=columns < K, other=0.0)
-    _store_halves(x, columns, token, halves_ptr, x_scale_sum_ptr, M, K, BLOCK_K, ORDER)
+    _store_halves(x, columns, token, halves_ptr, x_scale_sum_ptr, M, K, BLOCK_K, ORDER, PAD)
 
 
 @triton.jit(do_not_specialize=["M"])
 def rms_norm_halves_kernel(
     x_ptr, residual_ptr, weight_ptr, halves_ptr, x_scale_sum_ptr, added_ptr, M, K, eps,
-    BLOCK_K: tl.constexpr, ORDER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAD: tl.constexpr, ORDER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     token, columns = _columns(BLOCK_K)
     row = _normalized(
         x_ptr, residual_ptr, weight_ptr, added_ptr, token, columns, K, eps, HAS_RESIDUAL, PDL
     )
-    _store_halves(row, columns, token, halves_ptr, x_scale_sum_ptr, M, K, BLOCK_K, ORDER)
+    _store_halves(row, columns, token, halves_ptr, x_scale_sum_ptr, M, K, BLOCK_K, ORDER, PAD)
 
 
 @triton.jit(do_not_specialize=["M"])
 def silu_mul_halves_kernel(
     gate_up_ptr, halves_ptr, x_scale_sum_ptr, M, K,
-    BLOCK_K: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_K: tl.constexpr, PAD: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     token, columns = _columns(BLOCK_K)
     row = _gated(gate_up_ptr, token, columns, K, PDL)
-    _store_halves(row, columns, token, halves_ptr, x_scale_sum_ptr, M, K, BLOCK_K, ORDER)
+    _store_halves(row, columns, token, halves_ptr, x_scale_sum_ptr, M, K, BLOCK_K, ORDER, PAD)
 
 
 @triton.jit
@@ -349,16 +355,17 @@ def chunk_options() -> dict[str, int]:
 
 
 Codes = tuple[torch.Tensor, torch.Tensor]
-"""codes int8 [M, K], scale fp32 [M]."""
+"""codes int8 [M, K in whole groups], scale fp32 [M]."""
 Halves = tuple[torch.Tensor, torch.Tensor]
-"""halves int8 [M, 2, K], x_scale_sum int32 [pairs, M, 2]: reference.split_halves."""
+"""halves int8 [M, 2, K in whole groups], x_scale_sum int32 [pairs, M, 2]: as split_halves' in
+reference.py."""
 
 
 def empty_codes(x: torch.Tensor, k: int) -> Codes:
     """Unwritten, for the tokens of x."""
     m = x.shape[0]
     return (
-        torch.empty(m, k, dtype=torch.int8, device=x.device),
+        torch.empty(m, layout.padded_inputs(k), dtype=torch.int8, device=x.device),
         torch.empty(m, dtype=torch.float32, device=x.device),
     )
 
@@ -367,7 +374,7 @@ def empty_halves(x: torch.Tensor, k: int) -> Halves:
     """Unwritten, for the tokens of x."""
     m = x.shape[0]
     return (
-        torch.empty(m, 2, k, dtype=torch.int8, device=x.device),
+        torch.empty(m, 2, layout.padded_inputs(k), dtype=torch.int8, device=x.device),
         torch.empty(layout.padded_pairs(k), m, 2, dtype=torch.int32, device=x.device),
     )
 
@@ -376,6 +383,11 @@ def _order(x: torch.Tensor, tile: Tile | None) -> int:
     """Of halves for a tile; without one for those that use all of a program's warps."""
     orders = launch.orders(x.device)
     return orders.of_halves(tile) if tile else orders.activations
+
+
+def _pad(k: int) -> dict[str, int]:
+    """PAD of a row of K."""
+    return {"PAD": layout.padded_inputs(k) - k}
 
 
 def _chunks(m: int, k: int) -> tuple[int, int]:
@@ -387,7 +399,9 @@ def quantize(x: torch.Tensor) -> Codes:
     m, k = x.shape
     codes, scale = empty_codes(x, k)
     if m:
-        quantize_kernel[(m,)](x, codes, scale, k, **row_options(k, m), **launch.early(x.device))
+        quantize_kernel[(m,)](
+            x, codes, scale, k, **row_options(k, m), **_pad(k), **launch.early(x.device)
+        )
     return codes, scale
 
 
@@ -404,7 +418,8 @@ def rms_norm_quantize(
     if m:
         rms_norm_quantize_kernel[(m,)](
             x, residual, weight, codes, scale, added, k, eps,
-            HAS_RESIDUAL=residual is not None, **row_options(k), **launch.early(x.device),
+            HAS_RESIDUAL=residual is not None, **row_options(k), **_pad(k),
+            **launch.early(x.device),
         )  # fmt: skip
     return codes, scale, added
 
@@ -419,13 +434,14 @@ def silu_mul_quantize(gate_up: torch.Tensor) -> Codes:
         largest = torch.empty(grid, dtype=torch.int32, device=gate_up.device)
         silu_mul_largest_kernel[grid](gate_up, out, largest, k, **options)
         quantize_chunk_kernel[grid](
-            out, largest, codes, scale, k, CHUNKS=triton.next_power_of_2(grid[1]), **options
-        )
+            out, largest, codes, scale, k,
+            CHUNKS=triton.next_power_of_2(grid[1]), **options, **_pad(k),
+        )  # fmt: skip
     return codes, scale
 
 
 def split_halves(x: torch.Tensor, tile: Tile | None = None) -> Halves:
-    """x [M, K] contiguous, 128 dividing K -> halves and x_scale_sum (reference.split_halves).
+    """x [M, K] contiguous, 32 dividing K -> halves and x_scale_sum (reference.split_halves).
 
     tile: of the product that takes them.
     """
@@ -434,7 +450,7 @@ def split_halves(x: torch.Tensor, tile: Tile | None = None) -> Halves:
     if m:
         split_halves_kernel[_chunks(m, k)](
             x, halves, x_scale_sum, m, k,
-            ORDER=_order(x, tile), **chunk_options(), **launch.early(x.device),
+            ORDER=_order(x, tile), **chunk_options(), **_pad(k), **launch.early(x.device),
         )  # fmt: skip
     return halves, x_scale_sum
 
@@ -453,7 +469,8 @@ def rms_norm_halves(
     if m:
         rms_norm_halves_kernel[(m,)](
             x, residual, weight, halves, x_scale_sum, added, m, k, eps, ORDER=_order(x, tile),
-            HAS_RESIDUAL=residual is not None, **row_options(k), **launch.early(x.device),
+            HAS_RESIDUAL=residual is not None, **row_options(k), **_pad(k),
+            **launch.early(x.device),
         )  # fmt: skip
     return halves, x_scale_sum, added
 
@@ -465,7 +482,8 @@ def silu_mul_halves(gate_up: torch.Tensor, tile: Tile | None = None) -> Halves:
     if m:
         silu_mul_halves_kernel[_chunks(m, k)](
             gate_up, halves, x_scale_sum, m, k,
-            ORDER=_order(gate_up, tile), **chunk_options(), **launch.early(gate_up.device),
+            ORDER=_order(gate_up, tile), **chunk_options(), **_pad(k),
+            **launch.early(gate_up.device),
         )  # fmt: skip
     return halves, x_scale_sum
 
@@ -525,7 +543,7 @@ def kernels(dtype: str, order: int) -> list[Kernel]:
             if whole
             else [chunk_options()]
         )
-        known = {"HAS_RESIDUAL": True, "ORDER": order, "CHUNKS": 32}
+        known = {"HAS_RESIDUAL": True, "ORDER": order, "CHUNKS": 32, "PAD": 0}
         for options in {tuple(v.items()): v for v in variants}.values():
             constants = {name: value for name, value in known.items() if name in names}
             constants["BLOCK_K"] = options["BLOCK_K"]

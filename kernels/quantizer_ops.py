@@ -1,12 +1,13 @@
 """The activation quantizers as torch ops.
 
-    qig::quantize_activation    x [M, K] -> codes int8 [M, K], scale fp32 [M]
-    qig::split_halves           x [M, K] -> halves int8 [M, 2, K], x_scale_sum int32 [pairs, M, 2]
+    qig::quantize_activation    x [M, K] -> codes int8 [M, K'], scale fp32 [M]
+    qig::split_halves           x [M, K] -> halves int8 [M, 2, K'], x_scale_sum int32 [pairs, M, 2]
     qig::rms_norm_quantize, qig::rms_norm_halves    the same of RMSNorm(x (+ residual)), and the sum
     qig::silu_mul_quantize, qig::silu_mul_halves    the same of SiLU(gate) * up
     qig::rms_norm, qig::silu_mul                    those alone, in 16 bits
 
-The sum comes rounded to x's dtype, [M, K]; without a residual it is an empty tensor [0].
+K' is K in whole groups of 128, with zeros behind K. The sum comes rounded to x's dtype, [M, K];
+without a residual it is an empty tensor [0].
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from qig_serve.kernels import quantize_activation
-from qig_serve.kernels.layout import padded_pairs
+from qig_serve.kernels.layout import padded_inputs, padded_pairs
 from qig_serve.kernels.library import aligned, define
 from qig_serve.kernels.quantize_activation import Codes, Halves
 from qig_serve.kernels.tiles import Tile
@@ -107,14 +108,14 @@ def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_codes(x: torch.Tensor, k: int) -> Codes:
-    m = x.shape[0]
-    return x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
+    codes = x.new_empty(x.shape[0], padded_inputs(k), dtype=torch.int8)
+    return codes, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 def _fake_halves(x: torch.Tensor, k: int) -> Halves:
     m = x.shape[0]
     return (
-        x.new_empty(m, 2, k, dtype=torch.int8),
+        x.new_empty(m, 2, padded_inputs(k), dtype=torch.int8),
         x.new_empty(padded_pairs(k), m, 2, dtype=torch.int32),
     )
 

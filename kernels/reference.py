@@ -29,7 +29,7 @@ def int_product(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Activation codes int8 [M, K] times weight codes, exact: int64 [M, N]."""
     weight = packing.unpack(packed, 4, signed=True)
     # Double holds every sum of products below 2^53 exactly and is far faster than int64 matmul.
-    return (codes.double() @ weight.double().t()).to(torch.int64)
+    return (codes[:, : weight.shape[1]].double() @ weight.double().t()).to(torch.int64)
 
 
 def w4a8_linear_quantized(
@@ -55,13 +55,13 @@ def w4a8_linear(
 
 
 def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [M, K] and fp32 scale [M, 1], as the kernels have them.
+    """int8 codes [M, K'] and fp32 scale [M, 1], as the kernels have them: K' whole groups of 128.
 
     packing.quantize_activation with a product by 1 / scale, rounded once, for its quotient: where x
     / scale is within an ulp of a half, a code may be the next. scale is at least 2^-126 (1 for a
     token of zeros), and NaN, with zero codes, where a token has a NaN or an infinity.
     """
-    x = x.float()
+    x = whole_groups(x).float()
     largest = x.abs().amax(-1, keepdim=True)
     scale = (largest * torch.tensor(1 / 127, device=x.device)).clamp(min=2.0**-126)
     scale = torch.where(largest > 0, scale, 1.0)
@@ -75,15 +75,22 @@ _MOST = 32639  # 127 * 256 + 127
 _SUM = (1 << 23) - 1  # bits of the sum in a word
 
 
-def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] as 16-bit fixed point: halves int8 [M, 2, K], x_scale_sum int32 [pairs, M, 2].
+def whole_groups(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with zeros behind a last group that is shorter."""
+    k = x.shape[-1]
+    return torch.nn.functional.pad(x, (0, layout.padded_inputs(k) - k))
 
-    A (token, group of 128) has unit s, the smallest power of two from 2^-123 with largest / s <=
-    32639, and q = x / s rounded half to even = 256 * high + low. halves: the high ones, then the
-    low, inputs in layout.ORDERS[order]. x_scale_sum: bits 23-30 are those of s / 8 in fp32, bits
-    0-22 minus the sum of q in two's complement; of an odd number of groups the last pair's second
-    is one of zeros. A group with a NaN or an infinity has the bits of infinity, and zeros."""
-    groups = x.unflatten(-1, (-1, layout.GROUP)).double()
+
+def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] as 16-bit fixed point: halves int8 [M, 2, K'], x_scale_sum int32 [pairs, M, 2].
+
+    K': whole groups of 128. A (token, group) has unit s, the smallest power of two from 2^-123 with
+    largest / s <= 32639, and q = x / s rounded half to even = 256 * high + low. halves: the high
+    ones, then the low, inputs in layout.ORDERS[order]. x_scale_sum: bits 23-30 are those of s / 8
+    in fp32, bits 0-22 minus the sum of q in two's complement; of an odd number of groups the last
+    pair's second is one of zeros. A group with a NaN or an infinity has the bits of infinity, and
+    zeros."""
+    groups = whole_groups(x).unflatten(-1, (-1, layout.GROUP)).double()
     largest = groups.abs().amax(-1)
     finite = largest.isfinite()
     largest = torch.where(finite, largest, 0.0)

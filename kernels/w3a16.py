@@ -46,6 +46,9 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
 A product is made of 64 inputs at a time, four slices of 16: so that 128 x 128 outputs (128
 registers of a thread of four warps) and half a group of weights (32) fit without a spill, and two
 programs fit an SM.
+
+RAGGED: 128 does not divide K, and the row of x ends within the last group. What is read behind it
+counts as zero; the weights are padded to whole groups (layout.py).
 """
 
 from __future__ import annotations
@@ -203,10 +206,28 @@ def _half_group(
 
 
 @triton.jit
+def _load_x(ptrs, in_range, left, BLOCK_M: tl.constexpr, RAGGED: tl.constexpr):
+    """x [64, BLOCK_M] at ptrs, of rows that have `left` more inputs: zeros behind them."""
+    if RAGGED:
+        return tl.load(ptrs, mask=in_range & (tl.arange(0, 64) < left)[:, None], other=0)
+    else:
+        return launch.load_tokens(ptrs, in_range, BLOCK_M)
+
+
+@triton.jit
+def _groups(K, RAGGED: tl.constexpr):
+    """Groups of K inputs."""
+    if RAGGED:
+        return tl.cdiv(K, 128)
+    else:
+        return K // 128
+
+
+@triton.jit
 def _product(
-    x_ptrs, x_in_range, weight_ptrs, scale_zero_ptrs, group_first, group_last, TILES,
+    x_ptrs, x_in_range, weight_ptrs, scale_zero_ptrs, group_first, group_last, K, TILES,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
-    DTYPE: tl.constexpr, USE_PTX: tl.constexpr,
+    DTYPE: tl.constexpr, RAGGED: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
     """W x^T over groups: fp32 [BLOCK_N, BLOCK_M].
 
@@ -221,8 +242,9 @@ def _product(
         c = tl.load(planes + 2048)
         scale_zero = tl.load(scale_zero_ptrs + (group // 2 * (TILES * 256) + group % 2))
         x = x_ptrs + group * 128
-        x_first = launch.load_tokens(x, x_in_range, BLOCK_M)
-        x_second = launch.load_tokens(x + 64, x_in_range, BLOCK_M)
+        left = K - group * 128
+        x_first = _load_x(x, x_in_range, left, BLOCK_M, RAGGED)
+        x_second = _load_x(x + 64, x_in_range, left - 64, BLOCK_M, RAGGED)
         w = _half_group(a, b, c, scale_zero, 0, BLOCK_N, ORDER, DTYPE, USE_PTX)
         acc = tl.dot(w, x_first, acc)
         w = _half_group(a, b, c, scale_zero, 1, BLOCK_N, ORDER, DTYPE, USE_PTX)
@@ -254,11 +276,11 @@ def _part(
     first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr, counter_ptr,
     M, N, K, TILES, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
     """Units from `first` to the end of its output tile, or to `last`; -> the unit after them."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    groups = K // 128
+    groups = _groups(K, RAGGED)
     tile = first // groups
     start = first - tile * groups
     end = tl.minimum(groups, start + last - first)
@@ -268,8 +290,8 @@ def _part(
         x_ptr, weight_ptr, scale_zero_ptr, tile // tiles_m, tokens, M, K, TILES, BLOCK_N, False
     )
     acc = _product(
-        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, start, end, TILES,
-        BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, USE_PTX,
+        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, start, end, K, TILES,
+        BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, RAGGED, USE_PTX,
     )  # fmt: skip
     if end - start == groups:
         launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
@@ -292,11 +314,11 @@ def w3a16_shared_kernel(
     x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr, counter_ptr,
     M, N, K, TILES, tiles_m, size, rest,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
-    FETCH: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, USE_PTX: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, group)."""
-    groups = K // 128
+    groups = _groups(K, RAGGED)
     first, last = launch.share(groups, size, rest, ALIGNED)
     if PDL:
         ahead = first % groups // 2 * TILES + first // groups // tiles_m * BLOCK_N // 128
@@ -306,14 +328,14 @@ def w3a16_shared_kernel(
         _part(
             first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
             counter_ptr, M, N, K, TILES, tiles_m, size, rest,
-            BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, USE_PTX,
+            BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, RAGGED, USE_PTX,
         )  # fmt: skip
     else:
         while first < last:
             first = _part(
                 first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
                 counter_ptr, M, N, K, TILES, tiles_m, size, rest,
-                BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, USE_PTX,
+                BLOCK_M, BLOCK_N, STAGES, ORDER, ALIGNED, HAS_BIAS, RAGGED, USE_PTX,
             )  # fmt: skip
 
 
@@ -321,7 +343,7 @@ def w3a16_shared_kernel(
 def w3a16_prefill_kernel(
     x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, M, N, K, TILES,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
-    ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+    ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, USE_PTX: tl.constexpr,
     PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (output tiles,), GROUP_M token tiles beside each other for L2."""
@@ -336,16 +358,24 @@ def w3a16_prefill_kernel(
         line = tl.minimum(tile * BLOCK_N // 128 * 96 + tl.arange(0, 128), TILES * 96 - 1)
         launch.start_early(weight_ptr + line * 64, PDL, FETCH)
     acc = _product(
-        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, 0, K // 128, TILES,
-        BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, USE_PTX,
+        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, 0, _groups(K, RAGGED), K,
+        TILES, BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, RAGGED, USE_PTX,
     )  # fmt: skip
     launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
+
+
+@triton.jit
+def _store_half_group(ptrs, w, inside, left, RAGGED: tl.constexpr):
+    """w [R, 64] of rows that have `left` more inputs."""
+    if RAGGED:
+        inside &= (tl.arange(0, 64) < left)[None, :]
+    tl.store(ptrs, w, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_tile", "TILES"])
 def w3a16_dequantize_kernel(
     weight_ptr, scale_zero_ptr, out_ptr, N, K, TILES, first_tile,
-    ORDER: tl.constexpr, USE_PTX: tl.constexpr,
+    ORDER: tl.constexpr, RAGGED: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of 128 rows, pairs of groups): rows first_tile * 128 ... of the weight [N, K].
 
@@ -363,15 +393,16 @@ def w3a16_dequantize_kernel(
     where = out_ptr + ((tl.program_id(0) * 128 + row)[:, None].to(tl.int64) * K + pair * 256)
     where += tl.arange(0, 64)[None, :]
     inside = (tile * 128 + row < N)[:, None]
+    left = K - pair * 256
     w = _half_group(a0, b0, c0, word0, 0, 128, ORDER, DTYPE, USE_PTX)
-    tl.store(where, w, mask=inside)
+    _store_half_group(where, w, inside, left, RAGGED)
     w = _half_group(a0, b0, c0, word0, 1, 128, ORDER, DTYPE, USE_PTX)
-    tl.store(where + 64, w, mask=inside)
+    _store_half_group(where + 64, w, inside, left - 64, RAGGED)
     inside &= tl.full([1, 1], pair * 256 + 128, tl.int32) < K
     w = _half_group(a1, b1, c1, word1, 0, 128, ORDER, DTYPE, USE_PTX)
-    tl.store(where + 128, w, mask=inside)
+    _store_half_group(where + 128, w, inside, left - 128, RAGGED)
     w = _half_group(a1, b1, c1, word1, 1, 128, ORDER, DTYPE, USE_PTX)
-    tl.store(where + 192, w, mask=inside)
+    _store_half_group(where + 192, w, inside, left - 192, RAGGED)
 
 
 def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
@@ -425,7 +456,8 @@ def linear(
         w3a16_prefill_kernel, w3a16_shared_kernel,
         (x, planes.view(torch.int16), scale_zero, bias, out),
         (m, n, k, tiles), tiles * layout.ROW_TILE, tile, scratch, torch.float32,
-        ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None, USE_PTX=use_ptx,
+        ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None,
+        RAGGED=k % layout.GROUP != 0, USE_PTX=use_ptx,
     )  # fmt: skip
     return out
 
@@ -463,7 +495,8 @@ def _dequantize_rows(
     grid = (triton.cdiv(last - first, layout.ROW_TILE), layout.padded_pairs(k))
     w3a16_dequantize_kernel[grid](
         planes.view(torch.int16), scale_zero, out, last, k, planes.shape[1],
-        first // layout.ROW_TILE, ORDER=launch.orders(planes.device).weights, USE_PTX=use_ptx,
+        first // layout.ROW_TILE, ORDER=launch.orders(planes.device).weights,
+        RAGGED=k % layout.GROUP != 0, USE_PTX=use_ptx,
     )  # fmt: skip
     return out
 
@@ -505,7 +538,7 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     arguments = dict(
         weight_ptr="*i16", scale_zero_ptr="*i32", out_ptr=f"*{dtype}", N="i32", K="i32", TILES="i32"
     )
-    constants: dict[str, Any] = dict(ORDER=orders.weights, USE_PTX=True)
+    constants: dict[str, Any] = dict(ORDER=orders.weights, RAGGED=False, USE_PTX=True)
     if tile.regime == "dequantize":
         arguments |= {"first_tile": "i32"}
         return launch.of_tile(w3a16_dequantize_kernel, arguments, constants, tile, layout.PAIR)

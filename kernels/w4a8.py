@@ -29,7 +29,8 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
                         undivided; 128 x 128 outputs by four warps, two programs per SM, so that one
                         unpacks while the other multiplies.
 
-Activations are quantized a token by quantize_activation.py, fused there with what precedes.
+Activations are quantized a token by quantize_activation.py, fused there with what precedes. Where
+128 does not divide K it adds zeros as the weights have them, and K here is a multiple of 128.
 """
 
 from __future__ import annotations
@@ -212,7 +213,8 @@ def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
 
 def zeros(n: int, k: int, device: torch.device) -> Prepared:
     """Tensors of zero weights [N, K], in the shapes of `prepare`."""
-    shape = (k // layout.GROUP, layout.padded_rows(n), layout.GROUP // 2)
+    groups = layout.padded_inputs(k) // layout.GROUP
+    shape = (groups, layout.padded_rows(n), layout.GROUP // 2)
     return {
         "weight_nibbles": torch.zeros(shape, dtype=torch.int8, device=device),
         "channel_scale": torch.zeros(shape[1], dtype=torch.float32, device=device),
@@ -246,7 +248,8 @@ def product(
 ) -> torch.Tensor:
     """codes int8 [M, K] contiguous, token_scale fp32 [M], the prepared weight -> [M, N] of `dtype`.
 
-    use_ptx=False takes the pure Triton twin. ValueError if the scratch memory does not suffice.
+    K: in whole groups, as quantize_activation.quantize has it. use_ptx=False takes the
+    pure Triton twin. ValueError if the scratch memory does not suffice.
     """
     m, k = codes.shape
     nibbles, channel_scale = prepared["weight_nibbles"], prepared["channel_scale"]

@@ -30,11 +30,11 @@ _SOME, _MANY = 4, 32  # rows a program looks up: of a few tokens, and of a slice
 @triton.jit(do_not_specialize=["first", "M", "TILES"])
 def w8a16_rows_kernel(
     ids_ptr, order_ptr, weight_ptr, scale_ptr, out_ptr, M, N, K, TILES, first,
-    HAS_IDS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_IDS: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows, pairs of groups): rows ids, or first ..., of the table into [M, K].
 
-    order int32 [128]: the input that lies at each place of a group.
+    order int32 [128]: the input that lies at each place of a group. RAGGED: 128 does not divide K.
     """
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pair = tl.program_id(1)
@@ -53,7 +53,10 @@ def w8a16_rows_kernel(
     out = out_ptr + token[:, None].to(tl.int64) * K + columns[None, :]
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     w = tl.load(bytes_ptr).to(tl.float32) * scale[:, None]
-    tl.store(out, w.to(DTYPE), mask=there[:, None])
+    inside = there[:, None]
+    if RAGGED:
+        inside &= (columns < K)[None, :]
+    tl.store(out, w.to(DTYPE), mask=inside)
     w = tl.load(bytes_ptr + 16384).to(tl.float32) * scale[:, None]
     tl.store(out + 128, w.to(DTYPE), mask=there[:, None] & (columns + 128 < K)[None, :])
 
@@ -76,6 +79,7 @@ def _rows(
         w8a16_rows_kernel[triton.cdiv(m, block), weight.shape[0]](
             ids, _order(weight.device), weight, prepared["row_scale"], out, m, n, k,
             weight.shape[1], first, HAS_IDS=ids is not None, BLOCK=block,
+            RAGGED=k % layout.GROUP != 0,
         )  # fmt: skip
     return out
 
@@ -151,7 +155,7 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
         order_ptr="*i32", weight_ptr="*i8", scale_ptr="*fp32", out_ptr=f"*{dtype}",
         M="i32", N="i32", K="i32", TILES="i32", first="i32",
     )  # fmt: skip
-    constants: dict[str, Any] = dict(ids_ptr=None, HAS_IDS=False, BLOCK=_MANY)
+    constants: dict[str, Any] = dict(ids_ptr=None, HAS_IDS=False, BLOCK=_MANY, RAGGED=False)
     return launch.of_tile(w8a16_rows_kernel, arguments, constants, tile, layout.PAIR)
 
 

@@ -26,8 +26,8 @@ from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import LoadedModel
-from qig_serve.offline.tuning.divergence import rows_at_once
 from qig_serve.offline.source.stand_ins import out_of_memory
+from qig_serve.offline.tuning.divergence import rows_at_once
 
 _DRY_GRID = 2
 _PASSES_TO_TUNE = 5
@@ -149,10 +149,10 @@ def dry_run(
     factor = everything / tokens
     waiting = everything * bytes_a_token(loaded, recipe)
     on_disk = recipe.offload == "disk"
-    advance = seconds.advance * factor * loaded.num_blocks
-    tuning = recipe.tuning_passes * (
-        _PASSES_TO_TUNE / 2 * advance + seconds_at_the_head(loaded, batches)
-    )
+    tuning = 0.0
+    if recipe.tuning_passes:
+        a_pass = _PASSES_TO_TUNE / 2 * seconds.advance * factor * loaded.num_blocks
+        tuning = recipe.tuning_passes * (a_pass + seconds_at_the_head(loaded, batches))
     return Estimate(
         seconds=before * factor + loaded.num_blocks * seconds.scaled(factor) + tuning,
         host_bytes=host_bytes() + (0 if on_disk else waiting),

@@ -28,6 +28,7 @@ from qig_serve.extras import require
 from qig_serve.formats import QuantScheme, unsupported_shape
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.calibration.sources import load_calibration
+from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.checkpoint.blocks import load_written, read_progress, write_block
 from qig_serve.offline.checkpoint.canary import Canary
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
@@ -51,10 +52,11 @@ from qig_serve.offline.results import (
     QuantizationReport,
 )
 from qig_serve.offline.rounding.block import round_block
-from qig_serve.offline.source import loaded_model
+from qig_serve.offline.source import loaded_model, mlp_width
 from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
 from qig_serve.offline.source.vocabulary import in_eight_bits, rounded_inputs
-from qig_serve.offline.tuning.scales import STEP_SAMPLES, Tuning, tune
+from qig_serve.offline.tuning.run import tune_scales
+from qig_serve.offline.tuning.scales import STEP_SAMPLES
 
 LOG_FILE = "quantize.log"
 """The run's progress, in the hidden directory beside the output and then in the checkpoint."""
@@ -102,9 +104,10 @@ def _quantize(
     torch.manual_seed(recipe.seed)
     device = pick_device(recipe.device, ranks)
     loaded = loaded_model.load(model, device=device)
-    check_shapes(loaded, recipe.quant_scheme)
+    check_shapes(loaded, recipe.quant_scheme, recipe.format)
     note = choose_vocabulary(loaded, recipe, plain)
     notes = [note] if note else []
+    width = choose_mlp_width(loaded, recipe, plain)
     samples = load_calibration(
         recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only, notes
     )
@@ -138,8 +141,9 @@ def _quantize(
         progress = stack.enter_context(
             RunProgress(loaded.num_blocks, device, quiet or not ranks.writes, log)
         )
-        for line in (*notes, calibration_line(report, ranks)):
-            progress.line(line)
+        for line in (*notes, width, calibration_line(report, ranks)):
+            if line:
+                progress.line(line)
         on_disk, beside = recipe.offload == "disk", None if writer is None else writer.directory
         folder = stack.enter_context(offload_folder(on_disk, beside, ranks))
         if not ranks.broadcast_object(writer.finished if writer is not None else 0):
@@ -182,6 +186,14 @@ def choose_vocabulary(loaded: LoadedModel, recipe: QuantRecipe, plain: bool) -> 
     return note or f"in 8 bits: {', '.join(loaded.eight_bit)}"
 
 
+def choose_mlp_width(loaded: LoadedModel, recipe: QuantRecipe, plain: bool) -> str:
+    """Decides whether the MLP is stored with channels of zeros; what to say about it."""
+    if plain:
+        return ""
+    loaded.mlp_padding, note = mlp_width.choose(loaded, recipe.quant_scheme, recipe.pad_mlp)
+    return note if loaded.mlp_padding is None else loaded.mlp_padding.sentence()
+
+
 def calibration_line(report: QuantizationReport, ranks: Ranks) -> str:
     """How much there is to calibrate on, for people."""
     tokens = report.calibration["tokens"]
@@ -216,14 +228,17 @@ def look_ahead(
     return estimate
 
 
-def check_shapes(loaded: LoadedModel, scheme: QuantScheme) -> None:
-    """UserError that names the first linear whose size the scheme does not divide."""
+def check_shapes(loaded: LoadedModel, scheme: QuantScheme, form: str = "qig") -> None:
+    """UserError that names the first linear whose size the scheme, or the form, cannot store."""
     for index in range(loaded.num_blocks):
         groups = loaded.groups(loaded.meta_block(index))
         for name in (name for group in groups for name in group.linears):
             weight = loaded.source_name(index, f"{name}.weight")
             n, k = loaded.source.shape(weight)
-            if reason := unsupported_shape(scheme, n, k):
+            reason = unsupported_shape(scheme, n, k)
+            if not reason and form == "compressed-tensors":
+                reason = compressed_tensors.unsupported_shape(scheme, k)
+            if reason:
                 raise UserError(f"{weight} cannot be quantized: {reason}")
 
 
@@ -323,35 +338,8 @@ def quantize_blocks(
             progress.step("writing", 0.98)
             # The report first: a block that is written counts as done, and is not reported again.
             writer.write_text(REPORT_FILE, report.model_dump_json())
-            write_block(loaded, block, index, tensors, results, writer)
+            write_block(loaded, block, index, tensors, results, writer, streams.scheme)
         progress.block_done(block_line(done), first)
-
-
-def tune_scales(
-    loaded: LoadedModel,
-    recipe: QuantRecipe,
-    streams: Streams,
-    first: Store,
-    writer: CheckpointWriter | None,
-    progress: RunProgress,
-    report: QuantizationReport,
-) -> None:
-    """Tunes the scales of all blocks, unless an interrupted run has; `first`: input of block 0."""
-    if streams.ranks.broadcast_object(writer is not None and writer.is_tuned):
-        progress.line("going on with the scales that are tuned")
-        return
-    started = time.monotonic()
-    tuning = Tuning.of(loaded, writer, streams, first)
-    found = tune(tuning, recipe.tuning_passes, recipe.seed, progress.tuning)
-    report.tuning = found.model_copy(update={"seconds": time.monotonic() - started})
-    progress.line(report.tuning.line())
-    if found.kept:
-        chosen = Canary.choose(streams)
-        streams.quantized.put(chosen, tuning.forward([chosen], keep=False)[chosen])
-    loaded.model.to("cpu")
-    if writer is not None:
-        writer.write_text(REPORT_FILE, report.model_dump_json())
-        writer.write_tuned(tuning.scales() if found.kept else {})
 
 
 def block_line(done: BlockReport) -> str:

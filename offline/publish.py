@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from qig_serve import __version__, tensor_parallel
 from qig_serve.formats import FORMAT_VERSION
 from qig_serve.manifest import CalibrationInfo, QuantizationConfig
+from qig_serve.model_directory import read_config
 from qig_serve.offline.calibration.batches import (
     CalibrationBatch,
     calibration_sha256,
@@ -55,6 +57,8 @@ def new_report(
         },
         left_alone=loaded.left_alone(),
         eight_bit=list(loaded.eight_bit),
+        mlp_channels=padding.padded if (padding := loaded.mlp_padding) else None,
+        mlp_channels_of_source=padding.width if padding else None,
         producer=f"qig-serve {__version__}",
     )
 
@@ -89,9 +93,13 @@ def publish(
         pictures,
     )
     if recipe.format == "compressed-tensors":
-        writer.publish(forms.compressed(config, loaded.arch, report.left_alone), check)
+        form = forms.compressed(config, loaded.arch, report.left_alone)
     else:
-        writer.publish(forms.qig(config), check)
+        form = forms.qig(config)
+    if loaded.mlp_padding is not None:
+        changed = loaded.mlp_padding.entries(read_config(loaded.directory))
+        form = replace(form, config={**changed, **form.config})
+    writer.publish(form, check)
 
 
 def quantization_config(
@@ -99,7 +107,9 @@ def quantization_config(
 ) -> QuantizationConfig:
     """What the checkpoint's config.json says about it."""
     scheme = recipe.quant_scheme
-    refused = tensor_parallel.refused_sizes(loaded.config, scheme.k_multiple)
+    padding = loaded.mlp_padding
+    served = padding.config(loaded.config) if padding else loaded.config
+    refused = tensor_parallel.refused_sizes(served, scheme.cut_multiple)
     return QuantizationConfig(
         quant_method="qig",
         format_version=FORMAT_VERSION,

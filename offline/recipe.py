@@ -204,6 +204,12 @@ class QuantRecipe(BaseModel):
         "if both may",
     )
 
+    pad_mlp: bool | None = Field(
+        default=None,
+        description="store an MLP whose groups 2, 4 or 8 devices cannot share with channels of "
+        "zeros behind its own (default: from 20 billion weights on)",
+    )
+
     batch_tokens: int = Field(default=2048, ge=1, description="tokens that pass a block at a time")
     device: str = Field(
         default="auto", description="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"

@@ -136,6 +136,10 @@ class QuantizationReport(_Data):
     """Modules that stay in 16 bits on purpose."""
     eight_bit: list[str] = Field(default_factory=list)
     """Output head and embedding, where they are stored in 8 bits."""
+    mlp_channels: int | None = None
+    """Where the MLP is stored with channels of zeros behind its own: how many there are in all,"""
+    mlp_channels_of_source: int | None = None
+    """and how many it was published with."""
     warnings: list[str] = Field(default_factory=list)
     fallbacks: list[str] = Field(default_factory=list)
     """Steps that had to take a simpler way; a run with any fails unless allow_fallbacks."""
@@ -150,6 +154,9 @@ class QuantizationReport(_Data):
         complete = [m.completeness for m in modules if m.completeness is not None]
         before, after = sum(m.loss_rtn for m in modules), sum(m.loss for m in modules)
         figures: dict[str, float] = {"blocks": len(self.blocks)}
+        if self.mlp_channels and self.mlp_channels_of_source:
+            figures["mlp_channels"] = self.mlp_channels
+            figures["mlp_channels_of_source"] = self.mlp_channels_of_source
         if before > 0:
             figures["search_loss_over_rtn"] = after / before
         if complete:

@@ -6,12 +6,14 @@ heavy, so that the plugin can be registered in every vLLM process at no cost.
 On disk a quantized linear `P.weight` of shape [N, K] (out, in) is replaced by
 
     w3a16   P.weight_packed      int32 [N, K * 3 / 32]
-            P.weight_scale       model dtype [N, K / 128]
-            P.weight_zero_point  uint8 [N, K / 128]
+            P.weight_scale       model dtype [N, ceil(K / 128)]
+            P.weight_zero_point  uint8 [N, ceil(K / 128)]
     w4a8    P.weight_packed      int32 [N, K / 8]
             P.weight_scale       float32 [N, 1]
     w8a16   P.weight_packed      int32 [N, K / 4]
             P.weight_scale       float32 [N, 1]
+
+32 divides K. Where 128 does not, the last group of w3a16 is shorter.
 
 w8a16 is what the output head and the embedding may be stored in, N the entries of the vocabulary;
 a tied model stores the embedding alone.
@@ -29,6 +31,11 @@ from typing import Literal
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qig"
+
+GROUP_SIZE = 128
+"""Inputs that share a scale, in the schemes that have groups; of a row's last group fewer may."""
+WORD_INPUTS = 32
+"""Inputs whose codes fill whole words, of any number of bits: K is a multiple."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +71,23 @@ class QuantScheme:
         return Fraction(32, self.bits)
 
     @property
-    def k_multiple(self) -> int:
-        """K (and each tensor-parallel shard of it) must be a multiple of this."""
-        return self.group_size or 128
+    def cut_multiple(self) -> int:
+        """Each part of K must be a multiple of this where tensor parallelism cuts K."""
+        return self.group_size or WORD_INPUTS
 
     def num_groups(self, k: int) -> int:
         """Scales a row of K inputs has."""
-        return 1 if self.group_size is None else k // self.group_size
+        return 1 if self.group_size is None else -(-k // self.group_size)
 
 
 SCHEMES: dict[str, QuantScheme] = {
     s.name: s
     for s in (
-        QuantScheme("w3a16", bits=3, symmetric=False, group_size=128),
+        QuantScheme("w3a16", bits=3, symmetric=False, group_size=GROUP_SIZE),
         QuantScheme("w4a8", bits=4, symmetric=True, group_size=None, activation_bits=8),
         QuantScheme("w8a16", bits=8, symmetric=True, group_size=None, servable=False),
         # For comparing methods where the served schemes are too mild to tell them apart.
-        QuantScheme("w2a16", bits=2, symmetric=False, group_size=128, servable=False),
+        QuantScheme("w2a16", bits=2, symmetric=False, group_size=GROUP_SIZE, servable=False),
         QuantScheme("w2a16-channel", bits=2, symmetric=False, group_size=None, servable=False),
     )
 }
@@ -124,6 +131,15 @@ def unsupported_shape(scheme: QuantScheme, n: int, k: int) -> str | None:
     """Why a linear of N outputs and K inputs cannot be stored in the scheme, or None."""
     if n <= 0 or k <= 0:
         return f"{scheme.name} needs positive sizes, got N={n}, K={k}"
-    if k % scheme.k_multiple:
-        return f"{scheme.name} needs an input size that {scheme.k_multiple} divides, got K={k}"
+    if k % WORD_INPUTS:
+        return f"{scheme.name} needs an input size that {WORD_INPUTS} divides, got K={k}"
     return None
+
+
+def group_inputs(k: int, groups: int) -> int:
+    """Inputs a group, of a row of K inputs in `groups` groups.
+
+    GROUP_SIZE where that makes so many, the last one perhaps shorter; equal parts otherwise.
+    """
+    size = min(GROUP_SIZE, k)
+    return size if -(-k // size) == groups else k // groups

@@ -1,7 +1,8 @@
 """Quantize, dequantize, pack and unpack weights; quantize activations. Pure torch functions.
 
 Codes are what a scheme stores (formats.py). Asymmetric codes are uint8, symmetric codes int8.
-Shapes: weight [N, K]; scale and zero point [N, G] with G groups along K. Arithmetic is in fp32.
+Shapes: weight [N, K]; scale and zero point [N, G] with G groups along K, the last one shorter where
+the group size does not divide K. Arithmetic is in fp32.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch.nn.functional as F
 
-from qig_serve.formats import QuantScheme
+from qig_serve.formats import QuantScheme, group_inputs
 
 _EPS = 1e-8  # scale floor in fp32; the smallest normal number of the stored dtype wins if larger
 
@@ -26,8 +28,18 @@ def scale_dtype(scheme: QuantScheme, model_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if scheme.group_size is None else model_dtype
 
 
-def _grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    return weight.reshape(weight.shape[0], groups, -1)
+def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """[N, K] -> [N, G, S], S inputs a group; a shorter last group is filled up with zeros."""
+    n, k = weight.shape
+    size = group_inputs(k, groups)
+    if missing := groups * size - k:
+        weight = F.pad(weight, (0, missing))
+    return weight.reshape(n, groups, size)
+
+
+def ungrouped(groups: torch.Tensor, k: int) -> torch.Tensor:
+    """Inverse of `grouped`: [N, G, S] -> [N, K]."""
+    return groups.flatten(1)[:, :k]
 
 
 def minmax_params(
@@ -40,7 +52,7 @@ def minmax_params(
     The range of each group is its own minimum to maximum, widened to contain zero. Source:
     round-to-nearest, as in AWQ (arXiv 2306.00978).
     """
-    w = _grouped(weight.float(), scheme.num_groups(weight.shape[1]))  # [N, G, K/G]
+    w = grouped(weight.float(), scheme.num_groups(weight.shape[1]))  # [N, G, S]
     if scheme.symmetric:
         scale = round_scale(w.abs().amax(-1) / scheme.qmax, dtype)
         return scale, None
@@ -55,20 +67,20 @@ def quantize(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: QuantScheme
 ) -> torch.Tensor:
     """Codes [N, K]: round(weight / scale) + zero, clamped (uint8, or int8 if symmetric)."""
-    w = _grouped(weight.float(), scale.shape[1])
+    w = grouped(weight.float(), scale.shape[1])
     q = (w / scale.float()[..., None]).round()
     if zero is not None:
         q = q + zero.float()[..., None]
     q = q.clamp(scheme.qmin, scheme.qmax)
-    return q.to(torch.int8 if scheme.symmetric else torch.uint8).reshape(weight.shape)
+    return ungrouped(q.to(torch.int8 if scheme.symmetric else torch.uint8), weight.shape[1])
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     """(codes - zero) * scale in fp32, [N, K]."""
-    q = _grouped(codes.float(), scale.shape[1])
+    q = grouped(codes.float(), scale.shape[1])
     if zero is not None:
         q = q - zero.float()[..., None]
-    return (q * scale.float()[..., None]).reshape(codes.shape)
+    return ungrouped(q * scale.float()[..., None], codes.shape[1])
 
 
 def fake_quantize(

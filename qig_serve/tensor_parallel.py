@@ -16,12 +16,12 @@ SIZES = (1, 2, 4, 8, 16)
 """The sizes that are looked at."""
 
 
-def why_refused(config: Any, k_multiple: int, size: int, split_tower: bool = True) -> str | None:
+def why_refused(config: Any, cut_multiple: int, size: int, split_tower: bool = True) -> str | None:
     """Why a model cannot be split over `size` devices; None if it can.
 
-    config: the model's Hugging Face configuration. k_multiple: what the inputs of a quantized
-    linear must be a multiple of (`QuantScheme.k_multiple`). split_tower: whether the vision tower
-    is split too, as vLLM does by default (--mm-encoder-tp-mode).
+    config: the model's Hugging Face configuration. cut_multiple: what each part of a quantized
+    linear's inputs must be a multiple of (`QuantScheme.cut_multiple`). split_tower: whether the
+    vision tower is split too, as vLLM does by default (--mm-encoder-tp-mode).
     """
     text = config.get_text_config()
     reasons, inputs = [], [("down", _mlp_width(text))]
@@ -45,17 +45,17 @@ def why_refused(config: Any, k_multiple: int, size: int, split_tower: bool = Tru
     if "conv" in (getattr(text, "layer_types", None) or ()):
         inputs.append(("out of convolution", int(text.hidden_size)))
     for name, k in inputs:
-        if k % (size * k_multiple):
-            reasons.append(f"{k} inputs of {name} in groups of {k_multiple}")
+        if size > 1 and k % (size * cut_multiple):
+            reasons.append(f"{k} inputs of {name} in multiples of {cut_multiple}")
     tower = _tower_heads(config) if split_tower else 0
     if tower % size:
         reasons.append(f"{tower} heads of the vision tower")
     return ", ".join(dict.fromkeys(reasons)) + f" cannot be split {size} ways" if reasons else None
 
 
-def refused_sizes(config: Any, k_multiple: int, split_tower: bool = True) -> dict[int, str]:
+def refused_sizes(config: Any, cut_multiple: int, split_tower: bool = True) -> dict[int, str]:
     """Those of SIZES that do not fit -> why; arguments as of `why_refused`."""
-    reasons = {size: why_refused(config, k_multiple, size, split_tower) for size in SIZES}
+    reasons = {size: why_refused(config, cut_multiple, size, split_tower) for size in SIZES}
     return {size: why for size, why in reasons.items() if why is not None}
 
 
@@ -64,9 +64,9 @@ def fitting_sizes(refused: Mapping[int, str]) -> list[int]:
     return [size for size in SIZES if size not in refused]
 
 
-def sizes_for_inputs(k: int, k_multiple: int) -> list[int]:
+def sizes_for_inputs(k: int, cut_multiple: int) -> list[int]:
     """Those of SIZES that split K inputs into parts of whole groups."""
-    return [size for size in SIZES if k % (size * k_multiple) == 0]
+    return [size for size in SIZES if size == 1 or k % (size * cut_multiple) == 0]
 
 
 def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:

@@ -35,11 +35,19 @@ def test_three_bits_a_weight_exactly() -> None:
     assert tensor_specs(SCHEMES["w3a16"], 4, 256)["weight_packed"].shape == (4, 24)
 
 
-@pytest.mark.parametrize("k", [64, 200, 129])
+@pytest.mark.parametrize("k", [80, 200, 129])
 def test_sizes_that_do_not_divide_are_refused(k: int) -> None:
-    assert "128" in str(unsupported_shape(SCHEMES["w3a16"], 4, k))
-    with pytest.raises(ValueError, match="128"):
+    assert "that 32 divides" in str(unsupported_shape(SCHEMES["w3a16"], 4, k))
+    with pytest.raises(ValueError, match="that 32 divides"):
         tensor_specs(SCHEMES["w4a8"], 4, k)
+
+
+@pytest.mark.parametrize(("k", "groups"), [(32, 1), (96, 1), (160, 2), (576, 5), (960, 8)])
+def test_the_last_group_may_be_shorter(k: int, groups: int) -> None:
+    specs = tensor_specs(SCHEMES["w3a16"], 4, k)
+    assert specs["weight_packed"].shape == (4, k * 3 // 32)
+    assert specs["weight_scale"].shape == specs["weight_zero_point"].shape == (4, groups)
+    assert tensor_specs(SCHEMES["w4a8"], 4, k)["weight_packed"].shape == (4, k // 8)
 
 
 def test_manifest_reads_and_matches_prefixes() -> None:

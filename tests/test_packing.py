@@ -51,6 +51,38 @@ def test_pack_unpack_round_trip(name: str, rows: int, groups: int, seed: int) ->
     assert torch.equal(packing.unpack(packed, scheme.bits, scheme.symmetric), codes)
 
 
+RAGGED = (32, 96, 160, 576, 960)
+
+
+@pytest.mark.parametrize("k", RAGGED)
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+def test_a_shorter_last_group(name: str, k: int) -> None:
+    """Stored and read again; whole groups are as they are without it, and it as it is alone."""
+    scheme, whole = SCHEMES[name], k // 128 * 128
+    weight = _weight(5, k)
+
+    def stored(part: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        scale, zero = packing.minmax_params(part, scheme, torch.bfloat16)
+        codes = packing.quantize(part, scale, zero, scheme)
+        assert torch.equal(
+            packing.grouped(part, scale.shape[1]).flatten(1)[:, : part.shape[1]], part
+        )
+        tensors = packing.pack_linear(codes, scale, zero, scheme, torch.bfloat16)
+        assert torch.equal(
+            packing.unpack(tensors["weight_packed"], scheme.bits, scheme.symmetric), codes
+        )
+        back = packing.unpack_linear(tensors, scheme)
+        assert torch.equal(back, packing.dequantize(codes, scale, zero))
+        return tensors, back
+
+    tensors, back = stored(weight)
+    for suffix, spec in tensor_specs(scheme, 5, k).items():
+        assert tuple(tensors[suffix].shape) == spec.shape
+    if scheme.group_size and whole:
+        first, last = stored(weight[:, :whole])[1], stored(weight[:, whole:])[1]
+        assert torch.equal(back, torch.cat([first, last], dim=1))
+
+
 def test_golden_words() -> None:
     """The layout on disk is versioned: these words may change only with format_version."""
     codes3 = (torch.arange(32) % 8).to(torch.uint8)[None]

@@ -56,8 +56,8 @@ def test_a_tower_that_is_not_split_need_not_divide() -> None:
 def test_reasons_are_named() -> None:
     refused = refused_sizes(config_of(28, 4, 3584, 18944, num_heads=12), 128)
     assert refused[8] == (
-        "28 query heads, 3584 inputs of o in groups of 128, 18944 inputs of down in groups of "
-        "128, 12 heads of the vision tower cannot be split 8 ways"
+        "28 query heads, 3584 inputs of o in multiples of 128, 18944 inputs of down in multiples "
+        "of 128, 12 heads of the vision tower cannot be split 8 ways"
     )
 
 

@@ -22,17 +22,25 @@ def write_block(
     packed: Mapping[str, Mapping[str, torch.Tensor]],
     results: Sequence[GroupResult],
     writer: CheckpointWriter,
+    scheme: QuantScheme,
 ) -> None:
-    """Packed linears and the 16-bit parameters that folding changed, by their checkpoint names."""
+    """Packed linears and the 16-bit parameters that change, by their checkpoint names.
+
+    Those that folding changed, and the biases of an MLP that is stored wider.
+    """
+    padding = loaded.mlp_padding
     tensors = {
         loaded.source_name(index, f"{name}.{suffix}"): tensor
         for name, parts in packed.items()
-        for suffix, tensor in parts.items()
+        for suffix, tensor in (padding.packed(name, parts, scheme) if padding else parts).items()
     }
     parameters = dict(block.named_parameters())
-    for name in sorted({name for r in results for name in r.changed}):
+    changed = {name for r in results for name in r.changed}
+    wider = {f"{name}.bias" for name in padding.rows} & parameters.keys() if padding else set()
+    for name in sorted(changed | wider):
         source_name = loaded.source_name(index, name)
-        tensors[source_name] = parameters[name].to(loaded.source.tensor(source_name).dtype)
+        value = parameters[name].to(loaded.source.tensor(source_name).dtype)
+        tensors[source_name] = padding.wider(value) if padding and name in wider else value
     writer.write_block(
         index, tensors, [loaded.source_name(index, f"{name}.weight") for name in packed]
     )
@@ -52,9 +60,14 @@ def load_written(
             source_name = loaded.source_name(index, name)
             linear = source_name.removesuffix(".weight")
             if source_name in written:
-                parameter.copy_(written[source_name])
+                value = written[source_name]
             elif linear in linears and name.endswith(".weight"):
-                parameter.copy_(unpack_linear(linears[linear], scheme))
+                value = unpack_linear(linears[linear], scheme)
+            else:
+                continue
+            if loaded.mlp_padding is not None:
+                value = loaded.mlp_padding.narrower(name.rpartition(".")[0], value)
+            parameter.copy_(value)
 
 
 def read_progress(writer: CheckpointWriter, first: int, report: QuantizationReport) -> None:

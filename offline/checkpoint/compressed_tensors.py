@@ -34,6 +34,19 @@ _BITS = 4
 _FORMAT = "pack-quantized"
 
 
+def unsupported_shape(scheme: QuantScheme, k: int) -> str | None:
+    """Why a linear of K inputs cannot be read in this form, or None.
+
+    vLLM's verify_group_size_divides_partition takes whole groups alone.
+    """
+    if scheme.group_size is None or k % scheme.group_size == 0:
+        return None
+    return (
+        f"as compressed-tensors vLLM reads whole groups of {scheme.group_size} inputs, and K={k}; "
+        "use the form qig (leave --format out), or w4a8, which has no groups"
+    )
+
+
 def convert_linear(
     tensors: Mapping[str, torch.Tensor], scheme: QuantScheme
 ) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ from qig_serve.formats import QuantScheme
 from qig_serve.offline.passes.hessian import factorize
 from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.recipe import Damping
+from qig_serve.packing import grouped
 
 STEPS, RATE = 150, 0.03
 MAX_TOKENS = 4096
@@ -163,12 +164,13 @@ def _weight_noise(
     scheme: QuantScheme,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first term of E, and its gradient [K] in log s."""
-    groups = scheme.num_groups(len(columns))
-    inputs = (energy / columns.square()).view(groups, -1)
+    k = len(columns)
+    groups = scheme.num_groups(k)
+    inputs = grouped((energy / columns.square())[None], groups)[0]
     steps = columns.new_zeros(groups)  # sum over n of d^2
     moved = torch.zeros_like(inputs)  # and its gradient
     for weight in weights:
-        scaled = (weight * columns).view(len(weight), groups, -1)
+        scaled = grouped(weight * columns, groups)
         if scheme.symmetric:
             width, where = scaled.abs().max(-1)
             ends = [(width, where)]
@@ -183,7 +185,7 @@ def _weight_noise(
             moved.T.scatter_add_(0, where, 2 * step * end / scheme.qmax)
     per_group = inputs.sum(-1)
     gradient = moved * per_group[:, None] - 2 * steps[:, None] * inputs
-    return (steps * per_group).sum(), gradient.flatten()
+    return (steps * per_group).sum(), gradient.flatten()[:k]
 
 
 def _token_noise(moments: TokenMoments, columns: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:

@@ -256,13 +256,20 @@ def model_card(
     listed = "\n".join(f"- {line}" for line in warnings) if warnings else "None."
     installed = ", ".join(f"{k} {v}" for k, v in metadata["quantization"]["versions"].items())
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    padded = ""
+    if report.mlp_channels and report.mlp_channels_of_source:
+        padded = (
+            f"\nThe MLP has {report.mlp_channels} channels: {report.mlp_channels_of_source} of the "
+            "source's and zeros behind them,\nso that devices can share it. The function is the "
+            "same."
+        )
     return f"""---
 {front}---
 
 # {title}
 
 `{name}` with the linears of its language model in {scheme.bits} bits ({activations}; one scale for
-{scales}), quantized by the method `{report.method}`. {_unchanged(report)}
+{scales}), quantized by the method `{report.method}`. {_unchanged(report)}{padded}
 
 ## Serve
 

@@ -1,17 +1,18 @@
 """AWQ's clip search: the range of a group that costs its outputs least, then round to nearest.
 
 Shapes: weight [N, K] in fp32; scale and zero point [N, G]; a metric is what an error costs inside
-a group, a quadratic form [G, K/G, K/G]. Source: AWQ (arXiv 2306.00978), whose released code
+a group of S inputs, a quadratic form [G, S, S]. Source: AWQ (arXiv 2306.00978), whose released code
 searches clip thresholds by the output error.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from qig_serve.formats import QuantScheme
+from qig_serve.formats import QuantScheme, group_inputs
 from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
-from qig_serve.packing import minmax_params, quantize, round_scale
+from qig_serve.packing import grouped, minmax_params, quantize, round_scale
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # per candidate: L2 cache; a few 100 MB
 _LEAST_SQUARES_STEPS = 3
@@ -28,11 +29,14 @@ def _range_metric(hessian: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     """The Hessian's own block of each group: [K, K] -> [G, S, S]."""
     k = len(hessian)
     groups = scheme.num_groups(k)
+    size = group_inputs(k, groups)
     # Inputs never seen keep a little weight: they may occur after calibration.
     floor = 1e-6 * float(hessian.diagonal().mean()) or 1.0
-    h = hessian.view(groups, k // groups, groups, k // groups)
+    if missing := groups * size - k:
+        hessian = F.pad(hessian, (0, missing, 0, missing))
+    h = hessian.view(groups, size, groups, size)
     index = torch.arange(groups, device=h.device)
-    return h[index, :, index] + floor * torch.eye(k // groups, device=h.device)
+    return h[index, :, index] + floor * torch.eye(size, device=h.device)
 
 
 def group_error(error: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
@@ -67,7 +71,7 @@ def search_range(
     scales, zeros = [], []
     for part in weight.float().split(rows):
         scale, zero = minmax_params(part, scheme, dtype)
-        w = part.reshape(part.shape[0], groups, k // groups)
+        w = grouped(part, groups)
         best = _Best(w, scheme, dtype, metric, scale, None if zero is None else zero.float())
         lo, hi = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
         full = w.abs().amax(-1) / scheme.qmax if zero is None else (hi - lo) / scheme.qmax

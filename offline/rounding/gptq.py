@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from qig_serve.formats import QuantScheme
+from qig_serve.formats import QuantScheme, group_inputs
 from qig_serve.offline.passes.hessian import Factor
 from qig_serve.offline.results import LinearReport
 from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
@@ -50,7 +50,7 @@ def compensated_codes(
     """
     k = target.shape[1]
     order, upper = factor.order, factor.upper
-    group = torch.arange(k, device=target.device) // (k // scale.shape[1])
+    group = torch.arange(k, device=target.device) // group_inputs(k, scale.shape[1])
     scales = scale.T[group[order]]  # [K, N]
     low = torch.full_like(scales, scheme.qmin)
     high = torch.full_like(scales, scheme.qmax)

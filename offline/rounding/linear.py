@@ -16,7 +16,7 @@ from qig_serve.formats import QuantScheme
 from qig_serve.offline.passes.hessian import LinearStats
 from qig_serve.offline.recipe import Rounding
 from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
-from qig_serve.packing import fake_quantize, minmax_params, scale_dtype
+from qig_serve.packing import fake_quantize, grouped, minmax_params, scale_dtype, ungrouped
 
 
 def round_linear(
@@ -77,10 +77,11 @@ def clipping(
     """What the chosen ranges do to a weight [N, K]: LinearReport's clip_ratio and clipped."""
     minmax, _ = minmax_params(weight, scheme, stored)
     scale = rounded.scale
-    codes = weight.reshape(*scale.shape, -1) / scale.clamp(min=1e-30)[..., None]
+    codes = grouped(weight, scale.shape[1]) / scale.clamp(min=1e-30)[..., None]
     if rounded.zero is not None:
         codes = codes + rounded.zero.float()[..., None]
     outside = (codes < scheme.qmin - 0.5) | (codes > scheme.qmax + 0.5)
+    outside = ungrouped(outside, weight.shape[1])
     ratio = (scale / minmax.clamp(min=1e-30)).mean()
     return float(ratio), float(outside.float().mean())
 

@@ -17,6 +17,7 @@ from torch import nn
 from qig_serve import model_directory
 from qig_serve.architectures import Architecture, SmoothingGroup, get_architecture
 from qig_serve.errors import UserError
+from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (
     AFTER,
     CACHE,
@@ -86,6 +87,8 @@ class LoadedModel:
         self.dtype: torch.dtype = model_directory.model_dtype(directory)
         self.eight_bit: list[str] = []
         """Output head and embedding, names in the files, where they are to be stored in 8 bits."""
+        self.mlp_padding: MlpPadding | None = None
+        """Where the MLP is to be stored wider than it is."""
         self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         decoder = model.get_submodule(arch.decoder)
         self._block_class = type(decoder.layers[0])

@@ -13,7 +13,7 @@ from qig_serve.offline.checkpoint.packed import packed_linears
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.processes import Ranks
 from qig_serve.offline.source.loaded_model import LoadedModel
-from qig_serve.packing import unpack_linear
+from qig_serve.packing import grouped, ungrouped, unpack_linear
 
 
 class KeptBlock:
@@ -59,16 +59,14 @@ class KeptBlock:
         found = {}
         for name, weight in codes.items():
             factor = 1 + self.factors[name].detach().to(weight.device)
-            n, groups = factor.shape
-            scaled = weight.view(n, groups, -1) * factor[..., None]
-            found[f"{name}.weight"] = scaled.view(weight.shape)
+            scaled = grouped(weight, factor.shape[1]) * factor[..., None]
+            found[f"{name}.weight"] = ungrouped(scaled, weight.shape[1])
         return found
 
     def add_gradient(self, name: str, code: torch.Tensor, gradient: torch.Tensor) -> None:
         """Adds to the factors' gradient, from that of the weight [N, K] in this process."""
         factor = self.factors[name]
-        n, groups = factor.shape
-        found = (code * gradient).view(n, groups, -1).sum(-1)
+        found = grouped(code * gradient, factor.shape[1]).sum(-1)
         self.ranks.sum(found)
         found = found.cpu()
         factor.grad = found if factor.grad is None else factor.grad.add_(found)

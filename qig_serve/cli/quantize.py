@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = "--" + name.replace("_", "-")
         default = "" if field.default in ("", None) else f" (default: {field.default})"
         options: dict[str, Any] = {"dest": f"recipe_{name}", "default": argparse.SUPPRESS}
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = name.upper()

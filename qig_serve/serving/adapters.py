@@ -19,6 +19,7 @@ from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import read_config, read_json
 
 CONFIG_FILE = "adapter_config.json"
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -71,6 +72,21 @@ def _check_adapter(
             "--method gptq, which leaves the channels as they are. If it was trained on this "
             f"checkpoint, name it in base_model_name_or_path of {folder / CONFIG_FILE}"
         )
+    channels = manifest.summary.get("mlp_channels")
+    if channels and Path(base).name != directory.resolve().name and _changes_mlp(config):
+        raise UserError(
+            f"the adapter {name} was trained on {base}, and the MLP of {directory} is stored with "
+            f"channels of zeros behind its own, {channels} in all, for which the adapter has no "
+            "numbers: quantize with --no-pad-mlp, or merge it before quantization"
+        )
+
+
+def _changes_mlp(config: dict[str, Any]) -> bool:
+    """Whether an adapter may change more than attention; all that is not a list may."""
+    targets = config.get("target_modules")
+    return not isinstance(targets, list) or any(
+        str(target).rpartition(".")[2] not in _OF_ATTENTION for target in targets
+    )
 
 
 def _takes_adapters(architecture: str) -> bool:

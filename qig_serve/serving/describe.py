@@ -239,9 +239,9 @@ def describe(
             vocabulary += needed
     device = "cpu" if capability is None else f"cuda {capability[0]}.{capability[1]}"
     config = load_config(directory)
-    refused = refused_sizes(config, scheme.k_multiple, split_vision_tower)
+    refused = refused_sizes(config, scheme.cut_multiple, split_vision_tower)
     size = tensor_parallel_size
-    if reason := why_refused(config, scheme.k_multiple, size, split_vision_tower):
+    if reason := why_refused(config, scheme.cut_multiple, size, split_vision_tower):
         refused[size] = reason
     return Report(
         manifest=manifest,

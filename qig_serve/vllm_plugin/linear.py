@@ -19,7 +19,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
-from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs, unsupported_shape
+from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs
 from qig_serve.tensor_parallel import sizes_for_inputs
 
 if TYPE_CHECKING:
@@ -118,11 +118,13 @@ class QigLinearMethod(LinearMethodBase):
             layer.register_parameter(suffix, parameter)
 
     def _check_shape(self, n: int, k: int, input_size: int, dtype: torch.dtype) -> None:
-        if (reason := unsupported_shape(self.scheme, n, k)) and k != input_size:
-            sizes = sizes_for_inputs(input_size, self.scheme.k_multiple)
+        multiple = self.scheme.cut_multiple
+        if k != input_size and k % multiple:
+            sizes = " or ".join(map(str, sizes_for_inputs(input_size, multiple)))
             raise ValueError(
-                f"{self.prefix}: {input_size} inputs split {input_size // k} ways: {reason}; "
-                f"use a tensor-parallel size of {' or '.join(map(str, sizes))}"
+                f"{self.prefix}: {input_size} inputs split {input_size // k} ways: "
+                f"{self.scheme.name} is cut at multiples of {multiple} inputs, and a part would "
+                f"have {k}; use a tensor-parallel size of {sizes}"
             )
         possible, why_not = self.backend.can_implement(
             self.scheme, n, k, dtype, device_capability()

@@ -95,7 +95,8 @@ def hugging_face_tokens(
         ids = torch.tensor([list(tokens)])
         for name, fill in (("input_ids", ids), ("attention_mask", ids * 0 + 1)):
             inputs[name] = torch.cat([inputs[name], fill], 1)
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], ids * 0], 1)
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], ids * 0], 1)
         logits = model(**inputs).logits[0, length - 1 : -1].float()
     behind = logits.max(-1).values - logits.gather(1, ids.T)[:, 0]
     assert behind.max() < NEAR * logits.std(), behind

@@ -742,8 +742,11 @@ def published_name(family: str, name: str) -> str:
     raise ValueError(f"{family}: no published name for {name}")
 
 
-def tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
-    """Writes the tiny random model of a family, in bf16, to a new directory."""
+def tiny_model(family: str, directory: Path, seed: int = 0, **text: Any) -> Path:
+    """Writes the tiny random model of a family, in bf16, to a new directory.
+
+    text: of the decoder's configuration, what is to be otherwise.
+    """
     from transformers import AutoModelForImageTextToText
 
     tiny = FAMILIES[family]
@@ -751,6 +754,8 @@ def tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = tiny.config(tokenizer)
     config.dtype = "bfloat16"
+    for name, value in text.items():
+        setattr(config.get_text_config(), name, value)
     model = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

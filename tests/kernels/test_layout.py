@@ -12,10 +12,10 @@ from qig_serve.kernels import layout
 
 @pytest.mark.parametrize("order", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "k"), [(1, 128), (129, 384), (4100, 256)])
+@pytest.mark.parametrize(("n", "k"), [(1, 128), (129, 384), (4100, 256), (3, 96), (5, 576)])
 def test_w3a16_round_trip(n: int, k: int, dtype: torch.dtype, order: int) -> None:
     codes = torch.randint(0, 8, (n, k), dtype=torch.uint8)
-    scale = torch.rand(n, k // 128).to(dtype)
+    scale = torch.rand(n, -(-k // 128)).to(dtype)
     zero = torch.randint(0, 8, scale.shape, dtype=torch.uint8)
     packed = packing.pack_linear(codes, scale, zero, SCHEMES["w3a16"], dtype)["weight_packed"]
     kept = layout.repack_w3a16(packed, scale, zero, order)
@@ -35,14 +35,15 @@ def test_orders_permute_within_their_span(name: int) -> None:
     assert torch.equal(order // span, torch.arange(128) // span)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 128), (129, 384), (4100, 256)])
+@pytest.mark.parametrize(("n", "k"), [(1, 128), (129, 384), (4100, 256), (3, 96), (5, 576)])
 def test_w4a8_round_trip(n: int, k: int) -> None:
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
     scale = torch.rand(n, 1)
     stored = packing.pack_linear(codes, scale, None, SCHEMES["w4a8"], torch.bfloat16)
     kept = layout.repack_w4a8(*stored.values())
     read_codes, read_scale = layout.unpack_w4a8(kept["weight_nibbles"], kept["channel_scale"], n)
-    assert torch.equal(read_codes, codes) and torch.equal(read_scale, scale)
+    assert torch.equal(read_codes[:, :k], codes) and torch.equal(read_scale, scale)
+    assert not read_codes[:, k:].any()
     assert not kept["channel_scale"][n:].any()
 
 

@@ -27,8 +27,9 @@ TILES = {
     "dequantize": Tile("dequantize", block_n=0),
     "dequantize-sliced": Tile("dequantize", block_n=128),
 }
-# (M, N, K): odd N, K of one group, of an odd number of them, of several; several tiles of tokens
-SHAPES = [(1, 77, 1024), (7, 129, 384), (16, 257, 128), (40, 130, 384)]
+# (M, N, K): odd N, K of one group, of an odd number of them, of several, of a shorter last one;
+# several tiles of tokens
+SHAPES = [(1, 77, 1024), (7, 129, 384), (16, 257, 128), (40, 130, 384), (3, 130, 576)]
 
 
 def weight_of(stored: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -60,12 +61,13 @@ def test_the_op_takes_any_number_of_tokens(m: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("orders", ORDERS, ids=str)
+@pytest.mark.parametrize("k", [384, 160])
 def test_rows_are_the_dequantized_ones(
-    orders: launch.Orders, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    k: int, orders: launch.Orders, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "orders", lambda _: orders)
     w8a16._order.cache_clear()
-    n, k = 300, 384
+    n = 300
     case = make("w8a16", 1, n, k, dtype)
     ids = torch.tensor([[0, 299, 5], [5, 128, 127]], device=DEVICE)
     got = ops.embedding(VOCABULARY_SCHEME, ids, case.prepared, n, k, dtype)

@@ -123,6 +123,18 @@ def test_rescaled_channels_need_an_adapter_of_their_own(
     assert "rescaled this checkpoint's channels" in str(check_adapters(checkpoint, used, own))
 
 
+def test_an_adapter_of_the_mlp_needs_the_mlp_it_was_trained_on(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    padded = manifest("gptq").model_copy(update={"summary": {"mlp_channels": 29696}})
+    assert check_adapters(checkpoint, padded, arguments(tmp_path / "a")) is None
+    for targets in (["q_proj", "mlp.up_proj"], "all-linear"):
+        given = arguments(tmp_path / "a", target_modules=targets)
+        assert check_adapters(checkpoint, manifest("gptq"), given) is None
+        with pytest.raises(UserError, match="29696 in all, .* --no-pad-mlp"):
+            check_adapters(checkpoint, padded, given)
+
+
 LAYER = "base_model.model.model.language_model.layers.1"
 GOOD = {
     f"{LAYER}.self_attn.q_proj.lora_A.weight": (8, 256),

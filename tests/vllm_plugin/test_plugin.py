@@ -84,11 +84,11 @@ def test_fused_layers_are_ignored_whole_or_not_at_all() -> None:
         config.is_ignored(f"{layer}.qkv_proj")
 
 
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-def test_uneven_tensor_parallel_split_names_sizes_that_work(scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "k"), [("w3a16", 768), ("w4a8", 192)])
+def test_uneven_tensor_parallel_split_names_sizes_that_work(scheme: str, k: int) -> None:
     method = QigLinearMethod(QigConfig.from_config(quantization_config(scheme)), "m.down_proj")
-    with pytest.raises(ValueError, match="768 inputs split 4 ways.*size of 1 or 2$"):
-        method._check_shape(256, 192, 768, torch.bfloat16)
+    with pytest.raises(ValueError, match=f"{k} inputs split 4 ways.*size of 1 or 2$"):
+        method._check_shape(256, k // 4, k, torch.bfloat16)
 
 
 def test_unsupported_size_names_the_layer() -> None:

@@ -17,7 +17,11 @@ from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
 from qig_serve.inspection import verify
 from qig_serve.manifest import read_quantization_config
-from qig_serve.offline.checkpoint.compressed_tensors import convert_linear, quantization_config
+from qig_serve.offline.checkpoint.compressed_tensors import (
+    convert_linear,
+    quantization_config,
+    unsupported_shape,
+)
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
 from qig_serve.packing import minmax_params, pack_linear, unpack_linear
@@ -28,6 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 SCHEMES = ("w3a16", "w4a8")
 LEFT_ALONE = ["vision_tower", "multi_modal_projector", "language_model.lm_head"]
+
+
+def test_a_shorter_last_group_has_no_such_form() -> None:
+    """vLLM's compressed-tensors stops at it."""
+    found = unsupported_shape(get_scheme("w3a16"), 576)
+    assert found and "whole groups of 128" in found and "K=576" in found and "w4a8" in found
+    assert unsupported_shape(get_scheme("w3a16"), 640) is None
+    assert unsupported_shape(get_scheme("w4a8"), 576) is None
 
 
 @pytest.mark.parametrize("n", [96, 20])  # 20: zero points do not fill their last word

@@ -19,7 +19,7 @@ from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.source.loaded_model import load
-from qig_serve.offline.tuning import scales
+from qig_serve.offline.tuning import run, scales
 from qig_serve.offline.tuning.scales import Tuning, rate, split, tune
 
 
@@ -56,7 +56,7 @@ def a_tuning(model: Path, calib: str, out: Path, monkeypatch: Any, **fields: Any
         found.append(tuning)
         raise Kept
 
-    monkeypatch.setattr(pipeline, "tune", keep)
+    monkeypatch.setattr(run, "tune", keep)
     with pytest.raises(Kept):
         tuned(model, out, recipe(calib, **fields))
     monkeypatch.undo()
@@ -161,7 +161,7 @@ def test_resumed_runs_end_with_the_same_bytes(
         tuned(model, tmp_path / "part", wanted)
     monkeypatch.undo()
     if place == "publishing":
-        monkeypatch.setattr(pipeline, "tune", killed)  # it is done
+        monkeypatch.setattr(run, "tune", killed)  # it is done
     resumed = tuned(model, tmp_path / "part", wanted, resume=True)
     assert resumed.tuning is not None and whole.tuning is not None
     assert resumed.tuning.kl_after == whole.tuning.kl_after
