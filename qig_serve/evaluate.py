@@ -180,7 +180,8 @@ def evaluate_many(
     `reference` is a full-precision model directory, or a JSON file that `qig-serve evaluate`
     wrote on the same questions (then there are no logits, hence no KL), or None. KL is taken on
     the first `kl_samples` questions; 0 leaves it out. The engine "forced" finds answers by
-    teacher forcing (evaluation/forced.py). UserError when an input is wrong.
+    teacher forcing (evaluation/forced.py), "none" asks for none: KL alone. UserError when an input
+    is wrong.
     """
     samples, say = list(samples), progress or _silent
     if not samples or any(not s.answer for s in samples):
@@ -248,11 +249,13 @@ def _answers(
     jobs: Sequence[tuple[str, Path]],
     full: Path | None,
     samples: Sequence[Sample],
-    engine: Literal["vllm", "transformers", "forced"],
+    engine: Literal["vllm", "transformers", "forced", "none"],
     max_tokens: int,
     say: Progress,
 ) -> dict[str, list[str | None]]:
     """Every model's answers by name; those forced need the full-precision model `full`."""
+    if engine == "none":
+        return {name: [None] * len(samples) for name, _ in jobs}
     forced: dict[str, list[str]] = {}
     if engine == "forced":
         if full is None:

@@ -136,7 +136,7 @@ class Tuning:
         for b, hidden in states.items():
             mask = self.judged(b)
             wanted = self.streams.fp.get(b, self.streams.device)
-            total += divergence(self.loaded, wanted[mask], hidden[mask])[0]
+            total += divergence(self.loaded, wanted[mask], hidden[mask], back=False)[0]
             count += int(mask.sum())
         total, tokens = self.streams.ranks.total(total, count)
         return total / max(tokens, 1)

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default="rtn,awq,mbq,qig", metavar="A,B,...")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--calib", required=True, metavar="SRC", help="calibration samples")
+    parser.add_argument(
+        "--text-only", action="store_true", help="allow calibration samples without images"
+    )
     parser.add_argument("--samples", type=int, default=128, help="calibration samples per seed")
     parser.add_argument(
         "--data", required=True, metavar="SRC", help="questions: JSONL, or demo, or demo:dev"
@@ -52,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kl-samples", type=int, default=500, help="questions for KL")
     parser.add_argument(
         "--engine",
-        choices=("forced", "transformers", "vllm"),
+        choices=("forced", "transformers", "vllm", "none"),
         default="forced",
         help="how answers are found: by teacher forcing (default; the same exact match and "
-        "agreement in a tenth of the time), or by generation",
+        "agreement in a tenth of the time), or by generation; none: KL alone",
     )
     parser.add_argument("--max-tokens", type=int, default=160, help="longest answer")
     parser.add_argument(
@@ -67,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_recipes(
-    schemes: str, methods: str, calib: str, samples: int, seed: int
+    schemes: str, methods: str, calib: str, samples: int, seed: int, text_only: bool = False
 ) -> dict[tuple[str, str], QuantRecipe]:
     """(scheme, method as written) -> recipe; UserError names what is unknown."""
     import yaml
@@ -79,7 +82,7 @@ def make_recipes(
         for written in methods.split(","):
             method, *fields = written.split(":")
             values: dict[str, Any] = {"scheme": scheme, "method": method, "calib": calib}
-            values |= {"samples": samples, "seed": seed}
+            values |= {"samples": samples, "seed": seed, "text_only": text_only}
             for field in fields:
                 name, equals, value = field.partition("=")
                 if not equals:
@@ -111,13 +114,20 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"the folder of {path} does not exist")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
-    make_recipes(args.schemes, args.methods, args.calib, args.samples, 0)  # wrong ones fail now
+    # Wrong ones fail now.
+    make_recipes(args.schemes, args.methods, args.calib, args.samples, 0, args.text_only)
     require("matplotlib", "the report of a quantized model")
 
     from rich.console import Console
 
     from qig_serve.evaluate import EvaluationResult, write_json
-    from qig_serve.evaluation.comparison import pairwise_table, plot, summary_table, to_json
+    from qig_serve.evaluation.comparison import (
+        asked,
+        pairwise_table,
+        plot,
+        summary_table,
+        to_json,
+    )
     from qig_serve.evaluation.table import print_whole
 
     messages = Console(stderr=True, quiet=args.quiet)
@@ -127,13 +137,15 @@ def run(args: argparse.Namespace) -> int:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for seed in range(args.seeds):
-            recipes = make_recipes(args.schemes, args.methods, args.calib, args.samples, seed)
+            recipes = make_recipes(
+                args.schemes, args.methods, args.calib, args.samples, seed, args.text_only
+            )
             runs += _one_seed(args, seed, recipes, folder, full, messages)
             if args.json:  # after every seed, so that an interrupted run leaves its figures
                 write_json(args.json, {"settings": _settings(args), **to_json(runs, full)})
     out = Console()
     print_whole(out, summary_table(runs, full))
-    for scheme in dict.fromkeys(r.scheme for r in runs):
+    for scheme in dict.fromkeys(r.scheme for r in runs if asked(runs)):
         print_whole(out, pairwise_table(runs, scheme))
     if args.plot:
         plot(runs, full, args.plot)
@@ -147,7 +159,17 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
     from qig_serve import __version__
 
-    chosen = ("schemes", "methods", "seeds", "calib", "samples", "data", "n", "kl_samples")
+    chosen = (
+        "schemes",
+        "methods",
+        "seeds",
+        "calib",
+        "samples",
+        "data",
+        "n",
+        "kl_samples",
+        "text_only",
+    )
     return {
         "model": Path(args.model).name,
         **{name: getattr(args, name) for name in (*chosen, "max_tokens", "engine")},

@@ -57,6 +57,11 @@ class Summary:
     peak_bytes: int
 
 
+def asked(runs: Sequence[Run]) -> bool:
+    """Whether there are answers, or KL alone."""
+    return any(r.result.scored for r in runs)
+
+
 def _correct(results: Sequence[EvaluationResult]) -> list[bool]:
     return [answer.correct for result in results for answer in result.answers]
 
@@ -155,7 +160,7 @@ def summary_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> 
     shown += ["same answer", "ppl ratio", "s", "GiB", *kinds]
     for i, name in enumerate(shown):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    share = sum(r.exact_match for r in full.values()) / len(full)
+    share = sum(r.exact_match for r in full.values()) / len(full) if asked(runs) else None
     types = [_mean([r.by_type()[k][1] for r in full.values() if k in r.by_type()]) for k in kinds]
     rest = [percent(t) for t in types]
     table.add_row("full", "-", percent(share), *["-"] * 11, *rest)
@@ -168,10 +173,16 @@ def summary_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> 
         table.add_row(
             s.scheme,
             s.method,
-            percent(s.exact_match),
-            percent(test.difference, signed=True),
-            f"{100 * test.interval[0]:+.1f}..{100 * test.interval[1]:+.1f}",
-            small(test.p_value),
+            *(
+                (
+                    percent(s.exact_match),
+                    percent(test.difference, signed=True),
+                    f"{100 * test.interval[0]:+.1f}..{100 * test.interval[1]:+.1f}",
+                    small(test.p_value),
+                )
+                if asked(runs)
+                else "----"
+            ),
             small(s.kl_mean),
             small(s.kl_se),
             small(s.kl_p99),
@@ -217,8 +228,8 @@ def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) 
 
     schemes = list(dict.fromkeys(r.scheme for r in runs))
     methods = list(dict.fromkeys(r.method for r in runs))
-    fig = Figure(figsize=(3.2 + 2.2 * len(schemes), 6), layout="constrained")
-    grid = fig.subplots(2, len(schemes), squeeze=False)
+    fig = Figure(figsize=(3.2 + 2.2 * len(schemes), 3 + 3 * asked(runs)), layout="constrained")
+    grid = fig.subplots(1 + asked(runs), len(schemes), squeeze=False)
     share = 100 * sum(r.exact_match for r in full.values()) / len(full)
 
     def kl(run: Run) -> float | None:
@@ -231,7 +242,7 @@ def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) 
         ("KL, nats per token", kl),
         ("exact match, %", exact),
     ]
-    for line, (label, measure) in zip(grid, measures, strict=True):
+    for line, (label, measure) in zip(grid, measures, strict=False):
         for axes, scheme in zip(line, schemes, strict=True):
             for i, method in enumerate(methods):
                 values = [
@@ -255,5 +266,6 @@ def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) 
             else:
                 axes.axhline(share, color="black", ls="--", lw=1, label="full precision")
         line[0].set_ylabel(label)
-    grid[1][0].legend(fontsize="small")
+    if asked(runs):
+        grid[1][0].legend(fontsize="small")
     fig.savefig(path, dpi=120)

@@ -18,14 +18,14 @@ from qig_serve.model_directory import load_processor, model_dtype, read_config, 
 from qig_serve.rendering import check_samples
 from qig_serve.samples import Sample, data_url, load_image
 
-Engine = Literal["auto", "vllm", "transformers", "forced"]
+Engine = Literal["auto", "vllm", "transformers", "forced", "none"]
 
 _CONTEXT = 8192  # tokens of context that vLLM is asked for, where the model has more
 _CPU_SEQUENCES = 32
 _HTTP_AT_ONCE = 8
 
 
-def choose_engine(engine: Engine) -> Literal["vllm", "transformers", "forced"]:
+def choose_engine(engine: Engine) -> Literal["vllm", "transformers", "forced", "none"]:
     """vLLM where it is installed; UserError when it is asked for and missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "auto":

@@ -92,6 +92,28 @@ def test_a_stress_scheme_from_end_to_end(
     assert all(torch.equal(plain[n], source[n]) for n in source if "proj.weight" not in n)
 
 
+def test_kl_alone(
+    twins: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--engine none` asks no question, and calls no share of right answers a figure."""
+    calib = tmp_path / "texts.jsonl"
+    line = {"id": "1", "messages": [{"role": "user", "content": "a large red"}], "answer": "star"}
+    calib.write_text(json.dumps(line) + "\n")
+    words = ["--methods", "rtn", "--calib", str(calib), "--text-only", "--samples", "1"]
+    words += ["--data", str(calib), "--engine", "none", "--quiet"]
+    words += ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
+    assert _compare(str(twins[0]), *words) == 0
+    table = capsys.readouterr().out
+    assert "row less column" not in table
+    for scheme in ("w3a16", "w4a8"):
+        rows = [line.replace("│", " ").split() for line in table.splitlines()]
+        (row,) = [words for words in rows if words[:1] == [scheme]]
+        assert row[2:6] == ["-"] * 4 and float(row[6]) > 0
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert [run["n"] for run in record["runs"]] == [0, 0]
+    assert record["settings"]["text_only"] and (tmp_path / "c.png").exists()
+
+
 def test_layers_are_parsed() -> None:
     assert attribute.parse_layers(None, 9) == [0, 4, 8]
     assert attribute.parse_layers("3,-1,0,8", 9) == [0, 3, 8]

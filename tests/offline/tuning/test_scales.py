@@ -130,8 +130,8 @@ def test_what_does_not_help_is_not_kept(
     tuned(model, tmp_path / "plain", recipe(calib, tuning_passes=0))
     downhill = scales.divergence
 
-    def uphill(*given: Any) -> tuple[float, torch.Tensor]:
-        kl, gradient = downhill(*given)
+    def uphill(*given: Any, **named: Any) -> tuple[float, torch.Tensor]:
+        kl, gradient = downhill(*given, **named)
         return kl, -gradient
 
     monkeypatch.setattr(scales, "divergence", uphill)
