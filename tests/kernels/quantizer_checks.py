@@ -32,7 +32,7 @@ if INTERPRETED:
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.bfloat16, torch.float16]
-SHAPES = [(1, 128), (3, 3584), (7, 1152), (16, 1024), (33, 384), (3, 160), (2, 1088)]
+SHAPES = [(1, 128), (3, 3584), (7, 1152), (16, 1024), (33, 384), (2, 1088)]
 ops = torch.ops.qig
 ORDER = launch.orders(DEVICE).activations
 NEW = INTERPRETED or launch.orders_of((8, 0)).activations == 32

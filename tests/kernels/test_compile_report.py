@@ -46,6 +46,19 @@ def test_tiles_stay_lean(scheme: str, target: int, tokens: int, instruction: str
     assert compiled.counts.tensor_core.split()[0] == instruction
 
 
+def test_a_shorter_last_group_is_masked_without_a_spill() -> None:
+    """Compiled only where K is ragged; what whole groups compile has no more in it."""
+    tile = next(tile for tile in tiles.tiles_of("sm_90", "w3a16", "prefill") if tile.block_m == 128)
+    whole, ragged = (
+        ops.KERNELS["w3a16"].kernel(tile, "bf16", compile_report.orders(90)) for _ in range(2)
+    )
+    assert whole.constants["RAGGED"] is False
+    ragged.constants["RAGGED"] = True
+    fewer, more = (sass.count(kernel, 90) for kernel in (whole, ragged))
+    assert more.tensor_core.startswith("wgmma") and more.spills == 0
+    assert fewer.integer < more.integer < 1.5 * fewer.integer
+
+
 def test_twin_compiles_too() -> None:
     """The pure Triton path, which a GPU can run as well: correct, only slower."""
     for scheme in ("w3a16", "w4a8"):
