@@ -71,12 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant": {"equalize": "smoothquant", "token_weights": "uniform"},
     "gptq": {"equalize": "none", "token_weights": "uniform", "rounding": "gptq"},
     "gptq-qig": {"equalize": "none", "token_weights": "qig", "rounding": "gptq-weighted"},
-    "qig+": {
-        "equalize": "channels",
-        "token_weights": "qig",
-        "rounding": "qronos",
-        "tuning_passes": 2,
-    },
+    "qig+": {"equalize": "channels", "token_weights": "qig", "rounding": "qronos"},
 }
 
 
@@ -329,6 +324,17 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> QuantRecipe:
         raise UserError(f"{where}: {place + ': ' if place else ''}{message}") from None
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(name_or_path: str) -> dict[str, Any]:
     """The explicit fields of a preset or of a YAML file; validated by `make_recipe` later."""
     if name_or_path in PRESETS:
@@ -341,7 +347,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         )
     text = read_text(path)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _OnceLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-01: ValueError
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -88,7 +88,6 @@ def run(model: Path, output: Path, scheme: str, method: str) -> dict[str, Any]:
     recipe = QuantRecipe(
         scheme=scheme,
         method=method,
-        tuning_passes=0,  # on what rounding gives
         calib="demo",
         samples=SAMPLES,
         grid=GRID,

@@ -119,3 +119,10 @@ def test_unknown_scheme_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -
     assert main(["quantize", "m", "--scheme", "w5", "--output", "nowhere"]) == 2
     assert "unknown scheme 'w5'" in capsys.readouterr().err
     assert not Path("nowhere").exists()
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("scheme: w3a16\nsamples: 4\nscheme: w4a8\n")
+    with pytest.raises(UserError, match="'scheme' stands twice"):
+        load_recipe(str(path))
