@@ -347,7 +347,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         )
     text = read_text(path)
     try:
-        values = yaml.load(text, _OnceLoader)
+        values = yaml.load(text, _OnceLoader)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-01: ValueError
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
