@@ -24,7 +24,7 @@ def divergence(
 
     wanted, found: hidden states [n, C] behind the last block, of full precision and of the
     quantized model, on the model's device. Both go through the model's own norm and output head,
-    in pieces, so that a vocabulary of any size fits.
+    in full precision, in pieces, so that a vocabulary of any size fits.
     """
     rows = rows_at_once(loaded.vocabulary)
     total, gradients = 0.0, []

@@ -45,6 +45,9 @@ class KeptBlock:
             scale = self.packed[name]["weight_scale"]
             self.factors[name] = nn.Parameter(torch.zeros(scale.shape, dtype=torch.float32))
             linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # given at each call
+            if (bias := tensors.get(f"{prefix}{name}.bias")) is not None:  # of a padded MLP, wider
+                bias = bias.to(loaded.device, torch.float32)
+                linear.bias = nn.Parameter(bias, requires_grad=False)
 
     def codes(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Name -> the rounded weight fp32 [N, K] as it was before tuning."""

@@ -118,6 +118,19 @@ def test_compressed_tensors_have_the_tuned_scales(model: Path, calib: str, tmp_p
     assert names and all(torch.equal(ours[n].flatten(), theirs[n].flatten().float()) for n in names)
 
 
+def test_a_padded_mlp_is_tuned_as_the_plain_one(tmp_path: Path, calib: str) -> None:
+    """Of a width whose last group is not full, too."""
+    source = tiny_model("llava", tmp_path / "source", intermediate_size=288)
+    found = []
+    for name in ("plain", "padded"):
+        report = tuned(source, tmp_path / name, recipe(calib, pad_mlp=name == "padded"))
+        assert report.tuning is not None and report.tuning.steps > 0
+        found.append(report.tuning)
+    assert found[0].kept == found[1].kept
+    assert found[0].kl_before == pytest.approx(found[1].kl_before, rel=1e-3)
+    assert found[0].kl_after == pytest.approx(found[1].kl_after, rel=1e-2)
+
+
 def test_too_few_samples_are_said(model: Path, calib: str, tmp_path: Path) -> None:
     report = tuned(model, tmp_path / "out", recipe(calib, samples=4))
     assert report.tuning is not None and not report.tuning.kept
