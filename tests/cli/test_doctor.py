@@ -107,7 +107,7 @@ def test_sizes_that_do_not_fit(checkpoint: Path, capsys: pytest.CaptureFixture[s
     change_json(checkpoint / "processor_config.json", change)
     assert main(["doctor", str(checkpoint)]) == 1
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "WRONG" in line and "cannot be computed" in line
+    assert "WRONG" in line and "the model cannot compute a sample" in line
 
 
 def test_a_record_that_is_damaged_or_gone(

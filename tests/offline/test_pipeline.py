@@ -461,12 +461,12 @@ def _odd_size(model: Path, data: Path) -> None:
     for i in range(2):
         for name in ("gate_proj", "up_proj"):
             stem = f"{PREFIX}{i}.mlp.{name}.weight"
-            tensors[stem] = tensors[stem][:192].clone()
+            tensors[stem] = tensors[stem][:200].clone()
         stem = f"{PREFIX}{i}.mlp.down_proj.weight"
-        tensors[stem] = tensors[stem][:, :192].clone()
+        tensors[stem] = tensors[stem][:, :200].clone()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text())
-    config["text_config"]["intermediate_size"] = 192
+    config["text_config"]["intermediate_size"] = 200
     (model / "config.json").write_text(json.dumps(config))
 
 

@@ -15,7 +15,8 @@ from qig_serve.vllm_plugin import compat
 NAMES = [
     name
     for name, member in vars(compat).items()
-    if inspect.isfunction(member) and member.__module__ == compat.__name__ and name != "find"
+    if inspect.isfunction(member) and member.__module__ == compat.__name__
+    if not any(p.default is p.empty for p in inspect.signature(member).parameters.values())
 ]
 
 

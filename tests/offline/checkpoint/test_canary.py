@@ -113,7 +113,7 @@ def surplus_block(d: Path) -> None:
 
 def two_sets(d: Path) -> None:
     shutil.copy(d / "model.safetensors", d / SHARD)
-    index = {"weight_map": dict.fromkeys(load_file(d / SHARD), SHARD)}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(d / SHARD), SHARD)}
     (d / "model.safetensors.index.json").write_text(json.dumps(index))
     edit(d, lambda t: [v.mul_(1.5) for v in t.values()])  # what transformers reads
 
