@@ -72,6 +72,9 @@ class Architecture:
     """Where blocks are of several kinds: the groups of the others."""
     kept: tuple[str, ...] = ()
     """Paths, inside a block, of linears that stay in 16 bits."""
+    embedding_as_is: bool = False
+    """Whether vLLM's class makes its embedding without asking for a quantization method: it stays
+    in 16 bits."""
     on_cpu: str = ""
     """What vLLM on a CPU does not do as transformers does, or only in part; "" if nothing."""
     refused: tuple[tuple[str, str], ...] = ()
@@ -304,6 +307,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "3.5 to 3.8: gated delta-net, (1 + w) norms, gate in q_proj",
             other_groups=(_delta_net(_QWEN3_5),),
             kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+            embedding_as_is=True,
             on_cpu="gated delta-net in bfloat16 only, and no speculation",
         ),
         Architecture(
@@ -331,6 +335,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "short convolutions between blocks of attention",
             ("lfm2",),
             other_groups=(_lfm2(_lfm2_convolution()),),
+            embedding_as_is=True,
             levelled_towers=("siglip2_vision_model",),
         ),
     )

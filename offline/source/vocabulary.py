@@ -28,21 +28,31 @@ def in_eight_bits(loaded: LoadedModel, head: int, embeddings: int) -> tuple[list
     tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
     if tied and heads:
         return [], f"{heads[0]} is stored beside the embedding that it is tied to: both stay as is"
+    note = ""
+    if loaded.arch.embedding_as_is and embeddings == 8:
+        note = (
+            f"{embedding} stays in 16 bits: vLLM does not take it otherwise in {loaded.arch.name}"
+        )
+        embeddings = 16
+        if tied:
+            return [], note
     wanted = {embedding: embeddings}
     if tied:
         if head != embeddings:
-            note = "output head and embedding are one tensor: it stays in 16 bits unless both may "
-            return [], note + "have 8"
+            reason = "output head and embedding are one tensor: it stays in 16 bits unless both "
+            return [], reason + "may have 8"
     else:
         wanted |= dict.fromkeys(heads, head)
     found = []
     for name, bits in wanted.items():
         if bits != 8:
             continue
-        if reason := unsupported_shape(VOCABULARY_SCHEME, *loaded.source.shape(f"{name}.weight")):
-            return [], f"{name} stays in 16 bits: {reason}"
+        if unsupported := unsupported_shape(
+            VOCABULARY_SCHEME, *loaded.source.shape(f"{name}.weight")
+        ):
+            return [], f"{name} stays in 16 bits: {unsupported}"
         found.append(name)
-    return found, ""
+    return found, note
 
 
 def _stored(loaded: LoadedModel) -> tuple[str, list[str]]:
