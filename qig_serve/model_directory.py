@@ -78,6 +78,15 @@ def load_config(directory: Path) -> Any:
         raise UserError(f"{path} is not a usable configuration: {reason}") from None
 
 
+def cannot_be_loaded(directory: Path, error: Exception) -> UserError:
+    """For what transformers raises while it makes a model: a stranger's values may be anything."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    return UserError(
+        f"{directory} cannot be loaded ({reason[:400]}): give the config.json that belongs to "
+        "these weights"
+    )
+
+
 def load_processor(directory: Path) -> Any:
     """The processor; UserError when the directory has none, or none for images and chats."""
     from transformers import AutoProcessor

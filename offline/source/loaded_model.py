@@ -346,12 +346,8 @@ def load_front(directory: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]
         )
     except MemoryError:
         raise
-    except Exception as error:  # a stranger's values may make its classes raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-        raise UserError(
-            f"{directory} cannot be loaded ({reason[:400]}): give the config.json that belongs to "
-            "these weights"
-        ) from None
+    except Exception as error:
+        raise model_directory.cannot_be_loaded(directory, error) from None
     finally:
         logging.set_verbosity(verbosity)
         if progress:

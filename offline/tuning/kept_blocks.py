@@ -49,7 +49,7 @@ class KeptBlock:
                 bias = bias.to(loaded.device, torch.float32)
                 linear.bias = nn.Parameter(bias, requires_grad=False)
 
-    def codes(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def rounded(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Name -> the rounded weight fp32 [N, K] as it was before tuning."""
         found = {}
         for name, parts in self.packed.items():
@@ -57,19 +57,19 @@ class KeptBlock:
             found[name] = unpack_linear(moved, self.scheme)
         return found
 
-    def weights(self, codes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def weights(self, rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name of the parameter -> the weight fp32 [N, K] with the scales of the moment."""
         found = {}
-        for name, weight in codes.items():
+        for name, weight in rounded.items():
             factor = 1 + self.factors[name].detach().to(weight.device)
             scaled = grouped(weight, factor.shape[1]) * factor[..., None]
             found[f"{name}.weight"] = ungrouped(scaled, weight.shape[1])
         return found
 
-    def add_gradient(self, name: str, code: torch.Tensor, gradient: torch.Tensor) -> None:
+    def add_gradient(self, name: str, rounded: torch.Tensor, gradient: torch.Tensor) -> None:
         """Adds to the factors' gradient, from that of the weight [N, K] in this process."""
         factor = self.factors[name]
-        found = grouped(code * gradient, factor.shape[1]).sum(-1)
+        found = grouped(rounded * gradient, factor.shape[1]).sum(-1)
         self.ranks.sum(found)
         found = found.cpu()
         factor.grad = found if factor.grad is None else factor.grad.add_(found)

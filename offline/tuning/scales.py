@@ -93,7 +93,7 @@ class Tuning:
         device = self.streams.device
         states = {b: self.first.get(b, device) for b in chosen}
         for index, kept in enumerate(self.blocks):
-            weights = kept.weights(kept.codes(device))
+            weights = kept.weights(kept.rounded(device))
             for b in chosen:
                 if keep:
                     self.before[index].put(b, states[b])
@@ -114,8 +114,8 @@ class Tuning:
         device = self.streams.device
         for index in reversed(range(len(self.blocks))):
             kept = self.blocks[index]
-            codes = kept.codes(device)
-            weights = {n: w.requires_grad_() for n, w in kept.weights(codes).items()}
+            rounded = kept.rounded(device)
+            weights = {n: w.requires_grad_() for n, w in kept.weights(rounded).items()}
             totals = [torch.zeros_like(w) for w in weights.values()]
             for b in gradients:
                 hidden = self.before[index].get(b, device).requires_grad_()
@@ -125,8 +125,8 @@ class Tuning:
                 gradients[b] = found[0]
                 for total, gradient in zip(totals, found[1:], strict=True):
                     total.add_(gradient)
-            for name, total in zip(codes, totals, strict=True):
-                kept.add_gradient(name, codes[name], total)
+            for name, total in zip(rounded, totals, strict=True):
+                kept.add_gradient(name, rounded[name], total)
             self.before[index].clear()
 
     def kl(self, chosen: Sequence[int]) -> float:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from qig_serve.errors import UserError
-from qig_serve.model_directory import quantization
+from qig_serve.model_directory import cannot_be_loaded, quantization
 from qig_serve.rendering import check_marks, process, render
 from qig_serve.samples import Sample, load_image
 from qig_serve.weight_files import check_index, weight_files
@@ -39,12 +38,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
             )
         except MemoryError:
             raise
-        except Exception as error:  # a stranger's values may make its classes raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-            raise UserError(
-                f"{directory} cannot be loaded ({reason[:400]}): give the config.json that "
-                "belongs to these weights"
-            ) from None
+        except Exception as error:
+            raise cannot_be_loaded(directory, error) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 
