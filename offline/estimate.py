@@ -28,6 +28,7 @@ from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.offline.source.stand_ins import out_of_memory
 from qig_serve.offline.tuning.divergence import rows_at_once
+from qig_serve.offline.tuning.scales import STEP_SAMPLES, STEP_TOKENS
 
 _DRY_GRID = 2
 _PASSES_TO_TUNE = 5
@@ -207,7 +208,9 @@ def seconds_at_the_head(loaded: LoadedModel, batches: Sequence[CalibrationBatch]
     loaded.logits(hidden)
     once = _now(loaded.device) - started
     loaded.model.to("cpu")
-    tokens = sum(int((b.modality == TEXT).sum()) for b in batches)
+    text = sum(int((b.modality == TEXT).sum()) for b in batches)
+    steps = -(-sum(len(b.ids) for b in batches) // STEP_SAMPLES)
+    tokens = min(text, steps * STEP_TOKENS)
     return _PASSES_AT_THE_HEAD * once * tokens / rows
 
 

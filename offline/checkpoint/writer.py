@@ -141,16 +141,21 @@ class CheckpointWriter:
     def block(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a finished block, by their names in the checkpoint; tuned, if it is."""
         tensors = load_file(self.block_file(index))
-        if self.is_tuned:
+        if names := self._tuned_names() & tensors.keys():
             with safe_open(self.directory / _TUNED_FILE, "pt") as tuned:
-                known = set(tuned.keys())
-                tensors |= {n: tuned.get_tensor(n) for n in tensors if n in known}
+                tensors |= {n: tuned.get_tensor(n) for n in names}
         return tensors
 
     @property
     def is_tuned(self) -> bool:
         """Whether `write_tuned` was called, in this run or before it was resumed."""
         return self._tuned is not None
+
+    def _tuned_names(self) -> set[str]:
+        if not self.is_tuned:
+            return set()
+        with safe_open(self.directory / _TUNED_FILE, "pt") as tuned:
+            return set(tuned.keys())
 
     def write_tuned(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Tensors that take the place of those of the same names in finished blocks; maybe none.
@@ -234,7 +239,7 @@ class CheckpointWriter:
         with disk_errors(self.directory):
             shards = [self.block_file(i) for i in sorted(self._blocks)]
             done_with: list[Path] = []
-            if form.convert is not None or self.is_tuned:
+            if form.convert is not None or self._tuned_names():
                 done_with = shards  # kept to the end: a killed run is resumed from them
                 shards = [self._converted(i, form) for i in sorted(self._blocks)]
             number_shards(shards + self._copy_untouched(form))

@@ -39,6 +39,9 @@ RATE = 1e-3
 """Adam's step, of factors around 1."""
 STEP_SAMPLES = 4
 """Samples of a step, over all processes."""
+STEP_TOKENS = 256
+"""Tokens of a step whose KL is taken, over all processes: with a vocabulary of 262,144 the head
+costs more than all blocks of a small decoder."""
 LEFT_OUT = 8
 """One batch of so many judges."""
 _WARM_UP = 5
@@ -141,10 +144,9 @@ class Tuning:
         total, tokens = self.streams.ranks.total(total, count)
         return total / max(tokens, 1)
 
-    def step(self, chosen: Sequence[int]) -> None:
-        """Gradients of one step's samples, into the factors' `grad`."""
-        states = self.forward(chosen)
-        masks = {b: self.judged(b) for b in chosen}
+    def step(self, masks: dict[int, torch.Tensor]) -> None:
+        """Gradients of one step, into the factors' `grad`; masks: tokens [B, T] of its batches."""
+        states = self.forward(list(masks))
         (tokens,) = self.streams.ranks.total(sum(int(m.sum()) for m in masks.values()))
         gradients = {}
         for b, hidden in states.items():
@@ -171,10 +173,12 @@ def tune(tuning: Tuning, passes: int, seed: int, tell: Callable[[int, int], None
     parameters = [f for kept in tuning.blocks for f in kept.factors.values()]
     schedule = plan(tuning, learned, passes, seed)
     adam = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.98))
+    draws = torch.Generator().manual_seed(seed)
+    share = max(1, STEP_TOKENS // streams.ranks.size)
     for number, chosen in enumerate(schedule):
         adam.param_groups[0]["lr"] = rate(number, len(schedule))
         adam.zero_grad()
-        tuning.step(chosen)
+        tuning.step(drawn({b: tuning.judged(b) for b in chosen}, share, draws))
         adam.step()
         tell(number + 1, len(schedule))
     for kept in tuning.blocks:
@@ -212,6 +216,18 @@ def plan(tuning: Tuning, learned: Sequence[int], passes: int, seed: int) -> list
     most = torch.tensor([len(steps)])
     streams.ranks.maximum(most)
     return [steps[i % len(steps)] for i in range(int(most))]
+
+
+def drawn(
+    masks: dict[int, torch.Tensor], most: int, generator: torch.Generator
+) -> dict[int, torch.Tensor]:
+    """At most so many of the masks' tokens, drawn evenly; masks bool [B, T] of some batches."""
+    chances = {b: torch.rand(m.shape, generator=generator).to(m.device) for b, m in masks.items()}
+    asked = torch.cat([chances[b][mask] for b, mask in masks.items()])
+    if len(asked) <= most:
+        return masks
+    highest = asked.sort().values[most - 1]
+    return {b: mask & (chances[b] <= highest) for b, mask in masks.items()}
 
 
 def rate(step: int, steps: int) -> float:

@@ -20,7 +20,7 @@ from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.source.loaded_model import load
 from qig_serve.offline.tuning import run, scales
-from qig_serve.offline.tuning.scales import Tuning, rate, split, tune
+from qig_serve.offline.tuning.scales import Tuning, drawn, rate, split, tune
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_gradient_is_that_of_the_divergence(
 ) -> None:
     tuning = a_tuning(model, calib, tmp_path / "out", monkeypatch, scheme=scheme)
     chosen = list(range(len(tuning.streams)))[:4]
-    tuning.step(chosen)
+    tuning.step({b: tuning.judged(b) for b in chosen})
     # Along the gradient of all factors together KL grows by its square.
     factors = [f for kept in tuning.blocks for f in kept.factors.values()]
     gradients = [f.grad.clone() for f in factors if f.grad is not None]
@@ -188,6 +188,19 @@ def test_schedule() -> None:
     assert split(7)[0] == []
     rates = [rate(i, 20) for i in range(20)]
     assert max(rates) <= scales.RATE and rates[0] < rates[4] and rates[-1] < rates[-2]
+
+
+def test_tokens_of_a_step_are_drawn() -> None:
+    masks = {3: torch.rand(4, 50) < 0.5, 7: torch.rand(2, 80) < 0.2}
+    count = sum(int(m.sum()) for m in masks.values())
+    all_of_them = drawn(masks, count, torch.Generator())
+    assert all(torch.equal(all_of_them[b], masks[b]) for b in masks)
+    found = [drawn(masks, 20, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    for one in found:
+        assert sum(int(m.sum()) for m in one.values()) == 20
+        assert all(not bool((one[b] & ~masks[b]).any()) for b in masks)
+    assert all(torch.equal(found[0][b], found[1][b]) for b in masks)
+    assert any(not torch.equal(found[0][b], found[2][b]) for b in masks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
