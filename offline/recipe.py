@@ -168,8 +168,8 @@ class QuantRecipe(BaseModel):
 
     equalize: EqualizeKind = Field(
         default="search",
-        description="how equalization scales are chosen; channels: search, then each channel's for "
-        "itself, by a model of the rounding noise",
+        description="how equalization scales are chosen; channels: each channel's for itself, by a "
+        "model of the rounding noise",
     )
     grid: int = Field(default=20, ge=1, description="equalization exponents 0, 1/grid, ...")
     smooth_alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of smoothquant")
@@ -287,7 +287,7 @@ class QuantRecipe(BaseModel):
     @property
     def candidates(self) -> int:
         """Choices of scales that a search tries, round to nearest among them."""
-        tried = {"channels": self.grid + 1, "search": self.grid, "smoothquant": 2, "none": 1}
+        tried = {"channels": 2, "search": self.grid, "smoothquant": 2, "none": 1}
         return tried[self.equalize]
 
     def recorded(self) -> dict[str, Any]:

@@ -47,9 +47,7 @@ class ModuleReport(_Data):
     loss_rtn: float
     """The same loss at the same bits without equalization: round to nearest."""
     losses: list[float] = Field(default_factory=list)
-    """Loss of every exponent of the grid, and of the scales that were moved one by one."""
-    loss_grid: float | None = None
-    """Least loss of the grid, if each channel's scale was then moved for itself."""
+    """Loss of every choice that was tried, round to nearest first."""
     completeness: float | None = None
     """|sum of I - (F(X) - F(X0))| / |F(X) - F(X0)|; None unless weights come from QIG."""
     token_shares: dict[str, TokenShare] = Field(default_factory=dict)

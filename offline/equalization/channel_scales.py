@@ -17,15 +17,16 @@ no finer steps. (Weights only: with int8 activations, whose errors nothing makes
 worse on three trained models of four.)
 
 E's gradient in log s is closed: a range moves with the one or two channels that span it, a token's
-step with its largest channel. Adam walks down log E from the best point of the grid. The weights
-lambda are those of the search (QIG's, arXiv 2603.17809), which so guide every channel; the noise
-model is ours.
+step with its largest channel. Adam walks down log E from the point of the search's grid where E is
+least. The weights lambda are those of the search (QIG's, arXiv 2603.17809), which so guide every
+channel; the noise model is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -86,61 +87,65 @@ def token_moments(
     return TokenMoments(torch.stack(energies).sum(0), torch.cat(sizes), found, hessian)
 
 
-@torch.no_grad()
-def minimize_noise(
-    weights: Sequence[torch.Tensor],
-    moments: TokenMoments,
-    scheme: QuantScheme,
-    scales: torch.Tensor,
-    channel_of: torch.Tensor,
-    damping: Damping | None = None,
-    ranks: Ranks = ALONE,
-) -> torch.Tensor:
-    """Scales [outputs of the previous op], fp32, normalized by sqrt(max s * min s).
+@dataclass(frozen=True)
+class Noise:
+    """E of one group: what it depends on, and the way down."""
 
-    weights: [N, K] of the group's linears. scales: where to start. channel_of: int64 [K], the
-    output of the previous op that feeds each input (query heads share those of a key/value head).
-    damping: of the compensation that follows, if the moments know of one.
-    """
-    energy = error_cost(moments, scales.float()[channel_of], damping, ranks)
-    column_energy = torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
-    logs = scales.float().log()
-    logs.grad = torch.zeros_like(logs)
-    adam = torch.optim.Adam([logs], lr=RATE)
-    for step in range(STEPS):
-        columns = logs.exp()[channel_of]
-        value, gradient = expected_noise(
-            weights, column_energy, columns, energy, moments, scheme, ranks
-        )
-        logs.grad.zero_().index_add_(0, channel_of, gradient / value.clamp(min=1e-30))
-        adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        adam.step()
-    found = logs.exp()
-    return found / (found.max() * found.min()).sqrt()
+    weights: Sequence[torch.Tensor]
+    """[N, K] of the group's linears."""
+    moments: TokenMoments
+    scheme: QuantScheme
+    channel_of: torch.Tensor
+    """int64 [K]: the output of the previous op that feeds each input (query heads share those of a
+    key/value head)."""
+    damping: Damping | None = None
+    """Of the compensation that follows, if the moments know of one."""
+    ranks: Ranks = ALONE
 
+    @cached_property
+    def column_energy(self) -> torch.Tensor:
+        """w [K]: the squares of all weights in each column."""
+        return torch.stack([w.float().square().sum(0) for w in self.weights]).sum(0)
 
-def expected_noise(
-    weights: Sequence[torch.Tensor],
-    column_energy: torch.Tensor,
-    columns: torch.Tensor,
-    energy: torch.Tensor,
-    moments: TokenMoments,
-    scheme: QuantScheme,
-    ranks: Ranks = ALONE,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """E at the scales `columns` [K] of the inputs, and its gradient [K] in log s.
+    @torch.no_grad()
+    def quietest(self, starts: Sequence[torch.Tensor]) -> int:
+        """Which of `starts`, scales [outputs of the previous op], has the least E."""
+        columns = [scales.float()[self.channel_of] for scales in starts]
+        energy = error_cost(self.moments, torch.ones_like(columns[0]), self.damping, self.ranks)
+        values = [float(self.at(c, energy)[0]) for c in columns]
+        return min(range(len(values)), key=values.__getitem__)
 
-    column_energy: w [K], the squares of all weights in each column. energy: m [K].
-    """
-    value, gradient = _weight_noise(weights, columns, energy, scheme)
-    if scheme.activation_bits is not None:
-        noise = _token_noise(moments, columns, scheme)
-        ranks.sum(noise)
-        tokens, largest = noise[0], noise[1:]
-        spread = column_energy * columns.square()
-        value = value + tokens * spread.sum()
-        gradient = gradient + largest * spread.sum() + 2 * tokens * spread
-    return value, gradient
+    @torch.no_grad()
+    def minimize(self, start: torch.Tensor) -> torch.Tensor:
+        """Scales [outputs of the previous op], fp32, normalized by sqrt(max s * min s)."""
+        columns = start.float()[self.channel_of]
+        energy = error_cost(self.moments, columns, self.damping, self.ranks)
+        logs = start.float().log()
+        logs.grad = torch.zeros_like(logs)
+        adam = torch.optim.Adam([logs], lr=RATE)
+        for step in range(STEPS):
+            value, gradient = self.at(logs.exp()[self.channel_of], energy)
+            gradient = gradient / value.clamp(min=1e-30)
+            logs.grad.zero_().index_add_(0, self.channel_of, gradient)
+            adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+            adam.step()
+        found = logs.exp()
+        return found / (found.max() * found.min()).sqrt()
+
+    def at(self, columns: torch.Tensor, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """E at the scales `columns` [K] of the inputs, and its gradient [K] in log s.
+
+        energy: m [K], see `error_cost`.
+        """
+        value, gradient = _weight_noise(self.weights, columns, energy, self.scheme)
+        if self.scheme.activation_bits is not None:
+            noise = _token_noise(self.moments, columns, self.scheme)
+            self.ranks.sum(noise)
+            tokens, largest = noise[0], noise[1:]
+            spread = self.column_energy * columns.square()
+            value = value + tokens * spread.sum()
+            gradient = gradient + largest * spread.sum() + 2 * tokens * spread
+        return value, gradient
 
 
 def error_cost(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qig_serve.architectures import SmoothingGroup
-from qig_serve.offline.equalization.channel_scales import minimize_noise, token_moments
+from qig_serve.offline.equalization.channel_scales import Noise, token_moments
 from qig_serve.offline.equalization.search import Candidate, SearchBatch, best, evaluate_candidates
 from qig_serve.offline.equalization.smoothing import (
     fold,
@@ -34,10 +34,8 @@ class _Found:
 
     candidate: Candidate
     losses: list[float]
-    """Of all candidates, in the order in which they were tried."""
+    """Of all candidates, in the order in which they were tried; round to nearest first."""
     loss: float
-    loss_grid: float | None = None
-    """Least of the grid, if channels were then moved."""
     channel_seconds: float = 0.0
 
 
@@ -74,7 +72,6 @@ def equalize_group(
         loss=found.loss,
         loss_rtn=found.losses[0],
         losses=found.losses,
-        loss_grid=found.loss_grid,
         completeness=tokens.completeness,
         token_shares=tokens.shares,
         seconds={
@@ -123,17 +120,15 @@ def _search(
         )
 
     candidates = _candidates(block, group, streams, settings, captured)
+    seconds = 0.0
+    if settings.kind == "channels" and group.kind != "none":
+        began = time.monotonic()
+        moved = _least_noise(block, group, streams, settings, candidates, captured, weights)
+        seconds = time.monotonic() - began
+        candidates = [candidates[0], moved]
     losses = evaluate(candidates)
-    if settings.kind not in ("search", "channels") or group.kind == "none":
-        return _Found(candidates[-1], losses, losses[-1])
-    chosen = best(losses)
-    if settings.kind == "search":
-        return _Found(candidates[chosen], losses, losses[chosen])
-    began = time.monotonic()
-    moved = _refine(block, group, streams, settings, candidates[chosen], captured, weights)
-    seconds = time.monotonic() - began
-    losses += evaluate([moved])
-    return _Found(moved, losses, losses[-1], losses[chosen], seconds)
+    chosen = best(losses) if settings.kind == "search" else -1
+    return _Found(candidates[chosen], losses, losses[chosen], seconds)
 
 
 def _candidates(
@@ -166,16 +161,16 @@ def _candidates(
     return candidates
 
 
-def _refine(
+def _least_noise(
     block: nn.Module,
     group: SmoothingGroup,
     streams: Streams,
     settings: Equalization,
-    start: Candidate,
+    starts: Sequence[Candidate],
     captured: ModuleParts,
     token_weights: Sequence[torch.Tensor],
 ) -> Candidate:
-    """Each channel's scale for itself, from those of the grid's best (channel_scales.py)."""
+    """Each channel's scale for itself, from the best of `starts` (channel_scales.py)."""
     # With int8 activations, whose errors nothing makes up for, compensation is left out.
     damping = None if streams.quantizes_activations else settings.compensation
     moments = token_moments(
@@ -188,8 +183,8 @@ def _refine(
         compensates=damping is not None,
     )
     weights = [block.get_submodule(name).weight for name in group.linears]
-    channel_of = output_of_channel(block, group, len(start.scales))
-    scales = minimize_noise(
-        weights, moments, streams.scheme, start.scales, channel_of, damping, streams.ranks
-    )
+    channel_of = output_of_channel(block, group, len(starts[0].scales))
+    noise = Noise(weights, moments, streams.scheme, channel_of, damping, streams.ranks)
+    start = starts[noise.quietest([candidate.scales for candidate in starts])]
+    scales = noise.minimize(start.scales)
     return Candidate(start.exponent, scales, group_scales(block, group, scales, streams.dtype))

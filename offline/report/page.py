@@ -221,12 +221,8 @@ def _losses(report: QuantizationReport) -> str:
 
 
 def _equalization(report: QuantizationReport) -> str:
-    rows = [
-        [b.index, m.name, _g(m.exponent), *([] if m.loss_grid is None else [_g(m.loss_grid)])]
-        for b in report.blocks
-        for m in b.modules
-    ]
-    moved = any(m.loss_grid is not None for b in report.blocks for m in b.modules)
+    rows = [[b.index, m.name, _g(m.exponent)] for b in report.blocks for m in b.modules]
+    moved = report.recipe.get("equalize") == "channels"
     ranges = [
         [b.index, name, f"{linear.clip_ratio:.3f}", f"{linear.clipped:.2%}"]
         for b in report.blocks
@@ -242,7 +238,7 @@ def _equalization(report: QuantizationReport) -> str:
         ),
         _details(
             "Exponents",
-            _table(["block", "searched", "exponent", *(["loss there"] if moved else [])], rows, 2),
+            _table(["block", "searched", "exponent"], rows, 2),
         ),
         _figure(
             plots.clip_plot(report),

@@ -8,10 +8,9 @@ import torch
 from qig_serve.formats import SCHEMES, QuantScheme
 from qig_serve.offline.equalization import channel_scales
 from qig_serve.offline.equalization.channel_scales import (
+    Noise,
     TokenMoments,
     error_cost,
-    expected_noise,
-    minimize_noise,
     token_moments,
 )
 from qig_serve.offline.recipe import Damping
@@ -33,8 +32,7 @@ def noise(
     weight: torch.Tensor, moments: TokenMoments, scheme: QuantScheme, logs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """E and its gradient in log s."""
-    column_energy = weight.square().sum(0)
-    return expected_noise([weight], column_energy, logs.exp(), moments.energy, moments, scheme)
+    return Noise([weight], moments, scheme, torch.arange(K)).at(logs.exp(), moments.energy)
 
 
 @pytest.mark.parametrize("name", ["w3a16", "w4a8"])
@@ -70,7 +68,7 @@ def test_the_model_predicts_the_error_and_lowers_it(name: str) -> None:
         return float((weights[:, None] * out.square()).sum())
 
     plain = torch.ones(K)
-    found = minimize_noise([weight[:40], weight[40:]], moments, scheme, plain, torch.arange(K))
+    found = Noise([weight[:40], weight[40:]], moments, scheme, torch.arange(K)).minimize(plain)
     expected = float(noise(weight, moments, scheme, plain.log())[0]) / 12
     assert expected == pytest.approx(error(plain), rel=0.25)
     curve = min(error(x.abs().mean(0) ** (r / 20)) for r in range(20))
@@ -78,11 +76,21 @@ def test_the_model_predicts_the_error_and_lowers_it(name: str) -> None:
     assert float(found.max() * found.min()) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["w3a16", "w4a8"])
+def test_it_starts_where_the_noise_is_least(name: str) -> None:
+    weight, x, weights = case()
+    moments = token_moments([(x, weights)], T, name == "w4a8")
+    group = Noise([weight], moments, SCHEMES[name], torch.arange(K))
+    curve = [x.abs().mean(0) ** (r / 20) for r in range(20)]
+    values = [float(noise(weight, moments, SCHEMES[name], s.log())[0]) for s in curve]
+    assert group.quietest(curve) == values.index(min(values)) not in (0, 19)
+
+
 def test_heads_that_share_a_channel_get_one_scale() -> None:
     weight, x, weights = case()
     shared = torch.arange(K) // 128 * 64 + torch.arange(K) % 64  # two query heads a kv head
     moments = token_moments([(x, weights)], T, True)
-    found = minimize_noise([weight], moments, SCHEMES["w4a8"], torch.ones(K // 2), shared)
+    found = Noise([weight], moments, SCHEMES["w4a8"], shared).minimize(torch.ones(K // 2))
     assert found.shape == (K // 2,) and float(found.std()) > 0.1
 
 
@@ -112,6 +120,6 @@ def test_with_compensation_an_error_costs_what_others_cannot_make_up_for() -> No
     halved = token_moments([(a / 2, b) for a, b in parts], T, False, compensates=True)
     same = error_cost(halved, torch.full((K,), 0.5), DAMPING)
     torch.testing.assert_close(4 * same, cost, rtol=1e-3, atol=0)
-    start, channels = torch.ones(K), torch.arange(K)
-    found = minimize_noise([weight], moments, SCHEMES["w3a16"], start, channels, DAMPING)
+    group = Noise([weight], moments, SCHEMES["w3a16"], torch.arange(K), DAMPING)
+    found = group.minimize(torch.ones(K))
     assert bool(found.isfinite().all())
