@@ -7,15 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.checkpoints import tensors_of
+from helpers.processes import in_two_processes, run_cases
 
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
@@ -27,41 +25,6 @@ from qig_serve.offline.results import REPORT_FILE, QuantizationReport
 
 def fields(calib: str, **more: Any) -> dict[str, Any]:
     return {"calib": calib, "samples": 7, "grid": 5, "device": "cpu", "method": "qig", **more}
-
-
-def _process(
-    rank: int,
-    meeting: Path,
-    model: Path,
-    out: Path,
-    cases: dict[str, Any],
-    resume: bool = False,
-) -> None:
-    """One of two: case after case. What fails leaves its sentence in OUT/NAME.RANK.txt."""
-    dist.init_process_group(
-        "gloo", f"file://{meeting}", timedelta(minutes=10), world_size=2, rank=rank
-    )
-    for name, recipe in cases.items():
-        try:
-            quantize(model, out / name, QuantRecipe(**recipe), resume=resume, quiet=True)
-        except UserError as error:
-            (out / f"{name}.{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
-
-
-def in_two_processes(model: Path, out: Path, cases: dict[str, Any], resume: bool = False) -> None:
-    context = multiprocessing.get_context("fork")  # torch is imported already
-    meeting = out.parent / f"{out.name}-{time.monotonic_ns()}"
-    processes = [
-        context.Process(target=_process, args=(rank, meeting, model, out, cases, resume))
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)
-        process.kill()
-    assert [p.exitcode for p in processes] == [0, 0]
 
 
 def assert_same(one: Path, two: Path) -> None:
@@ -227,7 +190,7 @@ def test_a_killed_process_ends_the_other(
             return original(*args)
 
         pipeline.round_block = round_block
-        _process(rank, tmp_path.parent / "meeting", tiny_llava, tmp_path, {"part": recipe})
+        run_cases(rank, tmp_path.parent / "meeting", tiny_llava, tmp_path, {"part": recipe})
 
     processes = [context.Process(target=dying, args=(rank,)) for rank in (0, 1)]
     for process in processes:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tensors_of
+from helpers.processes import in_two_processes
 from helpers.small_llava import small_llava
 from helpers.tiny_models import FAMILIES, tiny_model
 
@@ -17,7 +18,7 @@ from qig_serve.evaluation.divergence import divergences
 from qig_serve.offline import pipeline
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.results import QuantizationReport
+from qig_serve.offline.results import REPORT_FILE, QuantizationReport
 from qig_serve.offline.source.loaded_model import load
 from qig_serve.offline.tuning import run, scales
 from qig_serve.offline.tuning.scales import Tuning, drawn, rate, split, tune
@@ -129,6 +130,22 @@ def test_a_padded_mlp_is_tuned_as_the_plain_one(tmp_path: Path, calib: str) -> N
     assert found[0].kept == found[1].kept
     assert found[0].kl_before == pytest.approx(found[1].kl_before, rel=1e-3)
     assert found[0].kl_after == pytest.approx(found[1].kl_after, rel=1e-2)
+
+
+def test_two_processes_tune_the_same_scales(model: Path, calib: str, tmp_path: Path) -> None:
+    wanted = recipe(calib, tuning_passes=1)
+    tuned(model, tmp_path / "one", wanted)
+    (tmp_path / "two").mkdir()
+    in_two_processes(model, tmp_path / "two", {"run": wanted.model_dump()})
+    run_of_two = tmp_path / "two" / "run"
+    found = QuantizationReport.model_validate_json((run_of_two / REPORT_FILE).read_text()).tuning
+    assert found is not None and found.kept and found.kl_after < found.kl_before
+    one, two = tensors_of(tmp_path / "one"), tensors_of(run_of_two)
+    for name in one:
+        if name.endswith(".weight_scale"):
+            torch.testing.assert_close(one[name], two[name], rtol=0.02, atol=0)
+        else:
+            assert torch.equal(one[name], two[name])
 
 
 def test_too_few_samples_are_said(model: Path, calib: str, tmp_path: Path) -> None:
