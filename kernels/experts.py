@@ -24,6 +24,7 @@ an H200 (tiles.json), narrower by one step because experts get fewer than the me
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ from qig_serve.kernels import (
 from qig_serve.kernels.expert_blocks import Blocks
 from qig_serve.kernels.launch import Kernel
 from qig_serve.kernels.library import Prepared
+from qig_serve.kernels.ops import KERNELS, on_device
 from qig_serve.kernels.tiles import Tile
+from qig_serve.kernels.warm_up import COMPILATION
 
 TILES: dict[str, list[tuple[float, Tile]]] = {
     "w3a16": [
@@ -158,9 +161,7 @@ def w4a8_experts_kernel(
         codes_ptr, nibbles_ptr + expert * blocks * N_PAD * 64, rows, tokens, 0, blocks, M, K,
         N_PAD, BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip
-    out = w4a8.scaled(
-        acc, token_scale_ptr, channel_scale_ptr + expert * N_PAD, rows, tokens, M, N
-    )
+    out = w4a8.scaled(acc, token_scale_ptr, channel_scale_ptr + expert * N_PAD, rows, tokens, M, N)
     _store(out_ptr, out, routing_ptr, rows, slots, SLOTS, N, WEIGHTED)
 
 
@@ -288,10 +289,10 @@ def _experts(
     if not ids.numel():
         return torch.zeros_like(x)
     tile = select(scheme, ids.numel(), down[0].shape[0])
-    prepared = (dict(zip(("weight", "scale"), both, strict=True)) for both in (gate_up, down))
+    both = [dict(zip(("weight", "scale"), tensors, strict=True)) for tensors in (gate_up, down)]
     routing, ids = routing.float().contiguous(), ids.to(torch.int32).contiguous()
     return run(
-        scheme, library.aligned(x), routing, ids, *prepared, inter, tile, library.use_ptx(x)
+        scheme, library.aligned(x), routing, ids, both[0], both[1], inter, tile, library.use_ptx(x)
     )
 
 
@@ -317,15 +318,42 @@ def apply(
     return torch.ops.qig.experts(x, routing, ids, *both, inter, scheme)
 
 
-def warm_up(
-    scheme: str, zeros: tuple[Prepared, Prepared], inter: int, k: int, experts: int, top_k: int,
-    dtype: torch.dtype, device: torch.device, tile: Tile,
+def compile_ahead(
+    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
+    device: torch.device,
 ) -> None:  # fmt: skip
-    """Compile what a layer launches with a tile; zeros: of one expert, `gate_up` and `down`."""
-    x = torch.zeros(1, k, dtype=dtype, device=device)
-    many = [{name: t.expand(experts, *t.shape) for name, t in p.items()} for p in zeros]
-    ids = torch.zeros(1, top_k, dtype=torch.int32, device=device)
-    run(scheme, x, ids.float(), ids, *many, inter, tile, library.use_ptx(x))
+    """Begin to compile, in the background, what a layer launches for any number of tokens."""
+    if device.type != "cuda":
+        return
+    device = launch.indexed(device)
+    for _, tile in TILES[scheme]:
+        job = (scheme, k, inter, experts, top_k, dtype, device, tile)
+        COMPILATION.begin(("experts", *job), functools.partial(on_device, device, _launch, *job))
+
+
+def warm_up(
+    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Wait until every kernel that was begun, and this layer's, is compiled."""
+    compile_ahead(scheme, k, inter, experts, top_k, dtype, device)
+    COMPILATION.finish()
+
+
+def _launch(
+    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
+    device: torch.device, tile: Tile,
+) -> None:  # fmt: skip
+    """Launches for few tokens and for many on zeros, of which only expert 0 is there."""
+    both = [KERNELS[scheme].zeros(n, m, device) for n, m in ((2 * inter, k), (k, inter))]
+    gate_up, down = (
+        {name: tensor.expand(experts, *tensor.shape) for name, tensor in prepared.items()}
+        for prepared in both
+    )
+    for m in (1, quantize_activation.MANY_TOKENS):
+        x = torch.zeros(m, k, dtype=dtype, device=device)
+        ids = torch.zeros(m, top_k, dtype=torch.int32, device=device)
+        run(scheme, x, ids.float(), ids, gate_up, down, inter, tile, library.use_ptx(x))
 
 
 def kernel(

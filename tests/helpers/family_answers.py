@@ -59,7 +59,12 @@ def quantize_tiny(source: Path, target: Path, scheme: str, **settings: Any) -> P
 def as_vllm_computes_it(source: Path, family: str) -> Path:
     """The family's tiny model, as far as vLLM on a CPU can compute it."""
     config = json.loads((source / "config.json").read_text())
-    config["text_config"].update(FAMILIES[family].cpu_text)
+    text = config["text_config"]
+    if (
+        "num_experts" in text
+    ):  # published files say so, vLLM asks, and transformers has no such field
+        text["norm_topk_prob"] = True
+    text.update(FAMILIES[family].cpu_text)
     (source / "config.json").write_text(json.dumps(config))
     return source
 

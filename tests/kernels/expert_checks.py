@@ -189,7 +189,9 @@ def test_a_token_does_not_depend_on_the_others(scheme: str, tile: Tile) -> None:
 
 
 @pytest.mark.parametrize("orders", ORDERS, ids=str)
-def test_experts_in_every_order_of_inputs(orders: launch.Orders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_in_every_order_of_inputs(
+    orders: launch.Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "orders", lambda device: orders)
     gate_up = stack("w3a16", 2, 2 * INTER, HIDDEN, torch.float16)
     down = stack("w3a16", 2, HIDDEN, INTER, torch.float16)
