@@ -385,3 +385,12 @@ def kernel(
         )  # fmt: skip
         constants |= dict(EVEN=True, X_ORDER=orders.of_halves(tile))
     return launch.of_tile(function, arguments, constants, tile, inputs)
+
+
+def kernels(scheme: str, dtype: str, orders: launch.Orders) -> list[Kernel]:
+    """What a layer's launches of TILES compile: of each tile gate_up, then down."""
+    return [
+        kernel(scheme, tile, dtype, orders, weighted)
+        for _, tile in TILES[scheme]
+        for weighted in (False, True)
+    ]

@@ -108,8 +108,9 @@ class QigExpertsMethod(FusedMoEMethodBase):
             ("down_proj", k, inter, whole),
         ):
             check_shape(
-                self.linears, self.scheme, f"{self.prefix}.{name}", n, inputs, of, params_dtype
-            )
+                self.linears, self.scheme, f"{self.prefix}.{name}", n, inputs, of, params_dtype,
+                ", or --enable-expert-parallel",
+            )  # fmt: skip
         layer.qig_k, layer.qig_inter, layer.qig_dtype = k, inter, params_dtype
         self._compile(layer, self.backend.compile_ahead, torch.get_default_device())
         on_disk = {

@@ -161,15 +161,19 @@ def check_shape(
     k: int,
     input_size: int,
     dtype: torch.dtype,
+    otherwise: str = "",
 ) -> None:
-    """ValueError, one sentence, unless a rank's part [n, k] of `input_size` inputs can be run."""
+    """ValueError, one sentence, unless a rank's part [n, k] of `input_size` inputs can be run.
+
+    otherwise: what else would help against a split that is not possible.
+    """
     multiple = scheme.cut_multiple
     if k != input_size and k % multiple:
         sizes = " or ".join(map(str, sizes_for_inputs(input_size, multiple)))
         raise ValueError(
             f"{name}: {input_size} inputs split {input_size // k} ways: "
             f"{scheme.name} is cut at multiples of {multiple} inputs, and a part would "
-            f"have {k}; use a tensor-parallel size of {sizes}"
+            f"have {k}; use a tensor-parallel size of {sizes}{otherwise}"
         )
     possible, why_not = backend.can_implement(scheme, n, k, dtype, device_capability())
     if not possible:
