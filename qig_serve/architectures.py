@@ -6,7 +6,6 @@ which may be older than the module names of the installed transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -64,9 +63,16 @@ ROUTER = "mlp.gate"
 _SHARED = ("mlp.shared_expert", "mlp.shared_expert_gate")
 
 
+def expert_number(name: str) -> int | None:
+    """The number of the expert that a linear's path inside a block is of; None for others."""
+    number = name.removeprefix(f"{EXPERTS}.").partition(".")[0]
+    return int(number) if name.startswith(f"{EXPERTS}.") and number.isdecimal() else None
+
+
 def any_expert(name: str) -> str:
     """A linear's path inside a block, with `*` for the number of its expert."""
-    return re.sub(rf"^{re.escape(EXPERTS)}\.\d+\.", f"{EXPERTS}.*.", name)
+    number = expert_number(name)
+    return name if number is None else name.replace(f"{EXPERTS}.{number}.", f"{EXPERTS}.*.", 1)
 
 
 _TOWERS = ("vision_tower.", "model.vision_tower.")
@@ -128,6 +134,11 @@ class Architecture:
         """
         names = (name for groups in self.kinds for group in groups for name in group.linears)
         return tuple(dict.fromkeys(names))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether blocks have experts."""
+        return any("*" in name for name in self.linears)
 
     def groups_of(self, block: Any) -> tuple[SmoothingGroup, ...]:
         """The groups of a block (a module): those of the first kind whose linears are all in it.

@@ -24,8 +24,8 @@ def why_refused(config: Any, cut_multiple: int, size: int, split_tower: bool = T
     vision tower is split too, as vLLM does by default (--mm-encoder-tp-mode).
     """
     text = config.get_text_config()
-    reasons, inputs = [], [("down", _mlp_width(text))]
-    for block in _kinds_of_block(text):
+    reasons, inputs = [], _mlp_widths(text)
+    for before, block in enumerate(_kinds_of_block(text)):
         heads = int(block.num_attention_heads)
         kv_heads = int(getattr(block, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(block, "head_dim", None) or block.hidden_size // heads)
@@ -33,7 +33,7 @@ def why_refused(config: Any, cut_multiple: int, size: int, split_tower: bool = T
             reasons.append(f"{heads} query heads")
         if kv_heads % size and size % kv_heads:
             reasons.append(f"{kv_heads} key/value heads")
-        inputs.insert(-1, ("o", heads * head_dim))
+        inputs.insert(before, ("o", heads * head_dim))
     if key_heads := getattr(text, "linear_num_key_heads", None):
         values = text.linear_num_value_heads
         inputs.append(("out of gated delta-net", int(values * text.linear_value_head_dim)))
@@ -75,13 +75,20 @@ def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:
     return text + "".join(f"; not {size} ({why})" for size, why in refused.items())
 
 
-def _mlp_width(text: Any) -> int:
-    """Inputs of the MLP's last linear; LFM2 makes them from what its configuration says."""
+def _mlp_widths(text: Any) -> list[tuple[str, int]]:
+    """Inputs of the last linear of an MLP, or of experts, and what it is called.
+
+    LFM2 makes them from what its configuration says.
+    """
+    if width := getattr(text, "moe_intermediate_size", None):
+        shared = getattr(text, "shared_expert_intermediate_size", None)
+        found = [("an expert's down", int(width))]
+        return [*found, ("the shared expert's down", int(shared))] if shared else found
     width = int(text.intermediate_size)
-    if not getattr(text, "block_auto_adjust_ff_dim", False):
-        return width
-    width = int(text.block_ffn_dim_multiplier * int(2 * width / 3))
-    return width + -width % int(text.block_multiple_of)
+    if getattr(text, "block_auto_adjust_ff_dim", False):
+        width = int(text.block_ffn_dim_multiplier * int(2 * width / 3))
+        width += -width % int(text.block_multiple_of)
+    return [("down", width)]
 
 
 def _kinds_of_block(text: Any) -> list[Any]:

@@ -29,7 +29,7 @@ from qig_serve.offline.results import GroupResult, ModuleReport
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What a search has chosen."""
 
     candidate: Candidate
@@ -64,7 +64,7 @@ def equalize_group(
     after_weights = time.monotonic()
     masks = [streams.mask(b) for b in range(len(streams))]
     weights = captured.to_parts(tokens.weights, masks)
-    found = _search(block, group, streams, settings, captured, weights, where)
+    found = search_scales(block, group, streams, settings, captured, weights, where)
     captured.clear()
     report = ModuleReport(
         name=group.name,
@@ -91,7 +91,7 @@ def equalize_group(
     return result
 
 
-def _search(
+def search_scales(
     block: nn.Module,
     group: SmoothingGroup,
     streams: Streams,
@@ -99,7 +99,7 @@ def _search(
     captured: ModuleParts,
     weights: Sequence[torch.Tensor],
     where: str,
-) -> _Found:
+) -> Found:
     """Tries the candidates; `weights` are those of the parts' tokens."""
 
     def batches() -> Iterator[SearchBatch]:
@@ -125,15 +125,15 @@ def _search(
     candidates = _candidates(block, group, streams, settings, captured)
     losses = evaluate(candidates)
     if settings.kind not in ("search", "channels") or group.kind == "none":
-        return _Found(candidates[-1], losses, losses[-1])
+        return Found(candidates[-1], losses, losses[-1])
     chosen = best(losses)
     if settings.kind == "search":
-        return _Found(candidates[chosen], losses, losses[chosen])
+        return Found(candidates[chosen], losses, losses[chosen])
     began = time.monotonic()
     moved = _refine(block, group, streams, settings, candidates[chosen], captured, weights)
     seconds = time.monotonic() - began
     losses += evaluate([moved])
-    return _Found(moved, losses, losses[-1], losses[chosen], seconds)
+    return Found(moved, losses, losses[-1], losses[chosen], seconds)
 
 
 def _candidates(

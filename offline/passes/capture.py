@@ -47,6 +47,10 @@ class Store:
             return self._tensors[index].to(device)
         return load_file(self._path(self._folder, index), device=str(device))["tensor"]
 
+    def rows(self, index: int, rows: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """Some rows of the tensor of batch `index` on a device; no others are moved there."""
+        return self.get(index, "cpu")[rows].to(device)
+
     def copy(self, name: str) -> Store:
         """Another store with the same tensors."""
         other = Store(self._folder, name)
