@@ -200,17 +200,15 @@ def product(
     rows = size if scheme == "w4a8" else size * layout.ROW_TILE
     grid = (blocks.table.shape[0] * triton.cdiv(rows, tile.block_n),)
     function = _function(scheme, tile)
-    if function is halves_experts_kernel:
-        given, scale = (x, given[1].view(torch.int64)), scale.view(torch.int64)
-        constants |= dict(
-            EVEN=k % layout.PAIR == 0, X_ORDER=launch.orders(device).of_halves(tile)
-        )  # fmt: skip
-        k = x.shape[-1]
-    elif function is w3a16_experts_kernel:
+    if function is w3a16_experts_kernel:
         weight = weight.view(torch.int16)
         constants |= dict(ORDER=launch.orders(device).weights, RAGGED=k % layout.GROUP != 0)
     else:
-        k = x.shape[-1]
+        k = x.shape[-1]  # in whole groups
+    if function is halves_experts_kernel:
+        given, scale = (x, given[1].view(torch.int64)), scale.view(torch.int64)
+        order = launch.orders(device).of_halves(tile)
+        constants |= dict(EVEN=k % layout.PAIR == 0, X_ORDER=order)
     function[grid](
         *given, weight, scale, routing, blocks.slots, blocks.table, out, x.shape[0], slots, n, k,
         size, **constants,
