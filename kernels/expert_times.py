@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from math import comb
 
 from qig_serve.formats import SCHEMES
 from qig_serve.kernels import experts, launch, time_model
@@ -46,8 +45,11 @@ QWEN3_VL_30B_A3B = Layer(hidden=2048, inter=768, experts=128, top_k=8)
 def blocks(layer: Layer, m: int, block_m: int) -> float:
     """Blocks of M tokens, on average; with block_m = M, experts that have any."""
     p = layer.top_k / layer.experts
-    odds = (comb(m, c) * p**c * (1 - p) ** (m - c) * -(-c // block_m) for c in range(1, m + 1))
-    return layer.experts * sum(odds)
+    total, odds = 0.0, (1 - p) ** m  # of an expert having c tokens, from c = 0 on
+    for c in range(1, m + 1):
+        odds *= (m - c + 1) / c * p / (1 - p)
+        total += odds * -(-c // block_m)
+    return layer.experts * total
 
 
 def sixteen_bits(layer: Layer, m: int, gpu: Gpu) -> float:
