@@ -88,7 +88,7 @@ def halves_experts_kernel(
 ):  # fmt: skip
     """Grid (blocks * output tiles,); weights as halves_kernel's, of each expert."""
     launch.start_early(weight_ptr, PDL, False)
-    tiles_n = tl.cdiv(TILES * 128, BLOCK_N)
+    tiles_n = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) // tiles_n
     expert = tl.load(table_ptr + block * 3).to(tl.int64)
     if expert < 0:
@@ -119,7 +119,7 @@ def w3a16_experts_kernel(
     """Grid (blocks * output tiles,); weights as w3a16_prefill_kernel's, of each expert."""
     launch.start_early(weight_ptr, PDL, False)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    tiles_n = tl.cdiv(TILES * 128, BLOCK_N)
+    tiles_n = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) // tiles_n
     expert = tl.load(table_ptr + block * 3).to(tl.int64)
     if expert < 0:
@@ -148,7 +148,7 @@ def w4a8_experts_kernel(
 ):  # fmt: skip
     """Grid (blocks * output tiles,); weights as w4a8_prefill_kernel's, of each expert."""
     launch.start_early(nibbles_ptr, PDL, False)
-    tiles_n = tl.cdiv(N_PAD, BLOCK_N)
+    tiles_n = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) // tiles_n
     expert = tl.load(table_ptr + block * 3).to(tl.int64)
     if expert < 0:
@@ -198,8 +198,7 @@ def product(
         TOP_K=top_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages,
         WEIGHTED=routing is not None, USE_PTX=use_ptx, **_options(tile, device),
     )  # fmt: skip
-    rows = size if scheme == "w4a8" else size * layout.ROW_TILE
-    grid = (blocks.table.shape[0] * triton.cdiv(rows, tile.block_n),)
+    grid = (blocks.table.shape[0] * triton.cdiv(n, tile.block_n),)
     function = _function(scheme, tile)
     if function is w3a16_experts_kernel:
         weight = weight.view(torch.int16)
