@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def test_plain_transformers_has_the_weights_of_the_codes(folder: Path, tmp_path:
         assert torch.equal(found(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     stored = require_sound(tmp_path / "out")
     assert len(stored.linears) == 3 * (4 + 3 * TEXT["num_experts"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["text_config"]["moe_intermediate_size"] = 128
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    wrong = r"experts\.0\.down_proj: 256 x 96, but config\.json asks for 256 x 128"
+    with pytest.raises(UserError, match=wrong):
+        require_sound(tmp_path / "out")
 
 
 @pytest.mark.slow

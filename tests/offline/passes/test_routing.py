@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +138,17 @@ def test_a_rare_expert_is_calibrated_on_all_tokens(model: tuple[LoadedModel, Str
     torch.testing.assert_close(stats.hessian, (x.T * w) @ x / w.sum(), rtol=1e-4, atol=1e-6)
     assert stats.tokens == tokens
     assert first.tokens == (tokens if 0 in report.rare else report.tokens[0])
+
+
+def test_in_a_dry_run_experts_are_as_rare_as_they_will_be(
+    model: tuple[LoadedModel, Streams],
+) -> None:
+    loaded, streams = model
+    block = loaded.block(0)
+    part = replace(streams, share=1 / 4)
+    found = capture_routed(block, part, part.fp, "routed", "layer 0").report
+    assert found.least == 64 // 4
+    assert found.rare == [e for e, n in enumerate(found.tokens) if n < 16]
 
 
 @torch.no_grad()
