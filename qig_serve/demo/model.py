@@ -59,6 +59,8 @@ class ModelSpec:
     experts: int = 0
     """Experts of a block, each with an MLP of `intermediate`; 0: one MLP."""
     experts_per_token: int = 0
+    trained: bool = True
+    """Whether a trained one is in the repository."""
     vocab_size: int = 768
     max_positions: int = 1024
     # The embedding of <|im_start|> holds one channel this large (other channels are near 0.05),
@@ -127,6 +129,7 @@ MODELS: dict[str, ModelSpec] = {
         vision_intermediate=768,
         experts=8,
         experts_per_token=2,
+        trained=False,
         seed=23,
     ),
 }
