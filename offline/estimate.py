@@ -12,7 +12,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -137,7 +137,9 @@ def dry_run(
                 else recipe.token_weights,
             }
         )
-        streams = first_streams(chosen)
+        everything = sum(b.token_mask.numel() for b in batches)
+        # An expert is as rare as it will be.
+        streams = replace(first_streams(chosen), share=tokens / everything)
         before = _now(loaded.device) - started
         seconds = time_block(loaded, streams, dry, recipe.candidates)
     except (RuntimeError, MemoryError) as error:
@@ -148,7 +150,6 @@ def dry_run(
             f"({chosen[0].token_mask.shape[1]} tokens) ran out of memory on {loaded.device}: lower "
             f"--batch-tokens (now {recipe.batch_tokens}) or --max-length, or use smaller images"
         ) from None
-    everything = sum(b.token_mask.numel() for b in batches)
     factor = everything / tokens
     waiting = everything * bytes_a_token(loaded, recipe)
     on_disk = recipe.offload == "disk"

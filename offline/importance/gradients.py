@@ -124,7 +124,8 @@ def answer_gradients(
                 gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
             for name, gradient in zip(names, gradients, strict=True):
                 mean = gradient.float().abs().mean(-1).cpu()
-                result.magnitude.setdefault(name, {})[b] = mean
+                # Of tokens laid end to end too, as a shared expert gets them.
+                result.magnitude.setdefault(name, {})[b] = mean.reshape(batch.token_mask.shape)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,6 +21,7 @@ from qig_serve.offline.passes.capture import Store, catch_call, check_finite, qu
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.results import ExpertsReport
 
+_LEAST_WEIGHT = 1e-6  # of the mean
 RARE = 1 / 4
 """Of the tokens that an expert has inputs, as a fraction of its inputs: with fewer, its second
 moments are mostly zero, and say less of what it will see than those of the layer's other tokens."""
@@ -51,8 +52,12 @@ class RoutedTokens:
         return rows, (self.weights[b] * hit).sum(-1)[rows]
 
     def token_weights(self, b: int, expert: int, weights: torch.Tensor, power: int) -> torch.Tensor:
-        """lambda p^power [m] of the rows `seen`; `weights` are lambda [n] of all real tokens."""
+        """lambda p^power [m] of the rows `seen`; `weights` are lambda [n] of all real tokens.
+
+        Where all that an expert sees weighs nothing (an image's tokens can), they count alike.
+        """
         rows, routing = self.seen(b, expert)
+        weights = weights.clamp(min=_LEAST_WEIGHT * float(weights.mean()))
         return weights[rows.to(weights.device)] * routing.to(weights).pow(power)
 
     def tokens(self, b: int, expert: int, device: torch.device) -> torch.Tensor:
@@ -90,7 +95,7 @@ def capture_routed(
         weights.append(routing[real].float().cpu())
         counts += torch.bincount(chosen[-1].flatten(), minlength=len(module))
     streams.ranks.sum(counts)
-    least = int(RARE * expert_of(block, 0).gate_proj.in_features)
+    least = int(RARE * expert_of(block, 0).gate_proj.in_features * streams.share)
     tokens = [int(count) for count in counts]
     rare = [e for e, count in enumerate(tokens) if count < least]
     return RoutedTokens(

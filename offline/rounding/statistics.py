@@ -62,6 +62,8 @@ class BlockStatistics:
         linear = self.block.get_submodule(name)
         accumulator = StatsAccumulator(linear.in_features, self.method.shifted, self.streams.device)
         expert = expert_number(name)
+        if expert is not None:
+            self._caught()  # of all processes together
         for b in range(len(self.streams)):
             mask = self.streams.mask(b)
             weights = mask.float()
