@@ -230,11 +230,13 @@ def describe(
             continue
         its = VOCABULARY_SCHEME if prefix in manifest.eight_bit else scheme
         n, k = tensor.shape[0], tensor.shape[1] * 32 // its.bits
-        part = _shard(prefix, n, k, tensor_parallel_size)
+        whole = expert_parallel and ".experts." in prefix
+        part = (n, k) if whole else _shard(prefix, n, k, tensor_parallel_size)
         possible, reason = backend.can_implement(its, *part, dtype, capability)
         kernel = kernel_name(its, *part, dtype)
         layers.append(LayerReport(prefix, n, k, kernel, None if possible else reason))
         needed = part[0] * _bytes_of_rows(its, part[1], dtype) // _ROWS if possible else 0
+        needed //= tensor_parallel_size if whole else 1
         if its is scheme:
             memory += needed
         else:
