@@ -23,7 +23,14 @@ from typing import Any
 import triton
 
 from qig_serve.formats import SCHEMES
-from qig_serve.kernels import halves, launch, quantize_activation, time_model
+from qig_serve.kernels import (
+    expert_blocks,
+    experts,
+    halves,
+    launch,
+    quantize_activation,
+    time_model,
+)
 from qig_serve.kernels.launch import Kernel
 from qig_serve.kernels.ops import KERNELS
 from qig_serve.kernels.sass import SHARED_LIMIT, TARGETS, Counts, count
@@ -136,13 +143,20 @@ def report(targets: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp16")) -> 
                 yield compile_tile(scheme, target, tile, dtype, m=m)
             eight = halves.kernel(EIGHT_BITS, dtype, orders(target).activations, bits=8)
             yield _compiled(eight, "8 bits", target, dtype, True, 0)
-            for kernel in quantize_activation.kernels(dtype, orders(target).activations):
+            for scheme in experts.TILES:
+                for kernel in experts.kernels(scheme, dtype, orders(target)):
+                    fewest = int(kernel.tile == experts.TILES[scheme][0][1])
+                    yield _compiled(kernel, scheme, target, dtype, True, fewest)
+            others = quantize_activation.kernels(dtype, orders(target).activations)
+            for kernel in others + expert_blocks.kernels(dtype, EXPERTS, TOP_K):
                 counts, row_ = count(kernel, target), f"{kernel.inputs} {kernel.warps}w"
                 yield Compiled(kernel.name, "-", target, dtype, row_, False, counts, None, None)
 
 
 EIGHT_BITS = Tile("halves", 8, 128, 4, 2, programs_per_sm=3)
 """The tile of 8-bit weights (an output head) for few tokens."""
+EXPERTS, TOP_K = 128, 8
+"""Of Qwen3-VL-30B-A3B: what sorting and adding up slots is compiled for."""
 
 _HEADER = (
     f"{'kernel':<20}{'scheme':<7}{'target':<8}{'dtype':<6}{'tile':<18}{'regs':>5}{'shared':>8}"

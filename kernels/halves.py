@@ -158,39 +158,22 @@ def _group_sums(
         return total.to(tl.float32) * x_scale * scale_zero.to(tl.float32, bitcast=True)[:, None]
 
 
-@triton.jit(do_not_specialize=["M", "TILES", "tiles_m", "size", "rest"])
-def halves_kernel(
-    halves_ptr, x_scale_sum_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr,
-    partials_ptr, counter_ptr, M, N, K, TILES, tiles_m, size, rest,
+@triton.jit
+def sum_of_pairs(
+    halves_ptr, x_scale_sum_ptr, weight_ptr, scale_ptr, rows, tokens, columns, start, end,
+    M, K, TILES,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, X_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
-    PDL: tl.constexpr, FETCH: tl.constexpr,
+    EVEN: tl.constexpr, X_ORDER: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,), each with an equal share of an output tile's pairs of groups.
+    """W x^T over pairs start to end: fp32 [BLOCK_N, BLOCK_M], 8-bit weights not scaled yet.
 
-    halves int8 [M, 2, K]; x_scale_sum int64 [pairs, M], the first group of a pair in the low half;
-    scale_ptr: scale_zero int64 [pairs, N_pad] in the same way, or fp32 [N_pad] of 8-bit weights.
-    TILES: layout tiles of 128 rows. EVEN: K is whole pairs.
+    rows [BLOCK_N]; tokens [BLOCK_M], rows of x, and columns [2 * BLOCK_M], 2 * token for its high
+    half and one more for its low one: zeros for what is not below M, and 2 * M.
     """
     ROW: tl.constexpr = 128 if BITS == 8 else 16  # bytes
     HALF: tl.constexpr = 16384 if BITS == 8 else 6144  # bytes of a layout tile's group
-    LINES: tl.constexpr = 2 * HALF // 128
-    pairs = tl.cdiv(K, 256)
-    first, last = launch.share(pairs, size, rest, True)
-    row = tl.arange(0, BLOCK_N)
-    token = tl.arange(0, BLOCK_M)
     k = tl.arange(0, 128)
-    if PDL:
-        ahead = first % pairs * TILES + first // pairs // tiles_m * BLOCK_N // 128
-        line = tl.minimum(ahead * LINES + k, pairs * TILES * LINES - 1)
-        launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL, FETCH)
-    tile = first // pairs
-    start = first - tile * pairs
-    end = start + last - first
-    rows = tile // tiles_m * BLOCK_N + row
     stored = tl.minimum(rows, TILES * 128 - 1)  # a half-filled last tile stores not all it reads
-    tokens = tile % tiles_m * BLOCK_M + token
-    columns = tile % tiles_m * (2 * BLOCK_M) + tl.arange(0, 2 * BLOCK_M)
     weight_ptrs = weight_ptr + (stored // 128 * (2 * HALF) + stored % 128 * ROW)[:, None]
     weight_ptrs += tl.arange(0, ROW)[None, :]
     x_ptrs = halves_ptr + columns[None, :].to(tl.int64) * K + k[:, None]
@@ -220,6 +203,43 @@ def halves_kernel(
             (scale_zero >> 32).to(tl.int32), (x_scale_sum >> 32).to(tl.int32),
             BITS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "TILES", "tiles_m", "size", "rest"])
+def halves_kernel(
+    halves_ptr, x_scale_sum_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr,
+    partials_ptr, counter_ptr, M, N, K, TILES, tiles_m, size, rest,
+    BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, X_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,), each with an equal share of an output tile's pairs of groups.
+
+    halves int8 [M, 2, K]; x_scale_sum int64 [pairs, M], the first group of a pair in the low half;
+    scale_ptr: scale_zero int64 [pairs, N_pad] in the same way, or fp32 [N_pad] of 8-bit weights.
+    TILES: layout tiles of 128 rows. EVEN: K is whole pairs.
+    """
+    HALF: tl.constexpr = 16384 if BITS == 8 else 6144  # bytes of a layout tile's group
+    LINES: tl.constexpr = 2 * HALF // 128
+    pairs = tl.cdiv(K, 256)
+    first, last = launch.share(pairs, size, rest, True)
+    row = tl.arange(0, BLOCK_N)
+    token = tl.arange(0, BLOCK_M)
+    if PDL:
+        ahead = first % pairs * TILES + first // pairs // tiles_m * BLOCK_N // 128
+        line = tl.minimum(ahead * LINES + tl.arange(0, 128), pairs * TILES * LINES - 1)
+        launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL, FETCH)
+    tile = first // pairs
+    start = first - tile * pairs
+    end = start + last - first
+    rows = tile // tiles_m * BLOCK_N + row
+    tokens = tile % tiles_m * BLOCK_M + token
+    columns = tile % tiles_m * (2 * BLOCK_M) + tl.arange(0, 2 * BLOCK_M)
+    acc = sum_of_pairs(
+        halves_ptr, x_scale_sum_ptr, weight_ptr, scale_ptr, rows, tokens, columns, start, end,
+        M, K, TILES, BITS, BLOCK_M, BLOCK_N, STAGES, EVEN, X_ORDER, USE_PTX,
+    )  # fmt: skip
     if BITS == 8:
         acc *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
     if end - start == pairs:

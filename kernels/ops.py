@@ -8,7 +8,7 @@ library.py's:
     qig::w4a8_linear     codes and scale of qig::quantize_activation -> [M, N]
     qig::w8a16_linear    x [M, K] -> [M, N], and qig::w8a16_embedding ids [M] -> [M, K]
 
-quantizer_ops.py has those that quantize activations.
+quantizer_ops.py has those that quantize activations, experts.py the one of a mixture of experts.
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ def compile_ahead(
     module = KERNELS[scheme.name]
     COMPILATION.begin(
         (scheme.name, k, dtype, device),
-        functools.partial(_on, device, module.warm_up, k, dtype, device),
+        functools.partial(on_device, device, module.warm_up, k, dtype, device),
     )
     for tile, m in warm_up_tiles(scheme, n, k, device):
         arguments = (scheme, n, k, dtype, device, tile, m, has_bias)
-        COMPILATION.begin(arguments, functools.partial(_on, device, _launch, *arguments))
+        COMPILATION.begin(arguments, functools.partial(on_device, device, _launch, *arguments))
 
 
 def warm_up(
@@ -162,7 +162,8 @@ def warm_up(
     COMPILATION.finish()
 
 
-def _on(device: torch.device, function: Callable[..., None], *arguments: Any) -> None:
+def on_device(device: torch.device, function: Callable[..., None], *arguments: Any) -> None:
+    """Call it with the device set, and wait for what it launched."""
     with torch.cuda.device(device):
         function(*arguments)
         torch.cuda.synchronize(device)

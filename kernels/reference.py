@@ -71,6 +71,31 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, torch.where(finite, scale, torch.nan)
 
 
+def experts(
+    x: torch.Tensor,
+    routing: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: list[dict[str, torch.Tensor]],
+    down: list[dict[str, torch.Tensor]],
+    scheme: str,
+) -> torch.Tensor:
+    """A mixture-of-experts layer for x [M, K]: fp32 [M, K].
+
+    routing, ids [M, top_k], id -1 for an expert that is elsewhere; gate_up and down: an expert's
+    tensors of formats.tensor_specs. Rows between the two linears are rounded to x's dtype, as they
+    are stored.
+    """
+    linear = w3a16_linear if scheme == "w3a16" else w4a8_linear
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(len(down)):
+        tokens, choice = torch.nonzero(ids == expert, as_tuple=True)
+        if len(tokens):
+            hidden = linear(x[tokens], *gate_up[expert].values()).to(x.dtype)
+            part = linear(silu_mul(hidden), *down[expert].values())
+            out.index_add_(0, tokens, part * routing[tokens, choice, None].float())
+    return out
+
+
 _MOST = 32639  # 127 * 256 + 127
 _SUM = (1 << 23) - 1  # bits of the sum in a word
 

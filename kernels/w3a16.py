@@ -3,8 +3,8 @@
     out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
 Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then
-here `half_group_ptx` (half a group's codes made numbers, in PTX) and its twin `_codes`, `_product`,
-`_part`, `w3a16_shared_kernel`.
+here `half_group_ptx` (half a group's codes made numbers, in PTX) and its twin `_codes`,
+`product_of_groups`, `_part`, `w3a16_shared_kernel`.
 
 Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
 first; 32 of them are three int32 words, and w10 and w21 lie across two words.
@@ -215,7 +215,7 @@ def _load_x(ptrs, in_range, left, BLOCK_M: tl.constexpr, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def _groups(K, RAGGED: tl.constexpr):
+def groups_of(K, RAGGED: tl.constexpr):
     """Groups of K inputs."""
     if RAGGED:
         return tl.cdiv(K, 128)
@@ -224,7 +224,7 @@ def _groups(K, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def product_of_groups(
     x_ptrs, x_in_range, weight_ptrs, scale_zero_ptrs, group_first, group_last, K, TILES,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
     DTYPE: tl.constexpr, RAGGED: tl.constexpr, USE_PTX: tl.constexpr,
@@ -253,11 +253,11 @@ def _product(
 
 
 @triton.jit
-def _pointers(
+def pointers(
     x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES,
     BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of an output tile: rows [BLOCK_N], and what `_product` takes of pointers.
+    """Of an output tile: rows [BLOCK_N], and what `product_of_groups` takes of pointers.
 
     WIDE: x may have more than 2^31 elements.
     """
@@ -280,16 +280,16 @@ def _part(
 ):  # fmt: skip
     """Units from `first` to the end of its output tile, or to `last`; -> the unit after them."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    groups = _groups(K, RAGGED)
+    groups = groups_of(K, RAGGED)
     tile = first // groups
     start = first - tile * groups
     end = tl.minimum(groups, start + last - first)
     token = tile % tiles_m * BLOCK_M
     tokens = token + tl.arange(0, BLOCK_M)
-    rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
+    rows, x_ptrs, weight_ptrs, scale_zero_ptrs = pointers(
         x_ptr, weight_ptr, scale_zero_ptr, tile // tiles_m, tokens, M, K, TILES, BLOCK_N, False
     )
-    acc = _product(
+    acc = product_of_groups(
         x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, start, end, K, TILES,
         BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, RAGGED, USE_PTX,
     )  # fmt: skip
@@ -318,7 +318,7 @@ def w3a16_shared_kernel(
     PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, group)."""
-    groups = _groups(K, RAGGED)
+    groups = groups_of(K, RAGGED)
     first, last = launch.share(groups, size, rest, ALIGNED)
     if PDL:
         ahead = first % groups // 2 * TILES + first // groups // tiles_m * BLOCK_N // 128
@@ -351,14 +351,14 @@ def w3a16_prefill_kernel(
     tiles_n = tl.cdiv(TILES * 128, BLOCK_N)
     tile_m, tile = launch.grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows, x_ptrs, weight_ptrs, scale_zero_ptrs = _pointers(
+    rows, x_ptrs, weight_ptrs, scale_zero_ptrs = pointers(
         x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N, True
     )
     if PDL:
         line = tl.minimum(tile * BLOCK_N // 128 * 96 + tl.arange(0, 128), TILES * 96 - 1)
         launch.start_early(weight_ptr + line * 64, PDL, FETCH)
-    acc = _product(
-        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, 0, _groups(K, RAGGED), K,
+    acc = product_of_groups(
+        x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, 0, groups_of(K, RAGGED), K,
         TILES, BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, RAGGED, USE_PTX,
     )  # fmt: skip
     launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)

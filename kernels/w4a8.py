@@ -78,23 +78,32 @@ def _unpack(nibbles, ROWS: tl.constexpr, USE_PTX: tl.constexpr):
 
 
 @triton.jit
+def scaled(acc, token_scale_ptr, channel_scale_ptr, rows, tokens, M, N):
+    """acc int32 [BLOCK_N, BLOCK_M] with the scales of its rows and tokens: fp32."""
+    token_scale = tl.load(token_scale_ptr + tokens, mask=tokens < M, other=0.0)
+    channel_scale = tl.load(channel_scale_ptr + rows, mask=rows < N, other=0.0)
+    return acc.to(tl.float32) * (token_scale[None, :] * channel_scale[:, None])
+
+
+@triton.jit
 def _store(
     out_ptr, acc, token_scale_ptr, channel_scale_ptr, bias_ptr, rows, tokens, M, N,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """acc int32 [BLOCK_N, BLOCK_M], scaled -> out [M, N]."""
-    token_scale = tl.load(token_scale_ptr + tokens, mask=tokens < M, other=0.0)
-    channel_scale = tl.load(channel_scale_ptr + rows, mask=rows < N, other=0.0)
-    out = acc.to(tl.float32) * (token_scale[None, :] * channel_scale[:, None])
+    out = scaled(acc, token_scale_ptr, channel_scale_ptr, rows, tokens, M, N)
     launch.store_out(out_ptr, out, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
 @triton.jit
-def _sum_of_products(
+def sum_of_products(
     codes_ptr, nibbles_ptr, rows, tokens, block_first, block_last, M, K, N_PAD,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """16 * codes^T weights over blocks of 128 inputs: int32 [BLOCK_N, BLOCK_M]."""
+    """16 * codes^T weights over blocks of 128 inputs: int32 [BLOCK_N, BLOCK_M].
+
+    tokens [BLOCK_M]: rows of codes; of those not below M nothing counts.
+    """
     # A half-filled last tile reads the last row again rather than past the end.
     nibble_ptrs = (
         nibbles_ptr + tl.minimum(rows, N_PAD - 1)[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -125,7 +134,7 @@ def _part(
     rows = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tile % tiles_m * BLOCK_M
     tokens = token + tl.arange(0, BLOCK_M)
-    acc = _sum_of_products(
+    acc = sum_of_products(
         codes_ptr, nibbles_ptr, rows, tokens, start, end, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip
@@ -199,7 +208,7 @@ def w4a8_prefill_kernel(
     if PDL:
         line = tl.minimum(tile * BLOCK_N // 2 + tl.arange(0, BLOCK_N // 2), N_PAD // 2 - 1)
         launch.start_early(nibbles_ptr + line * 128, PDL, FETCH)
-    acc = _sum_of_products(
+    acc = sum_of_products(
         codes_ptr, nibbles_ptr, rows, tokens, 0, K // 128, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,
     )  # fmt: skip

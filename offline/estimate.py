@@ -12,18 +12,21 @@ import copy
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
+from qig_serve.architectures import SmoothingGroup
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration.batches import TEXT, CalibrationBatch
-from qig_serve.offline.equalization.group import equalize_group
+from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.passes.capture import quantized_weights
 from qig_serve.offline.passes.parts import inner_names
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.results import GroupResult
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.offline.source.stand_ins import out_of_memory
@@ -135,7 +138,9 @@ def dry_run(
                 else recipe.token_weights,
             }
         )
-        streams = first_streams(chosen)
+        everything = sum(b.token_mask.numel() for b in batches)
+        # An expert is as rare as it will be.
+        streams = replace(first_streams(chosen), share=tokens / everything)
         before = _now(loaded.device) - started
         seconds = time_block(loaded, streams, dry, recipe.candidates)
     except (RuntimeError, MemoryError) as error:
@@ -146,7 +151,6 @@ def dry_run(
             f"({chosen[0].token_mask.shape[1]} tokens) ran out of memory on {loaded.device}: lower "
             f"--batch-tokens (now {recipe.batch_tokens}) or --max-length, or use smaller images"
         ) from None
-    everything = sum(b.token_mask.numel() for b in batches)
     factor = everything / tokens
     waiting = everything * bytes_a_token(loaded, recipe)
     on_disk = recipe.offload == "disk"
@@ -171,21 +175,22 @@ def time_block(
     original = loaded.block(0)
     block = copy.deepcopy(original)
     seconds.load = _now(device) - started
-    results = []
+    results: list[GroupResult] = []
     groups = loaded.groups(block)
-    for group in groups if recipe.needs_groups else ():
-        started = _now(device)
-        module = block.get_submodule(group.loss_module)
-        quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
-        once = _now(device) - started
-        results.append(equalize_group(block, group, streams, recipe.equalization, None, 0))
-        report = results[-1].report
-        seconds.capture += report.seconds["capture"]
-        seconds.token_weights += report.seconds["token_weights"]
-        seconds.rounding += report.seconds["channels"]
-        forward = max(0.0, report.seconds["search"] / len(report.losses) - once)
-        seconds.search += candidates * forward
-        seconds.candidates += candidates * once
+    if recipe.needs_groups:
+        once = [_seconds_to_round(block, group, streams) for group in groups]
+        for _ in equalize_block(block, groups, streams, recipe.equalization, None, 0, results):
+            pass
+        common = sum(group.expert is None for group in groups)
+        once[common:] = [sum(once[common:])]  # of experts there is one report
+        reports = [result.report for result in results if result.report is not None]
+        for report, quantizing in zip(reports, once, strict=False):
+            seconds.capture += report.seconds["capture"]
+            seconds.token_weights += report.seconds.get("token_weights", 0.0)
+            seconds.rounding += report.seconds["channels"]
+            forward = max(0.0, report.seconds["search"] / len(report.losses) - quantizing)
+            seconds.search += candidates * forward
+            seconds.candidates += candidates * quantizing
     parts: dict[str, float] = {}
     started = _now(device)
     method = recipe.rounding_method
@@ -196,6 +201,14 @@ def time_block(
     streams.advance(original, block, loaded.linears(block), "layer 0")
     seconds.advance = _now(device) - started
     return seconds
+
+
+def _seconds_to_round(block: nn.Module, group: SmoothingGroup, streams: Streams) -> float:
+    """What a candidate costs before any token has passed: quantizing a group's weights."""
+    started = _now(streams.device)
+    module = block.get_submodule(group.loss_module)
+    quantized_weights(module, inner_names(group), None, streams.scheme, streams.dtype)
+    return _now(streams.device) - started
 
 
 @torch.no_grad()
@@ -223,7 +236,13 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
         n = k = hidden
         if group.loss_module in group.linears:
             n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))
+        if group.expert is not None:  # beside what all experts read; a rare one sees all tokens
+            widest = max(widest, hidden + n + k)
+            continue
         widest = max(widest, n + k * (2 if recipe.weighting.needs_quantized_input else 1))
+    method = recipe.rounding_method
+    if loaded.arch.has_experts and method.statistics:
+        widest = max(widest, hidden * (2 if method.shifted else 1))
     streams = 3 if recipe.tuning_passes else 2
     return 4 * (streams * hidden + widest)  # fp32
 

@@ -121,7 +121,7 @@ def explain_layers(
         block, kwargs = loaded.block(index), before.kwargs(index)
         if index in chosen:
             start = rounded if scheme.activation_bits is not None else None
-            groups = loaded.groups(block)
+            groups = [group for group in loaded.groups(block) if group.expert is None]
             found[index] = _explain(
                 block, groups, full, start, kwargs, mask, scheme, loaded.dtype, rule
             )

@@ -33,7 +33,7 @@ from qig_serve.offline.checkpoint.blocks import load_written, read_progress, wri
 from qig_serve.offline.checkpoint.canary import Canary
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
-from qig_serve.offline.equalization.group import equalize_group
+from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
 from qig_serve.offline.importance.gradients import AnswerGradients, model_gradients
 from qig_serve.offline.passes.capture import Store, check_finite
@@ -230,6 +230,11 @@ def look_ahead(
 
 def check_shapes(loaded: LoadedModel, scheme: QuantScheme, form: str = "qig") -> None:
     """UserError that names the first linear whose size the scheme, or the form, cannot store."""
+    if form == "compressed-tensors" and loaded.arch.has_experts:
+        raise UserError(
+            f"{loaded.directory} has experts, which are not written as compressed-tensors: leave "
+            "--format out"
+        )
     for index in range(loaded.num_blocks):
         groups = loaded.groups(loaded.meta_block(index))
         for name in (name for group in groups for name in group.linears):
@@ -311,23 +316,26 @@ def quantize_blocks(
             continue
 
         results: list[GroupResult] = []
-        searched = groups if recipe.needs_groups else ()
-        for i, group in enumerate(searched):
-            progress.step(f"equalization of {group.name}", 0.75 * i / len(searched))
-            results.append(
-                equalize_group(block, group, streams, recipe.equalization, gradients, index)
-            )
-            kept.keep(index, group.name, results[-1].token_weights)
+        if recipe.needs_groups:
+            for part, name in equalize_block(
+                block, groups, streams, recipe.equalization, gradients, index, results
+            ):
+                progress.step(f"equalization of {name}", 0.75 * part)
+            for group, result in zip(groups, results, strict=True):
+                if group.expert is None:
+                    kept.keep(index, group.name, result.token_weights)
         progress.step("rounding", 0.75)
-        tensors, rounding = round_block(
+        rounding = round_block(
             block, original, groups, results, streams, recipe.rounding_method, where
         )
-        count_fallbacks(index, results, rounding, report, recipe, progress)
+        count_fallbacks(index, results, rounding.reports, report, recipe, progress)
         progress.step("advancing", 0.9)
+        equalized = next((r.experts for r in results if r.experts), None)
         done = BlockReport(
             index=index,
-            modules=[r.report for r in results],
-            linears=rounding,
+            modules=[r.report for r in results if r.report is not None],
+            linears=rounding.reports,
+            experts=rounding.experts or equalized,
             output_error=streams.advance(original, block, linears, where),
             seconds=time.monotonic() - started,
             host_bytes=host_bytes(),
@@ -338,7 +346,7 @@ def quantize_blocks(
             progress.step("writing", 0.98)
             # The report first: a block that is written counts as done, and is not reported again.
             writer.write_text(REPORT_FILE, report.model_dump_json())
-            write_block(loaded, block, index, tensors, results, writer, streams.scheme)
+            write_block(loaded, block, index, rounding.tensors, results, writer, streams.scheme)
         progress.block_done(block_line(done), first)
 
 

@@ -6,15 +6,20 @@ equalization leaves behind for the rest of its block.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qig_serve.architectures import any_expert
+
 if TYPE_CHECKING:
     import torch
 
 REPORT_FILE = "report.json"
+_NAMED = 8
+"""Blocks whose rare experts a sentence names."""
 
 
 class _Data(BaseModel):
@@ -79,6 +84,17 @@ class LinearReport(_Data):
     """Factor by which damping had to grow for the Hessian to be positive definite."""
 
 
+class ExpertsReport(_Data):
+    """How much of the calibration data each expert of a block saw."""
+
+    tokens: list[int]
+    """Real tokens that are routed to each."""
+    least: int
+    """Experts with fewer are rare,"""
+    rare: list[int]
+    """and calibrated on all tokens of the layer: these."""
+
+
 class BlockReport(_Data):
     """One decoder block."""
 
@@ -86,6 +102,8 @@ class BlockReport(_Data):
     modules: list[ModuleReport] = Field(default_factory=list)
     linears: dict[str, LinearReport] = Field(default_factory=dict)
     """By name; empty where the rounding method looks at weights alone."""
+    experts: ExpertsReport | None = None
+    """None without experts, and where nothing is calibrated on what they see."""
     output_error: float = 0.0
     """Mean squared error of the block's output in the quantized model over the mean square of
     the full-precision output, real tokens only."""
@@ -94,6 +112,25 @@ class BlockReport(_Data):
     """Peak resident memory of the process so far."""
     device_bytes: int = 0
     """Peak memory allocated on the GPU so far; 0 on a CPU."""
+
+
+def experts_together(block: BlockReport) -> list[tuple[str, LinearReport]]:
+    """A block's linears by name, those of all experts as one: means, and all tokens."""
+    found: dict[str, list[LinearReport]] = {}
+    for name, linear in block.linears.items():
+        found.setdefault(any_expert(name), []).append(linear)
+    return [(name, alike[0] if len(alike) == 1 else _mean(alike)) for name, alike in found.items()]
+
+
+def _mean(linears: Sequence[LinearReport]) -> LinearReport:
+    def mean(values: Iterable[float | None]) -> float | None:
+        present = [value for value in values if value is not None]
+        return sum(present) / len(present) if present else None
+
+    fields = {n: mean(getattr(x, n) for x in linears) for n in LinearReport.model_fields}
+    tokens, raised = sum(x.tokens for x in linears), [x.damping_raised for x in linears]
+    worst = max((r for r in raised if r is not None), default=None)
+    return LinearReport.model_validate({**fields, "tokens": tokens, "damping_raised": worst})
 
 
 class TuningReport(_Data):
@@ -146,6 +183,21 @@ class QuantizationReport(_Data):
     seconds: float = 0.0
     producer: str = ""
 
+    def rare_experts(self) -> str:
+        """A sentence about experts that saw too little of the calibration data; maybe empty."""
+        found = [(b.index, b.experts) for b in self.blocks if b.experts is not None]
+        rare = [(index, experts.rare) for index, experts in found if experts.rare]
+        if not rare:
+            return ""
+        count, all_of_them = sum(len(r) for _, r in rare), sum(len(e.tokens) for _, e in found)
+        places = "; ".join(f"block {index}: {', '.join(map(str, r))}" for index, r in rare[:_NAMED])
+        if len(rare) > _NAMED:
+            places += f"; and {len(rare) - _NAMED} more blocks, in {REPORT_FILE}"
+        return (
+            f"{count} of {all_of_them} experts saw fewer than {found[0][1].least} calibration "
+            f"tokens and were calibrated on all tokens of their layer ({places})"
+        )
+
     def summary(self) -> dict[str, float]:
         """A few figures for config.json, which is the same for the same recipe: no times."""
         modules = [m for b in self.blocks for m in b.modules]
@@ -168,7 +220,8 @@ class QuantizationReport(_Data):
 class GroupResult:
     """What one group leaves behind for the rest of its block."""
 
-    report: ModuleReport
+    report: ModuleReport | None
+    """None of experts but the first, whose report is that of all."""
     token_weights: list[torch.Tensor]
     """lambda of each batch, [B, T]."""
     columns: torch.Tensor | None = None
@@ -176,3 +229,5 @@ class GroupResult:
     changed: list[str] = field(default_factory=list)
     """16-bit parameters of the block that folding changed."""
     fallbacks: list[str] = field(default_factory=list)
+    experts: ExpertsReport | None = None
+    """Of the first expert."""

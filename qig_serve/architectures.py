@@ -6,6 +6,7 @@ which may be older than the module names of the installed transformers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,6 +33,46 @@ class SmoothingGroup:
     """(i, n): the linears read the i-th of n equal parts of a fused previous linear's outputs."""
     readers: tuple[str, ...] = ()
     """Linears that stay in 16 bits and read the same: they take up the scales too."""
+    expert: int | None = None
+    """Number of the expert, where the group is one expert's: it sees what is routed to it."""
+
+    def of_experts(self, count: int) -> Iterator[SmoothingGroup]:
+        """The groups of a block with so many experts, for whose number a row's paths have `*`.
+
+        One for each expert where the previous op is an expert's, and one for all otherwise.
+        """
+
+        def numbered(e: int) -> tuple[str, ...]:
+            return tuple(name.replace("*", str(e)) for name in self.linears if "*" in name)
+
+        if "*" in self.previous:
+            for e in range(count):
+                previous, loss = (p.replace("*", str(e)) for p in (self.previous, self.loss_module))
+                yield replace(
+                    self, previous=previous, linears=numbered(e), loss_module=loss, expert=e
+                )
+            return
+        others = (name for name in self.linears if "*" not in name)
+        yield replace(self, linears=(*(n for e in range(count) for n in numbered(e)), *others))
+
+
+EXPERTS = "mlp.experts"
+"""Path, inside a block, of its experts: numbered modules of ordinary linears (experts.py)."""
+ROUTER = "mlp.gate"
+"""Path of what chooses them."""
+_SHARED = ("mlp.shared_expert", "mlp.shared_expert_gate")
+
+
+def expert_number(name: str) -> int | None:
+    """The number of the expert that a linear's path inside a block is of; None for others."""
+    number = name.removeprefix(f"{EXPERTS}.").partition(".")[0]
+    return int(number) if name.startswith(f"{EXPERTS}.") and number.isdecimal() else None
+
+
+def any_expert(name: str) -> str:
+    """A linear's path inside a block, with `*` for the number of its expert."""
+    number = expert_number(name)
+    return name if number is None else name.replace(f"{EXPERTS}.{number}.", f"{EXPERTS}.*.", 1)
 
 
 _TOWERS = ("vision_tower.", "model.vision_tower.")
@@ -87,14 +128,27 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths, inside a block, of all linears that are quantized; of every kind of block."""
+        """Paths, inside a block, of all linears that are quantized; of every kind of block.
+
+        `*` stands for the number of an expert.
+        """
         names = (name for groups in self.kinds for group in groups for name in group.linears)
         return tuple(dict.fromkeys(names))
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether blocks have experts."""
+        return any("*" in name for name in self.linears)
+
     def groups_of(self, block: Any) -> tuple[SmoothingGroup, ...]:
-        """The groups of a block (a module): those of the first kind whose linears are all in it."""
+        """The groups of a block (a module): those of the first kind whose linears are all in it.
+
+        Experts are those of a block whose linears are ordinary ones (experts.unfuse).
+        """
         found = {name for name, _ in block.named_modules()}
-        for groups in self.kinds:
+        experts = sum(name.rpartition(".")[0] == EXPERTS for name in found)
+        for kind in self.kinds:
+            groups = tuple(g for group in kind for g in group.of_experts(experts))
             if all(name in found for group in groups for name in group.linears):
                 return groups
         raise ValueError(f"{self.name}: a decoder block of an unknown kind")
@@ -118,6 +172,31 @@ def _groups(mlp_norm: str, norm_offset: float = 0.0) -> tuple[SmoothingGroup, ..
         SmoothingGroup("gate_up", mlp_norm, gate_up, "mlp", "norm", norm_offset),
         SmoothingGroup("down", "mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj", "linear"),
     )
+
+
+def _sparse(
+    groups: tuple[SmoothingGroup, ...], shared: tuple[str, ...] = ()
+) -> tuple[SmoothingGroup, ...]:
+    """The same with experts in the place of the MLP; shared: of an expert that sees every token,
+    its path and that of its gate."""
+    *mixer, gate_up, down = groups
+    expert = f"{EXPERTS}.*"
+    mlps = (expert, *shared[:1])
+    return (
+        *mixer,
+        replace(
+            gate_up,
+            linears=tuple(f"{mlp}.{x}_proj" for mlp in mlps for x in ("gate", "up")),
+            readers=(ROUTER, *shared[1:]),
+        ),
+        *(_down_of(down, mlp) for mlp in shared[:1]),
+        replace(_down_of(down, expert), name="experts_down"),
+    )
+
+
+def _down_of(group: SmoothingGroup, mlp: str) -> SmoothingGroup:
+    down = f"{mlp}.down_proj"
+    return replace(group, previous=f"{mlp}.up_proj", linears=(down,), loss_module=down)
 
 
 def _fused_gate_up(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
@@ -240,6 +319,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             "M-RoPE, q and k norms, vision features added after early blocks",
         ),
         Architecture(
+            "qwen3_vl_moe",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _sparse(_PRE_NORM),
+            "Qwen3VLMoeForConditionalGeneration",
+            "merged",
+            "as qwen3_vl, with experts",
+            kept=(ROUTER,),
+            refused=(("mlp_only_layers", "blocks without experts between those with them"),),
+        ),
+        Architecture(
             "internvl",
             "model.language_model",
             _LLAVA_PREFIXES,
@@ -307,6 +397,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             "3.5 to 3.8: gated delta-net, (1 + w) norms, gate in q_proj",
             other_groups=(_delta_net(_QWEN3_5),),
             kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+            embedding_as_is=True,
+            on_cpu="gated delta-net in bfloat16 only, and no speculation",
+        ),
+        Architecture(
+            "qwen3_5_moe",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _sparse(_QWEN3_5, _SHARED),
+            "Qwen3_5MoeForConditionalGeneration",
+            "merged",
+            "as qwen3_5, with experts, and one that sees every token",
+            other_groups=(_delta_net(_sparse(_QWEN3_5, _SHARED)),),
+            kept=(
+                ROUTER,
+                "mlp.shared_expert_gate",
+                "linear_attn.in_proj_a",
+                "linear_attn.in_proj_b",
+            ),
             embedding_as_is=True,
             on_cpu="gated delta-net in bfloat16 only, and no speculation",
         ),

@@ -16,6 +16,12 @@ from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import text_config
 
 _LAYER = re.compile(r"(.*\blayers)\.(\d{1,6})\.(.*)")
+_MLPS = {
+    "": "intermediate_size",
+    "experts.": "moe_intermediate_size",
+    "shared_expert.": "shared_expert_intermediate_size",
+}
+"""What stands before the linears of an MLP, and its width in config.json."""
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 _VOCABULARY_PARTS = tuple(tensor_specs(VOCABULARY_SCHEME, 128, 128))
 
@@ -113,21 +119,27 @@ def _other_sizes(
 
     Heads are left out where blocks are of mixed kinds: each kind has its own.
     """
-    hidden, inner = text.get("hidden_size"), text.get("intermediate_size")
-    wanted = {
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-        "o_proj": (hidden, None),
-    }
+    hidden = text.get("hidden_size")
+    wanted = {"o_proj": (hidden, None)}
+    for owner, key in _MLPS.items():
+        inner = text.get(key)
+        wanted |= dict.fromkeys((f"{owner}gate_proj", f"{owner}up_proj"), (inner, hidden))
+        wanted[f"{owner}down_proj"] = (hidden, inner)
     wanted |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), (None, hidden))
     if isinstance(size := text.get("head_dim"), int) and not mixed:
         for names, key in (("q", "num_attention_heads"), ("kv", "num_key_value_heads")):
             if isinstance(heads := text.get(key), int):
                 wanted |= dict.fromkeys((f"{n}_proj" for n in names), (heads * size, hidden))
     for name, shape in sorted(linears.items()):
-        sizes = wanted.get(name.rpartition(".")[2], (None, None))
+        sizes = wanted.get(_kind(name), (None, None))
         if any(isinstance(w, int) and w != s for w, s in zip(sizes, shape, strict=True)):
             asked = " x ".join("any" if w is None else str(w) for w in sizes)
             yield f"{name}: {shape[0]} x {shape[1]}, but config.json asks for {asked}"
             return
+
+
+def _kind(name: str) -> str:
+    """A linear's last name, with that of the experts if it is of one of them."""
+    *_, owner, above, leaf = ("", "", *name.split("."))
+    owner = owner if above.isdecimal() else above
+    return f"{owner}.{leaf}" if f"{owner}." in _MLPS else leaf

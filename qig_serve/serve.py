@@ -116,6 +116,7 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
         args.tensor_parallel_size,
         args.pipeline_parallel_size,
         split_vision_tower=args.mm_encoder_tp_mode != "data" and not args.language_model_only,
+        expert_parallel=args.enable_expert_parallel,
     )
     if report.problems:
         raise UserError(

@@ -16,16 +16,23 @@ SIZES = (1, 2, 4, 8, 16)
 """The sizes that are looked at."""
 
 
-def why_refused(config: Any, cut_multiple: int, size: int, split_tower: bool = True) -> str | None:
+def why_refused(
+    config: Any,
+    cut_multiple: int,
+    size: int,
+    split_tower: bool = True,
+    split_experts: bool = True,
+) -> str | None:
     """Why a model cannot be split over `size` devices; None if it can.
 
     config: the model's Hugging Face configuration. cut_multiple: what each part of a quantized
     linear's inputs must be a multiple of (`QuantScheme.cut_multiple`). split_tower: whether the
-    vision tower is split too, as vLLM does by default (--mm-encoder-tp-mode).
+    vision tower is split too, as vLLM does by default (--mm-encoder-tp-mode). split_experts:
+    whether experts are; not where whole ones are shared out (--enable-expert-parallel).
     """
     text = config.get_text_config()
-    reasons, inputs = [], [("down", _mlp_width(text))]
-    for block in _kinds_of_block(text):
+    reasons, inputs = [], _mlp_widths(text, split_experts)
+    for before, block in enumerate(_kinds_of_block(text)):
         heads = int(block.num_attention_heads)
         kv_heads = int(getattr(block, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(block, "head_dim", None) or block.hidden_size // heads)
@@ -33,7 +40,7 @@ def why_refused(config: Any, cut_multiple: int, size: int, split_tower: bool = T
             reasons.append(f"{heads} query heads")
         if kv_heads % size and size % kv_heads:
             reasons.append(f"{kv_heads} key/value heads")
-        inputs.insert(-1, ("o", heads * head_dim))
+        inputs.insert(before, ("o", heads * head_dim))
     if key_heads := getattr(text, "linear_num_key_heads", None):
         values = text.linear_num_value_heads
         inputs.append(("out of gated delta-net", int(values * text.linear_value_head_dim)))
@@ -53,9 +60,12 @@ def why_refused(config: Any, cut_multiple: int, size: int, split_tower: bool = T
     return ", ".join(dict.fromkeys(reasons)) + f" cannot be split {size} ways" if reasons else None
 
 
-def refused_sizes(config: Any, cut_multiple: int, split_tower: bool = True) -> dict[int, str]:
+def refused_sizes(
+    config: Any, cut_multiple: int, split_tower: bool = True, split_experts: bool = True
+) -> dict[int, str]:
     """Those of SIZES that do not fit -> why; arguments as of `why_refused`."""
-    reasons = {size: why_refused(config, cut_multiple, size, split_tower) for size in SIZES}
+    split = split_tower, split_experts
+    reasons = {size: why_refused(config, cut_multiple, size, *split) for size in SIZES}
     return {size: why for size, why in reasons.items() if why is not None}
 
 
@@ -75,13 +85,20 @@ def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:
     return text + "".join(f"; not {size} ({why})" for size, why in refused.items())
 
 
-def _mlp_width(text: Any) -> int:
-    """Inputs of the MLP's last linear; LFM2 makes them from what its configuration says."""
+def _mlp_widths(text: Any, split_experts: bool) -> list[tuple[str, int]]:
+    """Inputs of the last linear of an MLP, or of experts, and what it is called.
+
+    LFM2 makes them from what its configuration says.
+    """
+    if width := getattr(text, "moe_intermediate_size", None):
+        shared = getattr(text, "shared_expert_intermediate_size", None)
+        found = [("an expert's down", int(width))] if split_experts else []
+        return [*found, ("the shared expert's down", int(shared))] if shared else found
     width = int(text.intermediate_size)
-    if not getattr(text, "block_auto_adjust_ff_dim", False):
-        return width
-    width = int(text.block_ffn_dim_multiplier * int(2 * width / 3))
-    return width + -width % int(text.block_multiple_of)
+    if getattr(text, "block_auto_adjust_ff_dim", False):
+        width = int(text.block_ffn_dim_multiplier * int(2 * width / 3))
+        width += -width % int(text.block_multiple_of)
+    return [("down", width)]
 
 
 def _kinds_of_block(text: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qig_serve.errors import UserError
+from qig_serve.experts import unfuse
 from qig_serve.formats import QUANT_METHOD, VOCABULARY_SCHEME, QuantScheme, tensor_specs
 from qig_serve.manifest import QuantizationConfig, read_quantization_config
 from qig_serve.packing import fake_quantize_activation, unpack_linear, unpack_rows
@@ -118,6 +119,7 @@ class QigQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         manifest = read_quantization_config(self.quantization_config.to_dict(), "config.json")
+        unfuse(model)
         for name, linear in decoder_linears(model).items():
             _replace(model, name, PackedLinear(linear, manifest.quant_scheme))
         self.vocabulary = PackedVocabulary(model, manifest)
@@ -132,6 +134,14 @@ class QigQuantizer(HfQuantizer):
             parameter.data = parameter.data.to(dtype)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Those of transformers, less what would make fused experts of single ones."""
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not any("experts" in pattern for pattern in conversion.source_patterns)
+        ]
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the packed tensors are gone
 
@@ -142,7 +152,7 @@ class QigQuantizer(HfQuantizer):
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linears of the language model's decoder blocks, by name: what qig quantizes."""
-    from qig_serve.architectures import get_architecture
+    from qig_serve.architectures import any_expert, get_architecture
 
     arch = get_architecture(model.config.model_type)
     inside, linears = arch.decoder + ".layers.", set(arch.linears)
@@ -150,7 +160,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
         name: module
         for name, module in model.named_modules()
         if name.startswith(inside)
-        and name.removeprefix(inside).partition(".")[2] in linears
+        and any_expert(name.removeprefix(inside).partition(".")[2]) in linears
         and isinstance(module, nn.Linear)
     }
 

@@ -75,3 +75,10 @@ def test_words_for_people() -> None:
 def test_sizes_for_one_linear() -> None:
     assert sizes_for_inputs(29568, 128) == [1]
     assert sizes_for_inputs(512, 128) == [1, 2, 4]
+
+
+def test_whole_experts_are_shared_out_where_they_cannot_be_split() -> None:
+    config = config_of(32, 4, 2048, 6144, num_heads=16)  # Qwen3-VL-30B-A3B
+    config.get_text_config().moe_intermediate_size = 768
+    assert fitting_sizes(refused_sizes(config, 128)) == [1, 2]
+    assert fitting_sizes(refused_sizes(config, 128, split_experts=False)) == [1, 2, 4, 8, 16]

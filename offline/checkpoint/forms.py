@@ -70,6 +70,6 @@ def plain(scheme: QuantScheme, source: SourceCheckpoint) -> Form:
         for linear, parts in linears.items():
             name = f"{linear}.weight"
             rest[name] = unpack_linear(parts, scheme).to(source.tensor(name).dtype)
-        return rest
+        return source.joined(rest)
 
     return Form(convert=unpacked)

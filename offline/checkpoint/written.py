@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qig_serve import model_directory
-from qig_serve.architectures import get_architecture
+from qig_serve.architectures import any_expert, get_architecture
 from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme, tensor_specs
 from qig_serve.offline.checkpoint import compressed_tensors
@@ -89,7 +89,7 @@ class WrittenModel(LoadedModel):
 
     def _stored(self, index: int, name: str) -> torch.Tensor:
         linear = name.removesuffix(".weight")
-        if linear not in self.arch.linears or not name.endswith(".weight"):
+        if any_expert(linear) not in self.arch.linears or not name.endswith(".weight"):
             return self.source.tensor(self.source_name(index, name))
         parts = {
             suffix: self.source.tensor(self.source_name(index, f"{linear}.{suffix}"))

@@ -29,7 +29,7 @@ from qig_serve.offline.results import GroupResult, ModuleReport
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What a search has chosen."""
 
     candidate: Candidate
@@ -62,7 +62,7 @@ def equalize_group(
     after_weights = time.monotonic()
     masks = [streams.mask(b) for b in range(len(streams))]
     weights = captured.to_parts(tokens.weights, masks)
-    found = _search(block, group, streams, settings, captured, weights, where)
+    found = search_scales(block, group, streams, settings, captured, weights, where)
     captured.clear()
     report = ModuleReport(
         name=group.name,
@@ -88,7 +88,7 @@ def equalize_group(
     return result
 
 
-def _search(
+def search_scales(
     block: nn.Module,
     group: SmoothingGroup,
     streams: Streams,
@@ -96,7 +96,7 @@ def _search(
     captured: ModuleParts,
     weights: Sequence[torch.Tensor],
     where: str,
-) -> _Found:
+) -> Found:
     """Tries the candidates; `weights` are those of the parts' tokens."""
 
     def batches() -> Iterator[SearchBatch]:
@@ -128,7 +128,7 @@ def _search(
         candidates = [candidates[0], moved]
     losses = evaluate(candidates)
     chosen = best(losses) if settings.kind == "search" else -1
-    return _Found(candidates[chosen], losses, losses[chosen], seconds)
+    return Found(candidates[chosen], losses, losses[chosen], seconds)
 
 
 def _candidates(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qig_serve.errors import UserError
+from qig_serve.experts import unfuse
 from qig_serve.offline.calibration.batches import MODALITIES, CalibrationBatch
 from qig_serve.offline.passes.capture import first_output
 from qig_serve.offline.processes import ALONE, Ranks
@@ -61,7 +62,11 @@ def model_gradients(
         return model(**inputs, use_cache=False).logits
 
     layers = list(model.get_submodule(loaded.arch.decoder).layers)
-    modules = [sorted({group.loss_module for group in loaded.groups(layer)}) for layer in layers]
+    unfuse(model)
+    modules = [
+        sorted({group.loss_module for group in loaded.groups(layer) if group.expert is None})
+        for layer in layers
+    ]
     return answer_gradients(model, forward, batches, layers, modules, ranks)
 
 
@@ -119,7 +124,8 @@ def answer_gradients(
                 gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
             for name, gradient in zip(names, gradients, strict=True):
                 mean = gradient.float().abs().mean(-1).cpu()
-                result.magnitude.setdefault(name, {})[b] = mean
+                # Of tokens laid end to end too, as a shared expert gets them.
+                result.magnitude.setdefault(name, {})[b] = mean.reshape(batch.token_mask.shape)
     finally:
         for handle in handles:
             handle.remove()

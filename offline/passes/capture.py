@@ -47,6 +47,10 @@ class Store:
             return self._tensors[index].to(device)
         return load_file(self._path(self._folder, index), device=str(device))["tensor"]
 
+    def rows(self, index: int, rows: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """Some rows of the tensor of batch `index` on a device; no others are moved there."""
+        return self.get(index, "cpu")[rows].to(device)
+
     def copy(self, name: str) -> Store:
         """Another store with the same tensors."""
         other = Store(self._folder, name)
@@ -112,7 +116,11 @@ class _Caught(Exception):
 def catch_call(
     block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any]
 ) -> ModuleCall:
-    """The call that `block(hidden, **kwargs)` makes to `module`; the pass ends there."""
+    """The call that `block(hidden, **kwargs)` makes to `module`; the pass ends there.
+
+    Of a module that is given tokens laid end to end [B T, C], and nothing else, the input is shaped
+    [B, T, C] as everywhere.
+    """
     caught: list[ModuleCall] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -123,7 +131,10 @@ def catch_call(
     try:
         block(hidden, **kwargs)
     except _Caught:
-        return caught[0]
+        call = caught[0]
+        if call.only_hidden and call.hidden.dim() == 2:
+            call = call.with_input(call.hidden.unflatten(0, hidden.shape[:2]))
+        return call
     finally:
         handle.remove()
     raise RuntimeError("the block did not call the module")

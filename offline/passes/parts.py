@@ -10,6 +10,7 @@ from torch import nn
 
 from qig_serve.architectures import SmoothingGroup
 from qig_serve.offline.passes.capture import ModuleCall, Store, catch_call, check_finite, run_module
+from qig_serve.offline.passes.routing import RoutedTokens, expert_of
 from qig_serve.offline.passes.streams import Streams
 
 
@@ -103,22 +104,56 @@ def capture_parts(
         calls = [calls[0]] * parts.count
         masks = [torch.ones(1, n, dtype=torch.bool, device=streams.device) for n in parts.sizes]
 
+    captured = (tokenwise, calls, stores["x"], stores.get("xq"))
+    return _with_targets(module, captured, masks, group, streams, where)
+
+
+@torch.no_grad()
+def capture_expert(
+    block: nn.Module, group: SmoothingGroup, routed: RoutedTokens, streams: Streams, where: str
+) -> ModuleParts:
+    """The same of the last linear of an expert, on the tokens that it sees."""
+    assert group.expert is not None
+    module, expert = block.get_submodule(group.loss_module), expert_of(block, group.expert)
+    store = streams.new_store(f"{group.name}-x")
+    parts = _Cutter(store, streams.batch_tokens)
+    for b in range(len(streams)):
+        parts.add(expert.inner(routed.tokens(b, group.expert, streams.device)))
+    parts.flush()
+    real = bool(parts.sizes)
+    if not real:  # of several processes, one may have none
+        parts.add(torch.zeros(1, expert.down_proj.in_features, device=streams.device))
+        parts.flush()
+    calls = [ModuleCall((None,), {})] * parts.count
+    masks = [torch.full((1, n), real, device=streams.device) for n in parts.sizes]
+    return _with_targets(module, (True, calls, store, None), masks, group, streams, where)
+
+
+def _with_targets(
+    module: nn.Module,
+    captured: tuple[bool, list[ModuleCall], Store, Store | None],
+    masks: list[torch.Tensor],
+    group: SmoothingGroup,
+    streams: Streams,
+    where: str,
+) -> ModuleParts:
+    """The parts, with what the module makes of them; `captured` are ModuleParts' first fields."""
+    _, calls, inputs, _ = captured
     targets = streams.new_store(f"{group.name}-y")
     total, peak, tokens = torch.zeros(()), torch.zeros(()), 0
     for i, (call, mask) in enumerate(zip(calls, masks, strict=True)):
-        x = stores["x"].get(i, streams.device)
+        x = inputs.get(i, streams.device)
         target = run_module(module, call.with_input(x))
         check_finite(target, f"{where}, output")
         targets.put(i, target)
         real = x[mask].float().abs()  # [tokens, C]
         total, tokens = total.to(x.device) + real.sum(0), tokens + len(real)
-        peak = torch.maximum(peak.to(x.device), real.amax(0))
+        if len(real):
+            peak = torch.maximum(peak.to(x.device), real.amax(0))
     streams.ranks.sum(total)
     streams.ranks.maximum(peak)
     act_mean = total / max(streams.ranks.total(tokens)[0], 1)
-    return ModuleParts(
-        tokenwise, calls, stores["x"], stores.get("xq"), targets, masks, act_mean, peak
-    )
+    return ModuleParts(*captured, targets, masks, act_mean, peak)
 
 
 class _Cutter:

@@ -47,6 +47,8 @@ class Streams:
     """Where activations wait if not in host memory."""
     ranks: Ranks = ALONE
     """The processes that share the samples; the batches are those of this one."""
+    share: float = 1.0
+    """Part of the calibration tokens that the batches are; less in a dry run."""
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -193,6 +193,8 @@ def calibration_figures(report: QuantizationReport) -> list[str]:
         )
     if report.tuning is not None and report.tuning.steps:
         lines.append(f"- {report.tuning.line()}")
+    if rare := report.rare_experts():
+        lines.append(f"- {rare}")
     if "completeness_worst" in figures:
         lines.append(f"- largest completeness error: {figures['completeness_worst']:.2%}")
     return lines

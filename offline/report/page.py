@@ -13,7 +13,7 @@ from qig_serve.offline.report import plots
 from qig_serve.offline.report.card import all_warnings, public_name, recovery_rows
 from qig_serve.offline.report.drawing import PICTURE_STYLE, picture_html
 from qig_serve.offline.report.pictures import TokenPicture
-from qig_serve.offline.results import QuantizationReport
+from qig_serve.offline.results import QuantizationReport, experts_together
 
 _EVALUATION_START, _EVALUATION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
@@ -179,15 +179,15 @@ def _losses(report: QuantizationReport) -> str:
         for m in b.modules
         if m.loss_rtn > 0
     ]
+    rounded = [
+        (b.index, name, linear) for b in report.blocks for name, linear in experts_together(b)
+    ]
     linears = [
-        [b.index, name, _g(linear.error_rtn), _g(linear.error)]
-        for b in report.blocks
-        for name, linear in b.linears.items()
+        [index, name, _g(linear.error_rtn), _g(linear.error)] for index, name, linear in rounded
     ]
     shifts = [
-        [b.index, name, _g(linear.shift), _g(linear.shift_damp)]
-        for b in report.blocks
-        for name, linear in b.linears.items()
+        [index, name, _g(linear.shift), _g(linear.shift_damp)]
+        for index, name, linear in rounded
         if linear.shift is not None
     ]
     outputs = [[b.index, _g(b.output_error)] for b in report.blocks]
@@ -217,6 +217,7 @@ def _losses(report: QuantizationReport) -> str:
         ),
         _details("Drift", _table(["block", "squared error / square"], outputs, 0)),
         "" if report.tuning is None else f"<p>Afterwards: {report.tuning.line()}.</p>",
+        f"<p>{rare}.</p>" if (rare := report.rare_experts()) else "",
     )
 
 
@@ -226,7 +227,7 @@ def _equalization(report: QuantizationReport) -> str:
     ranges = [
         [b.index, name, f"{linear.clip_ratio:.3f}", f"{linear.clipped:.2%}"]
         for b in report.blocks
-        for name, linear in b.linears.items()
+        for name, linear in experts_together(b)
     ]
     return _section(
         "Exponents and clip ratios",
@@ -355,6 +356,7 @@ _REASONS = (
     (("lm_head", "output_layer"), "its errors go straight into the probabilities of the tokens"),
     (("embed", "wte"), "rows are looked up, not multiplied: fewer bits would save no time"),
     (("norm",), "vectors, no matrices"),
+    (("gate",), "small, and an error in it changes which experts are asked"),
     (("projector", "connector", "merger"), "small, and whatever is seen passes through it"),
     (("vision", "visual", "image"), "small beside the decoder, and its errors reach every image"),
 )

@@ -17,6 +17,8 @@ from torch import nn
 from qig_serve import model_directory
 from qig_serve.architectures import Architecture, SmoothingGroup, get_architecture
 from qig_serve.errors import UserError
+from qig_serve.experts import unfuse
+from qig_serve.offline.source.experts import unfuse as unfuse_files
 from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (
     AFTER,
@@ -104,6 +106,7 @@ class LoadedModel:
         if not found:
             raise no_blocks(source, arch.source_prefixes)
         self._prefix = found[0]
+        unfuse_files(source, self._prefix, self.text_config)
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -191,7 +194,9 @@ class LoadedModel:
     def meta_block(self, index: int) -> nn.Module:
         """Block `index` as its class has it, without weights."""
         with torch.device("meta"):
-            return self._block_class(self.text_config, layer_idx=index)
+            block: nn.Module = self._block_class(self.text_config, layer_idx=index)
+        unfuse(block)
+        return block
 
     def _empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device; UserError where the files do not have its tensors."""
@@ -360,17 +365,18 @@ def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
 
     Of all but the decoder blocks, which have been looked at by then.
     """
-    if info["mismatched_keys"]:
-        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+    inside = (loaded.source_prefix, f"{loaded.arch.decoder}.layers.")
+    mismatched = [found for found in info["mismatched_keys"] if not found[0].startswith(inside)]
+    if mismatched:
+        name, stored, wanted = sorted(mismatched)[0]
         raise UserError(
             f"{name} is {list(stored)} in {loaded.directory}, but config.json asks for "
             f"{list(wanted)}"
         )
-    inside = (loaded.source_prefix, f"{loaded.arch.decoder}.layers.")
     check_outside(loaded.source, (n for n in info["unexpected_keys"] if not n.startswith(inside)))
-    if info["missing_keys"]:
+    if missing := [name for name in info["missing_keys"] if not name.startswith(inside)]:
         raise UserError(
-            f"{loaded.directory} has no tensor for {sorted(info['missing_keys'])[0]}: the "
+            f"{loaded.directory} has no tensor for {sorted(missing)[0]}: the "
             "checkpoint is incomplete; download it again"
         )
     for name, parameter in loaded.model.named_parameters():
@@ -390,4 +396,6 @@ def _with_few_blocks(config: Any) -> Any:
         count = 1 + max(types.index(kind) for kind in set(types))
         text.layer_types = list(types[:count])
     text.num_hidden_layers = count
+    if getattr(text, "num_experts", None):
+        text.num_experts = text.num_experts_per_tok = 1  # blocks are replaced: as little as can be
     return few

@@ -28,6 +28,11 @@ def choose(
 
     asked: True or False as the recipe says; None leaves it to the size of the model.
     """
+    if loaded.arch.has_experts:
+        return (
+            None,
+            "the MLP is not padded: experts are stored as wide as they are" if asked else "",
+        )
     if asked is False or (asked is None and decoder_weights(loaded) < LARGE):
         return None, ""
     padded = padded_width(loaded.config, scheme)

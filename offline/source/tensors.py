@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path
@@ -46,6 +46,8 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    columns: slice | None = None
+    """Where the file has a matrix the other way round: those of its columns that are the rows."""
 
 
 class SourceCheckpoint:
@@ -57,6 +59,7 @@ class SourceCheckpoint:
         self._open: dict[str, BufferedReader] = {}
         self._file_of: dict[str, str] = {}
         self._entries: dict[str, _Entry] = {}
+        self._split: dict[str, tuple[int, Sequence[str], bool]] = {}
         found = weight_files(self.directory)
         for name in found.names:
             self._add_shard(name)
@@ -131,7 +134,50 @@ class SourceCheckpoint:
             raise UserError(f"{where}: {error}") from None
         if got != entry.nbytes:
             raise UserError(f"{where}: the file has become shorter since it was opened")
-        return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        stored = raw.view(_DTYPES[entry.dtype])
+        if entry.columns is None:
+            return stored.reshape(entry.shape)
+        return stored.reshape(entry.shape[1], -1)[:, entry.columns].T.contiguous()
+
+    def split(self, name: str, parts: Sequence[str], transposed: bool) -> None:
+        """Has a tensor [E, P N, K] (transposed: [E, K, P N]) go by the names of its matrices.
+
+        `parts` are the E P names of [N, K] each, P (1 or 2) for every one of E. UserError where
+        one of them is in the files beside it.
+        """
+        entry, file = self._entries.pop(name), self._file_of.pop(name)
+        count, rows, k = entry.shape
+        self._split[name] = count, parts, transposed
+        if transposed:
+            rows, k = k, rows
+        each = len(parts) // count
+        n = rows // each
+        size = entry.nbytes // count
+        for i, part in enumerate(parts):
+            if part in self._file_of:
+                raise UserError(
+                    f"{self.directory} has one tensor by two names, {part} and inside of {name}: "
+                    "leave one of them out of the files"
+                )
+            e, p = divmod(i, each)
+            start = entry.start + e * size
+            self._file_of[part] = file
+            self._entries[part] = (
+                _Entry(entry.dtype, (n, k), start, size, slice(p * n, (p + 1) * n))
+                if transposed
+                else _Entry(entry.dtype, (n, k), start + p * size // each, size // each)
+            )
+
+    def joined(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by name, with matrices that `split` has named as they lie in the files."""
+        found = dict(tensors)
+        for name, (count, parts, transposed) in self._split.items():
+            if parts[0] not in tensors:
+                continue
+            matrices = torch.stack([found.pop(part) for part in parts])  # [E P, N, K]
+            whole = matrices.unflatten(0, (count, -1)).flatten(1, 2)  # [E, P N, K]
+            found[name] = whole.transpose(1, 2).contiguous() if transposed else whole
+        return found
 
     def fingerprint(self) -> str:
         """sha256 of config.json and, of every shard, header, size, and 4 KiB of each 16 MiB.

@@ -124,7 +124,13 @@ class Tuning:
                 hidden = self.before[index].get(b, device).requires_grad_()
                 with torch.enable_grad():
                     output = self._run(index, b, hidden, weights)
-                found = torch.autograd.grad(output, [hidden, *weights.values()], gradients[b])
+                found = torch.autograd.grad(
+                    output,
+                    [hidden, *weights.values()],
+                    gradients[b],
+                    allow_unused=True,  # experts that no token of these samples is routed to
+                    materialize_grads=True,
+                )
                 gradients[b] = found[0]
                 for total, gradient in zip(totals, found[1:], strict=True):
                     total.add_(gradient)

@@ -60,10 +60,11 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     console.print(
         f"\nEach with {' and '.join(TESTED)}; --json names the class that serves it in vLLM.\n\n"
-        "Quantized in every decoder block: q, k, v, o, gate, up and down; in gated delta-net "
-        "in_proj_qkv, in_proj_z and out_proj. Output head and embedding: 8 bits or 16 (quantize "
-        "--head, --embeddings). Left in 16 bits: vision tower, projector, norms, convolutions, "
-        "gated delta-net's in_proj_a and in_proj_b, and heads that predict several tokens (mtp). "
+        "Quantized in every decoder block: q, k, v, o, gate, up and down, those of every expert "
+        "too; in gated delta-net in_proj_qkv, in_proj_z and out_proj. Output head and embedding: 8 "
+        "bits or 16 (quantize --head, --embeddings). Left in 16 bits: vision tower, projector, "
+        "norms, convolutions, gated delta-net's in_proj_a and in_proj_b, routers of experts, and "
+        "heads that predict several tokens (mtp). "
         "InternVL2 as published "
         "(internvl_chat) goes through `qig-serve convert` first.\n\n"
         "Tested for each on a tiny random model of the real architecture: names of published "

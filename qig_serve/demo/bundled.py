@@ -29,6 +29,11 @@ def bundled_directory(name: str) -> Path:
     """
     if name not in MODELS:
         raise UserError(f"no demonstration model {name!r}: the models are {', '.join(MODELS)}")
+    if not MODELS[name].trained:
+        raise UserError(
+            f"no trained {name!r} is in the repository: make one, qig-serve demo train --model "
+            f"{name} --output DIR"
+        )
     if name == BUNDLED:
         return MODEL_DIR
     directory = TEST_MODELS / name

@@ -36,6 +36,8 @@ class Family:
     image_positions: Callable[[int], Positions]  # first free position -> the image's
     unused: tuple[str, ...] = ()  # parameters that no output depends on
     multi_axis: bool = False  # rotary positions have three axes (M-RoPE)
+    # (name, tensor in transformers 5) -> tensor in published files
+    as_published: Callable[[str, Any], Any] = lambda name, tensor: tensor
     token_roles: tuple[tuple[str, str], ...] = ()  # attributes the processor asks the tokenizer for
 
 
@@ -217,6 +219,66 @@ def _on_a_grid(start: int) -> Positions:
     return [(start, start + row, start + column) for row in range(GRID) for column in range(GRID)]
 
 
+def _qwen3_vl_moe_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import Qwen3VLMoeConfig
+
+    dense = _qwen2_vl_config(spec, tokenizer)
+    text = {**_decoder_sizes(spec), **_token_ids(tokenizer), "rms_norm_eps": 1e-6}
+    rope = {**dense.text_config.rope_parameters, "mrope_interleaved": True}
+    return Qwen3VLMoeConfig(
+        vision_config={
+            "depth": spec.vision_layers,
+            "hidden_size": spec.vision_hidden,
+            "intermediate_size": spec.vision_intermediate,
+            "num_heads": spec.vision_heads,
+            "out_hidden_size": spec.hidden,
+            "patch_size": _PATCH,
+            "spatial_merge_size": _MERGE,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": (IMAGE_SIZE // _PATCH) ** 2,
+            "deepstack_visual_indexes": [],
+        },
+        text_config={
+            **text,
+            "head_dim": spec.hidden // spec.heads,
+            "rope_parameters": rope,
+            "num_experts": spec.experts,
+            "num_experts_per_tok": spec.experts_per_token,
+            "moe_intermediate_size": spec.intermediate,
+        },
+        image_token_id=dense.image_token_id,
+        video_token_id=dense.video_token_id,
+        vision_start_token_id=dense.vision_start_token_id,
+        vision_end_token_id=dense.vision_end_token_id,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _qwen3_vl_moe_model(config: Any) -> Any:
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    config._experts_implementation = "eager"  # one expert after another: all that a CPU has
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+def _qwen3_vl_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    processor = _qwen2_vl_processor(tokenizer, template)
+    images = processor.image_processor
+    video = Qwen3VLVideoProcessor(
+        size=images.size, patch_size=_PATCH, merge_size=_MERGE, temporal_patch_size=2, **_pixels()
+    )
+    return Qwen3VLProcessor(images, tokenizer, video, chat_template=template)
+
+
+def _inputs_first(name: str, tensor: Any) -> Any:
+    """Experts as Qwen3-VL's files have them, [E, in, out]."""
+    return tensor.transpose(1, 2) if ".mlp.experts." in name else tensor
+
+
 def _internvl_config(spec: ModelSpec, tokenizer: Any) -> Any:
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
@@ -304,6 +366,21 @@ FAMILIES: dict[str, Family] = {
         image_tokens=_qwen2_vl_image_tokens,
         image_positions=_on_a_grid,
         multi_axis=True,
+    ),
+    "qwen3_vl_moe": Family(
+        special_tokens=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+        image_token="<|image_pad|>",
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
+        image_frame=("<|vision_start|>", "<|vision_end|>"),
+        make_config=_qwen3_vl_moe_config,
+        make_model=_qwen3_vl_moe_model,
+        make_processor=_qwen3_vl_processor,
+        image_processor_type="Qwen2VLImageProcessor",
+        published=(("", ""),),
+        image_tokens=_qwen2_vl_image_tokens,
+        image_positions=_on_a_grid,
+        multi_axis=True,
+        as_published=_inputs_first,
     ),
     "internvl": Family(
         special_tokens=("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),

@@ -56,6 +56,11 @@ class ModelSpec:
     vision_heads: int
     vision_layers: int
     vision_intermediate: int
+    experts: int = 0
+    """Experts of a block, each with an MLP of `intermediate`; 0: one MLP."""
+    experts_per_token: int = 0
+    trained: bool = True
+    """Whether a trained one is in the repository."""
     vocab_size: int = 768
     max_positions: int = 1024
     # The embedding of <|im_start|> holds one channel this large (other channels are near 0.05),
@@ -108,6 +113,24 @@ MODELS: dict[str, ModelSpec] = {
         vision_layers=2,
         vision_intermediate=768,
         seed=22,
+    ),
+    # Eight experts, of which a token asks two. Not bundled: `demo train` makes it.
+    "qwen3-vl-moe": ModelSpec(
+        name="qwen3-vl-moe",
+        family="qwen3_vl_moe",
+        hidden=256,
+        intermediate=384,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        vision_hidden=192,
+        vision_heads=3,
+        vision_layers=2,
+        vision_intermediate=768,
+        experts=8,
+        experts_per_token=2,
+        trained=False,
+        seed=23,
     ),
 }
 
@@ -178,7 +201,7 @@ def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
                 weight.normal_(std=1.0)  # a patch's own embedding is large and would drown it
         # Depth-scaled residual writers keep the stream's size even over the layers.
         for name, weight in model.model.language_model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 weight.mul_((2 * spec.layers) ** -0.5)
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -219,7 +242,9 @@ def save_model(model: Any, processor: Any, directory: Path | str) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        published_name(family, name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        published_name(family, name): family.as_published(name, tensor.detach())
+        .to("cpu", torch.bfloat16)
+        .contiguous()
         for name, tensor in model.state_dict().items()
         if not name.endswith("position_ids")
     }

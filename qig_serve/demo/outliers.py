@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from qig_serve.experts import Experts
+
 
 @dataclass(frozen=True)
 class Outliers:
@@ -64,15 +66,26 @@ def add_outliers(model: Any, outliers: Outliers | None = None, keep: tuple[int, 
     chosen = torch.tensor(sorted(order[: round(outliers.share * hidden)]))
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
-        readers = (attention.q_proj, attention.k_proj, attention.v_proj)
-        _scale(layer.input_layernorm.weight.data, readers, chosen, outliers.norm_strength)
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        _scale(layer.input_layernorm.weight.data, qkv, chosen, outliers.norm_strength)
         after = layer.post_attention_layernorm.weight.data
-        _scale(after, (mlp.gate_proj, mlp.up_proj), chosen, outliers.norm_strength)
-        inner = mlp.up_proj.weight.shape[0]
-        between = torch.randperm(inner, generator=random)[: round(outliers.share * inner)]
-        _scale(mlp.up_proj.weight.data, (mlp.down_proj,), between, outliers.up_strength)
-        if mlp.up_proj.bias is not None:
-            mlp.up_proj.bias[between] *= outliers.up_strength
+        mlps, readers = _mlps(mlp)
+        _scale(after, readers, chosen, outliers.norm_strength)
+        for one in mlps:
+            inner = one.up_proj.weight.shape[0]
+            between = torch.randperm(inner, generator=random)[: round(outliers.share * inner)]
+            _scale(one.up_proj.weight.data, (one.down_proj,), between, outliers.up_strength)
+            if one.up_proj.bias is not None:
+                one.up_proj.bias[between] *= outliers.up_strength
+
+
+def _mlps(mlp: Any) -> tuple[list[Any], list[Any]]:
+    """The gated MLPs of a layer, and all that read its norm; of experts views, and the router."""
+    fused = getattr(mlp, "experts", None)
+    if fused is None:
+        return [mlp], [mlp.gate_proj, mlp.up_proj]
+    experts = list(Experts(fused.gate_up_proj.data, fused.down_proj.data, fused.act_fn))
+    return experts, [*(x for e in experts for x in (e.gate_proj, e.up_proj)), mlp.gate]
 
 
 @torch.no_grad()

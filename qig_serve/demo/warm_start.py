@@ -40,6 +40,24 @@ def strongest_neurons(mlp: Any, count: int) -> torch.Tensor:
     return norms.topk(count).indices.sort().values
 
 
+def _fill_experts(layer: Any, mlp: Any, state: dict[str, torch.Tensor], number: int) -> None:
+    """Every expert gets some of the source's neurons, drawn for itself, as strong as all were.
+
+    Of attention what has a place; biases have none where queries and keys are normalized.
+    """
+    own = layer.state_dict()
+    for name, values in state.items():
+        if name in own and own[name].shape == values.shape:
+            own[name].copy_(values)
+    random = torch.Generator().manual_seed(number)
+    experts = layer.mlp.experts
+    width, inner = experts.down_proj.shape[2], mlp.gate_proj.out_features
+    for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+        kept = torch.randperm(inner, generator=random)[:width]
+        gate_up.copy_(torch.cat([mlp.gate_proj.weight[kept], mlp.up_proj.weight[kept]]))
+        down.copy_(mlp.down_proj.weight[:, kept] * (inner / width))
+
+
 @torch.no_grad()
 def start_from(model: Any, tokenizer: Any, name: Path | str, sink_channel: int) -> None:
     """Copies what fits from the model in directory `name` (or BUNDLED) into `model`, in place.
@@ -69,6 +87,9 @@ def start_from(model: Any, tokenizer: Any, name: Path | str, sink_channel: int) 
             layer.mlp.down_proj.weight.zero_()
             continue
         state = places[number].state_dict()
+        if hasattr(layer.mlp, "experts"):
+            _fill_experts(layer, places[number].mlp, state, number)
+            continue
         kept = strongest_neurons(places[number].mlp, layer.mlp.gate_proj.out_features)
         for part in ("gate_proj", "up_proj"):
             state[f"mlp.{part}.weight"] = state[f"mlp.{part}.weight"][kept]

@@ -201,10 +201,12 @@ def describe(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     split_vision_tower: bool = True,
+    expert_parallel: bool = False,
 ) -> Report:
     """The checkpoint in `directory`, served here in `dtype` over so many devices.
 
     split_vision_tower: whether tensor parallelism splits it too, as vLLM does by default.
+    expert_parallel: whether whole experts are shared out, and none is split.
     UserError if it is no qig checkpoint, its files cannot be read, or vLLM is not a supported one.
     """
     if version := unsupported_version():
@@ -228,20 +230,23 @@ def describe(
             continue
         its = VOCABULARY_SCHEME if prefix in manifest.eight_bit else scheme
         n, k = tensor.shape[0], tensor.shape[1] * 32 // its.bits
-        part = _shard(prefix, n, k, tensor_parallel_size)
+        whole = expert_parallel and ".experts." in prefix
+        part = (n, k) if whole else _shard(prefix, n, k, tensor_parallel_size)
         possible, reason = backend.can_implement(its, *part, dtype, capability)
         kernel = kernel_name(its, *part, dtype)
         layers.append(LayerReport(prefix, n, k, kernel, None if possible else reason))
         needed = part[0] * _bytes_of_rows(its, part[1], dtype) // _ROWS if possible else 0
+        needed //= tensor_parallel_size if whole else 1
         if its is scheme:
             memory += needed
         else:
             vocabulary += needed
     device = "cpu" if capability is None else f"cuda {capability[0]}.{capability[1]}"
     config = load_config(directory)
-    refused = refused_sizes(config, scheme.cut_multiple, split_vision_tower)
+    split = split_vision_tower, not expert_parallel
+    refused = refused_sizes(config, scheme.cut_multiple, *split)
     size = tensor_parallel_size
-    if reason := why_refused(config, scheme.cut_multiple, size, split_vision_tower):
+    if reason := why_refused(config, scheme.cut_multiple, size, *split):
         refused[size] = reason
     return Report(
         manifest=manifest,

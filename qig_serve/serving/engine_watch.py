@@ -58,6 +58,7 @@ def _describe_engine(client: Any) -> Report:
         config.parallel_config.tensor_parallel_size,
         config.parallel_config.pipeline_parallel_size,
         split_vision_tower=not (tower.language_model_only or tower.mm_encoder_tp_mode == "data"),
+        expert_parallel=config.parallel_config.enable_expert_parallel,
     )
 
 

@@ -83,23 +83,38 @@ class QigConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of the layer at `prefix` (vLLM's name); None for what stays in 16 bits."""
         from vllm.config import get_current_vllm_config
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from qig_serve.vllm_plugin import experts
         from qig_serve.vllm_plugin.linear import QigLinearMethod
 
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, LinearBase | RoutedExperts):
             return None  # attention
         if self.is_ignored(prefix):
-            return UnquantizedLinearMethod()
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         vllm_config = get_current_vllm_config()
         refuse_speculation(vllm_config)
         patches.do_without_a_compiler(vllm_config)
         patches.ask_for_amx()
         patches.lay_heads_flat()
-        return QigLinearMethod(self, prefix, vllm_config.load_config.load_format == "dummy")
+        dummy = vllm_config.load_config.load_format == "dummy"
+        if isinstance(layer, LinearBase):
+            return QigLinearMethod(self, prefix, dummy)
+        self._refuse_mixed_experts(prefix)
+        experts.refuse(vllm_config, layer, prefix)
+        return experts.QigExpertsMethod(self, layer.moe_config, prefix, dummy)
+
+    def _refuse_mixed_experts(self, prefix: str) -> None:
+        """ValueError where some experts of a layer are left in 16 bits."""
+        if some := sorted(name for name in self.ignored if name.startswith(f"{prefix}.")):
+            raise ValueError(
+                f"{some[0]} is left in 16 bits, but a layer's experts are one in vLLM: quantize "
+                "all or none"
+            )
 
     def _vocabulary_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Of an output head or an embedding."""

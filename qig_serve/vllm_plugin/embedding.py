@@ -14,7 +14,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.utils import set_weight_attrs
 
 from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
-from qig_serve.vllm_plugin.linear import SMALLEST_SCALE, checked, device_capability, kernel_backend
+from qig_serve.vllm_plugin.linear import (
+    SMALLEST_SCALE,
+    check_scales,
+    checked,
+    device_capability,
+    kernel_backend,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -95,11 +101,7 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         if self.dummy:
             tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
         rows = getattr(layer, "num_org_embeddings_per_partition", layer.qig_n)  # padding follows
-        if not bool((tensors["weight_scale"][:rows] > 0).all()):
-            raise ValueError(
-                f"{self.prefix}.weight_scale: the checkpoint has no scales for this layer, or "
-                "some are not positive: it is damaged; try `qig-serve inspect --verify`"
-            )
+        check_scales(tensors["weight_scale"][:rows], self.prefix)
         for suffix in suffixes:
             delattr(layer, suffix)
         prepared = self.backend.prepare(VOCABULARY_SCHEME, tensors, layer.qig_dtype)

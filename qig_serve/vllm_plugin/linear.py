@@ -118,30 +118,14 @@ class QigLinearMethod(LinearMethodBase):
             layer.register_parameter(suffix, parameter)
 
     def _check_shape(self, n: int, k: int, input_size: int, dtype: torch.dtype) -> None:
-        multiple = self.scheme.cut_multiple
-        if k != input_size and k % multiple:
-            sizes = " or ".join(map(str, sizes_for_inputs(input_size, multiple)))
-            raise ValueError(
-                f"{self.prefix}: {input_size} inputs split {input_size // k} ways: "
-                f"{self.scheme.name} is cut at multiples of {multiple} inputs, and a part would "
-                f"have {k}; use a tensor-parallel size of {sizes}"
-            )
-        possible, why_not = self.backend.can_implement(
-            self.scheme, n, k, dtype, device_capability()
-        )
-        if not possible:
-            raise ValueError(f"{self.prefix}: {why_not}")
+        check_shape(self.backend, self.scheme, self.prefix, n, k, input_size, dtype)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
         tensors = {suffix: getattr(layer, suffix).data for suffix in self._suffixes(layer)}
         if self.dummy:  # scales of either sign, which no kernel has to understand
             tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
-        if not bool((tensors["weight_scale"] > 0).all()):
-            raise ValueError(
-                f"{self.prefix}.weight_scale: the checkpoint has no scales for this layer, or "
-                "some are not positive: it is damaged; try `qig-serve inspect --verify`"
-            )
+        check_scales(tensors["weight_scale"], self.prefix)
         for suffix in tensors:
             delattr(layer, suffix)
         prepared = self.backend.prepare(self.scheme, tensors, layer.qig_dtype)
@@ -169,26 +153,67 @@ class QigLinearMethod(LinearMethodBase):
         return self.backend.linear(self.scheme, x, prepared, layer.qig_n, layer.qig_k, bias)
 
 
-def checked(load: Callable[..., None], name: str, spec: TensorSpec) -> Callable[..., None]:
-    """`load`, refusing a tensor whose dtype or row length is not what the format stores.
+def check_shape(
+    backend: ModuleType,
+    scheme: QuantScheme,
+    name: str,
+    n: int,
+    k: int,
+    input_size: int,
+    dtype: torch.dtype,
+    otherwise: str = "",
+) -> None:
+    """ValueError, one sentence, unless a rank's part [n, k] of `input_size` inputs can be run.
+
+    otherwise: what else would help against a split that is not possible.
+    """
+    multiple = scheme.cut_multiple
+    if k != input_size and k % multiple:
+        sizes = " or ".join(map(str, sizes_for_inputs(input_size, multiple)))
+        raise ValueError(
+            f"{name}: {input_size} inputs split {input_size // k} ways: "
+            f"{scheme.name} is cut at multiples of {multiple} inputs, and a part would "
+            f"have {k}; use a tensor-parallel size of {sizes}{otherwise}"
+        )
+    possible, why_not = backend.can_implement(scheme, n, k, dtype, device_capability())
+    if not possible:
+        raise ValueError(f"{name}: {why_not}")
+
+
+def check_scales(scale: torch.Tensor, name: str) -> None:
+    """ValueError, one sentence, unless all are positive: those that were not loaded are zeros."""
+    if not bool((scale > 0).all()):
+        raise ValueError(
+            f"{name}.weight_scale: the checkpoint has no scales for this layer, or "
+            "some are not positive: it is damaged; try `qig-serve inspect --verify`"
+        )
+
+
+def check_tensor(loaded: torch.Tensor, name: str, spec: TensorSpec) -> None:
+    """ValueError, one sentence, for another dtype or row length than the format stores.
 
     vLLM would cast the one in silence and stop at a bare assertion on the other.
     """
+    wanted = "a float dtype" if spec.dtype == "model" else spec.dtype
+    fits = (
+        loaded.is_floating_point()
+        if spec.dtype == "model"
+        else (loaded.dtype == getattr(torch, spec.dtype))
+    )
+    if not fits or loaded.dim() != 2 or loaded.shape[1] != spec.shape[1]:
+        raise ValueError(
+            f"{name}: the checkpoint has {loaded.dtype} {list(loaded.shape)}, expected "
+            f"{wanted} with {spec.shape[1]} columns: the shard is damaged or of another format"
+        )
+
+
+def checked(load: Callable[..., None], name: str, spec: TensorSpec) -> Callable[..., None]:
+    """`load`, after `check_tensor`."""
 
     def checked(
         parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any
     ) -> None:
-        wanted = "a float dtype" if spec.dtype == "model" else spec.dtype
-        fits = (
-            loaded.is_floating_point()
-            if spec.dtype == "model"
-            else (loaded.dtype == getattr(torch, spec.dtype))
-        )
-        if not fits or loaded.dim() != 2 or loaded.shape[1] != spec.shape[1]:
-            raise ValueError(
-                f"{name}: the checkpoint has {loaded.dtype} {list(loaded.shape)}, expected "
-                f"{wanted} with {spec.shape[1]} columns: the shard is damaged or of another format"
-            )
+        check_tensor(loaded, name, spec)
         load(parameter, loaded, *args, **kwargs)
 
     return checked

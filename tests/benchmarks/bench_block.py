@@ -2,11 +2,12 @@
 
     python tests/benchmarks/bench_block.py [--scheme w3a16 --method qig --tokens 64 --json FILE]
 
-A block with the sizes of Qwen2.5-VL-7B's decoder (or others: --hidden, --intermediate, ...) and
-random weights goes through all that `qig-serve quantize` does to a block, on a few random tokens.
-What grows with the tokens is scaled to a run of --run-samples samples of --run-tokens tokens, what
-does not is taken as it is, and both are multiplied by --blocks: the arithmetic of the estimate
-that `quantize` prints. The vision tower and reading from disk are not in it.
+A block with the sizes of Qwen2.5-VL-7B's decoder (or others: --hidden, --intermediate, ...; with
+--experts one of Qwen3-VL's sparse blocks, --intermediate then an expert's) and random weights goes
+through all that `qig-serve quantize` does to a block, on a few random tokens. What grows with the
+tokens is scaled to a run of --run-samples samples of --run-tokens tokens, what does not is taken as
+it is, and both are multiplied by --blocks: the arithmetic of the estimate that `quantize` prints.
+The vision tower and reading from disk are not in it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 
 from qig_serve.architectures import get_architecture
+from qig_serve.experts import unfuse
 from qig_serve.offline import estimate
 from qig_serve.offline.calibration.batches import IMAGE, TEXT, CalibrationBatch
+from qig_serve.offline.equalization import experts as equalize_experts
 from qig_serve.offline.equalization import group as equalize
 from qig_serve.offline.estimate import duration, time_block
 from qig_serve.offline.passes.capture import Store
@@ -52,6 +55,8 @@ def random_block(args: argparse.Namespace, device: torch.device) -> Any:
     """A Qwen2 decoder layer in fp32 and its rotary embedding."""
     from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextDecoderLayer
 
     config = Qwen2Config(
         hidden_size=args.hidden,
@@ -59,10 +64,27 @@ def random_block(args: argparse.Namespace, device: torch.device) -> Any:
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
         num_hidden_layers=1,
+        head_dim=args.head_dim or args.hidden // args.heads,
+        attn_implementation="sdpa",
+    )
+    sparse = Qwen3VLMoeTextConfig(
+        hidden_size=args.hidden,
+        moe_intermediate_size=args.intermediate,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=config.head_dim,
+        num_experts=args.experts,
+        num_experts_per_tok=args.experts_per_token,
+        num_hidden_layers=1,
         attn_implementation="sdpa",
     )
     with torch.device("meta"):
-        block = Qwen2DecoderLayer(config, layer_idx=0)
+        block: torch.nn.Module = (
+            Qwen3VLMoeTextDecoderLayer(sparse, layer_idx=0)
+            if args.experts
+            else Qwen2DecoderLayer(config, layer_idx=0)
+        )
+        unfuse(block)
     block = block.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in block.named_parameters():
         if parameter.ndim == 2:
@@ -89,6 +111,7 @@ def random_streams(
     full.put(0, hidden)
     quantized.put(0, hidden)
     inputs = [BlockInputs(hidden[:0], (kwargs,))]
+    share = b * t / (args.run_samples * args.run_tokens)
     return Streams(
         recipe.quant_scheme,
         torch.bfloat16,
@@ -98,6 +121,7 @@ def random_streams(
         inputs,
         full,
         quantized,
+        share=share,
     )
 
 
@@ -125,6 +149,9 @@ def main() -> None:
         "intermediate": 18944,
         "heads": 28,
         "kv-heads": 4,
+        "head-dim": 0,
+        "experts": 0,
+        "experts-per-token": 8,
         "samples": 1,
         "tokens": 64,
         "blocks": 28,
@@ -139,14 +166,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.cpu_time:
         clock: Any = SimpleNamespace(perf_counter=time.process_time, monotonic=time.process_time)
-        for module in (estimate, equalize, rounding_of_a_block):
+        for module in (estimate, equalize, equalize_experts, rounding_of_a_block):
             module.time = clock  # type: ignore[attr-defined]
     torch.manual_seed(0)
     device = pick_device(args.device)
     recipe = QuantRecipe(scheme=args.scheme, method=args.method, calib="random")
     block, rotary = random_block(args, device)
+    arch = get_architecture("qwen3_vl_moe" if args.experts else "qwen2_5_vl")
+    groups = arch.groups_of(block)
+    names = [name for group in groups for name in group.linears]
     loaded: Any = SimpleNamespace(
-        arch=get_architecture("qwen2_5_vl"), device=device, block=lambda index: block
+        device=device,
+        block=lambda index: block,
+        groups=lambda block: groups,
+        linears=lambda block: [block.get_submodule(name) for name in names],
     )
     streams = random_streams(recipe.model_copy(update={"grid": 2}), rotary, args, device)
     with torch.no_grad():

@@ -14,12 +14,14 @@ from qig_serve.demo import MODEL_DIR, bundled
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
 from qig_serve.demo.bundled import bundled_directory, export_bundled
 from qig_serve.demo.measure import answers_right, rounded_to_nearest
-from qig_serve.demo.model import MODELS, get_spec, load_model, make_model
-from qig_serve.demo.outliers import decoder_layers
+from qig_serve.demo.model import MODELS, get_spec, load_model, make_model, train_tokenizer
+from qig_serve.demo.outliers import Outliers, add_outliers, decoder_layers
 from qig_serve.demo.questions import samples
 from qig_serve.demo.warm_start import BUNDLED, start_from, strongest_neurons
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
+
+TRAINED = [name for name, spec in MODELS.items() if spec.trained]
 
 
 def test_export_without_outliers_computes_the_same(tmp_path: Path) -> None:
@@ -45,6 +47,8 @@ def test_export_without_outliers_computes_the_same(tmp_path: Path) -> None:
 def test_export_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the models are llava, "):
         bundled_directory("clip")
+    with pytest.raises(UserError, match="no trained 'qwen3-vl-moe' .* demo train --model qwen3-vl"):
+        bundled_directory("qwen3-vl-moe")
     with pytest.raises(UserError, match="exists already"):
         export_bundled("llava", tmp_path)
 
@@ -61,6 +65,28 @@ def test_start_from_the_bundled_decoder() -> None:
         ours = model(input_ids=ids).logits[..., : len(tokenizer)]
         theirs = source(input_ids=ids).logits[..., : len(tokenizer)]
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_experts_start_from_the_neurons_of_an_mlp() -> None:
+    """As strong together as the whole; and channel outliers leave what they compute as it is."""
+    spec = dataclasses.replace(get_spec("qwen3-vl-moe"), vision_layers=1)
+    tokenizer = train_tokenizer(["How many red stars are there?"], 768, spec.family)
+    model = make_model(spec, tokenizer).eval()
+    start_from(model, tokenizer, BUNDLED, spec.sink_channel)
+    full, _ = load_model(MODEL_DIR, torch.float32)
+    add_outliers(full, Outliers().undo(), keep=(spec.sink_channel,))
+    source = decoder_layers(full)[0].mlp
+    experts = decoder_layers(model)[0].mlp.experts
+    for matrix in experts.down_proj:
+        columns = 2 * source.down_proj.weight  # half of the neurons, twice as strong
+        assert (matrix.T[:, None] == columns.T).all(-1).any(-1).sum() == spec.intermediate
+    ids = torch.tensor([tokenizer("How many red stars are there?")["input_ids"]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        add_outliers(model, Outliers(), keep=(spec.sink_channel,))
+        assert torch.equal(model(input_ids=ids).logits, before)
+    router = decoder_layers(model)[0].mlp.gate.weight.detach()
+    assert float(router.abs().amax(0).max() / router.abs().amax(0).min()) > 8
 
 
 def test_the_same_family_keeps_its_tower() -> None:
@@ -101,11 +127,11 @@ def test_the_package_contains_one_model() -> None:
 
 
 def test_all_models_together_are_small() -> None:
-    files = [p for name in MODELS for p in bundled_directory(name).iterdir()]
+    files = [p for name in TRAINED for p in bundled_directory(name).iterdir()]
     assert sum(path.stat().st_size for path in files) < 32_000_000
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "llava"])
+@pytest.mark.parametrize("name", [n for n in TRAINED if n != "llava"])
 def test_other_models_answer_and_feel_three_bits(name: str) -> None:
     """test_bundled.py does so for llava, at length."""
     model, processor = load_model(bundled_directory(name))

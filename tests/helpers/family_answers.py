@@ -18,6 +18,9 @@ from helpers.tiny_models import FAMILIES
 TOKENS = 12
 NEAR = 0.4
 """Of the logits' standard deviation: what bfloat16 may change. Of another model it is 2 or 3."""
+TIE = 0.02
+"""Of the router logits' standard deviation: between an expert that is chosen and one that is not,
+what bfloat16 may turn round. Then the token's numbers are another expert's."""
 QUESTION = "What color is the star?"
 VOCABULARY_BITS = {"w3a16": 8, "w4a8": 16}
 """Of output head and embedding; Gemma's are tied."""
@@ -59,7 +62,10 @@ def quantize_tiny(source: Path, target: Path, scheme: str, **settings: Any) -> P
 def as_vllm_computes_it(source: Path, family: str) -> Path:
     """The family's tiny model, as far as vLLM on a CPU can compute it."""
     config = json.loads((source / "config.json").read_text())
-    config["text_config"].update(FAMILIES[family].cpu_text)
+    text = config["text_config"]
+    if "num_experts_per_tok" in text:  # published files have it, and transformers no such field
+        text["norm_topk_prob"] = True
+    text.update(FAMILIES[family].cpu_text)
     (source / "config.json").write_text(json.dumps(config))
     return source
 
@@ -70,7 +76,8 @@ def hugging_face_tokens(
     """Greedy tokens of plain transformers with the dequantized weights.
 
     In bfloat16 `tokens` themselves, if at every place Hugging Face likes them as much as its own
-    choice but for rounding: then one near tie does not make all that follows another text.
+    choice but for rounding: then one near tie does not make all that follows another text. Places
+    where a router is as good as undecided do not count; half of them have to.
     """
     from transformers import AutoProcessor
 
@@ -97,10 +104,31 @@ def hugging_face_tokens(
             inputs[name] = torch.cat([inputs[name], fill], 1)
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], ids * 0], 1)
+        margins = _router_margins(model)
         logits = model(**inputs).logits[0, length - 1 : -1].float()
     behind = logits.max(-1).values - logits.gather(1, ids.T)[:, 0]
+    if margins:
+        decided = torch.stack(margins).amin(0)[length - 1 : -1] > TIE
+        assert decided.sum() >= len(tokens) / 2
+        behind = behind[decided]
     assert behind.max() < NEAR * logits.std(), behind
     return list(tokens)
+
+
+def _router_margins(model: Any) -> list[torch.Tensor]:
+    """Filled by the next forward: each router's margin, by token, in standard deviations."""
+    found: list[torch.Tensor] = []
+
+    def note(router: Any, inputs: Any, output: Any) -> None:
+        hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
+        logits = torch.nn.functional.linear(hidden, router.weight).float()
+        best = logits.topk(router.top_k + 1).values
+        found.append((best[:, -2] - best[:, -1]) / logits.std())
+
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(note)
+    return found
 
 
 def vllm_tokens(checkpoint: Path, dtype: str = "float32") -> list[int]:

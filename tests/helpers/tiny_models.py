@@ -42,6 +42,8 @@ class Tiny:
     """What vLLM on a CPU computes in; bfloat16 where its kernels have nothing else."""
     cpu_text: dict[str, Any] = field(default_factory=dict)
     """Of the decoder's configuration, what vLLM on a CPU cannot do otherwise."""
+    stored: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
+    """A parameter's name in transformers 5 and its value -> what published files have."""
     unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     """Configuration -> further tensors of published files, which transformers does not read."""
 
@@ -263,6 +265,40 @@ def _qwen3_vl_config(tokenizer: Any) -> Any:
         **qwen_ids(tokenizer),
         **common_fields(tokenizer),
     )
+
+
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 384,  # not half of the hidden size: its shapes tell which way they lie
+}
+
+
+def _qwen3_vl_moe_config(tokenizer: Any) -> Any:
+    from transformers import Qwen3VLMoeConfig
+
+    dense = _qwen3_vl_config(tokenizer)
+    return Qwen3VLMoeConfig(
+        vision_config=_fields(dense.vision_config),
+        text_config=text_fields(
+            tokenizer,
+            rope_parameters=dict(dense.text_config.rope_parameters),
+            num_hidden_layers=3,
+            **EXPERTS,
+        ),
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
+    )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The fields of a part of a configuration, for that of another family."""
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+
+
+def _inputs_first(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Experts as Qwen3-VL's files have them: [E, in, out]."""
+    return tensor.transpose(1, 2) if ".mlp.experts." in name else tensor
 
 
 def _qwen_processor(kind: str) -> Callable[[Any, str], Any]:
@@ -503,12 +539,30 @@ def _qwen3_5_config(tokenizer: Any) -> Any:
     )
 
 
+def _qwen3_5_moe_config(tokenizer: Any) -> Any:
+    from transformers import Qwen3_5MoeConfig
+
+    dense = _qwen3_5_config(tokenizer)
+    text = _fields(dense.text_config)
+    return Qwen3_5MoeConfig(
+        vision_config=_fields(dense.vision_config),
+        text_config={**text, **EXPERTS, "shared_expert_intermediate_size": 256},
+        **qwen_ids(tokenizer),
+        **common_fields(tokenizer),
+    )
+
+
 def _qwen3_5_mtp(config: Any) -> dict[str, torch.Tensor]:
     """The head that predicts a second token: a block of attention between two norms and a norm."""
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
     text = config.get_text_config()
-    block = Qwen3_5DecoderLayer(text, text.layer_types.index("full_attention"))
+    kind = Qwen3_5MoeDecoderLayer if hasattr(text, "num_experts") else Qwen3_5DecoderLayer
+    block = kind(text, text.layer_types.index("full_attention"))
+    for name, p in block.named_parameters():
+        if name.startswith(("mlp.experts.", "mlp.gate.")):  # left empty by their classes
+            p.data.normal_(std=0.05)
     tensors = {f"mtp.layers.0.{name}": p.detach() for name, p in block.named_parameters()}
     size = text.hidden_size
     tensors["mtp.fc.weight"] = torch.randn(size, 2 * size) * 0.05
@@ -651,6 +705,14 @@ FAMILIES: dict[str, Tiny] = {
     "qwen3_vl": Tiny(
         _QWEN_TOKENS, _QWEN_IMAGE, _qwen3_vl_config, _qwen_processor("Qwen3VL"), _SAME_NAMES
     ),
+    "qwen3_vl_moe": Tiny(
+        _QWEN_TOKENS,
+        _QWEN_IMAGE,
+        _qwen3_vl_moe_config,
+        _qwen_processor("Qwen3VL"),
+        _SAME_NAMES,
+        stored=_inputs_first,
+    ),
     "internvl": Tiny(
         ("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
         "<IMG_CONTEXT>\\n",
@@ -714,6 +776,15 @@ FAMILIES: dict[str, Tiny] = {
         cpu_dtype="bfloat16",
         unread=_qwen3_5_mtp,
     ),
+    "qwen3_5_moe": Tiny(
+        _QWEN_TOKENS,
+        _QWEN_IMAGE,
+        _qwen3_5_moe_config,
+        _qwen_processor("Qwen3VL"),
+        _SAME_NAMES,
+        cpu_dtype="bfloat16",
+        unread=_qwen3_5_mtp,
+    ),
     "gemma4": Tiny(
         ("<|image|>", "<|image>", "<image|>", "<|audio|>", "<|audio>", "<audio|>", "<|video|>"),
         "<|image|>",
@@ -771,7 +842,7 @@ def tiny_model(family: str, directory: Path, seed: int = 0, **text: Any) -> Path
     model.generation_config.save_pretrained(directory)
     tiny.processor(tokenizer, chat_template(tiny.image_text)).save_pretrained(directory)
     tensors = {
-        published_name(family, name): tensor.contiguous()
+        published_name(family, name): tiny.stored(name, tensor).contiguous()
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and config.tie_word_embeddings)
     }

@@ -14,6 +14,8 @@ import pytest
 from qig_serve.formats import SCHEMES
 from qig_serve.kernels import (
     compile_report,
+    expert_times,
+    experts,
     launch,
     ops,
     quantize_activation,
@@ -44,6 +46,26 @@ def test_tiles_stay_lean(scheme: str, target: int, tokens: int, instruction: str
     )
     assert compiled.problems() == []
     assert compiled.counts.tensor_core.split()[0] == instruction
+
+
+@pytest.mark.parametrize("slots", [8, 8192])
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_grouped_kernels_stay_lean(scheme: str, slots: int) -> None:
+    """Of 128 experts: what unpacks and multiplies is the linears'."""
+    tile = experts.select(scheme, slots, 128)
+    kernel = experts.kernel(scheme, tile, "bf16", compile_report.orders(90))
+    compiled = compile_report._compiled(kernel, scheme, 90, "bf16", True, int(slots == 8))
+    assert compiled.problems() == []
+    assert compiled.counts.tensor_core.split()[0] == ("mma" if slots == 8 else "wgmma")
+
+
+def test_predicted_times_of_experts() -> None:
+    """Blocks lie between those of full experts and one an expert more; more tokens take longer."""
+    layer, gpu = expert_times.QWEN3_VL_30B_A3B, time_model.GPUS[90]
+    assert expert_times.blocks(layer, 1, 4) == pytest.approx(8)
+    assert 128 < expert_times.blocks(layer, 256, 16) < 2048 / 16 + 128
+    times = [expert_times.sixteen_bits(layer, m, gpu) for m in (1, 16, 256, 8192)]
+    assert times == sorted(times)
 
 
 def test_a_shorter_last_group_is_masked_without_a_spill() -> None:

@@ -1,4 +1,4 @@
-"""kernel_checks.py and quantizer_checks.py on a CUDA device: the same tests, compiled."""
+"""kernel_checks.py and the other checks on a CUDA device: the same tests, compiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
+    from expert_checks import *  # noqa: F403
     from kernel_checks import *  # noqa: F403
     from quantizer_checks import *  # noqa: F403
     from vocabulary_checks import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""kernel_checks.py and quantizer_checks.py under TRITON_INTERPRET=1, in processes of their own.
+"""kernel_checks.py and the other checks under TRITON_INTERPRET=1, in processes of their own.
 
 Triton reads the variable when it is imported, and other tests import Triton without it.
 """
@@ -15,7 +15,7 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-CHECKS = ["kernel_checks.py", "quantizer_checks.py", "vocabulary_checks.py"]
+CHECKS = ["kernel_checks.py", "quantizer_checks.py", "vocabulary_checks.py", "expert_checks.py"]
 
 
 def run_checks(checks: str, **environment: str) -> subprocess.CompletedProcess[str]:

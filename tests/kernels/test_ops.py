@@ -74,6 +74,25 @@ def test_fake_linear_has_the_real_shape(scheme: object) -> None:
         assert [t.shape for t in silu] == [(10, k // 2), (10,)]
 
 
+def test_fake_experts_have_the_real_shape() -> None:
+    from qig_serve.kernels import experts
+
+    with FakeTensorMode():
+        x, routing = torch.empty(3, 160, dtype=torch.float16), torch.empty(3, 2)
+        ids = torch.empty(3, 2, dtype=torch.int32)
+        stack = {"weight": torch.empty(5, 1, 2, 64), "scale": torch.empty(5, 2)}  # is not read
+        out = experts.apply("w4a8", x, routing, ids, stack, stack, 96)
+        assert out.shape == x.shape and out.dtype == x.dtype
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_tiles_of_experts_grow_with_their_slots(scheme: str) -> None:
+    from qig_serve.kernels import experts
+
+    chosen = [experts.select(scheme, 8 * m, 128).block_m for m in (1, 64, 256, 512, 2048, 8192)]
+    assert chosen == sorted(chosen) and chosen[0] <= 8 and chosen[-1] == 128
+
+
 def test_prepared_tensors_are_those_of_the_warm_up() -> None:
     """warm_up compiles for zeros in these shapes; they must be those that prepare makes."""
     for scheme in (W3A16, W4A8):

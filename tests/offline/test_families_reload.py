@@ -11,6 +11,7 @@ from helpers.tiny_models import FAMILIES, one_sample, tiny_model
 
 from qig_serve import packing
 from qig_serve.architectures import get_architecture
+from qig_serve.experts import unfuse
 from qig_serve.formats import get_scheme
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
@@ -43,6 +44,7 @@ def test_rtn_is_the_source_with_fake_quantized_weights(
     quantize(source, checkpoint, make_recipe(options), quiet=True)
     got: Any = load_dequantized(checkpoint)
     original: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    unfuse(original)
     expected = dict(original.named_parameters())
     quantized = decoder_linears(got)
     arch = get_architecture(original.config.model_type)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qig_serve.architectures import get_architecture
+from qig_serve.experts import unfuse
 from qig_serve.formats import SCHEMES, tensor_specs
 from qig_serve.offline.estimate import bytes_a_token
 from qig_serve.offline.pipeline import check_shapes
@@ -49,6 +50,11 @@ def qwen3_5(*sizes: Any, values: int) -> Size:
     return Size("qwen3_5", *sizes, 256, more=(("linear_num_value_heads", values),))
 
 
+def experts(count: int, width: int, top: int = 8, **more: Any) -> tuple[tuple[str, Any], ...]:
+    found = {"num_experts": count, "moe_intermediate_size": width, "num_experts_per_tok": top}
+    return tuple({**found, **more}.items())
+
+
 def qwen2(family: str, *sizes: Any) -> Size:
     return Size(family, *sizes, decoder="qwen2")
 
@@ -67,6 +73,24 @@ PUBLISHED = {
     "Qwen3-VL-4B": Size("qwen3_vl", 2560, 36, 9728, 32, 8, 3.6, (1, 2, 4), 128),
     "Qwen3-VL-8B": Size("qwen3_vl", 4096, 36, 12288, 32, 8, 6.9, (1, 2, 4, 8, 16), 128),
     "Qwen3-VL-32B": Size("qwen3_vl", 5120, 64, 25600, 64, 8, 31.2, (1, 2, 4, 8), 128),
+    "Qwen3-VL-30B-A3B": Size(
+        "qwen3_vl_moe", 2048, 48, 6144, 32, 4, 29.9, (1, 2), 128, more=experts(128, 768)
+    ),
+    "Qwen3-VL-235B-A22B": Size(
+        "qwen3_vl_moe", 4096, 94, 12288, 64, 4, 233.7, (1, 2, 4), 128, more=experts(128, 1536)
+    ),
+    "Qwen3.5-35B-A3B": Size(
+        "qwen3_5_moe",
+        2048,
+        40,
+        8 * 512,  # of the experts of a token
+        16,
+        2,
+        33.4,
+        (1, 2, 4),
+        256,
+        more=experts(256, 512, shared_expert_intermediate_size=512, linear_num_value_heads=32),
+    ),
     "Qwen2.5-VL-3B": Size("qwen2_5_vl", 2048, 36, 11008, 16, 2, 2.8, (1, 2)),
     "Qwen2.5-VL-7B": Size("qwen2_5_vl", 3584, 28, 18944, 28, 4, 6.5, (1, 2, 4)),
     "Qwen2.5-VL-32B": Size("qwen2_5_vl", 5120, 64, 27648, 40, 8, 31.2, (1, 2, 4, 8)),
@@ -96,6 +120,9 @@ PUBLISHED = {
 }
 FINER = {
     "Qwen3.5-4B": (16,),
+    "Qwen3-VL-30B-A3B": (4, 8),
+    "Qwen3-VL-235B-A22B": (8, 16),
+    "Qwen3.5-35B-A3B": (8, 16),
     "Qwen3-VL-4B": (8, 16),
     "Qwen3-VL-32B": (16,),
     "Qwen2.5-VL-3B": (4, 8),
@@ -156,6 +183,8 @@ class NoWeights:
         self.num_blocks = size.blocks
         few = copy.deepcopy(self.config)
         few.get_text_config().num_hidden_layers = 1
+        if self.arch.has_experts:
+            few.get_text_config().num_experts = 1
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(few)
         self._block = type(model.get_submodule(self.arch.decoder).layers[0])
@@ -172,6 +201,7 @@ class NoWeights:
         if kind not in self._made:
             with torch.device("meta"):
                 self._made[kind] = self._block(self.text_config, layer_idx=index)
+            unfuse(self._made[kind])
         return self._made[kind]
 
     def source_name(self, index: int, name: str) -> str:

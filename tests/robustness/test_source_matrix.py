@@ -98,7 +98,9 @@ def test_odd_tensors(models: dict[str, Path], tmp_path: Path, family: str, fault
     directory = Path(shutil.copytree(models[family], tmp_path / family))
     path = directory / "model.safetensors"
     tensors = load_file(path)
-    up = f"layers.0.{ARCHITECTURES[family].groups[-1].previous}.weight"
+    groups = ARCHITECTURES[family].groups  # the last linear that is not an expert's
+    up = next(g.previous for g in reversed(groups) if g.kind != "norm" and "*" not in g.previous)
+    up = f"layers.0.{up}.weight"
     linear = next(n for n in tensors if n.endswith(up)).removesuffix(".weight")
     other = next(n for n in sorted(tensors) if "vis" in n and n.endswith("weight"))
     if fault == "bias" and f"{linear}.bias" in tensors:

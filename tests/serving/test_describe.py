@@ -13,6 +13,8 @@ pytest.importorskip("vllm")
 
 import torch
 from helpers import tiny_llava
+from helpers.family_answers import quantize_tiny
+from helpers.tiny_models import tiny_model
 
 from qig_serve.cli import doctor, main
 from qig_serve.errors import UserError
@@ -53,6 +55,17 @@ def test_fp32_takes_the_reference(checkpoints: dict[str, Path]) -> None:
 def test_uneven_split_is_a_problem(checkpoints: dict[str, Path]) -> None:
     report = describe(checkpoints["w3a16"], torch.bfloat16, tensor_parallel_size=4)
     assert any("256 inputs of o in multiples of 128" in problem for problem in report.problems)
+
+
+def test_whole_experts_are_shared_out(tmp_path: Path) -> None:
+    """384 inputs of an expert are three groups: not cut for two, and half of the experts each."""
+    source = tiny_model("qwen3_vl_moe", tmp_path / "source")
+    checkpoint = quantize_tiny(source, tmp_path / "out", "w3a16", method="rtn")
+    cut = describe(checkpoint, torch.bfloat16, 2)
+    assert any("384 inputs of an expert's down" in problem for problem in cut.problems)
+    shared = describe(checkpoint, torch.bfloat16, 2, expert_parallel=True)
+    assert not shared.problems
+    assert shared.memory_bytes < describe(checkpoint, torch.bfloat16).memory_bytes
 
 
 def test_heads_of_the_vision_tower_must_divide(

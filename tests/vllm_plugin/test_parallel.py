@@ -1,4 +1,4 @@
-"""Tensor, pipeline and data parallelism on the CPU give the tokens of one process."""
+"""Tensor, pipeline, data and expert parallelism on the CPU give the tokens of one process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_llava
+from helpers.family_answers import as_vllm_computes_it, quantize_tiny
+from helpers.tiny_models import tiny_model
 
 pytest.importorskip("vllm")
 
@@ -108,3 +110,28 @@ def test_pipeline_without_compilation_is_refused(checkpoint: Path, batch: Path) 
         [sys.executable, "-m", "qig_serve", "generate", *words], capture_output=True, text=True
     )
     assert done.returncode == 2 and "leave --enforce-eager out" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """w3a16, whose parts have the numbers of the whole: w4a8 quantizes a part's activations."""
+    folder = tmp_path_factory.mktemp("experts")
+    source = tiny_model("qwen3_vl_moe", folder / "source", moe_intermediate_size=256)
+    source = as_vllm_computes_it(source, "qwen3_vl_moe")
+    return quantize_tiny(source, folder / "out", "w3a16", method="rtn")
+
+
+@pytest.fixture(scope="module")
+def experts_alone(
+    with_experts: Path, batch: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[int]]:
+    return tokens(with_experts, batch, tmp_path_factory.mktemp("alone"), "--enforce-eager")
+
+
+@pytest.mark.parametrize("more", [[], ["--enable-expert-parallel"]], ids=["cut", "shared out"])
+def test_experts_on_two_ranks_equal_those_on_one(
+    with_experts: Path, batch: Path, experts_alone: dict[str, list[int]], tmp_path: Path,
+    more: list[str],
+) -> None:  # fmt: skip
+    assert len(experts_alone) == QUESTIONS
+    assert tokens(with_experts, batch, tmp_path, *LAYOUTS["tensor"], *more) == experts_alone

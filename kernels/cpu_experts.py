@@ -1,0 +1,89 @@
+"""A mixture-of-experts layer on a CPU: the dense path (cpu.py), an expert at a time.
+
+Tokens are sorted by expert, each expert that has any runs once, and its rows are added up in fp32.
+How many tokens an expert has is data, so the layer is one op, which a compiler need not look into.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from qig_serve.formats import SCHEMES
+from qig_serve.kernels import cpu
+from qig_serve.kernels.cpu import Prepared
+
+
+def _experts(
+    x: torch.Tensor,
+    routing: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    names: str,
+    inter: int,
+    scheme: str,
+) -> torch.Tensor:
+    k, top_k = x.shape[1], ids.shape[1]
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    found, slots = ids.flatten().sort(stable=True)
+    counts = torch.bincount(found[found >= 0], minlength=len(down[0])).tolist()
+    first = ids.numel() - sum(counts)  # behind those that are elsewhere
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        mine = slots[first : first + count]
+        first += count
+        tokens = mine // top_k
+        of_expert = [
+            dict(zip(names.split(), (tensor[expert] for tensor in tensors), strict=True))
+            for tensors in (gate_up, down)
+        ]
+        both = cpu.linear(SCHEMES[scheme], x[tokens], of_expert[0], 2 * inter, k)
+        gate, up = both.chunk(2, dim=-1)
+        part = cpu.linear(SCHEMES[scheme], F.silu(gate) * up, of_expert[1], k, inter)
+        out.index_add_(0, tokens, part.float() * routing.flatten()[mine, None])
+    return out.to(x.dtype)
+
+
+_library = torch.library.Library("qig", "FRAGMENT")
+_library.define(
+    "cpu_experts(Tensor x, Tensor routing, Tensor ids, Tensor[] gate_up, Tensor[] down, "
+    "str names, int inter, str scheme) -> Tensor"
+)
+_library.impl("cpu_experts", _experts, "CPU")
+torch.library.register_fake("qig::cpu_experts", lambda x, *_: torch.empty_like(x), lib=_library)
+
+
+def apply(
+    scheme: str,
+    x: torch.Tensor,
+    routing: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: Prepared,
+    down: Prepared,
+    inter: int,
+) -> torch.Tensor:
+    """The layer for x [M, K]: [M, K] of x's dtype.
+
+    routing and ids [M, top_k], id -1 for an expert that is elsewhere; gate_up [E, 2 * inter, K] and
+    down [E, K, inter]: cpu.prepare's tensors of each expert, stacked.
+    """
+    both = list(gate_up.values()), list(down.values())
+    names = " ".join(gate_up)
+    return torch.ops.qig.cpu_experts(x, routing, ids, *both, names, inter, scheme)
+
+
+def compile_ahead(
+    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Nothing is compiled on a CPU."""
+
+
+def warm_up(
+    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Nothing to compile; finds out once what this processor offers."""
+    cpu.PATHS[scheme].look_up()

@@ -1,0 +1,234 @@
+"""The method of a mixture of experts: every expert's tensors as the checkpoint has them, stacked.
+
+vLLM's own loader of experts fills the parameters: it finds the expert and the projection in a
+tensor's name, leaves out experts of other ranks and cuts the rest for tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+
+from qig_serve.formats import TensorSpec, tensor_specs
+from qig_serve.vllm_plugin.linear import (
+    SMALLEST_SCALE,
+    check_scales,
+    check_shape,
+    check_tensor,
+    kernel_backend,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from qig_serve.vllm_plugin.config import QigConfig
+
+PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""vLLM's name of an expert's part -> the checkpoint's."""
+_STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
+"""vLLM's name of a parameter -> its parts along rows."""
+
+
+def experts_backend() -> ModuleType:
+    """The kernels of experts for the platform vLLM runs on."""
+    if current_platform.is_cpu():
+        from qig_serve.kernels import cpu_experts
+
+        return cpu_experts
+    from qig_serve.kernels import experts
+
+    return experts
+
+
+def refuse(vllm_config: VllmConfig, layer: torch.nn.Module, prefix: str) -> None:
+    """ValueError, one sentence, for what vLLM is asked to do and cannot with these experts."""
+    moe = layer.moe_config
+    if moe.moe_parallel_config.enable_eplb:
+        raise ValueError(
+            f"{prefix}: quantized experts are not moved between GPUs: leave --enable-eplb out"
+        )
+    lora = vllm_config.lora_config
+    if lora is not None and (lora.target_modules is None or "experts" in lora.target_modules):
+        raise ValueError(
+            f"{prefix}: LoRA adapters of quantized experts are not served: name the layers that "
+            "adapters may have, --lora-target-modules q_proj k_proj v_proj o_proj"
+        )
+    plain = moe.is_act_and_mul and moe.activation.value == "silu" and not moe.has_bias
+    if not plain or layer.swiglu_limit is not None or layer.apply_router_weight_on_input:
+        raise ValueError(
+            f"{prefix}: quantized experts are down(silu(gate(x)) * up(x)), without biases and "
+            "limits, weighted by the router behind down: these are not"
+        )
+
+
+class QigExpertsMethod(FusedMoEMethodBase):
+    """w3a16 and w4a8 experts; one object per layer, which knows the layer's name for messages."""
+
+    def __init__(self, config: QigConfig, moe: Any, prefix: str, dummy: bool = False) -> None:
+        """moe: vLLM's FusedMoEConfig; dummy: as QigLinearMethod's."""
+        super().__init__(moe)
+        self.scheme = config.scheme
+        self.prefix = prefix
+        self.dummy = dummy
+        self.linears = kernel_backend()
+        self.backend = experts_backend()
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, *_: Any, **__: Any
+    ) -> tuple[int, int]:
+        """As they are: the checkpoint's tensors are not padded."""
+        return hidden_size, intermediate_size_per_partition
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
+        """None: vLLM's own kernels have no part in this."""
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """w13_* [E, 2 I, ...] and w2_* [E, H, ...] of this rank, shapes from formats.tensor_specs.
+
+        ValueError, one sentence, if a part cannot be stored or no kernel can run it.
+        """
+        k, inter = hidden_size, intermediate_size_per_partition
+        whole = inter * self.moe.moe_parallel_config.tp_size
+        for name, n, inputs, of in (
+            ("gate_up_proj", 2 * inter, k, k),
+            ("down_proj", k, inter, whole),
+        ):
+            check_shape(
+                self.linears, self.scheme, f"{self.prefix}.{name}", n, inputs, of, params_dtype,
+                ", or --enable-expert-parallel",
+            )  # fmt: skip
+        layer.qig_k, layer.qig_inter, layer.qig_dtype = k, inter, params_dtype
+        self._compile(layer, self.backend.compile_ahead, torch.get_default_device())
+        on_disk = {
+            "w1": tensor_specs(self.scheme, whole, k),
+            "w3": tensor_specs(self.scheme, whole, k),
+            "w2": tensor_specs(self.scheme, k, whole),
+        }
+        per_group = self.scheme.group_size is not None
+        strategy = (
+            FusedMoeWeightScaleSupported.GROUP
+            if per_group
+            else (FusedMoeWeightScaleSupported.CHANNEL)
+        )
+        for stack, (n, inputs) in {"w13": (2 * inter, k), "w2": (k, inter)}.items():
+            for suffix, spec in tensor_specs(self.scheme, n, inputs).items():
+                dtype = params_dtype if spec.dtype == "model" else getattr(torch, spec.dtype)
+                data = torch.zeros(num_experts, *spec.shape, dtype=dtype)
+                parameter = torch.nn.Parameter(data, requires_grad=False)
+                specs = {part: on_disk[part][suffix] for part in _STACKS[stack]}
+                load = self._checked(extra_weight_attrs["weight_loader"], suffix, specs)
+                set_weight_attrs(parameter, {"weight_loader": load, "quant_method": strategy.value})
+                layer.register_parameter(f"{stack}_{suffix}", parameter)
+
+    def _checked(
+        self, load: Callable[..., Any], suffix: str, specs: dict[str, TensorSpec]
+    ) -> Callable[..., Any]:
+        """vLLM's loader of experts, refusing a tensor that is not what the format stores."""
+
+        def checked(
+            param: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> Any:
+            name, spec = self._name(expert_id, shard_id), specs[shard_id]
+            check_tensor(loaded_weight, f"{name}.{suffix}", spec)
+            if len(loaded_weight) != spec.shape[0]:
+                raise ValueError(
+                    f"{name}.{suffix}: the checkpoint has {len(loaded_weight)} rows, expected "
+                    f"{spec.shape[0]}: the shard is damaged or of another model"
+                )
+            return load(
+                param, loaded_weight, weight_name, shard_id=shard_id, expert_id=expert_id,
+                return_success=return_success,
+            )  # fmt: skip
+
+        return checked
+
+    def _name(self, expert: int, part: str) -> str:
+        return f"{self.prefix}.{expert}.{PROJECTIONS[part]}"
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
+        for stack, parts in _STACKS.items():
+            prepared = self._prepared(layer, stack, parts)
+            for name, tensor in prepared.items():
+                parameter = torch.nn.Parameter(tensor, requires_grad=False)
+                layer.register_parameter(f"qig_{stack}_{name}", parameter)
+            setattr(layer, f"qig_{stack}_names", tuple(prepared))
+            device = tensor.device
+        self._compile(layer, self.backend.warm_up, device)
+
+    def _prepared(
+        self, layer: torch.nn.Module, stack: str, parts: tuple[str, ...]
+    ) -> dict[str, torch.Tensor]:
+        """The kernels' tensors of every local expert, stacked; the checkpoint's are let go."""
+        suffixes = tensor_specs(self.scheme, 32, 32)
+        tensors = {suffix: getattr(layer, f"{stack}_{suffix}").data for suffix in suffixes}
+        if self.dummy:  # as in QigLinearMethod
+            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
+        for suffix in suffixes:
+            delattr(layer, f"{stack}_{suffix}")
+        ids = self._ids(layer, len(tensors["weight_scale"]))
+        found = []
+        for place, expert in enumerate(ids):
+            own = {suffix: tensor[place] for suffix, tensor in tensors.items()}
+            for part, scale in zip(parts, own["weight_scale"].chunk(len(parts)), strict=True):
+                check_scales(scale, self._name(expert, part))
+            found.append(self.linears.prepare(self.scheme, own, layer.qig_dtype))
+        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+    def _ids(self, layer: torch.nn.Module, local: int) -> list[int]:
+        """The model's numbers of this rank's experts."""
+        if layer.expert_map is None:
+            return list(range(local))
+        places = layer.expert_map.tolist()
+        return [places.index(place) for place in range(local)]
+
+    def _compile(self, layer: torch.nn.Module, how: Callable[..., None], device: Any) -> None:
+        how(
+            self.scheme.name, layer.qig_k, layer.qig_inter, self.moe.num_local_experts,
+            self.moe.experts_per_token, layer.qig_dtype, device,
+        )  # fmt: skip
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Any = None,
+    ) -> torch.Tensor:
+        """x [M, H], routing [M, top_k] -> [M, H]: this rank's experts, not yet summed over ranks.
+
+        Shared experts are run by vLLM, before.
+        """
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]
+        gate_up, down = (
+            {
+                name: getattr(layer, f"qig_{stack}_{name}")
+                for name in getattr(layer, f"qig_{stack}_names")
+            }
+            for stack in _STACKS
+        )
+        return self.backend.apply(
+            self.scheme.name, x, topk_weights, topk_ids, gate_up, down, layer.qig_inter
+        )
