@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qig_serve.offline.results import experts_together
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -155,15 +157,20 @@ def exponent_plot(report: QuantizationReport) -> str | None:
 def clip_plot(report: QuantizationReport) -> str | None:
     """Mean clip ratio of the linears across depth, one line per kind of linear."""
     points = [
-        (block.index, name.rpartition(".")[2], linear.clip_ratio)
+        (block.index, _kind(name), linear.clip_ratio)
         for block in report.blocks
-        for name, linear in block.linears.items()
+        for name, linear in experts_together(block)
     ]
     if not points:
         return None
     fig, axes = figure(height=2.4)
     _lines(axes, points, "block", "clip ratio")
     return svg(fig, f"Range over min-max range by linear and block, {_range(points)}")
+
+
+def _kind(linear: str) -> str:
+    """A linear's last name; of experts, which may stand beside one that sees every token, more."""
+    return f"experts' {linear.rpartition('.')[2]}" if "*" in linear else linear.rpartition(".")[2]
 
 
 def _range(points: Points) -> str:

@@ -18,9 +18,10 @@ from helpers.tiny_models import FAMILIES
 TOKENS = 12
 NEAR = 0.4
 """Of the logits' standard deviation: what bfloat16 may change. Of another model it is 2 or 3."""
-TIE = 0.02
+TIE = 0.05
 """Of the router logits' standard deviation: between an expert that is chosen and one that is not,
-what bfloat16 may turn round. Then the token's numbers are another expert's."""
+what bfloat16 may turn round, also by an 8-bit code. Then the token's numbers are another expert's;
+Hugging Face's own in float32 and in bfloat16 differ so."""
 QUESTION = "What color is the star?"
 VOCABULARY_BITS = {"w3a16": 8, "w4a8": 16}
 """Of output head and embedding; Gemma's are tied."""
@@ -77,7 +78,7 @@ def hugging_face_tokens(
 
     In bfloat16 `tokens` themselves, if at every place Hugging Face likes them as much as its own
     choice but for rounding: then one near tie does not make all that follows another text. Places
-    where a router is as good as undecided do not count; half of them have to.
+    where a router is as good as undecided do not count; a quarter of them has to.
     """
     from transformers import AutoProcessor
 
@@ -109,7 +110,7 @@ def hugging_face_tokens(
     behind = logits.max(-1).values - logits.gather(1, ids.T)[:, 0]
     if margins:
         decided = torch.stack(margins).amin(0)[length - 1 : -1] > TIE
-        assert decided.sum() >= len(tokens) / 2
+        assert decided.sum() >= len(tokens) / 4
         behind = behind[decided]
     assert behind.max() < NEAR * logits.std(), behind
     return list(tokens)

@@ -17,8 +17,10 @@ from qig_serve.experts import unfuse
 from qig_serve.formats import get_scheme
 from qig_serve.inspection import require_sound
 from qig_serve.offline import pipeline
+from qig_serve.offline.estimate import bytes_a_token
 from qig_serve.offline.recipe import METHODS, make_recipe
 from qig_serve.offline.results import QuantizationReport
+from qig_serve.offline.source.loaded_model import load
 from qig_serve.packing import unpack_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -170,6 +172,22 @@ def test_two_processes_find_the_same(folder: Path, tmp_path: Path) -> None:
     assert two.blocks[0].experts == one.blocks[0].experts
     for a, b in zip(one.blocks, two.blocks, strict=True):
         assert b.output_error == pytest.approx(a.output_error, rel=0.2)
+
+
+def test_activations_a_token(folder: Path) -> None:
+    """Both streams (256 channels each) and what is widest: the MLP's or an expert's inputs and
+    outputs beside what all experts read, or what they read in both models while it is rounded."""
+    loaded = load(folder / "qwen3_vl_moe")
+    widest = {
+        ("qig", "w3a16"): 256 + 96 + 256,
+        ("qig", "w4a8"): 256 + 2 * 256,
+        ("qig+", "w3a16"): 256 + 96 + 256,
+        ("gptq", "w3a16"): 256,
+        ("rtn", "w3a16"): 0,
+    }
+    for (method, scheme), wanted in widest.items():
+        recipe = make_recipe({"calib": "demo", "method": method, "scheme": scheme})
+        assert bytes_a_token(loaded, recipe) == 4 * (2 * 256 + wanted), method
 
 
 def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
