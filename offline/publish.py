@@ -96,9 +96,12 @@ def publish(
         form = forms.compressed(config, loaded.arch, report.left_alone)
     else:
         form = forms.qig(config)
-    if loaded.mlp_padding is not None:
-        changed = loaded.mlp_padding.entries(read_config(loaded.directory))
-        form = replace(form, config={**changed, **form.config})
+    source = read_config(loaded.directory)
+    changed = loaded.mlp_padding.entries(source) if loaded.mlp_padding else {}
+    text = changed.get("text_config", source.get("text_config"))
+    if missing := {k: v for k, v in loaded.arch.assumed if k not in (text or {})}:
+        changed["text_config"] = {**(text or {}), **missing}
+    form = replace(form, config={**changed, **form.config})
     writer.publish(form, check)
 
 

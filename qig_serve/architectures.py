@@ -120,6 +120,9 @@ class Architecture:
     """What vLLM on a CPU does not do as transformers does, or only in part; "" if nothing."""
     refused: tuple[tuple[str, str], ...] = ()
     """Fields of the decoder's configuration that must not be set, and what they stand for."""
+    assumed: tuple[tuple[str, Any], ...] = ()
+    """Fields of the decoder's configuration that vLLM asks for and transformers does not know,
+    with the value that transformers computes by: written where the source has none."""
 
     @property
     def kinds(self) -> tuple[tuple[SmoothingGroup, ...], ...]:
@@ -328,6 +331,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "as qwen3_vl, with experts",
             kept=(ROUTER,),
             refused=(("mlp_only_layers", "blocks without experts between those with them"),),
+            assumed=(("norm_topk_prob", True),),
         ),
         Architecture(
             "internvl",

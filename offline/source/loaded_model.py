@@ -7,6 +7,7 @@ transformers; the blocks themselves are built and filled from the files when ask
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,12 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
             raise UserError(
                 f"{directory} is a {arch.name} model with {what} ({field_name} in config.json), "
                 "which is not supported"
+            )
+    for field_name, value in arch.assumed:
+        if (found := getattr(config.get_text_config(), field_name, value)) != value:
+            raise UserError(
+                f"{directory}: {field_name} in config.json is {json.dumps(found)}, which vLLM "
+                f"obeys and transformers computes as {json.dumps(value)}: not supported"
             )
     source = SourceCheckpoint(directory)
     source.check_full_precision()

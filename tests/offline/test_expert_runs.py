@@ -73,6 +73,8 @@ def test_plain_transformers_has_the_weights_of_the_codes(folder: Path, tmp_path:
     tensors = tensors_of(tmp_path / "out")
     assert not [n for n in tensors if "gate_up_proj" in n or n.endswith("experts.down_proj")]
     assert f"{DECODER}0.mlp.experts.3.up_proj.weight_packed" in tensors
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert written["norm_topk_prob"] is True  # vLLM asks for it
     assert tensors[f"{DECODER}0.mlp.gate.weight"].dtype == torch.bfloat16
     model: Any = AutoModelForImageTextToText.from_pretrained(
         folder / "qwen3_vl_moe", dtype=torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -166,3 +167,14 @@ def test_a_damaged_expert_is_named(models: dict[str, Path], tmp_path: Path) -> N
     loaded.block(0)
     with pytest.raises(UserError, match=r"layer 1: .*experts\.6\.down_proj\.weight .* NaN"):
         loaded.block(1)
+
+
+def test_a_router_that_transformers_does_not_compute(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    path = changed(models["qwen3_vl_moe"], tmp_path / "model", lambda tensors: None)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["norm_topk_prob"] = False
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="norm_topk_prob in config.json is false, which vLLM"):
+        loaded_model.load(path)
