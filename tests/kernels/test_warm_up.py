@@ -58,7 +58,7 @@ def test_a_linear_has_every_bucket_compiled(scheme: str, monkeypatch: pytest.Mon
     device = torch.device("cuda", 0)
     monkeypatch.setattr(ops, "COMPILATION", compilation)
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(ops, "_on", lambda device, function, *rest: launched.append(rest))
+    monkeypatch.setattr(ops, "on_device", lambda device, function, *rest: launched.append(rest))
     for _ in range(28):
         for has_bias in (False, True):
             ops.compile_ahead(get_scheme(scheme), 4608, 3584, torch.bfloat16, device, has_bias)
