@@ -130,11 +130,12 @@ def _print_facts(console: Console, found: Inspection) -> None:
         console.print(f"{name:<16}{text}")
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("quantized", "layers", "out x in", "bits per weight"):
+    for column in ("quantized", "linears", "out x in", "bits per weight"):
         table.add_column(column, justify="left" if column.startswith("q") else "right")
     kinds: dict[tuple[str, int, int], list[float]] = {}
     for linear in [*found.linears, *found.vocabulary]:
-        kind = ".".join(linear.name.split(".")[-2:])
+        *_, owner, leaf = ["", *linear.name.split(".")]
+        kind = f"experts.*.{leaf}" if owner.isdecimal() else f"{owner}.{leaf}".lstrip(".")
         kinds.setdefault((kind, linear.n, linear.k), []).append(linear.bits)
     for (kind, n, k), bits in kinds.items():
         table.add_row(kind, str(len(bits)), f"{n} x {k}", f"{sum(bits) / len(bits):.3f}")

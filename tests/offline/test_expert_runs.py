@@ -12,6 +12,7 @@ from helpers.checkpoints import tensors_of
 from helpers.tiny_experts import several_samples
 from helpers.tiny_models import tiny_model
 
+from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
 from qig_serve.formats import get_scheme
@@ -63,7 +64,9 @@ def test_every_method(folder: Path, tmp_path: Path, family: str, scheme: str, me
         assert names == [*mixer, "experts_down"]
 
 
-def test_plain_transformers_has_the_weights_of_the_codes(folder: Path, tmp_path: Path) -> None:
+def test_plain_transformers_has_the_weights_of_the_codes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Logits of the checkpoint, reloaded, are those of the source with the codes' weights."""
     from transformers import AutoModelForImageTextToText
 
@@ -73,6 +76,10 @@ def test_plain_transformers_has_the_weights_of_the_codes(folder: Path, tmp_path:
     tensors = tensors_of(tmp_path / "out")
     assert not [n for n in tensors if "gate_up_proj" in n or n.endswith("experts.down_proj")]
     assert f"{DECODER}0.mlp.experts.3.up_proj.weight_packed" in tensors
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    experts = sum(name.endswith("up_proj.weight_packed") for name in tensors)
+    assert [row[1] for row in table if row[:1] == ["experts.*.up_proj"]] == [str(experts)]
     written = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert written["norm_topk_prob"] is True  # vLLM asks for it
     assert tensors[f"{DECODER}0.mlp.gate.weight"].dtype == torch.bfloat16
