@@ -5,8 +5,8 @@ before them). Here nothing runs but one linear at a time, on the tokens that its
 experts of a block together cost what one dense MLP would that is as wide as a token's experts.
 
 The loss is that at the sparse MLP's output, into which an expert's error enters times its routing
-weight p: a token counts lambda p where errors are absolute, lambda p^2 where they are squared, with
-the lambda of the sparse MLP's own search.
+weight p: a token counts lambda p where errors are absolute, lambda p^2 where they are squared (as
+in the noise of channel_scales.py), with the lambda of the sparse MLP's own search.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _part_weights(
 ) -> list[torch.Tensor]:
     """Weights of the parts' tokens, [1, tokens] each."""
     assert group.expert is not None
-    power = 1 if settings.loss == "mae" else 2
+    power = 1 if settings.loss == "mae" and settings.kind != "channels" else 2
     flat = torch.cat(
         [
             routed.token_weights(b, group.expert, weights[streams.mask(b)], power)
