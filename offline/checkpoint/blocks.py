@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.checkpoint.packed import packed_linears
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
@@ -75,6 +77,12 @@ def read_progress(writer: CheckpointWriter, first: int, report: QuantizationRepo
     path = writer.directory / REPORT_FILE
     if not path.is_file():
         return
-    before = QuantizationReport.model_validate_json(path.read_text(encoding="utf-8"))
+    try:
+        before = QuantizationReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError:
+        raise UserError(
+            f"{path} is damaged or of another version of qig-serve: remove {path.parent} and start "
+            "again without --resume"
+        ) from None
     report.blocks, report.fallbacks = before.blocks[:first], before.fallbacks
     report.tuning = before.tuning if writer.is_tuned else None

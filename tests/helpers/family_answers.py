@@ -63,8 +63,7 @@ def quantize_tiny(source: Path, target: Path, scheme: str, **settings: Any) -> P
 def as_vllm_computes_it(source: Path, family: str) -> Path:
     """The family's tiny model, as far as vLLM on a CPU can compute it."""
     config = json.loads((source / "config.json").read_text())
-    text = config["text_config"]
-    text.update(FAMILIES[family].cpu_text)
+    config["text_config"].update(FAMILIES[family].cpu_text)
     (source / "config.json").write_text(json.dumps(config))
     return source
 
@@ -116,6 +115,8 @@ def hugging_face_tokens(
 
 def _router_margins(model: Any) -> list[torch.Tensor]:
     """Filled by the next forward: each router's margin, by token, in standard deviations."""
+    from qig_serve.architectures import ROUTER
+
     found: list[torch.Tensor] = []
 
     def note(router: Any, inputs: Any, output: Any) -> None:
@@ -124,8 +125,8 @@ def _router_margins(model: Any) -> list[torch.Tensor]:
         best = logits.topk(router.top_k + 1).values
         found.append((best[:, -2] - best[:, -1]) / logits.std())
 
-    for module in model.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+    for name, module in model.named_modules():
+        if name.endswith(f".{ROUTER}"):
             module.register_forward_hook(note)
     return found
 

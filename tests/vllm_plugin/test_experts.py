@@ -34,6 +34,7 @@ Stored = list[dict[str, dict[str, torch.Tensor]]]
 @pytest.fixture(autouse=True)
 def options(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """vLLM's configuration, as far as it is asked; tests change it."""
+    # Imported with vLLM's own function, before that is replaced.
     from vllm.model_executor.layers.quantization import base_config  # noqa: F401
 
     config = SimpleNamespace(
