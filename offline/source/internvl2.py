@@ -20,7 +20,7 @@ import torch
 from qig_serve.errors import UserError
 from qig_serve.offline.disk import number_shards, save_shards
 from qig_serve.offline.source.sentencepiece_tokenizer import build
-from qig_serve.offline.source.tensors import SourceCheckpoint
+from qig_serve.offline.source.tensors import SourceCheckpoint, check_values
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -271,8 +271,7 @@ def _converted(
         if progress is not None:
             progress("converting", done, len(names))
         tensor = source.tensor(name)
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{name} in {source.directory} holds NaN or infinity")
+        check_values(tensor, tensor.dtype, f"{name} in {source.directory}")
         yield from convert_tensor(
             name, tensor, text["num_attention_heads"], text["num_key_value_heads"]
         )

@@ -39,7 +39,7 @@ from qig_serve.offline.source.surplus import (
     check_served_names,
     no_blocks,
 )
-from qig_serve.offline.source.tensors import SourceCheckpoint
+from qig_serve.offline.source.tensors import SourceCheckpoint, check_values
 from qig_serve.weight_files import check_full_precision, check_index
 
 
@@ -172,11 +172,7 @@ class LoadedModel:
         for name, empty in block.state_dict(keep_vars=True).items():
             source_name = self.source_name(index, name)
             tensor = self._stored(index, name)
-            if not bool(torch.isfinite(tensor).all()):
-                raise UserError(
-                    f"layer {index}: {source_name} in {self.directory} holds NaN or infinity: the "
-                    "checkpoint is damaged"
-                )
+            check_values(tensor, self.dtype, f"layer {index}: {source_name} in {self.directory}")
             value = tensor.to(self.device, dtype)
             if isinstance(empty, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=False)
@@ -387,8 +383,7 @@ def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
             "checkpoint is incomplete; download it again"
         )
     for name, parameter in loaded.model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{name} in {loaded.directory} holds NaN or infinity: it is damaged")
+        check_values(parameter, loaded.dtype, f"{name} in {loaded.directory}")
 
 
 def _with_few_blocks(config: Any) -> Any:

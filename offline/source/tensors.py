@@ -201,3 +201,15 @@ class SourceCheckpoint:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+def check_values(tensor: torch.Tensor, dtype: torch.dtype, where: str) -> None:
+    """UserError if a weight is not finite, or would not be in `dtype`, the model's."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{where} holds NaN or infinity: the checkpoint is damaged")
+    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    if largest > torch.finfo(dtype).max:
+        raise UserError(
+            f"{where} holds {largest:.3g}, more than {dtype}, the dtype of config.json, can: "
+            "set that to bfloat16"
+        )

@@ -2,8 +2,9 @@
 
 The schedule goes by time, not by steps: it decays to zero when the minutes are spent, on whatever
 machine. First the vision tower learns what stands in each cell; then the whole model learns to
-answer, with the cells' labels as a second loss. Weights are bf16 with float32 masters. On a CPU
-two single-thread processes share a step: one process with two threads is several times slower.
+answer, with the cells' labels as a second loss. Weights are bf16 with float32 masters, or float32
+on a processor without bf16 products (40 times slower there). On a CPU two single-thread processes
+share a step: one process with two threads is several times slower.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from qig_serve.demo.outliers import Outliers, add_outliers
 from qig_serve.demo.pictures import LABEL_CLASSES, cell_labels
 from qig_serve.demo.questions import make_lesson, samples
 from qig_serve.demo.warm_start import start_from
+from qig_serve.kernels.cpu_w8a16 import multiplies_bf16
 
 VISION_SEED, LESSON_SEED, CORPUS_SEED = 1, 0, 2  # draws of the training split
 
@@ -73,14 +75,15 @@ def corpus() -> Iterator[str]:
 
 
 class MasterAdamW:
-    """AdamW on float32 masters of bf16 parameters; parameters and gradients are flat views."""
+    """AdamW on float32 masters of bf16 (or float32) parameters, all of one dtype; parameters and
+    gradients are views of flat tensors."""
 
     def __init__(self, named: list[tuple[str, torch.nn.Parameter]], decay: float) -> None:
         self._groups = []
         for decayed in (True, False):
             chosen = [p for name, p in named if (p.dim() > 1 and "embed" not in name) == decayed]
             flat = torch.cat([p.detach().float().flatten() for p in chosen])
-            weight = flat.to(torch.bfloat16)
+            weight = flat.to(chosen[0].dtype, copy=True)
             grad = torch.zeros_like(weight)
             start = 0
             for p in chosen:
@@ -166,19 +169,20 @@ def _answer_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted loss on answer tokens, and the image tokens [B, tokens, hidden]."""
     pixels, questions = [x.pixels for x in lessons], [x.questions for x in lessons]
-    batch = make_batch(encoder, pixels, questions, torch.bfloat16).to(device)
+    batch = make_batch(encoder, pixels, questions, model.dtype).to(device)
     logits, image = answer_logits(model, batch, encoder.before_image)
     losses = F.cross_entropy(logits.float(), batch.target, reduction="none")
     return (losses * batch.weight).sum() / batch.weight.sum(), image
 
 
 def _optimizer(model: Any, cells: torch.nn.Linear, settings: Settings, unused: Any) -> MasterAdamW:
-    """Of everything that is trained; the model and the cells' classifier become bf16."""
+    """Of everything that is trained; both modules become bf16 where products in it are fast."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(unused))
     named = [*model.named_parameters(), *cells.named_parameters(prefix="cells")]
-    to_bfloat16(model)
-    to_bfloat16(cells)
+    if cells.weight.is_cuda or multiplies_bf16():
+        to_bfloat16(model)
+        to_bfloat16(cells)
     return MasterAdamW([(n, p) for n, p in named if p.requires_grad], settings.decay)
 
 
@@ -245,7 +249,7 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
         seen[vision] += each * world
         labels = torch.from_numpy(np.stack([cell_labels(x.scene) for x in lessons])).to(device)
         if vision:
-            pixels = to_pixels(x.pixels for x in lessons).to(device, torch.bfloat16)
+            pixels = to_pixels(x.pixels for x in lessons).to(device, model.dtype)
             answer_loss = torch.zeros(())
             loss = cell_loss = _cell_loss(cells(family.image_tokens(model, pixels)), labels)
         else:

@@ -22,8 +22,8 @@ def test_schedule_goes_by_time() -> None:
 
 
 def test_masters_keep_what_bf16_loses() -> None:
-    weight = torch.nn.Parameter(torch.ones(4, 4))
-    bias = torch.nn.Parameter(torch.ones(4))
+    weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    bias = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = MasterAdamW([("weight", weight), ("bias", bias)], decay=0.0)
     assert weight.dtype == torch.bfloat16
     for _ in range(40):  # a step is far below the distance between bf16 numbers near 1

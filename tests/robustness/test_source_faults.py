@@ -175,6 +175,23 @@ def test_a_weight_that_is_no_number_is_named(
         loaded_model.load(broken).block(1)
 
 
+@pytest.mark.parametrize(
+    "tensor", [f"{LAYER}.mlp.up_proj.weight", "multi_modal_projector.linear_1.weight"]
+)
+def test_a_weight_beyond_the_dtype_of_the_configuration_is_named(
+    model: Path, tmp_path: Path, tensor: str
+) -> None:
+    """float16, it says, of weights of a wider range: they would be infinite when it is served."""
+    broken = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors[tensor].view(-1)[3] = 1e5
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    with pytest.raises(UserError, match="weight .*holds 9.98e.04, more than torch.float16"):
+        loaded_model.load(broken).block(1)
+
+
 def test_endless_decoders_are_not_built(model: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(model, tmp_path / "model"))
     config = json.loads((broken / "config.json").read_text())
