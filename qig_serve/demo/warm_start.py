@@ -49,6 +49,19 @@ def strongest_neurons(mlp: Any, count: int) -> torch.Tensor:
     return norms.topk(count).indices.sort().values
 
 
+def _fill_tower(model: Any, source: Any) -> None:
+    """All outside the decoder that has a place of the same shape."""
+    own = dict(model.named_parameters())
+    for name, values in source.named_parameters():
+        place = name
+        if place not in own:
+            for in_source, in_model in _TOWER_NAMES:
+                place = place.replace(in_source, in_model)
+        fits = place in own and own[place].shape == values.shape
+        if fits and not place.startswith(("model.language_model.", "lm_head.")):
+            own[place].copy_(values)
+
+
 def _fill_experts(layer: Any, mlp: Any, state: dict[str, torch.Tensor], number: int) -> None:
     """Every expert gets some of the source's neurons, drawn for itself, as strong as all were.
 
@@ -106,14 +119,7 @@ def start_from(model: Any, tokenizer: Any, name: Path | str, sink_channel: int) 
     model.get_input_embeddings().weight[to] = source.get_input_embeddings().weight[of]
     model.lm_head.weight[to] = source.lm_head.weight[of]
     model.model.language_model.norm.load_state_dict(source.model.language_model.norm.state_dict())
-    own = dict(model.named_parameters())
-    for name, values in source.named_parameters():
-        if name not in own:
-            for in_source, in_model in _TOWER_NAMES:
-                name = name.replace(in_source, in_model)
-        fits = name in own and own[name].shape == values.shape
-        if fits and not name.startswith(("model.language_model.", "lm_head.")):
-            own[name].copy_(values)
+    _fill_tower(model, source)
     layers, old = decoder_layers(model), decoder_layers(source)
     if len(old) > len(layers):
         raise ValueError(f"the source has {len(old)} layers, the model only {len(layers)}")
