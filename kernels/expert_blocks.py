@@ -131,7 +131,7 @@ def sort_slots(ids: torch.Tensor, experts: int, block_m: int) -> Blocks:
     table = torch.empty(blocks, 3, dtype=torch.int32, device=device)
     sort_slots_kernel[(experts,)](
         ids, slots, table, count, blocks, BLOCK_M=block_m, BINS=_bins(experts), CHUNK=CHUNK,
-        **launch.early(device),
+        **launch.FUSED, **launch.early(device),
     )  # fmt: skip
     return Blocks(slots, table)
 
@@ -141,7 +141,7 @@ def sum_slots(parts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     (m, top_k), n = ids.shape, parts.shape[1]
     out = torch.empty(m, n, dtype=parts.dtype, device=parts.device)
     sum_slots_kernel[(m, triton.cdiv(n, CHUNK))](
-        parts, ids, out, n, TOP_K=top_k, CHUNK=CHUNK, **launch.early(parts.device)
+        parts, ids, out, n, TOP_K=top_k, CHUNK=CHUNK, **launch.FUSED, **launch.early(parts.device)
     )
     return out
 
@@ -151,7 +151,8 @@ def kernels(dtype: str, experts: int, top_k: int) -> list[Kernel]:
     sort = dict(ids_ptr="*i32", slots_ptr="*i32", table_ptr="*i32", SLOTS="i32", BLOCKS="i32")
     add = dict(parts_ptr=f"*{dtype}", ids_ptr="*i32", out_ptr=f"*{dtype}", N="i32")
     constants = {"BLOCK_M": 16, "BINS": _bins(experts), "CHUNK": CHUNK}
+    options = {"num_warps": 4, **launch.FUSED}
     return [
-        Kernel(sort_slots_kernel, sort, constants, {"num_warps": 4}, CHUNK),
-        Kernel(sum_slots_kernel, add, {"TOP_K": top_k, "CHUNK": CHUNK}, {"num_warps": 4}, CHUNK),
+        Kernel(sort_slots_kernel, sort, constants, options, CHUNK),
+        Kernel(sum_slots_kernel, add, {"TOP_K": top_k, "CHUNK": CHUNK}, options, CHUNK),
     ]

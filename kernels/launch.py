@@ -278,12 +278,17 @@ def orders(device: torch.device) -> Orders:
     return orders_of(torch.cuda.get_device_capability(device))
 
 
+FUSED = {"enable_fp_fusion": True}
+"""Multiply and add in one instruction, at every launch: Triton 3.10 changes the default, which bit
+for bit equal results of two kernels must not hang on."""
+
+
 def compiler_options(tile: Tile) -> dict[str, Any]:
     """Warps, and registers that leave room for as many programs per SM as the work is divided for.
 
     Left alone the compiler takes more registers than it needs, and fewer programs fit.
     """
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": tile.num_warps, **FUSED}
     if tile.regime in SHARED:
         options["maxnreg"] = min(
             255, 65536 // (32 * tile.num_warps * tile.programs_per_sm) // 8 * 8

@@ -336,7 +336,7 @@ def silu_mul_kernel(gate_up_ptr, out_ptr, K, BLOCK_K: tl.constexpr, PDL: tl.cons
 
 
 def row_options(k: int, m: int = 1) -> dict[str, int]:
-    """BLOCK_K and num_warps of a kernel whose programs hold a row of K.
+    """BLOCK_K and compiler options of a kernel whose programs hold a row of K.
 
     The order in which RMSNorm adds squares follows from the warps: its kernels take those of m = 1
     for every M, so that a token's numbers do not depend on how many others there are.
@@ -346,12 +346,13 @@ def row_options(k: int, m: int = 1) -> dict[str, int]:
     block_k = max(256, triton.next_power_of_2(k))
     a_warp = 512 if m < MANY_TOKENS else 1024
     most = 16 if block_k <= 32768 else 32
-    return {"BLOCK_K": block_k, "num_warps": min(most, max(4, block_k // a_warp))}
+    warps = min(most, max(4, block_k // a_warp))
+    return {"BLOCK_K": block_k, "num_warps": warps, **launch.FUSED}
 
 
 def chunk_options() -> dict[str, int]:
     """The same where programs hold CHUNK columns: 8 per thread, 16 bytes."""
-    return {"BLOCK_K": CHUNK, "num_warps": CHUNK // 256}
+    return {"BLOCK_K": CHUNK, "num_warps": CHUNK // 256, **launch.FUSED}
 
 
 Codes = tuple[torch.Tensor, torch.Tensor]
@@ -548,6 +549,8 @@ def kernels(dtype: str, order: int) -> list[Kernel]:
             constants = {name: value for name, value in known.items() if name in names}
             constants["BLOCK_K"] = options["BLOCK_K"]
             arguments = {name: types[name] for name in names if name in types}
-            warps = {"num_warps": options["num_warps"]}
-            found.append(Kernel(function, arguments, constants, warps, inputs=options["BLOCK_K"]))
+            compiler = {"num_warps": options["num_warps"], **launch.FUSED}
+            found.append(
+                Kernel(function, arguments, constants, compiler, inputs=options["BLOCK_K"])
+            )
     return found

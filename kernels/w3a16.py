@@ -496,7 +496,7 @@ def _dequantize_rows(
     w3a16_dequantize_kernel[grid](
         planes.view(torch.int16), scale_zero, out, last, k, planes.shape[1],
         first // layout.ROW_TILE, ORDER=launch.orders(planes.device).weights,
-        RAGGED=k % layout.GROUP != 0, USE_PTX=use_ptx,
+        RAGGED=k % layout.GROUP != 0, USE_PTX=use_ptx, **launch.FUSED,
     )  # fmt: skip
     return out
 

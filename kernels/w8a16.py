@@ -79,7 +79,7 @@ def _rows(
         w8a16_rows_kernel[triton.cdiv(m, block), weight.shape[0]](
             ids, _order(weight.device), weight, prepared["row_scale"], out, m, n, k,
             weight.shape[1], first, HAS_IDS=ids is not None, BLOCK=block,
-            RAGGED=k % layout.GROUP != 0,
+            RAGGED=k % layout.GROUP != 0, **launch.FUSED,
         )  # fmt: skip
     return out
 
