@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from qig_serve import model_directory
-from qig_serve.architectures import Architecture, SmoothingGroup, get_architecture
+from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
+from qig_serve.family_row import Architecture, SmoothingGroup
 from qig_serve.offline.source.experts import unfuse as unfuse_files
 from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (

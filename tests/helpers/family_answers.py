@@ -115,7 +115,7 @@ def hugging_face_tokens(
 
 def _router_margins(model: Any) -> list[torch.Tensor]:
     """Filled by the next forward: each router's margin, by token, in standard deviations."""
-    from qig_serve.architectures import ROUTER
+    from qig_serve.family_row import ROUTER
 
     found: list[torch.Tensor] = []
 

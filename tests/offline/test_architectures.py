@@ -11,16 +11,11 @@ import torch
 from helpers.tiny_models import FAMILIES, published_name, tiny_model
 from PIL import Image
 
-from qig_serve.architectures import (
-    ARCHITECTURES,
-    PictureLayout,
-    SmoothingGroup,
-    any_expert,
-    get_architecture,
-)
+from qig_serve.architectures import ARCHITECTURES, get_architecture
 from qig_serve.demo.families import FAMILIES as DEMO_FAMILIES
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
+from qig_serve.family_row import PictureLayout, SmoothingGroup, any_expert
 from qig_serve.offline.calibration.batches import make_batches
 from qig_serve.offline.equalization.smoothing import fold, outputs
 from qig_serve.offline.report.token_map import LAYOUTS
