@@ -113,6 +113,7 @@ def _lfm2_convolution() -> tuple[SmoothingGroup, ...]:
 _PRE_NORM = _groups("post_attention_layernorm")
 _QWEN3_5 = _groups("post_attention_layernorm", norm_offset=1.0)
 _GEMMA4 = _normed_values(_groups("pre_feedforward_layernorm"))
+_SHARED_KEYS = "blocks that read the keys and values of others"
 _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.")
 _LEVELLED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -271,6 +272,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             on_cpu="gated delta-net in bfloat16 only, and no speculation",
         ),
         Architecture(
+            "minicpmv4_6",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _QWEN3_5,
+            "MiniCPMV4_6ForConditionalGeneration",
+            "sliced",
+            "a qwen3_5 decoder, image tokens in a row",
+            ("qwen3_5_text",),
+            other_groups=(_delta_net(_QWEN3_5),),
+            kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+            embedding_as_is=True,
+            on_cpu="gated delta-net in bfloat16 only, and no speculation",
+        ),
+        Architecture(
             "gemma4",
             "model.language_model",
             ("model.language_model.layers.",),
@@ -281,9 +296,27 @@ ARCHITECTURES: dict[str, Architecture] = {
             other_groups=(_keys_as_values(_GEMMA4),),
             on_cpu="attention inside a picture is causal: compared without pictures' own mask",
             refused=(
-                ("num_kv_shared_layers", "blocks that read the keys and values of others"),
+                ("num_kv_shared_layers", _SHARED_KEYS),
+                ("hidden_size_per_layer_input", "embeddings for every block"),
                 ("enable_moe_block", "experts"),
             ),
+        ),
+        Architecture(
+            "gemma4_unified",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            _GEMMA4,
+            "Gemma4UnifiedForConditionalGeneration",
+            "pieces",
+            "12B: as gemma4, without a vision tower",
+            other_groups=(_keys_as_values(_GEMMA4),),
+            renamed=(
+                ("model.embed_vision.multimodal_embedder.", "model.embed_vision."),
+                ("model.embed_vision.patch_", "model.vision_embedder.patch_"),
+                ("model.embed_vision.pos_", "model.vision_embedder.pos_"),
+            ),
+            on_cpu="attention inside a picture is causal: compared without pictures' own mask",
+            refused=(("num_kv_shared_layers", _SHARED_KEYS),),
         ),
         Architecture(
             "lfm2_vl",

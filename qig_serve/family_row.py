@@ -76,7 +76,17 @@ _TOWERS = ("vision_tower.", "model.vision_tower.")
 _LEVEL = "vision_model."
 
 PictureLayout = Literal[
-    "grid", "anyres", "cut", "merged", "placed", "sized", "tiles", "split", "pooled"
+    "grid",
+    "anyres",
+    "cut",
+    "merged",
+    "placed",
+    "pieces",
+    "sized",
+    "sliced",
+    "tiles",
+    "split",
+    "pooled",
 ]
 
 
@@ -106,6 +116,8 @@ class Architecture:
 
     transformers 5 leaves that level out where it saves a model under its modules' names.
     """
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(prefix of tensors saved under the names of transformers' modules, that which vLLM knows)."""
     other_groups: tuple[tuple[SmoothingGroup, ...], ...] = ()
     """Where blocks are of several kinds: the groups of the others."""
     kept: tuple[str, ...] = ()
@@ -159,4 +171,7 @@ class Architecture:
             for tower in _TOWERS:
                 if name.startswith(tower) and not name.startswith(tower + _LEVEL):
                     return tower + _LEVEL + name.removeprefix(tower)
+        for saved, known in self.renamed:
+            if name.startswith(saved):
+                return known + name.removeprefix(saved)
         return name

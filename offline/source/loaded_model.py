@@ -156,7 +156,8 @@ class LoadedModel:
     def left_alone(self) -> list[str]:
         """Modules that stay in 16 bits: shortest names that cover all that is not quantized.
 
-        Of the decoder blocks the linears alone, since norms are never quantized.
+        By the names of the checkpoint; of the decoder blocks the linears alone, since norms are
+        never quantized.
         """
         inside = (
             self.source_name(index, name)
@@ -164,7 +165,7 @@ class LoadedModel:
             for name in self.arch.kept
         )
         kept = [name for name in inside if f"{name}.weight" in self.source]
-        outside = outside_blocks(self.source, self._prefix)
+        outside = outside_blocks(map(self.served_name, self.source), self._prefix)
         return sorted([*(name for name in outside if name not in self.eight_bit), *kept])
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
