@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
 from qig_serve.errors import UserError
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.calibration.batches import TEXT, CalibrationBatch
 from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.passes.capture import quantized_weights

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
 from qig_serve.errors import UserError
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.formats import QuantScheme, get_scheme
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.importance.attribution import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qig_serve.architectures import any_expert
+from qig_serve.family_row import any_expert
 
 if TYPE_CHECKING:
     import torch

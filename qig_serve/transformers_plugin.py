@@ -152,7 +152,8 @@ class QigQuantizer(HfQuantizer):
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linears of the language model's decoder blocks, by name: what qig quantizes."""
-    from qig_serve.architectures import any_expert, get_architecture
+    from qig_serve.architectures import get_architecture
+    from qig_serve.family_row import any_expert
 
     arch = get_architecture(model.config.model_type)
     inside, linears = arch.decoder + ".layers.", set(arch.linears)

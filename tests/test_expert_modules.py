@@ -7,8 +7,8 @@ from torch import nn
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 
-from qig_serve.architectures import any_expert
 from qig_serve.experts import Experts, unfuse
+from qig_serve.family_row import any_expert
 
 
 def _sparse_mlp() -> nn.Module:

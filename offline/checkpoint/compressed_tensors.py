@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from qig_serve.architectures import Architecture
 from qig_serve.errors import UserError
+from qig_serve.family_row import Architecture
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.checkpoint.packed import packed_linears
 from qig_serve.packing import dequantize, pack, unpack

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qig_serve.architectures import Architecture
+from qig_serve.family_row import Architecture
 from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.offline.checkpoint import compressed_tensors

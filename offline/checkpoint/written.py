@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from qig_serve import model_directory
-from qig_serve.architectures import any_expert, get_architecture
+from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
+from qig_serve.family_row import any_expert
 from qig_serve.formats import QuantScheme, tensor_specs
 from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.source.loaded_model import LoadedModel, load_front

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from qig_serve.architectures import EXPERTS, SmoothingGroup
+from qig_serve.family_row import EXPERTS, SmoothingGroup
 from qig_serve.offline.equalization.experts import equalize_experts
 from qig_serve.offline.equalization.group import equalize_group
 from qig_serve.offline.importance.gradients import AnswerGradients

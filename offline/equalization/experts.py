@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qig_serve.architectures import EXPERTS, SmoothingGroup
+from qig_serve.family_row import EXPERTS, SmoothingGroup
 from qig_serve.offline.equalization.group import Found, search_scales
 from qig_serve.offline.equalization.smoothing import fold
 from qig_serve.offline.passes.parts import ModuleParts, capture_expert

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.equalization.channel_scales import Noise, token_moments
 from qig_serve.offline.equalization.search import Candidate, SearchBatch, best, evaluate_candidates
 from qig_serve.offline.equalization.smoothing import (

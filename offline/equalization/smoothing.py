@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
+from qig_serve.family_row import SmoothingGroup
 
 SCALE_FLOOR = 1e-4
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.calibration.batches import MODALITIES
 from qig_serve.offline.importance.attention import attention_importance
 from qig_serve.offline.importance.attribution import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.passes.capture import ModuleCall, Store, catch_call, check_finite, run_module
 from qig_serve.offline.passes.routing import RoutedTokens, expert_of
 from qig_serve.offline.passes.streams import Streams

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qig_serve.architectures import EXPERTS
 from qig_serve.experts import Expert
+from qig_serve.family_row import EXPERTS
 from qig_serve.offline.passes.capture import Store, catch_call, check_finite, quantized_activations
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.results import ExpertsReport

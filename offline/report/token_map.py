@@ -130,6 +130,12 @@ def _placed(config: Any, processor: Any, given: Given) -> list[Box | None]:
     return [*grid_boxes(rows // pooled, columns // pooled)]
 
 
+def _pieces(config: Any, processor: Any, given: Given) -> list[Box | None]:
+    """Pieces of the resized picture, row by row (image_position_ids)."""
+    columns, rows = (int(v) + 1 for v in np.asarray(given.places).max(0))
+    return [*grid_boxes(rows, columns)]
+
+
 def _tiles(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """Tiles row by row over the stretched picture, then the whole picture if there are several."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -177,6 +183,20 @@ def _cut(config: Any, processor: Any, given: Given) -> list[Box | None]:
     return [*boxes]
 
 
+def _sliced(config: Any, processor: Any, given: Given) -> list[Box | None]:
+    """The whole picture, then equal slices of it row by row, if it was large; each of its size."""
+    images = processor.image_processor
+    cut = images([[given.image]], return_tensors="pt")
+    cell = 2 if images.downsample_mode == "4x" else 4  # patches on a side of a token
+    (rows, columns), sizes = cut["grids"][0], cut["target_sizes"].tolist()
+    pieces = [(0.0, 0.0, 1.0, 1.0), *(grid_boxes(rows, columns) if rows and columns else [])]
+    return [
+        box
+        for (height, width), piece in zip(sizes, pieces, strict=True)
+        for box in grid_boxes(height // cell, width // cell, piece)
+    ]
+
+
 def _pooled(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """One pooled grid over the whole stretched picture."""
     if processor.image_processor.do_pan_and_scan:
@@ -191,7 +211,9 @@ LAYOUTS: dict[str, Callable[[Any, Any, Given], list[Box | None]]] = {
     "cut": _cut,
     "merged": _merged,
     "placed": _placed,
+    "pieces": _pieces,
     "sized": _sized,
+    "sliced": _sliced,
     "tiles": _tiles,
     "split": _split,
     "pooled": _pooled,

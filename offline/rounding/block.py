@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.recipe import Rounding
 from qig_serve.offline.results import ExpertsReport, GroupResult, LinearReport

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup, expert_number
+from qig_serve.family_row import SmoothingGroup, expert_number
 from qig_serve.offline.passes.capture import catch_call, check_finite, quantized_activations
 from qig_serve.offline.passes.hessian import LinearStats, StatsAccumulator
 from qig_serve.offline.passes.routing import RoutedTokens, capture_routed, expert_of

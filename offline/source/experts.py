@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qig_serve.architectures import EXPERTS
 from qig_serve.errors import UserError
+from qig_serve.family_row import EXPERTS
 from qig_serve.offline.source.tensors import SourceCheckpoint
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from qig_serve import model_directory
-from qig_serve.architectures import Architecture, SmoothingGroup, get_architecture
+from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
+from qig_serve.family_row import Architecture, SmoothingGroup
 from qig_serve.offline.source.experts import unfuse as unfuse_files
 from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (
@@ -155,7 +156,8 @@ class LoadedModel:
     def left_alone(self) -> list[str]:
         """Modules that stay in 16 bits: shortest names that cover all that is not quantized.
 
-        Of the decoder blocks the linears alone, since norms are never quantized.
+        By the names of the checkpoint; of the decoder blocks the linears alone, since norms are
+        never quantized.
         """
         inside = (
             self.source_name(index, name)
@@ -163,7 +165,7 @@ class LoadedModel:
             for name in self.arch.kept
         )
         kept = [name for name in inside if f"{name}.weight" in self.source]
-        outside = outside_blocks(self.source, self._prefix)
+        outside = outside_blocks(map(self.served_name, self.source), self._prefix)
         return sorted([*(name for name in outside if name not in self.eight_bit), *kept])
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:

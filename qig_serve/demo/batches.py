@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qig_serve.demo.families import IMAGE_TOKENS, Positions, get_family
+from qig_serve.demo.families import get_family
+from qig_serve.demo.family_row import IMAGE_TOKENS, Positions
 from qig_serve.demo.model import SUFFIX, question_prefix
 from qig_serve.demo.pictures import Pixels
 

@@ -1,4 +1,4 @@
-"""What differs between families of demonstration models; a family is a row of FAMILIES.
+"""The families of demonstration models; a family is a row of FAMILIES.
 
 A family knows its chat text for an image, its Hugging Face classes, the names its published
 checkpoints give to tensors, how pictures become image tokens, and which positions they take.
@@ -6,66 +6,20 @@ checkpoints give to tensors, how pictures become image tokens, and which positio
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qig_serve.demo.family_row import (
+    IMAGE_TOKENS,
+    Family,
+    Positions,
+    decoder_sizes,
+    pixel_options,
+    token_ids,
+)
 from qig_serve.demo.pictures import CELL, GRID, IMAGE_SIZE
 
 if TYPE_CHECKING:
     from qig_serve.demo.model import ModelSpec
-
-IMAGE_TOKENS = GRID * GRID
-Positions = list[tuple[int, int, int]]  # (time, row, column) per token
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family, in plain functions."""
-
-    special_tokens: tuple[str, ...]
-    image_token: str
-    image_text: str  # what the chat template writes for an image
-    image_frame: tuple[str, str]  # what the processor leaves before and after the image tokens
-    make_config: Callable[[ModelSpec, Any], Any]
-    make_model: Callable[[Any], Any]
-    make_processor: Callable[[Any, str], Any]  # (tokenizer, chat template)
-    image_processor_type: str
-    published: tuple[tuple[str, str], ...]  # (transformers 5 prefix, published prefix)
-    image_tokens: Callable[[Any, Any], Any]  # (model, [B, 3, H, W]) -> [B, 36, hidden]
-    image_positions: Callable[[int], Positions]  # first free position -> the image's
-    unused: tuple[str, ...] = ()  # parameters that no output depends on
-    multi_axis: bool = False  # rotary positions have three axes (M-RoPE)
-    # (name, tensor in transformers 5) -> tensor in published files
-    as_published: Callable[[str, Any], Any] = lambda name, tensor: tensor
-    token_roles: tuple[tuple[str, str], ...] = ()  # attributes the processor asks the tokenizer for
-
-
-def _token_ids(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _decoder_sizes(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden,
-        "intermediate_size": spec.intermediate,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "max_position_embeddings": spec.max_positions,
-        "tie_word_embeddings": False,
-    }
-
-
-def _pixels() -> dict[str, Any]:
-    half = [0.5, 0.5, 0.5]
-    flags = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
-    return {"image_mean": half, "image_std": half, **dict.fromkeys(flags, True)}
 
 
 def _llava_config(spec: ModelSpec, tokenizer: Any) -> Any:
@@ -81,7 +35,7 @@ def _llava_config(spec: ModelSpec, tokenizer: Any) -> Any:
             patch_size=CELL,
             projection_dim=spec.vision_hidden,
         ),
-        text_config=Qwen2Config(**_decoder_sizes(spec), **_token_ids(tokenizer)),
+        text_config=Qwen2Config(**decoder_sizes(spec), **token_ids(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=IMAGE_TOKENS,
         projector_hidden_act="gelu",
@@ -106,7 +60,7 @@ def _llava_processor(tokenizer: Any, template: str) -> Any:
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
-            size=square, crop_size=square, do_center_crop=False, **_pixels()
+            size=square, crop_size=square, do_center_crop=False, **pixel_options()
         ),
         tokenizer=tokenizer,
         patch_size=CELL,
@@ -155,8 +109,8 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
             "temporal_patch_size": 2,
         },
         text_config={
-            **_decoder_sizes(spec),
-            **_token_ids(tokenizer),
+            **decoder_sizes(spec),
+            **token_ids(tokenizer),
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
@@ -191,7 +145,7 @@ def _qwen2_vl_processor(tokenizer: Any, template: str) -> Any:
         "patch_size": _PATCH,
         "merge_size": _MERGE,
         "temporal_patch_size": 2,
-        **_pixels(),
+        **pixel_options(),
     }
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(**sizes),
@@ -223,7 +177,7 @@ def _qwen3_vl_moe_config(spec: ModelSpec, tokenizer: Any) -> Any:
     from transformers import Qwen3VLMoeConfig
 
     dense = _qwen2_vl_config(spec, tokenizer)
-    text = {**_decoder_sizes(spec), **_token_ids(tokenizer), "rms_norm_eps": 1e-6}
+    text = {**decoder_sizes(spec), **token_ids(tokenizer), "rms_norm_eps": 1e-6}
     rope = {**dense.text_config.rope_parameters, "mrope_interleaved": True}
     return Qwen3VLMoeConfig(
         vision_config={
@@ -269,7 +223,11 @@ def _qwen3_vl_processor(tokenizer: Any, template: str) -> Any:
     processor = _qwen2_vl_processor(tokenizer, template)
     images = processor.image_processor
     video = Qwen3VLVideoProcessor(
-        size=images.size, patch_size=_PATCH, merge_size=_MERGE, temporal_patch_size=2, **_pixels()
+        size=images.size,
+        patch_size=_PATCH,
+        merge_size=_MERGE,
+        temporal_patch_size=2,
+        **pixel_options(),
     )
     return Qwen3VLProcessor(images, tokenizer, video, chat_template=template)
 
@@ -291,7 +249,7 @@ def _internvl_config(spec: ModelSpec, tokenizer: Any) -> Any:
             image_size=[IMAGE_SIZE, IMAGE_SIZE],
             patch_size=[_PATCH, _PATCH],
         ),
-        text_config=Qwen2Config(**_decoder_sizes(spec), **_token_ids(tokenizer)),
+        text_config=Qwen2Config(**decoder_sizes(spec), **token_ids(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=IMAGE_TOKENS,
         downsample_ratio=1 / _MERGE,
@@ -314,9 +272,9 @@ def _internvl_processor(tokenizer: Any, template: str) -> Any:
 
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return InternVLProcessor(
-        GotOcr2ImageProcessorPil(size=square, crop_to_patches=False, **_pixels()),
+        GotOcr2ImageProcessorPil(size=square, crop_to_patches=False, **pixel_options()),
         tokenizer,
-        InternVLVideoProcessor(size=square, **_pixels()),
+        InternVLVideoProcessor(size=square, **pixel_options()),
         image_seq_length=IMAGE_TOKENS,
         chat_template=template,
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qig_serve.demo.families import Family, get_family
+from qig_serve.demo.families import get_family
+from qig_serve.demo.family_row import Family
 
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"

@@ -73,12 +73,16 @@ class QigConfig(QuantizationConfig):
         """Add the names that vLLM's modules have to those that the checkpoint's have.
 
         vLLM calls this for the model and again for the language model inside it. The rules are
-        for weights ("lm_head." -> "language_model.lm_head."), hence the suffix.
+        for weights ("lm_head." -> "language_model.lm_head."), hence the suffix. A part of an
+        ignored module may be elsewhere in vLLM (MiniCPM-V's merger inside the tower).
         """
         for names in (self.ignored, self.eight_bit):
             for name in sorted(names):
                 for mapped in hf_to_vllm_mapper.apply_list([f"{name}.weight"]):
                     names.add(mapped.removesuffix(".weight"))
+        for part, moved in hf_to_vllm_mapper.orig_to_new_prefix.items():
+            if moved and self._matches(part.removesuffix(".")):
+                self.ignored.add(moved.removesuffix("."))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of the layer at `prefix` (vLLM's name); None for what stays in 16 bits."""

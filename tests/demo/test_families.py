@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
-from qig_serve.demo.families import FAMILIES, IMAGE_TOKENS, get_family
+from qig_serve.demo.families import FAMILIES, get_family
+from qig_serve.demo.family_row import IMAGE_TOKENS
 from qig_serve.demo.model import (
     MODELS,
     load_model,

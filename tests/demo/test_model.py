@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from qig_serve.demo.batches import Encoder, answer_logits, make_batch
-from qig_serve.demo.families import IMAGE_TOKENS, get_family
+from qig_serve.demo.families import get_family
+from qig_serve.demo.family_row import IMAGE_TOKENS
 from qig_serve.demo.measure import answers_right, by_type, rounded_to_nearest
 from qig_serve.demo.model import (
     MODELS,

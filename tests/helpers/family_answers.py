@@ -39,7 +39,8 @@ def _data_url() -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _messages() -> list[dict[str, Any]]:
+def messages() -> list[dict[str, Any]]:
+    """A question about a picture, which is in it as a data URL."""
     content = [
         {"type": "image_url", "image_url": {"url": _data_url()}},
         {"type": "text", "text": QUESTION},
@@ -53,7 +54,7 @@ def quantize_tiny(source: Path, target: Path, scheme: str, **settings: Any) -> P
     from qig_serve.offline.recipe import make_recipe
 
     calib = source.parent / "calib.jsonl"
-    calib.write_text(json.dumps({"messages": _messages(), "answer": "a large red star"}) + "\n")
+    calib.write_text(json.dumps({"messages": messages(), "answer": "a large red star"}) + "\n")
     wanted = {"scheme": scheme, "method": "awq", "calib": str(calib), "samples": 1}
     wanted |= dict.fromkeys(("head", "embeddings"), VOCABULARY_BITS[scheme]) | settings
     quantize(source, target, make_recipe(wanted), quiet=True)
@@ -115,7 +116,7 @@ def hugging_face_tokens(
 
 def _router_margins(model: Any) -> list[torch.Tensor]:
     """Filled by the next forward: each router's margin, by token, in standard deviations."""
-    from qig_serve.architectures import ROUTER
+    from qig_serve.family_row import ROUTER
 
     found: list[torch.Tensor] = []
 
@@ -145,7 +146,7 @@ def vllm_tokens(checkpoint: Path, dtype: str = "float32") -> list[int]:
         seed=0,
     )
     parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    (answer,) = llm.chat([_messages()], parameters, use_tqdm=False)
+    (answer,) = llm.chat([messages()], parameters, use_tqdm=False)
     return list(answer.outputs[0].token_ids)
 
 

@@ -509,11 +509,9 @@ def _glm4v_processor(tokenizer: Any, template: str) -> Any:
     )
 
 
-def _qwen3_5_config(tokenizer: Any) -> Any:
-    from transformers import Qwen3_5Config
-
+def _qwen3_5_text(tokenizer: Any, **more: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    text = text_fields(
+    return text_fields(
         tokenizer,
         num_hidden_layers=4,
         linear_num_key_heads=2,
@@ -521,8 +519,13 @@ def _qwen3_5_config(tokenizer: Any) -> Any:
         linear_key_head_dim=64,
         linear_value_head_dim=64,
         rope_parameters={**rope, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
-        mtp_num_hidden_layers=1,
+        **more,
     )
+
+
+def _qwen3_5_config(tokenizer: Any) -> Any:
+    from transformers import Qwen3_5Config
+
     return Qwen3_5Config(
         vision_config={
             "depth": 2,
@@ -533,7 +536,7 @@ def _qwen3_5_config(tokenizer: Any) -> Any:
             "patch_size": 14,
             "num_position_embeddings": 64,
         },
-        text_config=text,
+        text_config=_qwen3_5_text(tokenizer, mtp_num_hidden_layers=1),
         **qwen_ids(tokenizer),
         **common_fields(tokenizer),
     )
@@ -571,22 +574,92 @@ def _qwen3_5_mtp(config: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
-def _gemma4_config(tokenizer: Any) -> Any:
-    from transformers import Gemma4Config
+_MINICPM_ROLES = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "image_start_token": "<image>",
+    "image_end_token": "</image>",
+    "slice_start_token": "<slice>",
+    "slice_end_token": "</slice>",
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
+}
 
+
+def _minicpmv4_6_config(tokenizer: Any) -> Any:
+    from transformers import MiniCPMV4_6Config
+
+    return MiniCPMV4_6Config(
+        vision_config={**VISION, "image_size": 64, "patch_size": 8},
+        text_config=_qwen3_5_text(tokenizer, model_type="qwen3_5_text"),
+        insert_layer_id=0,
+        image_size=64,
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        **common_fields(tokenizer),
+    )
+
+
+def _minicpmv4_6_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import MiniCPMV4_6Processor, MiniCPMV4_6VideoProcessor
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import (
+        MiniCPMV4_6ImageProcessorPil,
+    )
+
+    options = {"patch_size": 8, "scale_resolution": 64, "max_slice_nums": 4}
+    return MiniCPMV4_6Processor(
+        MiniCPMV4_6ImageProcessorPil(**options, **HALF),
+        MiniCPMV4_6VideoProcessor(**options, **HALF),
+        tokenizer,
+        chat_template=template,
+    )
+
+
+_GEMMA4_ROLES = {
+    "image_token": "<|image|>",
+    "boi_token": "<|image>",
+    "eoi_token": "<image|>",
+    "audio_token": "<|audio|>",
+    "boa_token": "<|audio>",
+    "eoa_token": "<audio|>",
+}
+_GEMMA4_TOKENS = (*_GEMMA4_ROLES.values(), "<|video|>")
+
+
+def _gemma4_fields(tokenizer: Any) -> dict[str, Any]:
+    """Of the configuration, all but the vision tower."""
     text = text_fields(
         tokenizer,
         num_hidden_layers=3,
         global_head_dim=128,
         num_global_key_value_heads=1,
         attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
         sliding_window=32,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         use_bidirectional_attention="vision",
         initializer_range=0.02,  # or tied embeddings repeat a token for ever
         tie_word_embeddings=True,
     )
+    ids = {
+        f"{name}_token_{kind}": token_id(tokenizer, token)
+        for name, kind, token in (
+            ("image", "id", "<|image|>"),
+            ("video", "id", "<|video|>"),
+            ("audio", "id", "<|audio|>"),
+            ("boi", "id", "<|image>"),
+            ("eoi", "id", "<image|>"),
+            ("boa", "id", "<|audio>"),
+            ("eoa", "index", "<audio|>"),
+        )
+    }
+    return {**common_fields(tokenizer), **ids, "text_config": text, "tie_word_embeddings": True}
+
+
+def _gemma4_config(tokenizer: Any) -> Any:
+    from transformers import Gemma4Config
+
+    fields = _gemma4_fields(tokenizer)
+    fields["text_config"]["hidden_size_per_layer_input"] = 0
     return Gemma4Config(
         vision_config={
             **VISION,
@@ -597,20 +670,23 @@ def _gemma4_config(tokenizer: Any) -> Any:
             "position_embedding_size": 64,
             "default_output_length": 70,
         },
-        text_config=text,
-        **{
-            f"{name}_token_{kind}": token_id(tokenizer, token)
-            for name, kind, token in (
-                ("image", "id", "<|image|>"),
-                ("video", "id", "<|video|>"),
-                ("audio", "id", "<|audio|>"),
-                ("boi", "id", "<|image>"),
-                ("eoi", "id", "<image|>"),
-                ("boa", "id", "<|audio>"),
-                ("eoa", "index", "<audio|>"),
-            )
+        **fields,
+    )
+
+
+def _gemma4_unified_config(tokenizer: Any) -> Any:
+    from transformers import Gemma4UnifiedConfig
+
+    return Gemma4UnifiedConfig(
+        vision_config={
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 256,
+            "output_proj_dims": 256,
+            "mm_posemb_size": 70,
+            "num_soft_tokens": 70,
         },
-        **{**common_fields(tokenizer), "tie_word_embeddings": True},
+        **_gemma4_fields(tokenizer),
     )
 
 
@@ -624,6 +700,25 @@ def _gemma4_processor(tokenizer: Any, template: str) -> Any:
         Gemma4ImageProcessorPil(**options),
         tokenizer,
         Gemma4VideoProcessor(**options),
+        chat_template=template,
+        image_seq_length=70,
+    )
+
+
+def _gemma4_unified_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import (
+        Gemma4UnifiedAudioFeatureExtractor,
+        Gemma4UnifiedImageProcessor,
+        Gemma4UnifiedProcessor,
+        Gemma4UnifiedVideoProcessor,
+    )
+
+    options = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    return Gemma4UnifiedProcessor(
+        Gemma4UnifiedAudioFeatureExtractor(),
+        Gemma4UnifiedImageProcessor(**options),
+        tokenizer,
+        Gemma4UnifiedVideoProcessor(**options),
         chat_template=template,
         image_seq_length=70,
     )
@@ -689,6 +784,11 @@ _QWEN_NAMES = (
     ("lm_head.", "lm_head."),
 )
 _SAME_NAMES = (("", ""),)
+_UNIFIED_NAMES = (
+    ("model.embed_vision.multimodal_embedder.", "model.embed_vision."),
+    ("model.embed_vision.", "model.vision_embedder."),
+    *_SAME_NAMES,
+)
 _LFM_NAMES = (("model.vision_tower.", "model.vision_tower.vision_model."), *_SAME_NAMES)
 
 FAMILIES: dict[str, Tiny] = {
@@ -785,21 +885,32 @@ FAMILIES: dict[str, Tiny] = {
         cpu_dtype="bfloat16",
         unread=_qwen3_5_mtp,
     ),
+    "minicpmv4_6": Tiny(
+        tuple(_MINICPM_ROLES.values()),
+        "<|image_pad|>",
+        _minicpmv4_6_config,
+        _minicpmv4_6_processor,
+        _SAME_NAMES,
+        _MINICPM_ROLES,
+        cpu_dtype="bfloat16",
+    ),
     "gemma4": Tiny(
-        ("<|image|>", "<|image>", "<image|>", "<|audio|>", "<|audio>", "<audio|>", "<|video|>"),
+        _GEMMA4_TOKENS,
         "<|image|>",
         _gemma4_config,
         _gemma4_processor,
         _SAME_NAMES,
-        {
-            "image_token": "<|image|>",
-            "boi_token": "<|image>",
-            "eoi_token": "<image|>",
-            "audio_token": "<|audio|>",
-            "boa_token": "<|audio>",
-            "eoa_token": "<audio|>",
-        },
+        _GEMMA4_ROLES,
         cpu_text={"use_bidirectional_attention": None},  # its attention is causal
+    ),
+    "gemma4_unified": Tiny(
+        _GEMMA4_TOKENS,
+        "<|image|>",
+        _gemma4_unified_config,
+        _gemma4_unified_processor,
+        _UNIFIED_NAMES,
+        _GEMMA4_ROLES,
+        cpu_text={"use_bidirectional_attention": None},
     ),
     "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }
@@ -818,15 +929,20 @@ def tiny_model(family: str, directory: Path, seed: int = 0, **text: Any) -> Path
 
     text: of the decoder's configuration, what is to be otherwise.
     """
+    tokenizer = make_tokenizer(FAMILIES[family])
+    torch.manual_seed(seed)
+    config = FAMILIES[family].config(tokenizer)
+    for name, value in text.items():
+        setattr(config.get_text_config(), name, value)
+    return write_random(family, config, tokenizer, directory)
+
+
+def write_random(family: str, config: Any, tokenizer: Any, directory: Path) -> Path:
+    """Writes a random model of a family, in bf16, to a new directory, with the tiny processor."""
     from transformers import AutoModelForImageTextToText
 
     tiny = FAMILIES[family]
-    tokenizer = make_tokenizer(tiny)
-    torch.manual_seed(seed)
-    config = tiny.config(tokenizer)
     config.dtype = "bfloat16"
-    for name, value in text.items():
-        setattr(config.get_text_config(), name, value)
     model = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

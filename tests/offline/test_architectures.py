@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,16 +12,11 @@ import torch
 from helpers.tiny_models import FAMILIES, published_name, tiny_model
 from PIL import Image
 
-from qig_serve.architectures import (
-    ARCHITECTURES,
-    PictureLayout,
-    SmoothingGroup,
-    any_expert,
-    get_architecture,
-)
+from qig_serve.architectures import ARCHITECTURES, get_architecture
 from qig_serve.demo.families import FAMILIES as DEMO_FAMILIES
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
+from qig_serve.family_row import PictureLayout, SmoothingGroup, any_expert
 from qig_serve.offline.calibration.batches import make_batches
 from qig_serve.offline.equalization.smoothing import fold, outputs
 from qig_serve.offline.report.token_map import LAYOUTS
@@ -177,8 +173,29 @@ def test_published_names_load_as_the_same_model(directory: Path, family: str) ->
 
 
 def test_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'bert' .* gemma3, gemma4, glm4v, idefics3, internvl"):
+    with pytest.raises(
+        UserError, match=r"'bert' .* gemma3, gemma4, gemma4_unified, glm4v, idefics3"
+    ):
         get_architecture("bert")
+
+
+REFUSED = [(row.name, *field) for row in ARCHITECTURES.values() for field in row.refused]
+
+
+@pytest.mark.parametrize(("family", "field", "what"), REFUSED, ids=lambda value: str(value))
+def test_members_of_a_family_that_are_refused(
+    family: str, field: str, what: str, tmp_path: Path
+) -> None:
+    """By config.json alone, before a tensor is read: Gemma 4 E2B and E4B among them."""
+    directory = tiny_model(family, tmp_path / family)
+    config = json.loads((directory / "config.json").read_text())
+    values: dict[str, Any] = {"mlp_only_layers": [0], "enable_moe_block": True}
+    config["text_config"][field] = values.get(field, 1)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").unlink()
+    said = rf"is a {family} model with {what} \({field} in config.json\), which is not supported"
+    with pytest.raises(UserError, match=said):
+        loaded_model.load(directory)
 
 
 def test_a_picture_has_as_many_tokens_as_the_model_wants(loaded: loaded_model.LoadedModel) -> None:

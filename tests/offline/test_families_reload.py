@@ -13,8 +13,9 @@ from qig_serve import packing
 from qig_serve.architectures import get_architecture
 from qig_serve.experts import unfuse
 from qig_serve.formats import get_scheme
+from qig_serve.inspection import require_sound
 from qig_serve.offline.pipeline import quantize
-from qig_serve.offline.recipe import make_recipe
+from qig_serve.offline.recipe import METHODS, make_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -61,3 +62,14 @@ def test_rtn_is_the_source_with_fake_quantized_weights(
     assert not expected
     quantizes_inputs = {isinstance(m, QuantizedInputLinear) for m in quantized.values()}
     assert quantizes_inputs == {scheme == "w4a8"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(source: Path, tmp_path: Path, method: str, scheme: str) -> None:
+    """The canary has read each back before it is published."""
+    fields = {"calib": str(source.parent / "calib.jsonl"), "samples": 1, "grid": 3}
+    recipe = make_recipe(fields | {"scheme": scheme, "method": method, "allow_fallbacks": True})
+    quantize(source, tmp_path / "out", recipe, quiet=True)
+    require_sound(tmp_path / "out")

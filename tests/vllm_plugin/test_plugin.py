@@ -62,6 +62,7 @@ def test_ignored_names_follow_the_model() -> None:
     mapper = WeightsMapper(
         orig_to_new_prefix={
             "model.language_model.": "language_model.model.",
+            "model.vision_tower.merger.": "merger.",
             "model.vision_tower.": "vision_tower.",
             "lm_head.": "language_model.lm_head.",
         }
@@ -70,6 +71,7 @@ def test_ignored_names_follow_the_model() -> None:
     config.apply_vllm_mapper(mapper)
     assert config.is_ignored("vision_tower.encoder.layers.0.mlp.fc1")
     assert config.is_ignored("language_model.lm_head")
+    assert config.is_ignored("merger.linear_1")
     assert not config.is_ignored("vision_tower_2.fc1")
     assert not config.is_ignored("language_model.model.layers.0.mlp.down_proj")
 

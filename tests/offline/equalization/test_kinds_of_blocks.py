@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup, get_architecture
+from qig_serve.architectures import get_architecture
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.formats import get_scheme
 from qig_serve.offline.equalization.search import Candidate, SearchBatch, evaluate_candidates
 from qig_serve.offline.equalization.smoothing import (

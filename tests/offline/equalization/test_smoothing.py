@@ -10,7 +10,7 @@ import torch
 from helpers.blocks import DOWN, GATE_UP, QKV, O, make_block
 from torch import nn
 
-from qig_serve.architectures import SmoothingGroup
+from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.equalization.smoothing import (
     fold,
     group_scales,

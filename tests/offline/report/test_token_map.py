@@ -273,6 +273,30 @@ def _qwen3_5() -> Built:
     return Qwen3_5Model(config), processor, config
 
 
+def _minicpmv4_6(mode: str) -> Built:
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6Model
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import (
+        MiniCPMV4_6ImageProcessorPil,
+    )
+
+    config = MiniCPMV4_6Config(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 128, "patch_size": 4},
+        text_config={
+            **TEXT,
+            "model_type": "qwen3_5_text",
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+        },
+        insert_layer_id=0,
+        image_token_id=5,
+        downsample_mode=mode,
+    )
+    images = MiniCPMV4_6ImageProcessorPil(
+        patch_size=4, scale_resolution=112, max_slice_nums=4, downsample_mode=mode
+    )
+    return MiniCPMV4_6Model(config), SimpleNamespace(image_processor=images), config
+
+
 def _gemma4() -> Built:
     from transformers import Gemma4Config, Gemma4Model
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
@@ -292,6 +316,28 @@ def _gemma4() -> Built:
     )
     images = Gemma4ImageProcessorPil(patch_size=8, pooling_kernel_size=2, max_soft_tokens=70)
     return Gemma4Model(config), SimpleNamespace(image_processor=images), config
+
+
+def _gemma4_unified() -> Built:
+    from transformers import (
+        Gemma4UnifiedConfig,
+        Gemma4UnifiedImageProcessor,
+        Gemma4UnifiedModel,
+    )
+
+    config = Gemma4UnifiedConfig(
+        vision_config={
+            "patch_size": 8,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 32,
+            "output_proj_dims": 32,
+            "mm_posemb_size": 70,
+        },
+        text_config={**TEXT, "head_dim": 16},
+        image_token_id=5,
+    )
+    images = Gemma4UnifiedImageProcessor(patch_size=8, pooling_kernel_size=2, max_soft_tokens=70)
+    return Gemma4UnifiedModel(config), SimpleNamespace(image_processor=images), config
 
 
 def _lfm2_vl() -> Built:
@@ -329,7 +375,10 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "mistral3": _mistral3,
     "glm4v": _glm4v,
     "qwen3.5": _qwen3_5,
+    "minicpmv4.6": lambda: _minicpmv4_6("16x"),
+    "minicpmv4.6-4x": lambda: _minicpmv4_6("4x"),
     "gemma4": _gemma4,
+    "gemma4-unified": _gemma4_unified,
     "lfm2-vl": _lfm2_vl,
 }
 
@@ -337,7 +386,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
 def _features(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Image features [tokens, channels] as they enter the language model."""
     wanted = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
-    wanted += ("image_position_ids", "spatial_shapes")
+    wanted += ("image_position_ids", "spatial_shapes", "target_sizes")
     with torch.no_grad():
         out = model.get_image_features(**{k: inputs[k] for k in wanted if k in inputs})
     out = out.pooler_output if hasattr(out, "pooler_output") else out

@@ -45,6 +45,20 @@ def test_names_are_those_of_published_files(family: str, tmp_path: Path) -> None
         assert served == {n for n in names(published) if not n.startswith("mtp.")}, way
 
 
+def test_modules_that_vllm_names_otherwise(tmp_path: Path) -> None:
+    """Gemma 4 without a tower, saved under its modules' names: as published, and quantized."""
+    published = tiny_model("gemma4_unified", tmp_path / "published")
+    again = save_again(published, tmp_path / "again", "own-names")
+    assert any("multimodal_embedder" in name for name in names(again))
+    out = tmp_path / "out"
+    options = ["--calib", one_sample(tmp_path), "--method", "rtn", "--quiet"]
+    assert main(["quantize", str(again), "--output", str(out), *options]) == 0
+    assert {n for n in names(out) if "vision" in n} == {
+        n for n in names(published) if "vision" in n
+    }
+    assert main(["inspect", str(out), "--verify"]) == 0
+
+
 def test_other_towers_keep_their_names() -> None:
     for name in ("vision_tower.transformer.layers.0.attention.q_proj.weight", "lm_head.weight"):
         assert get_architecture("llava").served_name(name, "pixtral") == name
