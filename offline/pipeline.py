@@ -130,6 +130,7 @@ def _quantize(
         # Sums depend on the number of processes in the last bits.
         "run": {"processes": ranks.size, "plain": plain},
     }
+    ranks.agree(fingerprint)
     with ExitStack() as stack:
         writer = None
         if ranks.writes:

@@ -86,6 +86,19 @@ class Ranks:
         dist.broadcast_object_list(held, src=source)
         return held[0]
 
+    def agree(self, read: dict[str, Any]) -> None:
+        """UserError where a process has read anything else than the first one.
+
+        Processes of several machines may each read files of their own.
+        """
+        first = self.broadcast_object(read)
+        other = [key for key in read if read[key] != first[key]]
+        if other:
+            raise UserError(
+                f"process {self.rank} of {self.size} has another {' and '.join(other)} than the "
+                "first one: give every machine the same package, model, samples and recipe"
+            )
+
     def barrier(self, error: Exception | None = None) -> None:
         """Waits for all processes. Where one brings an error, all others raise it.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu", "Dockerfile.router"])
 def test_hadolint_finds_nothing(name: str) -> None:
     done = _run(BIN / "hadolint", "--no-color", DOCKER / name)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -60,15 +61,18 @@ def services() -> dict[str, Any]:
     return yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
 
 
-def test_compose_has_both_profiles_and_prometheus(services: dict[str, Any]) -> None:
+def test_compose_has_three_profiles_and_prometheus(services: dict[str, Any]) -> None:
     assert {name: s["profiles"] for name, s in services.items()} == {
         "gpu": ["gpu"],
         "cpu": ["cpu"],
-        "prometheus": ["gpu", "cpu"],
+        "replica-0": ["fleet"],
+        "replica-1": ["fleet"],
+        "router": ["fleet"],
+        "prometheus": ["gpu", "cpu", "fleet"],
     }
 
 
-@pytest.mark.parametrize("name", ["gpu", "cpu"])
+@pytest.mark.parametrize("name", ["gpu", "cpu", "replica-0", "replica-1"])
 def test_compose_servers_are_confined(services: dict[str, Any], name: str) -> None:
     server = services[name]
     assert not server.keys() & {"ipc", "pid", "privileged", "network_mode", "user", "healthcheck"}
@@ -79,18 +83,45 @@ def test_compose_servers_are_confined(services: dict[str, Any], name: str) -> No
     assert server["environment"] == {"VLLM_API_KEY": "${VLLM_API_KEY:-}"}
     assert all(port.startswith("127.0.0.1:") for port in server["ports"])
     # What is compiled must be loaded from a place that is not noexec, as Docker's tmpfs is.
-    dockerfile = (DOCKER.parent / server["build"]["dockerfile"]).read_text()
+    dockerfile = (DOCKER.parent / _dockerfile(services, server["image"])).read_text()
     caches = re.findall(r"^\s+(?:\w+_CACHE_\w+|HF_HOME)=(\S+)", dockerfile, re.M)
     assert len(caches) >= 3 and all(c.startswith("/cache/") for c in caches)
 
 
-def test_prometheus_finds_the_server_and_knows_its_key(services: dict[str, Any]) -> None:
-    job = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"][0]
-    host, port = job["static_configs"][0]["targets"][0].split(":")
-    for name in ("gpu", "cpu"):
-        assert services[name]["networks"]["default"]["aliases"] == [host]
+def _dockerfile(services: dict[str, Any], image: str) -> str:
+    """Which file an image is built from; only one service builds it."""
+    (build,) = (s["build"] for s in services.values() if s["image"] == image and "build" in s)
+    return build["dockerfile"]
+
+
+def test_the_fleet_is_two_servers_with_a_gpu_each_behind_the_router(
+    services: dict[str, Any],
+) -> None:
+    router, gpus = services["router"], []
+    words = router["command"]
+    urls = words.index("--worker-urls")
+    assert words[urls + 1 : urls + 3] == ["http://replica-0:8000", "http://replica-1:8000"]
+    for name in ("replica-0", "replica-1"):
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        gpus += device["device_ids"]
+        assert services[name]["ports"] == [] and services[name]["image"] == "qig-serve:cuda"
+    assert gpus == ["0", "1"]
+    # Its own routes know no key.
+    assert router["ports"] == ["127.0.0.1:8000:8000"] and router["read_only"]
+    assert router["cap_drop"] == ["ALL"] and router["security_opt"] == ["no-new-privileges:true"]
+    assert "USER 10001" in (DOCKER / "Dockerfile.router").read_text()
+
+
+def test_prometheus_finds_the_servers_and_knows_their_key(services: dict[str, Any]) -> None:
+    job, router = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"]
+    (named,) = job["dns_sd_configs"]
+    for name in ("gpu", "cpu", "replica-0", "replica-1"):
+        assert services[name]["networks"]["default"]["aliases"] == named["names"]
         command = services[name]["command"]
-        assert command[command.index("--port") + 1] == port
+        assert command[command.index("--port") + 1] == str(named["port"])
+    (named,) = router["dns_sd_configs"]
+    command = services[named["names"][0]]["command"]
+    assert command[command.index("--prometheus-port") + 1] == str(named["port"])
     script = services["prometheus"]["entrypoint"][-1]
     assert f'"$$VLLM_API_KEY" > {job["authorization"]["credentials_file"]} ' in script
     assert services["prometheus"]["tmpfs"] == ["/run/key:mode=1777"]
@@ -130,8 +161,9 @@ def _validate(path: Path, version: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("version", ["1.27", "1.37"])
-def test_kubernetes_schema(version: str) -> None:
-    done = _validate(DOCKER / "k8s" / "qig-serve.yaml", version)
+@pytest.mark.parametrize("name", ["qig-serve.yaml", "router.yaml"])
+def test_kubernetes_schema(name: str, version: str) -> None:
+    done = _validate(DOCKER / "k8s" / name, version)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -171,6 +203,34 @@ def test_kubernetes_objects_belong_together() -> None:
     mounts = [m["name"] for m in server["volumeMounts"]]
     assert sorted(mounts) == sorted(v["name"] for v in template["spec"]["volumes"])
     assert template["spec"]["securityContext"]["runAsUser"] == 10001
+
+
+def test_kubernetes_router_finds_the_servers_and_has_the_flags_that_were_tried(
+    services: dict[str, Any],
+) -> None:
+    def objects(name: str) -> dict[str, Any]:
+        text = (DOCKER / "k8s" / name).read_text()
+        return {o["kind"]: o for o in yaml.safe_load_all(text)}
+
+    router, servers = objects("router.yaml"), objects("qig-serve.yaml")
+    template = router["Deployment"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    flags = dict(flag.removeprefix("--").partition("=")[::2] for flag in container["args"])
+    key, _, value = flags["selector"].partition("=")
+    pods = servers["Deployment"]["spec"]["template"]
+    assert pods["metadata"]["labels"][key] == value
+    (port,) = pods["spec"]["containers"][0]["ports"]
+    assert int(flags["service-discovery-port"]) == port["containerPort"]
+    words = services["router"]["command"]
+    tried = {w.removeprefix("--"): v for w, v in pairwise(words)}
+    own = {"service-discovery", "selector", "service-discovery-port", "service-discovery-namespace"}
+    assert {k: v for k, v in flags.items() if k not in own}.items() <= tried.items()
+    (account,) = router["RoleBinding"]["subjects"]
+    assert account["name"] == template["spec"]["serviceAccountName"]
+    for kind in ("Service", "NetworkPolicy"):
+        spec = router[kind]["spec"]
+        selector = spec["selector"] if kind == "Service" else spec["podSelector"]["matchLabels"]
+        assert selector.items() <= template["metadata"]["labels"].items()
 
 
 # As of the chart's values.schema.json. The schema allows keys that it does not know, so a misspelt

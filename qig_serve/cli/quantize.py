@@ -5,8 +5,10 @@ examples:
   qig-serve quantize MODEL --recipe paper-w4a8 --calib demo --output DIR
   qig-serve quantize MODEL --scheme w4a8 --method awq --calib data.jsonl --print-recipe
 
-Several GPUs share the samples of one run:
+Several GPUs share the samples of one run, and so do several machines (on each of K, with the same
+model and samples and R from 0; machine 0 writes the checkpoint):
   torchrun --nproc-per-node N -m qig_serve quantize MODEL --calib calibration.jsonl --output DIR
+  torchrun --nnodes K --node-rank R --master-addr HOST --nproc-per-node N -m qig_serve quantize ...
 
 Every option below --recipe is a field of the recipe: a recipe file holds the same names. Values
 on the command line win over the file, and both over the defaults of the method.
@@ -74,13 +76,14 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Of several processes only the first one prints."""
+    """Run the command. Of several processes only the first one prints, but for what went wrong:
+    that the first one of each machine does."""
     from qig_serve.errors import UserError
 
     try:
         status = _run(args)
     except UserError:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2
         raise
     if "TORCHELASTIC_RUN_ID" in os.environ:

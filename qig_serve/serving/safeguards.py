@@ -44,6 +44,9 @@ class Safeguards:
             await self.app(scope, self.engine.follow(scope, receive), send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        if path == HEALTH and self.engine.stopping:  # a router is to turn to another server
+            await _own(_busy("the server is stopping"), scope)(scope, receive, send)
+            return
         if path == HEALTH or scope.get("method") == "OPTIONS":
             await self.app(scope, receive, send)
             return

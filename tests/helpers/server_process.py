@@ -41,10 +41,26 @@ class Server:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def kill(self) -> None:
+        """SIGKILL to the server and all that it started."""
+        kill_tree(self.process.pid)
+        self.process.wait(timeout=120)
+
     def stop(self) -> int:
         """SIGTERM, and the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=120)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all below it, as when its machine is gone."""
+    psutil = pytest.importorskip("psutil")  # vLLM brings it
+    try:
+        own = psutil.Process(pid)
+        for process in [own, *own.children(recursive=True)]:
+            process.kill()
+    except psutil.NoSuchProcess:
+        return
 
 
 def environment() -> dict[str, str]:
@@ -59,13 +75,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def start_server(checkpoint: Path, folder: Path, *flags: str) -> Server:
-    """Start and wait until /health answers."""
-    import httpx
-
+def free_port() -> int:
+    """A port of loopback that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def start_server(checkpoint: Path, folder: Path, *flags: str, port: int = 0) -> Server:
+    """Start and wait until /health answers; on a free port unless one is given."""
+    import httpx
+
+    port = port or free_port()
     log, media = folder / "server.log", folder / "media"
     media.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "qig_serve", "serve", str(checkpoint)]

@@ -279,6 +279,8 @@ def test_stopping_refuses_new_requests() -> None:
         async with client(make_app(echo, engine=engine)) as http:
             refused = await http.post("/v1/chat/completions")
             assert refused.status_code == 503 and "retry-after" in refused.headers
+            assert (await http.get("/health")).status_code == 503
+            engine.stopping = False
             assert (await http.get("/health")).status_code == 200
 
     asyncio.run(run())
