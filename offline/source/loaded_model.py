@@ -30,6 +30,7 @@ from qig_serve.offline.source.stand_ins import (
     Catcher,
     add_after,
     computing,
+    with_few_blocks,
 )
 from qig_serve.offline.source.surplus import (
     check_block,
@@ -346,7 +347,7 @@ def load_front(directory: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             directory,
-            config=_with_few_blocks(config),
+            config=with_few_blocks(config),
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
@@ -386,20 +387,3 @@ def _check_loaded(loaded: LoadedModel, info: Mapping[str, Any]) -> None:
         )
     for name, parameter in loaded.model.named_parameters():
         check_values(parameter, loaded.dtype, f"{name} in {loaded.directory}")
-
-
-def _with_few_blocks(config: Any) -> Any:
-    """The configuration with the fewest blocks that show every kind of attention there is."""
-    import copy
-
-    few = copy.deepcopy(config)
-    text = few.get_text_config()
-    types = getattr(text, "layer_types", None)
-    count = 1
-    if types:
-        count = 1 + max(types.index(kind) for kind in set(types))
-        text.layer_types = list(types[:count])
-    text.num_hidden_layers = count
-    if getattr(text, "num_experts", None):
-        text.num_experts = text.num_experts_per_tok = 1  # blocks are replaced: as little as can be
-    return few

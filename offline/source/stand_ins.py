@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,3 +91,18 @@ def add_after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if isinstance(output, tuple):
         return (output[0] + added, *output[1:])
     return output + added
+
+
+def with_few_blocks(config: Any) -> Any:
+    """The configuration with the fewest blocks that show every kind of attention there is."""
+    few = copy.deepcopy(config)
+    text = few.get_text_config()
+    types = getattr(text, "layer_types", None)
+    count = 1
+    if types:
+        count = 1 + max(types.index(kind) for kind in set(types))
+        text.layer_types = list(types[:count])
+    text.num_hidden_layers = count
+    if getattr(text, "num_experts", None):
+        text.num_experts = text.num_experts_per_tok = 1  # blocks are replaced: as little as can be
+    return few
