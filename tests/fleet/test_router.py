@@ -130,11 +130,7 @@ def test_a_stopped_server_is_drained(
 def test_a_killed_server_answers_nothing_wrongly(
     router: Router, servers: list[Server], bodies: list[dict[str, Any]], alone: list[str]
 ) -> None:
-    """kill -9 under 50 clients.
-
-    What has not begun is tried again; a stream that has begun ends early, with an error or without
-    a finish_reason. What is whole is right, and what is not is the beginning of it.
-    """
+    """kill -9 under 50 clients: what it had in hand fails or is answered by the other one."""
     answers, _ = under_load(router.url, KEY, bodies, servers[1].kill)
     assert_none_wrong(answers, alone)
     assert sum(answer.whole for answer in answers) >= REQUESTS - CLIENTS
