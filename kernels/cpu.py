@@ -205,6 +205,9 @@ def _dequantize_and_multiply(
     m, k = x.shape
     n, half, groups = scales.shape[1], block // 2, k // GROUP
     tiles = packed.view(n // block, groups, GROUP, half)  # bytes
+    given = x.dtype
+    if not cpu_w8a16.multiplies_bf16():  # many rows are two to six times as fast in float32 then
+        x, scales = x.float(), scales.float()
     # [B, G, 1, block], contiguous: a strided operand would take the slow way through torch
     scale = scales[..., 0].reshape(groups, n // block, 1, block).transpose(0, 1).contiguous()
     step = max(1, W3A16_SCRATCH // (k * block))  # blocks at a time
@@ -219,7 +222,7 @@ def _dequantize_and_multiply(
         for i in range(len(tile)):
             column = (start + i) * block
             out[:, column : column + block] = x @ weight[i].view(k, block)
-    return out
+    return out.to(given)
 
 
 # ---- w4a8
