@@ -206,7 +206,7 @@ def _dequantize_and_multiply(
     n, half, groups = scales.shape[1], block // 2, k // GROUP
     tiles = packed.view(n // block, groups, GROUP, half)  # bytes
     given = x.dtype
-    if not cpu_w8a16.multiplies_bf16():  # many rows are two to six times as fast in float32 then
+    if not cpu_w8a16.multiplies_bf16():  # torch's product is many times as slow then
         x, scales = x.float(), scales.float()
     # [B, G, 1, block], contiguous: a strided operand would take the slow way through torch
     scale = scales[..., 0].reshape(groups, n // block, 1, block).transpose(0, 1).contiguous()

@@ -3,7 +3,7 @@
 The schedule goes by time, not by steps: it decays to zero when the minutes are spent, on whatever
 machine. First the vision tower learns what stands in each cell; then the whole model learns to
 answer, with the cells' labels as a second loss. Weights are bf16 with float32 masters, or float32
-on a processor without bf16 products (40 times slower there). On a CPU two single-thread processes
+on a processor without bf16 products (much slower there). On a CPU two single-thread processes
 share a step: one process with two threads is several times slower.
 """
 

@@ -34,15 +34,19 @@ Place = tuple[int, int]
 """A block and an expert of it."""
 
 
-def by_tokens(report: QuantizationReport) -> list[list[Place]]:
-    """The experts of all blocks in PARTS parts of one size, those with the fewest tokens first."""
-    counts = {
+def tokens_of(report: QuantizationReport) -> dict[Place, int]:
+    """Calibration tokens that were routed to each expert of each block."""
+    return {
         (block.index, expert): tokens
         for block in report.blocks
         if block.experts is not None
         for expert, tokens in enumerate(block.experts.tokens)
     }
-    order = sorted(counts, key=lambda place: counts[place])
+
+
+def by_tokens(tokens: dict[Place, int]) -> list[list[Place]]:
+    """The experts in PARTS parts of one size, those with the fewest tokens first."""
+    order = sorted(tokens, key=lambda place: tokens[place])
     bounds = [len(order) * part // PARTS for part in range(PARTS + 1)]
     return [order[a:b] for a, b in itertools.pairwise(bounds)]
 
@@ -119,7 +123,8 @@ def main() -> None:
     reference, counts = routed(full, encoder, asked)
     rows = []
     print("part of the experts   calibration tokens   share of tokens   KL (nats per token)")
-    parts = by_tokens(report)
+    calibrated = tokens_of(report)
+    parts = by_tokens(calibrated)
     for name, places in [
         *zip(("fewest tokens", "few", "many", "most"), parts, strict=True),
         ("all", list(itertools.chain(*parts))),
@@ -131,7 +136,7 @@ def main() -> None:
                 for p, q in zip(reference, log_probabilities(model, encoder, asked), strict=True)
             ]
         )
-        tokens = [report.blocks[b].experts.tokens[e] for b, e in places]  # type: ignore[union-attr]
+        tokens = [calibrated[place] for place in places]
         share = sum(int(counts[place]) for place in places) / int(counts.sum())
         row = {
             "part": name,
