@@ -4,9 +4,8 @@
     power  bf16 [N], rest fp32 [N]: the scale is their product, power a power of two and exact
 
 bf16: torch's GEMM on int8 weights, at twice the speed of one in bf16 (a token: 1.6), which takes
-scales of x's dtype; so it is given `power`, and `rest` follows in fp32. Where the processor has
-instructions for bf16, many rows of x go through them, on a few codes at a time, exact in bf16.
-Other dtypes: fp32, a few rows at a time.
+scales of x's dtype; so it is given `power`, and `rest` follows in fp32. Many rows of x, and other
+dtypes: a few codes at a time widened, to bf16 where the processor multiplies it, else to fp32.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ def describe(n: int, dtype: torch.dtype) -> str:
     """What runs a table of n rows, in words."""
     if dtype != torch.bfloat16:
         return "torch GEMM on dequantized rows"
-    many = "; torch GEMM on widened rows for many rows" if multiplies_bf16() else ""
-    return f"torch int8 weight-only GEMM{many}"
+    return "torch int8 weight-only GEMM; torch GEMM on widened rows for many rows"
 
 
 def keep(
@@ -61,10 +59,10 @@ def _linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """x [M, K], the rest as `keep` made it: [M, N] in x's dtype."""
-    if x.dtype == torch.bfloat16 and (len(x) < MANY_ROWS or not multiplies_bf16()):
+    if x.dtype == torch.bfloat16 and len(x) < MANY_ROWS:
         out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), rows, power).float() * rest
     else:
-        kind = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        kind = x.dtype if x.dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
         (n, k), given = rows.shape, x.to(kind)
         out = x.new_empty(len(x), n, dtype=torch.float32)
         step = max(1, _SCRATCH // k)

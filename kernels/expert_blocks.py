@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qig_serve.kernels import launch
+from qig_serve.kernels import launch, sharing
 from qig_serve.kernels.launch import Kernel
 
 CHUNK = 1024
@@ -43,7 +43,7 @@ def sort_slots_kernel(
     CHUNK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (experts,); BINS: a power of two above their number."""
-    launch.start_early(ids_ptr, PDL, False)
+    sharing.start_early(ids_ptr, PDL, False)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     lane = tl.arange(0, CHUNK)
@@ -83,7 +83,7 @@ def sum_slots_kernel(
 
     What is of no expert here was never written, and is not read.
     """
-    launch.start_early(ids_ptr, PDL, False)
+    sharing.start_early(ids_ptr, PDL, False)
     slot = tl.program_id(0).to(tl.int64) * TOP_K
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)

@@ -39,6 +39,7 @@ from qig_serve.kernels import (
     layout,
     library,
     quantize_activation,
+    sharing,
     w3a16,
     w4a8,
 )
@@ -75,7 +76,7 @@ def _store(
     """out fp32 [rows, slots], times the slots' routing weights -> [SLOTS, N]."""
     if WEIGHTED:
         out *= tl.load(routing_ptr + slots, mask=slots < SLOTS, other=0.0)[None, :]
-    launch.store_out(out_ptr, out, out_ptr, rows, slots, SLOTS, N, False)
+    sharing.store_out(out_ptr, out, out_ptr, rows, slots, SLOTS, N, False)
 
 
 @triton.jit(do_not_specialize=["M", "SLOTS", "TILES"])
@@ -87,7 +88,7 @@ def halves_experts_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks * output tiles,); weights as halves_kernel's, of each expert."""
-    launch.start_early(weight_ptr, PDL, False)
+    sharing.start_early(weight_ptr, PDL, False)
     tiles_n = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) // tiles_n
     expert = tl.load(table_ptr + block * 3).to(tl.int64)
@@ -117,7 +118,7 @@ def w3a16_experts_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks * output tiles,); weights as w3a16_prefill_kernel's, of each expert."""
-    launch.start_early(weight_ptr, PDL, False)
+    sharing.start_early(weight_ptr, PDL, False)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tiles_n = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) // tiles_n
@@ -147,7 +148,7 @@ def w4a8_experts_kernel(
     WEIGHTED: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks * output tiles,); weights as w4a8_prefill_kernel's, of each expert."""
-    launch.start_early(nibbles_ptr, PDL, False)
+    sharing.start_early(nibbles_ptr, PDL, False)
     tiles_n = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) // tiles_n
     expert = tl.load(table_ptr + block * 3).to(tl.int64)

@@ -54,7 +54,7 @@ What multiplies. From 8 tokens in a tile on (16 columns) Hopper's wgmma, four wa
 with one or two warps and 8 columns, which waits for few other warps: for 4 tokens the four linears
 of a Qwen2-VL-7B layer take 37.8 us on an H200, and 43.9 with wgmma.
 
-Work is divided into equal shares (launch.py). The scaling of a group costs 5 operations per row and
+Work is divided into equal shares (sharing.py). Scaling a group costs 5 operations per row and
 token, 5 BLOCK_M / 128 per weight: so the kernel is for few tokens, and tiles.json says how few.
 """
 
@@ -64,7 +64,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qig_serve.kernels import launch
+from qig_serve.kernels import launch, sharing
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.layout import PAIR, ROW_TILE
 from qig_serve.kernels.tiles import Tile
@@ -223,13 +223,13 @@ def halves_kernel(
     HALF: tl.constexpr = 16384 if BITS == 8 else 6144  # bytes of a layout tile's group
     LINES: tl.constexpr = 2 * HALF // 128
     pairs = tl.cdiv(K, 256)
-    first, last = launch.share(pairs, size, rest, True)
+    first, last = sharing.share(pairs, size, rest, True)
     row = tl.arange(0, BLOCK_N)
     token = tl.arange(0, BLOCK_M)
     if PDL:
         ahead = first % pairs * TILES + first // pairs // tiles_m * BLOCK_N // 128
         line = tl.minimum(ahead * LINES + tl.arange(0, 128), pairs * TILES * LINES - 1)
-        launch.start_early(weight_ptr + line.to(tl.int64) * 128, PDL, FETCH)
+        sharing.start_early(weight_ptr + line.to(tl.int64) * 128, PDL, FETCH)
     tile = first // pairs
     start = first - tile * pairs
     end = start + last - first
@@ -243,19 +243,19 @@ def halves_kernel(
     if BITS == 8:
         acc *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
     if end - start == pairs:
-        launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
+        sharing.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
     else:
         here = tl.minimum(M - tile % tiles_m * BLOCK_M, BLOCK_M)
-        complete, one, other = launch.leave_part(
+        complete, one, other = sharing.leave_part(
             acc, partials_ptr, counter_ptr, tile, pairs, size, rest, start == 0, here,
             BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
         if complete:
             SOME: tl.constexpr = min(8, BLOCK_M)
             for i in tl.range(0, here, SOME):
-                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, SOME, True)
+                total = sharing.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, SOME, True)
                 some = tile % tiles_m * BLOCK_M + i + tl.arange(0, SOME)
-                launch.store_out(out_ptr, total, bias_ptr, rows, some, M, N, HAS_BIAS)
+                sharing.store_out(out_ptr, total, bias_ptr, rows, some, M, N, HAS_BIAS)
 
 
 def product(

@@ -68,8 +68,10 @@ def padded_inputs(k: int) -> int:
     return -(-k // GROUP) * GROUP
 
 
-def _pad_inputs(codes: torch.Tensor) -> torch.Tensor:
-    return F.pad(codes, (0, padded_inputs(codes.shape[1]) - codes.shape[1]))
+def whole_groups(rows: torch.Tensor) -> torch.Tensor:
+    """[R, K] with zeros behind a last group that is shorter."""
+    missing = -rows.shape[1] % GROUP
+    return F.pad(rows, (0, missing)) if missing else rows
 
 
 def repack_w3a16(
@@ -87,7 +89,7 @@ def repack_w3a16(
     planes = torch.zeros(pairs * 2, tiles, 3, ROW_TILE, 16, dtype=torch.int8, device=packed.device)
     for start in range(0, n, _ROWS_AT_ONCE):
         codes = _pad_rows(unpack(packed[start : start + _ROWS_AT_ONCE], 3, signed=False))
-        codes = _pad_inputs(codes)
+        codes = whole_groups(codes)
         first, some = start // ROW_TILE, codes.shape[0] // ROW_TILE
         planes[:groups, first : first + some] = _pack_planes(codes, order)
     planes = planes.unflatten(0, (pairs, 2)).transpose(1, 2).contiguous()
@@ -154,7 +156,7 @@ def repack_w4a8(packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Te
     nibbles = torch.empty(blocks, padded_rows(n), 64, dtype=torch.int8, device=packed.device)
     for start in range(0, n, _ROWS_AT_ONCE):
         codes = _pad_rows(unpack(packed[start : start + _ROWS_AT_ONCE], 4, signed=True))
-        codes = _pad_inputs(codes)
+        codes = whole_groups(codes)
         halves = codes.to(torch.int32).reshape(-1, blocks, 2, 64)  # k 0..63 and 64..127
         byte = (halves[:, :, 0] & 15) | (halves[:, :, 1] << 4)  # within -128..127
         nibbles[:, start : start + codes.shape[0]] = byte.to(torch.int8).transpose(0, 1)

@@ -37,7 +37,7 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
     halves, few       halves.py: bound by memory and issue slots, so integers stay integers.
     split_k, stream_k From 32 tokens on, halves' scaling of sums costs more than making numbers of
                       16 bits. An output has too few tiles for a GPU (14 to 36 in qkv, o, down at
-                      128 tokens, for 132 SMs): work is divided in equal shares along K (launch.py).
+                      128 tokens, for 132 SMs): work is divided in equal shares of K (sharing.py).
     prefill, many     The same product without the division: tiles suffice, and token tiles that
                       share weights run beside each other, for L2.
     dequantize, more  Weights into 16-bit scratch, then cuBLAS: the floor the fused prefill has to
@@ -66,6 +66,7 @@ from qig_serve.kernels import (
     library,
     quantize_activation,
     quantizer_ops,
+    sharing,
 )
 from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
@@ -211,7 +212,7 @@ def _load_x(ptrs, in_range, left, BLOCK_M: tl.constexpr, RAGGED: tl.constexpr):
     if RAGGED:
         return tl.load(ptrs, mask=in_range & (tl.arange(0, 64) < left)[:, None], other=0)
     else:
-        return launch.load_tokens(ptrs, in_range, BLOCK_M)
+        return sharing.load_tokens(ptrs, in_range, BLOCK_M)
 
 
 @triton.jit
@@ -294,18 +295,18 @@ def _part(
         BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, RAGGED, USE_PTX,
     )  # fmt: skip
     if end - start == groups:
-        launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
+        sharing.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
     else:
         here = tl.minimum(M - token, BLOCK_M)
-        complete, one, other = launch.leave_part(
+        complete, one, other = sharing.leave_part(
             acc, partials_ptr, counter_ptr, tile, groups, size, rest, start == 0, here,
             BLOCK_M, BLOCK_N, ALIGNED,
         )  # fmt: skip
         if complete:
             for i in tl.range(0, here, 8):
-                total = launch.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 8, ALIGNED)
+                total = sharing.add_parts(partials_ptr, one, other, i, BLOCK_M, BLOCK_N, 8, ALIGNED)
                 some = token + i + tl.arange(0, 8)
-                launch.store_out(out_ptr, total, bias_ptr, rows, some, M, N, HAS_BIAS)
+                sharing.store_out(out_ptr, total, bias_ptr, rows, some, M, N, HAS_BIAS)
     return first + end - start
 
 
@@ -319,11 +320,11 @@ def w3a16_shared_kernel(
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, group)."""
     groups = groups_of(K, RAGGED)
-    first, last = launch.share(groups, size, rest, ALIGNED)
+    first, last = sharing.share(groups, size, rest, ALIGNED)
     if PDL:
         ahead = first % groups // 2 * TILES + first // groups // tiles_m * BLOCK_N // 128
         line = tl.minimum(ahead * 96 + tl.arange(0, 128), groups // 2 * TILES * 96 - 1)
-        launch.start_early(weight_ptr + line.to(tl.int64) * 64, PDL, FETCH)
+        sharing.start_early(weight_ptr + line.to(tl.int64) * 64, PDL, FETCH)
     if ALIGNED:  # no share crosses a tile
         _part(
             first, last, x_ptr, weight_ptr, scale_zero_ptr, bias_ptr, out_ptr, partials_ptr,
@@ -349,19 +350,19 @@ def w3a16_prefill_kernel(
     """Grid (output tiles,), GROUP_M token tiles beside each other for L2."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tiles_n = tl.cdiv(TILES * 128, BLOCK_N)
-    tile_m, tile = launch.grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    tile_m, tile = sharing.grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, x_ptrs, weight_ptrs, scale_zero_ptrs = pointers(
         x_ptr, weight_ptr, scale_zero_ptr, tile, tokens, M, K, TILES, BLOCK_N, True
     )
     if PDL:
         line = tl.minimum(tile * BLOCK_N // 128 * 96 + tl.arange(0, 128), TILES * 96 - 1)
-        launch.start_early(weight_ptr + line * 64, PDL, FETCH)
+        sharing.start_early(weight_ptr + line * 64, PDL, FETCH)
     acc = product_of_groups(
         x_ptrs, (tokens < M)[None, :], weight_ptrs, scale_zero_ptrs, 0, groups_of(K, RAGGED), K,
         TILES, BLOCK_M, BLOCK_N, STAGES, ORDER, DTYPE, RAGGED, USE_PTX,
     )  # fmt: skip
-    launch.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
+    sharing.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
     split_k, stream_k   Few tokens: bound by memory. More: by work that does not divide, for an
                         output has 14 to 300 tiles for 132 SMs. W x^T, the unpacked weights go to
                         the tensor cores from registers, and work is divided in equal shares along
-                        K (launch.py). Partial sums are int32: the same however K is divided.
+                        K (sharing.py). Partial sums are int32: the same however K is divided.
     prefill             Many: bound by the tensor cores, at twice the bf16 rate. The same loop
                         undivided; 128 x 128 outputs by four warps, two programs per SM, so that one
                         unpacks while the other multiplies.
@@ -47,6 +47,7 @@ from qig_serve.kernels import (
     library,
     quantize_activation,
     quantizer_ops,
+    sharing,
 )
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
@@ -92,7 +93,7 @@ def _store(
 ):  # fmt: skip
     """acc int32 [BLOCK_N, BLOCK_M], scaled -> out [M, N]."""
     out = scaled(acc, token_scale_ptr, channel_scale_ptr, rows, tokens, M, N)
-    launch.store_out(out_ptr, out, bias_ptr, rows, tokens, M, N, HAS_BIAS)
+    sharing.store_out(out_ptr, out, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def sum_of_products(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for block in tl.range(block_first, block_last, num_stages=STAGES):
         weights = _unpack(tl.load(nibble_ptrs + block * N_PAD * 64), BLOCK_N, USE_PTX)
-        codes = launch.load_tokens(code_ptrs + block * 128, in_range, BLOCK_M)  # [128, BLOCK_M]
+        codes = sharing.load_tokens(code_ptrs + block * 128, in_range, BLOCK_M)  # [128, BLOCK_M]
         acc = tl.dot(weights, codes, acc, out_dtype=tl.int32)
     return acc
 
@@ -145,14 +146,14 @@ def _part(
         )  # fmt: skip
     else:
         here = tl.minimum(M - token, BLOCK_M)
-        complete, one, other = launch.leave_part(
+        complete, one, other = sharing.leave_part(
             acc, partials_ptr, counter_ptr, tile, blocks, size, rest, start == 0, here,
             BLOCK_M, BLOCK_N, ALIGNED,
         )  # fmt: skip
         if complete:
             SOME: tl.constexpr = min(8, BLOCK_M)
             for i in tl.range(0, here, SOME):
-                total = launch.add_parts(
+                total = sharing.add_parts(
                     partials_ptr, one, other, i, BLOCK_M, BLOCK_N, SOME, ALIGNED
                 )
                 some = token + i + tl.arange(0, SOME)
@@ -172,11 +173,11 @@ def w4a8_shared_kernel(
 ):  # fmt: skip
     """Grid (programs,), each with an equal share of the units (tile, block of 128 inputs)."""
     blocks = K // 128
-    first, last = launch.share(blocks, size, rest, ALIGNED)
+    first, last = sharing.share(blocks, size, rest, ALIGNED)
     if PDL:
         ahead = (first % blocks * N_PAD + first // blocks // tiles_m * BLOCK_N) // 2
         line = tl.minimum(ahead + tl.arange(0, BLOCK_N // 2), blocks * N_PAD // 2 - 1)
-        launch.start_early(nibbles_ptr + line * 128, PDL, FETCH)
+        sharing.start_early(nibbles_ptr + line * 128, PDL, FETCH)
     if ALIGNED:  # no share crosses a tile
         _part(
             first, last, codes_ptr, token_scale_ptr, nibbles_ptr, channel_scale_ptr, bias_ptr,
@@ -200,14 +201,14 @@ def w4a8_prefill_kernel(
     HAS_BIAS: tl.constexpr, USE_PTX: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (output tiles,), GROUP_M token tiles beside each other for L2."""
-    tile_m, tile = launch.grouped(
+    tile_m, tile = sharing.grouped(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N_PAD, BLOCK_N), GROUP_M
     )
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if PDL:
         line = tl.minimum(tile * BLOCK_N // 2 + tl.arange(0, BLOCK_N // 2), N_PAD // 2 - 1)
-        launch.start_early(nibbles_ptr + line * 128, PDL, FETCH)
+        sharing.start_early(nibbles_ptr + line * 128, PDL, FETCH)
     acc = sum_of_products(
         codes_ptr, nibbles_ptr, rows, tokens, 0, K // 128, M, K, N_PAD,
         BLOCK_M, BLOCK_N, STAGES, USE_PTX,

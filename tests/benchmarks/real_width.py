@@ -73,6 +73,23 @@ class RealModel:
         )
 
 
+_DELTA_NET = {
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
+    "initializer_range": 0.02,
+}
+"""Of Qwen3.5 and 3.6: a block of each kind."""
+
 MODELS = {
     "Qwen3.5-4B": RealModel(
         "qwen3_5",
@@ -82,19 +99,7 @@ MODELS = {
             "num_attention_heads": 16,
             "num_key_value_heads": 4,
             "head_dim": 256,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "layer_types": ["linear_attention", "full_attention"],
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.25,
-                "mrope_section": [11, 11, 10],
-                "mrope_interleaved": True,
-            },
-            "initializer_range": 0.02,
+            **_DELTA_NET,
         },
         {
             "hidden_size": 1024,
@@ -139,6 +144,54 @@ MODELS = {
             "intermediate_size": 4096,
             "num_attention_heads": 16,
             "head_dim": 64,
+        },
+    ),
+    "Qwen3-VL-30B-A3B": RealModel(
+        "qwen3_vl_moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5000000.0,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+            "initializer_range": 0.02,
+        },
+        {
+            "depth": 2,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "deepstack_visual_indexes": [0],  # fewer than blocks, as in every published model
+        },
+    ),
+    "Qwen3.5-35B-A3B": RealModel(
+        "qwen3_5_moe",
+        {
+            "hidden_size": 2048,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            **_DELTA_NET,
+        },
+        {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
         },
     ),
 }

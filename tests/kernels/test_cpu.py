@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES, get_scheme
-from qig_serve.kernels import cpu, cpu_w8a16
+from qig_serve.kernels import cpu, cpu_w3a16, cpu_w4a8, cpu_w8a16
 
 BF16_NOISE = 4e-3  # one rounding of weights or outputs to 8 bits of mantissa
 
@@ -61,8 +61,8 @@ def test_linear(name: str, n: int, k: int, rows: int, dtype: torch.dtype) -> Non
 
 def test_tiles_need_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     """More columns than one scratch holds, and a last scratch that is not full."""
-    monkeypatch.setattr(cpu, "W3A16_SCRATCH", 3 * 64 * 256)
-    monkeypatch.setattr(cpu, "W4A8_SCRATCH", 3 * 32 * 256)
+    monkeypatch.setattr(cpu_w3a16, "SCRATCH", 3 * 64 * 256)
+    monkeypatch.setattr(cpu_w4a8, "SCRATCH", 3 * 32 * 256)
     for name in ("w3a16", "w4a8"):
         tensors, weight = make(name, 320, 256)
         x = torch.randn(100, 256).bfloat16()
@@ -111,7 +111,7 @@ def test_w4a8_integer_product_is_exact() -> None:
 @pytest.mark.parametrize("name,bits", [("w3a16", 4.5), ("w4a8", 4.5), ("w8a16", 8.2)])
 def test_bits_held(name: str, bits: float) -> None:
     """No 16-bit copy, and no second copy, stays behind."""
-    if name == "w4a8" and not cpu._vllm_kernels():
+    if name == "w4a8" and not cpu_w4a8.vllm_kernels():
         bits = 8.2
     tensors, _ = make(name, 512, 512)
     prepared = cpu.prepare(get_scheme(name), tensors, torch.bfloat16)
@@ -121,8 +121,8 @@ def test_bits_held(name: str, bits: float) -> None:
 
 def test_without_vllm_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without AVX-512 VNNI takes torch's kernels, and a strange layout the GEMM."""
-    monkeypatch.setattr(cpu, "_vllm_kernels", lambda: False)
-    monkeypatch.setattr(cpu, "_torch_int4_block", lambda: None)
+    monkeypatch.setattr(cpu_w4a8, "vllm_kernels", lambda: False)
+    monkeypatch.setattr(cpu_w3a16, "int4_block", lambda: None)
     for name in ("w3a16", "w4a8"):
         tensors, weight = make(name, 64, 256)
         x = torch.randn(80, 256).bfloat16()

@@ -161,7 +161,7 @@ def test_no_launch_needs_more_than_the_scratch_memory(sms: int) -> None:
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("output_tiles", "blocks"), [(1, 1), (3, 10), (28, 148), (296, 28)])
 def test_every_unit_is_in_one_share(output_tiles: int, blocks: int, aligned: bool) -> None:
-    """The arithmetic of launch.share, in Python."""
+    """The arithmetic of sharing.share, in Python."""
     for count in (output_tiles, output_tiles * min(3, blocks), 264):
         if (aligned and count % output_tiles) or count > output_tiles * blocks:
             continue
