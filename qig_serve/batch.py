@@ -42,6 +42,8 @@ class Totals:
     tokens: int = 0
     seconds: float = 0.0
     """From the first request to the last row; the model was loaded before."""
+    first_error: str = ""
+    """What the first row that failed says."""
 
 
 class EngineDied(RuntimeError):
@@ -165,7 +167,9 @@ class _Runner:
             row = await self._answer(request)
             self.results.write(row)
             self.totals.done += 1
-            self.totals.failed += row["error"] is not None
+            if row["error"] is not None:
+                self.totals.failed += 1
+                self.totals.first_error = self.totals.first_error or row["error"]["message"]
             self.totals.tokens += batch_io.completion_tokens(row)
             self.progress(self.totals)
 

@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((w for w in words if not w.startswith("-")), None)
+    if command in ("compare", "demo", "evaluate"):  # they draw progress; vLLM binds memory aloud
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = make_parser(command).parse_args(words)
 
     from qig_serve.errors import UserError

@@ -85,4 +85,6 @@ def run(args: argparse.Namespace) -> int:
             f"{totals.skipped} were there already",
             file=sys.stderr,
         )
+        if totals.first_error:
+            print(f"the first error: {totals.first_error}", file=sys.stderr)
     return 1 if totals.failed else 0

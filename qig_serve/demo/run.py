@@ -1,7 +1,7 @@
-"""The whole way on the bundled model: quantize, evaluate, serve, ask, and print the table.
+"""The whole way on the bundled model: quantize, serve, ask, evaluate, and print the table.
 
 Nothing is mocked: the checkpoints are written by the offline stage, the answers are vLLM's, and
-the last question goes over HTTP to a server that runs as a process of its own.
+one question goes over HTTP to a server that runs as a process of its own.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def run_demo(
     started = time.monotonic()
     checkpoints = _quantize_all(console, workdir, MODEL_DIR, samples, quiet)
 
+    console.rule("[bold]Serving " + _name(*SERVED))
+    with _server(checkpoints[SERVED], workdir / "server.log", console) as url:
+        asked = _ask(url, workdir / "picture.png", console)
+
     console.rule(f"[bold]Evaluating on {questions} held-out questions")
     with progress_bars(console, quiet) as progress:
         results = evaluate_many(
@@ -61,10 +65,6 @@ def run_demo(
             load_samples("demo", questions),
             progress=progress,
         )
-
-    console.rule("[bold]Serving " + _name(*SERVED))
-    with _server(checkpoints[SERVED], workdir / "server.log", console) as url:
-        asked = _ask(url, workdir / "picture.png", console)
 
     console.rule("[bold]What quantization cost")
     print_whole(console, results_table(results))

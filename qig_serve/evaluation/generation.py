@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import io
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -90,6 +92,9 @@ def _through_vllm(
     from qig_serve.serving.folders import check_folders
 
     check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
+    # What vLLM says while it is imported, in the middle of a table's making.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     from tqdm import tqdm
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -178,6 +178,7 @@ def test_chat_goes_to_the_handler_and_what_it_cannot_answer_to_the_application(
     assert engine.seen == 3 and rows[5]["error"]["code"] == "500"
     assert handler.ids == [rows[line]["response"]["request_id"] for line in (1, 4)]
     assert totals.done == 5 and totals.failed == 1 and totals.tokens == 2 * 2 + 2 * 3
+    assert totals.first_error == rows[5]["error"]["message"]
 
 
 def command(checkpoint: Path, *arguments: str | Path) -> list[str]:
