@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +16,11 @@ pytest.importorskip("vllm")
 
 from helpers import tiny_llava
 from helpers.fleet import FLAGS, HEADERS
-from helpers.server_process import Server, start_server
+from helpers.server_process import ENGINE, START_SECONDS, Server, environment, start_server
 
 from qig_serve.demo import MODEL_DIR
 from qig_serve.demo.questions import write_jsonl
-from qig_serve.serving.batch_io import URL, embed_pictures
+from qig_serve.serving.batch_io import URL, answer_text, embed_pictures
 
 QUESTIONS = 16
 
@@ -48,6 +50,24 @@ def bodies(batch: Path) -> list[dict[str, Any]]:
     """Requests with their pictures in them."""
     rows = map(json.loads, batch.read_text().splitlines())
     return [embed_pictures(row["body"], batch.parent) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def generated(checkpoint: Path, batch: Path) -> dict[str, str]:
+    """What `qig-serve generate` answers, by custom_id, in the order of the batch."""
+    output = batch.with_name("generated.jsonl")
+    command = [sys.executable, "-m", "qig_serve", "generate", str(checkpoint), *ENGINE]
+    done = subprocess.run(
+        [*command, "--served-model-name", "tiny", "-i", str(batch), "-o", str(output)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=3 * START_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows.sort(key=lambda row: row["line"])
+    return {row["custom_id"]: answer_text(row) for row in rows}
 
 
 @pytest.fixture(scope="session")
