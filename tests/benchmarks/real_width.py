@@ -152,7 +152,7 @@ MODELS = {
             "hidden_size": 2048,
             "intermediate_size": 6144,
             "moe_intermediate_size": 768,
-            "num_experts": 128,
+            "num_local_experts": 128,  # in published files `num_experts`
             "num_experts_per_tok": 8,
             "num_attention_heads": 32,
             "num_key_value_heads": 4,
