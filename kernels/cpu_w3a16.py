@@ -102,12 +102,14 @@ def _dequantize_and_multiply(
 
 
 def describe(n: int, dtype: torch.dtype) -> str:
+    """What runs a linear of n rows, in words."""
     return "torch int4 GEMM; torch GEMM on dequantized tiles for many rows"
 
 
 def keep(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
 ) -> Prepared:
+    """codes uint8 [N, K], scale and zero [N, groups] as at the head, for activations of `dtype`."""
     if dtype == torch.float32 or zero is None:
         return {"weight": dequantize(codes, scale, zero)}
     return _prepare(codes, scale, zero, dtype)

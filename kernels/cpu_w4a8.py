@@ -173,6 +173,7 @@ def _linear_of_codes(
 
 
 def describe(n: int, dtype: torch.dtype) -> str:
+    """What runs a linear of n rows, in words."""
     if _use_vllm(n, dtype):
         return "vLLM int4 x int8 GEMM; vLLM int8 GEMM on widened tiles for many rows"
     return "torch int8 GEMM" if torch.cpu._is_vnni_supported() else "torch GEMM on widened codes"
@@ -181,6 +182,7 @@ def describe(n: int, dtype: torch.dtype) -> str:
 def keep(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
 ) -> Prepared:
+    """codes int8 [N, K], scale [N, 1] as at the head, for activations of `dtype`."""
     n = codes.shape[0]
     if _use_vllm(n, dtype):
         return _prepare(codes, scale.float())

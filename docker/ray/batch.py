@@ -3,10 +3,11 @@
     pip install '.[cuda]' 'ray[data,llm]'                   # on every machine of the cluster
     python docker/ray/batch.py /models/m-w3a16 batch.jsonl out --engines 8
 
-Reads what `qig-serve generate` reads, pictures beside the file, and writes JSON lines of custom_id,
-answer and error to files of the folder `out`, which all machines must see. What `out` has answers
-for already is not asked again: run it once more after a failure. A line that cannot be read ends
-the run with its custom_id.
+Reads the files that `qig-serve generate` reads, pictures beside them, and writes JSON lines of
+custom_id, answer and error to files of the folder `out`, which all machines must see. What `out`
+has answers for already is not asked again: run it once more after a failure. A line that is no
+request is named before anything starts; a conversation or picture that cannot be read ends the run
+with its custom_id.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray reports home
 import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+from qig_serve.errors import UserError
 from qig_serve.model_directory import load_processor
 from qig_serve.rendering import render
 from qig_serve.samples import load_image, parse_record
+from qig_serve.serving.batch_io import read_requests
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": None, "stop": None, "ignore_eos": False}
 """Fields of a request that vLLM's sampling parameters know by the same name, and what they are
@@ -35,6 +39,18 @@ def answered(folder: Path) -> set[str]:
     """The custom_ids that earlier runs have answered."""
     lines = (line for path in folder.glob("*.json") for line in path.read_text().splitlines())
     return {row["custom_id"] for row in map(json.loads, lines) if not row["error"]}
+
+
+def asked(batch: Path, done: set[str]) -> list[dict[str, str]]:
+    """What is still to be asked, bodies as JSON; UserError for a line that is no request."""
+    rows = []
+    for request in read_requests(batch, None, {}):
+        if request.error:
+            raise UserError(f"{batch}, line {request.line}: {request.error}")
+        name = request.custom_id or str(request.line)
+        if name not in done:
+            rows.append({"custom_id": name, "body": json.dumps(request.body)})
+    return rows
 
 
 def main() -> None:
@@ -49,16 +65,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="requests handed over at once")
     parser.add_argument("--cpus", type=int, help="count so many CPUs where no cluster runs")
     args = parser.parse_args()
+    try:
+        rows = asked(args.batch, answered(args.output))
+    except UserError as error:
+        sys.exit(f"batch.py: {error}")
+    if not rows:
+        print(f"{args.output} has all answers")
+        return
     ray.init(num_cpus=args.cpus, include_dashboard=False)
     bundle = {"CPU": 1, "GPU": int(args.device == "gpu")}
-    folder, done = args.batch.absolute().parent, answered(args.output)
+    folder = args.batch.absolute().parent
 
     held: dict[str, Any] = {}  # a block's worker loads the processor once
 
     def request(row: dict[str, Any]) -> dict[str, Any]:
-        line = json.loads(row["text"])
-        name, body = line["custom_id"], line["body"]
-        sample = parse_record({"messages": body["messages"]}, f"request {name}", folder, 0)
+        name, body = row["custom_id"], json.loads(row["body"])
+        sample = parse_record({"messages": body.get("messages")}, f"request {name}", folder, 0)
         processor = held.get("processor") or load_processor(Path(args.model))
         held["processor"] = processor
         prompt = render(processor, sample.messages, name, add_generation_prompt=True)
@@ -96,10 +118,8 @@ def main() -> None:
         preprocess=request,
         postprocess=answer,
     )
-    rows = ray.data.read_text(str(args.batch))
-    rows = rows.filter(lambda row: json.loads(row["text"])["custom_id"] not in done)
-    rows = rows.repartition(target_num_rows_per_block=args.batch_size)  # each is written at once
-    processor(rows).write_json(str(args.output.absolute()))
+    blocks = ray.data.from_items(rows).repartition(target_num_rows_per_block=args.batch_size)
+    processor(blocks).write_json(str(args.output.absolute()))
 
 
 if __name__ == "__main__":

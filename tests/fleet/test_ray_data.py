@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.fleet import RAY_SCRIPTS, needs_ray, ray_environment
+from helpers.fleet import NO_RAY, RAY_SCRIPTS, ray_environment
 from helpers.server_process import START_SECONDS, kill_tree
 
-pytestmark = [pytest.mark.slow, needs_ray]
+pytest.importorskip("ray", reason=NO_RAY)
+pytestmark = pytest.mark.slow
 
 OPTIONS = ["--engines", "2", "--device", "cpu", "--cpus", "8"]
 OPTIONS += ["--max-model-len", "512", "--batch-size", "4"]

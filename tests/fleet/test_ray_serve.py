@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fleet import KEY, RAY_SCRIPTS, needs_ray, ray_environment
+from helpers.fleet import KEY, NO_RAY, RAY_SCRIPTS, ray_environment
 from helpers.load import ask, assert_none_wrong, assert_right, under_load
 from helpers.server_process import START_SECONDS, free_port, kill_tree
 
-pytestmark = [pytest.mark.slow, needs_ray]
+pytest.importorskip("ray", reason=NO_RAY)
+pytestmark = pytest.mark.slow
 
 
 class Cluster:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-
-import pytest
 
 from helpers.server_process import environment
 
 RAY_SCRIPTS = Path(__file__).resolve().parents[2] / "docker" / "ray"
-needs_ray = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("ray", "jsonref")),
-    reason="no Ray here: pip install 'ray[serve,data]==2.60.0' jsonref",
-)
+NO_RAY = "no Ray here: pip install 'ray[serve,data]==2.60.0' jsonref"
 KEY = "secret"
 FLAGS = ["--api-key", KEY, "--max-num-seqs", "16"]
 HEADERS = {"Authorization": f"Bearer {KEY}"}
