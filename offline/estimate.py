@@ -29,6 +29,7 @@ from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.results import GroupResult
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import LoadedModel
+from qig_serve.offline.source.mlp_width import block_weights, decoder_weights
 from qig_serve.offline.source.stand_ins import out_of_memory
 from qig_serve.offline.tuning.divergence import rows_at_once
 from qig_serve.offline.tuning.scales import STEP_SAMPLES, STEP_TOKENS
@@ -155,11 +156,13 @@ def dry_run(
     waiting = everything * bytes_a_token(loaded, recipe)
     on_disk = recipe.offload == "disk"
     tuning = 0.0
+    # Some families' blocks are not all of one size.
+    blocks = decoder_weights(loaded) / block_weights(loaded, 0)
     if recipe.tuning_passes:
-        a_pass = _PASSES_TO_TUNE / 2 * seconds.advance * factor * loaded.num_blocks
+        a_pass = _PASSES_TO_TUNE / 2 * seconds.advance * factor * blocks
         tuning = recipe.tuning_passes * (a_pass + seconds_at_the_head(loaded, batches))
     return Estimate(
-        seconds=before * factor + loaded.num_blocks * seconds.scaled(factor) + tuning,
+        seconds=before * factor + blocks * seconds.scaled(factor) + tuning,
         host_bytes=host_bytes() + (0 if on_disk else waiting),
         disk_bytes=waiting if on_disk else 0,
         device_bytes=device_bytes(loaded.device),
@@ -231,11 +234,15 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
     """What waits on the host for every token: the streams, and a group's inputs and targets."""
     hidden = int(loaded.text_config.hidden_size)
     widest = 0
-    groups = loaded.groups(loaded.meta_block(0))
-    for group in groups if recipe.needs_groups else ():
+    groups = (
+        (index, group)
+        for index in sorted({0, loaded.num_blocks - 1})
+        for group in loaded.groups(loaded.meta_block(index))
+    )
+    for index, group in groups if recipe.needs_groups else ():
         n = k = hidden
         if group.loss_module in group.linears:
-            n, k = loaded.source.shape(loaded.source_name(0, f"{group.loss_module}.weight"))
+            n, k = loaded.source.shape(loaded.source_name(index, f"{group.loss_module}.weight"))
         if group.expert is not None:  # beside what all experts read; a rare one sees all tokens
             widest = max(widest, hidden + n + k)
             continue
@@ -244,7 +251,8 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
     if loaded.arch.has_experts and method.statistics:
         widest = max(widest, hidden * (2 if method.shifted else 1))
     streams = 3 if recipe.tuning_passes else 2
-    return 4 * (streams * hidden + widest)  # fp32
+    each = getattr(loaded.text_config, "hidden_size_per_layer_input", None) or 0
+    return 4 * (streams * hidden + widest + each * loaded.num_blocks)  # fp32
 
 
 def _now(device: torch.device) -> float:

@@ -113,6 +113,7 @@ def explain_layers(
     before = loaded.block_inputs(batch.inputs)
     mask = batch.token_mask.to(before.hidden.device)
     full = rounded = before.hidden
+    before_rounded = before.apart()
     found: dict[int, LayerWeights] = {}
     last = max(chosen)
     for index in range(last + 1):
@@ -128,6 +129,7 @@ def explain_layers(
         full = first_output(block(full, **kwargs))
         if scheme.activation_bits is not None:
             linears = loaded.linears(block)
+            kwargs = before_rounded.kwargs(index)
             rounded = _through_rounded(block, linears, rounded, kwargs, scheme, loaded.dtype)
     if progress is not None:
         progress("attributing", last + 1, last + 1)

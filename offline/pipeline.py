@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -258,13 +258,16 @@ def first_streams(
     """Both streams before block 0: what embeddings, vision tower and projector make of samples."""
     loaded.model.to(loaded.device)
     inputs: list[BlockInputs] = []
+    rounded: list[BlockInputs] = []
     fp, quantized = Store(folder, "fp"), Store(folder, "quantized")
     for b, batch in enumerate(batches):
         before = loaded.block_inputs(batch.inputs)
         check_finite(before.hidden, f"input of layer 0, samples {', '.join(batch.ids)}")
+        after_rounding = rounded_inputs(loaded, batch.inputs, before)
         fp.put(b, before.hidden)
-        quantized.put(b, rounded_inputs(loaded, batch.inputs, before))
-        inputs.append(replace(before, hidden=before.hidden[:0]))  # the stores keep it
+        quantized.put(b, after_rounding.hidden)
+        inputs.append(before.without_hidden())  # the stores keep it
+        rounded.append(after_rounding.without_hidden())
     loaded.model.to("cpu")  # from here on the device holds one block
     return Streams(
         recipe.quant_scheme,
@@ -273,6 +276,7 @@ def first_streams(
         recipe.batch_tokens,
         batches,
         inputs,
+        rounded,
         fp,
         quantized,
         folder=folder,

@@ -87,6 +87,12 @@ def _keys_as_values(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup,
     return (replace(qkv, name="qk", linears=qkv.linears[:2]), *rest)
 
 
+def _shared_keys(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where attention reads the keys and values of an earlier block."""
+    qkv, *rest = groups
+    return (replace(qkv, name="q", linears=qkv.linears[:1]), *rest)
+
+
 def _lfm2(mixer: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
     """LFM2's names of a gated MLP, behind attention or a short convolution."""
     gate, up, down = (f"feed_forward.{w}" for w in ("w1", "w3", "w2"))
@@ -292,14 +298,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GEMMA4,
             "Gemma4ForConditionalGeneration",
             "placed",
-            "31B: normalized values, full attention without v_proj",
-            other_groups=(_keys_as_values(_GEMMA4),),
+            "31B: normalized values, full attention without v_proj; E2B, E4B: shared keys, "
+            "embeddings for every block",
+            other_groups=(_keys_as_values(_GEMMA4), _shared_keys(_GEMMA4)),
+            kept=("per_layer_input_gate", "per_layer_projection"),
+            unread=tuple(f"self_attn.{x}.weight" for x in ("k_proj", "v_proj", "k_norm")),
             on_cpu="attention inside a picture is causal: compared without pictures' own mask",
-            refused=(
-                ("num_kv_shared_layers", _SHARED_KEYS),
-                ("hidden_size_per_layer_input", "embeddings for every block"),
-                ("enable_moe_block", "experts"),
-            ),
+            refused=(("enable_moe_block", "experts"),),
         ),
         Architecture(
             "gemma4_unified",

@@ -65,7 +65,7 @@ def problems(
     text = text_config(config)
     family = ARCHITECTURES.get(str(config.get("model_type")))
     mixed = family is not None and len(family.kinds) > 1
-    kinds = text.get("layer_types") if mixed else None
+    kinds = _kinds(text) if mixed else None
     yield from _uneven_layers(layers, text.get("num_hidden_layers"), kinds)
     yield from _other_sizes(text, linears, mixed)
 
@@ -96,19 +96,36 @@ def _other_vocabulary(
             yield f"{name}: {n} x {k}, but config.json asks for {sizes[0]} x {sizes[1]}"
 
 
-def _uneven_layers(layers: Mapping[int, set[str]], count: Any, kinds: Any) -> Iterator[str]:
+def _kinds(text: Mapping[str, Any]) -> list[Any] | None:
+    """Of which kind each block is, if that is listed: its attention, and whose keys it reads."""
+    kinds = text.get("layer_types")
+    if not isinstance(kinds, list):
+        return None
+    return [(str(kind), _reads_others(text, index)) for index, kind in enumerate(kinds)]
+
+
+def _reads_others(text: Mapping[str, Any], index: int) -> bool:
+    """Whether a block reads the keys and values of an earlier one (Gemma 4's E2B and E4B)."""
+    count, shared = text.get("num_hidden_layers"), text.get("num_kv_shared_layers")
+    return isinstance(count, int) and isinstance(shared, int) and index >= count - shared
+
+
+def _uneven_layers(
+    layers: Mapping[int, set[str]], count: Any, kinds: list[Any] | None
+) -> Iterator[str]:
     """Blocks that lack what others have, or if their kinds are listed, others of their kind."""
     if isinstance(count, int) and layers and (len(layers), max(layers) + 1) != (count, count):
         yield (
             f"config.json: num_hidden_layers is {count}, but the blocks stored are "
             f"{min(layers)} to {max(layers)}, {len(layers)} of them"
         )
-    listed = isinstance(kinds, list) and len(kinds) > max(layers, default=0)
+    if kinds is None or len(kinds) <= max(layers, default=0):
+        kinds = [None] * (max(layers, default=0) + 1)
     every: dict[Any, set[str]] = {}
     for index, names in layers.items():
-        every.setdefault(kinds[index] if listed else None, set()).update(names)
+        every.setdefault(kinds[index], set()).update(names)
     for index, names in sorted(layers.items()):
-        for name in sorted(every[kinds[index] if listed else None] - names):
+        for name in sorted(every[kinds[index]] - names):
             yield f"decoder block {index} has no {name}, which other blocks have"
 
 
@@ -130,8 +147,15 @@ def _other_sizes(
         for names, key in (("q", "num_attention_heads"), ("kv", "num_key_value_heads")):
             if isinstance(heads := text.get(key), int):
                 wanted |= dict.fromkeys((f"{n}_proj" for n in names), (heads * size, hidden))
+    doubled: dict[str, tuple[Any, Any]] = {}
+    if text.get("use_double_wide_mlp") and isinstance(inner := text.get("intermediate_size"), int):
+        doubled = dict.fromkeys(("gate_proj", "up_proj"), (2 * inner, hidden))
+        doubled["down_proj"] = (hidden, 2 * inner)
     for name, shape in sorted(linears.items()):
-        sizes = wanted.get(_kind(name), (None, None))
+        place, kind = _LAYER.fullmatch(name), _kind(name)
+        sizes = wanted.get(kind, (None, None))
+        if place and _reads_others(text, int(place[2])):
+            sizes = doubled.get(kind, sizes)
         if any(isinstance(w, int) and w != s for w, s in zip(sizes, shape, strict=True)):
             asked = " x ".join("any" if w is None else str(w) for w in sizes)
             yield f"{name}: {shape[0]} x {shape[1]}, but config.json asks for {asked}"

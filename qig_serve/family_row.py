@@ -129,6 +129,9 @@ class Architecture:
     """What vLLM on a CPU does not do as transformers does, or only in part; "" if nothing."""
     refused: tuple[tuple[str, str], ...] = ()
     """Fields of the decoder's configuration that must not be set, and what they stand for."""
+    unread: tuple[str, ...] = ()
+    """Tensors, inside a block, that published files have of blocks whose class does not; neither
+    transformers nor vLLM reads them there."""
     assumed: tuple[tuple[str, Any], ...] = ()
     """Fields of the decoder's configuration that vLLM asks for and transformers does not know,
     with the value that transformers computes by: written where the source has none."""

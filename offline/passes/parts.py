@@ -88,12 +88,13 @@ def capture_parts(
     masks = [streams.mask(b) for b in range(len(streams))]
     calls: list[ModuleCall] = []
     for name, stream in found:
-        calls, parts = [], _Cutter(stores[name], streams.batch_tokens)
+        parts = _Cutter(stores[name], streams.batch_tokens)
         for b, mask in enumerate(masks):
             hidden = stream.get(b, streams.device)
-            call = catch_call(block, module, hidden, streams.kwargs(b))
+            call = catch_call(block, module, hidden, streams.kwargs(b, stream))
             check_finite(call.hidden, f"{where}, input")
-            calls.append(call.without_input())
+            if stream is streams.fp:
+                calls.append(call.without_input())
             if call.only_hidden:
                 parts.add(call.hidden[mask])
             else:

@@ -86,7 +86,7 @@ def capture_routed(
     for b in range(len(streams)):
         with quantized_activations(linears, streams.quantizes_activations and bool(linears)):
             hidden = stream.get(b, streams.device)
-            call = catch_call(block, module, hidden, streams.kwargs(b))
+            call = catch_call(block, module, hidden, streams.kwargs(b, stream))
         found, index, routing = call.args
         check_finite(found, f"{where}, input of the experts")
         real = streams.mask(b).flatten()

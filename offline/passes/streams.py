@@ -39,6 +39,8 @@ class Streams:
     batches: Sequence[CalibrationBatch]
     inputs: Sequence[BlockInputs]
     """What the model hands to its decoder for each batch."""
+    rounded_inputs: Sequence[BlockInputs]
+    """The same of the quantized stream: its embeddings may be rounded, and its keys are its own."""
     fp: Store
     quantized: Store
     index: int = 0
@@ -58,9 +60,13 @@ class Streams:
         """Whether linears see int8 inputs."""
         return self.scheme.activation_bits is not None
 
-    def kwargs(self, b: int) -> Mapping[str, Any]:
-        """What the block at hand is called with beside the hidden states of batch b."""
-        return self.inputs[b].kwargs(self.index)
+    def kwargs(self, b: int, stream: Store | None = None) -> Mapping[str, Any]:
+        """What the block at hand is called with beside the hidden states of batch b.
+
+        stream: `fp`, unless it is `quantized`.
+        """
+        inputs = self.rounded_inputs if stream is self.quantized else self.inputs
+        return inputs[b].kwargs(self.index)
 
     def new_store(self, name: str) -> Store:
         """An empty store beside the streams."""
@@ -88,9 +94,8 @@ class Streams:
         for b in range(len(self)):
             full = first_output(original(self.fp.get(b, self.device), **self.kwargs(b)))
             with quantized_activations(linears, self.quantizes_activations):
-                other = first_output(
-                    quantized(self.quantized.get(b, self.device), **self.kwargs(b))
-                )
+                kwargs = self.kwargs(b, self.quantized)
+                other = first_output(quantized(self.quantized.get(b, self.device), **kwargs))
             check_finite(full, f"{where}, full-precision output")
             check_finite(other, f"{where}, output after quantization")
             mask = self.mask(b)

@@ -92,13 +92,14 @@ class BlockStatistics:
         self, b: int, name: str, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Real tokens [n, K] as the quantized prefix gives them; in full precision if needed."""
-        streams, kwargs = self.streams, self.streams.kwargs(b)
+        streams = self.streams
         with quantized_activations(self.linears, streams.quantizes_activations):
             hidden = streams.quantized.get(b, streams.device)
+            kwargs = streams.kwargs(b, streams.quantized)
             x_q = catch_call(self.block, self.block.get_submodule(name), hidden, kwargs).hidden
         if not self.method.shifted:
             return x_q[mask], None
-        hidden = streams.fp.get(b, streams.device)
+        hidden, kwargs = streams.fp.get(b, streams.device), streams.kwargs(b)
         x_fp = catch_call(self.original, self.original.get_submodule(name), hidden, kwargs).hidden
         return x_q[mask], x_fp[mask]
 

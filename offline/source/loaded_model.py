@@ -26,6 +26,7 @@ from qig_serve.offline.source.stand_ins import (
     AFTER,
     CACHE,
     ONE_MODEL,
+    PER_BLOCK,
     BlockInputs,
     Catcher,
     add_after,
@@ -119,6 +120,10 @@ class LoadedModel:
         check_number_of_blocks(self.source, self._prefix, self.num_blocks)
         for index in range(self.num_blocks):
             known = set(self._empty_block(index).state_dict())
+            for name in self.arch.unread:
+                stored = self.source_name(index, name)
+                if name not in known and stored in self.source:
+                    self.source.leave_out(stored)
             check_block(self.source, f"{self._prefix}{index}.", known)
 
     @property
@@ -237,7 +242,10 @@ class LoadedModel:
             before, after = calls[i][0], calls[i + 1][0]
             if before is not after:  # a stand-in passes its input on, so the model added something
                 kwargs[i][AFTER] = after - before
-        return BlockInputs(calls[0][0], tuple(kwargs))
+        for named in kwargs:
+            if named.get(PER_BLOCK) is not None:
+                named[PER_BLOCK] = named[PER_BLOCK].to("cpu")
+        return BlockInputs(calls[0][0], tuple(kwargs)).apart()
 
     def _check_tokens(self, ids: torch.Tensor) -> None:
         """UserError for a token without a row in the embedding; on a GPU it would end the run."""

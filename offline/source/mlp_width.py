@@ -64,12 +64,16 @@ def padded_width(config: Any, scheme: QuantScheme) -> int | None:
 
 def decoder_weights(loaded: LoadedModel) -> int:
     """Weights of the linears that are quantized."""
+    return sum(block_weights(loaded, index) for index in range(loaded.num_blocks))
+
+
+def block_weights(loaded: LoadedModel, index: int) -> int:
+    """Those of one block."""
     total = 0
-    for index in range(loaded.num_blocks):
-        for group in loaded.groups(loaded.meta_block(index)):
-            for linear in group.linears:
-                n, k = loaded.source.shape(loaded.source_name(index, f"{linear}.weight"))
-                total += n * k
+    for group in loaded.groups(loaded.meta_block(index)):
+        for linear in group.linears:
+            n, k = loaded.source.shape(loaded.source_name(index, f"{linear}.weight"))
+            total += n * k
     return total
 
 
@@ -89,6 +93,7 @@ def _why_not(loaded: LoadedModel, padding: MlpPadding) -> str:
             name = loaded.source_name(index, f"{linear}.weight")
             n, k = loaded.source.shape(name)
             wide = k if linear in padding.columns else n
-            if wide not in (padding.width, 2 * padding.width):
+            first = loaded.source.shape(loaded.source_name(0, f"{linear}.weight"))
+            if wide not in (padding.width, 2 * padding.width) or (n, k) != first:
                 return f"{name} is {[n, k]}, and config.json says {padding.width} channels"
     return ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,24 @@ from qig_serve.errors import UserError
 
 AFTER = "hidden_states_added_after"
 """Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
+SHARED = "shared_kv_states"
+"""Keyword argument of a block: keys and values that some blocks note and later ones read."""
+PER_BLOCK = "per_layer_input"
+"""Keyword argument of a block: an embedding of the tokens, [B, T, D], for this block alone."""
 CACHE = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 """Keyword arguments of a block that are left out: nothing is generated."""
 ONE_MODEL = "config.json, tokenizer and processor must be those of one model"
+
+
+class SharedKeys(UserDict[str, tuple[torch.Tensor, torch.Tensor]]):
+    """Attention's kind -> keys and values of one batch, in host memory, without gradients.
+
+    The blocks that read them move them to their own device.
+    """
+
+    def __setitem__(self, kind: str, states: tuple[torch.Tensor, torch.Tensor]) -> None:
+        keys, values = states
+        super().__setitem__(kind, (keys.detach().to("cpu"), values.detach().to("cpu")))
 
 
 @dataclass(frozen=True)
@@ -30,8 +46,34 @@ class BlockInputs:
     _kwargs: tuple[dict[str, Any], ...] = field(repr=False)
 
     def kwargs(self, index: int) -> Mapping[str, Any]:
-        """Keyword arguments with which the model calls block `index`: masks, positions."""
-        return self._kwargs[index]
+        """Keyword arguments with which the model calls block `index`: masks, positions.
+
+        What is large and one block's alone waits in host memory.
+        """
+        found = self._kwargs[index]
+        if found.get(PER_BLOCK) is None:
+            return found
+        return {**found, PER_BLOCK: found[PER_BLOCK].to(self.hidden.device)}
+
+    def embedded_as(self, other: BlockInputs) -> BlockInputs:
+        """The same, with what the embeddings give in `other`; its own keys and values."""
+        pairs = zip(self._kwargs, other._kwargs, strict=True)
+        kwargs = tuple(k | {n: o[n] for n in (PER_BLOCK,) if n in o} for k, o in pairs)
+        return BlockInputs(other.hidden, kwargs).apart()
+
+    def without_hidden(self) -> BlockInputs:
+        """The same with no tokens in `hidden`."""
+        return replace(self, hidden=self.hidden[:0])
+
+    def apart(self) -> BlockInputs:
+        """The same for another stream of hidden states, which has its own keys and values.
+
+        Where a block reads those of an earlier one, blocks must be run in their order.
+        """
+        shared = SharedKeys()
+        return replace(
+            self, _kwargs=tuple(k | {SHARED: shared} if SHARED in k else k for k in self._kwargs)
+        )
 
 
 class Catcher(nn.Module):
@@ -102,7 +144,18 @@ def with_few_blocks(config: Any) -> Any:
     if types:
         count = 1 + max(types.index(kind) for kind in set(types))
         text.layer_types = list(types[:count])
+    if getattr(text, "hidden_size_per_layer_input", None):
+        return _with_narrow_blocks(config)  # one table holds the embeddings for all blocks
     text.num_hidden_layers = count
     if getattr(text, "num_experts", None):
         text.num_experts = text.num_experts_per_tok = 1  # blocks are replaced: as little as can be
     return few
+
+
+def _with_narrow_blocks(config: Any) -> Any:
+    """The configuration with as many blocks as there are, with as few channels as can be."""
+    narrow = copy.deepcopy(config)
+    text = narrow.get_text_config()
+    text.num_attention_heads = text.num_key_value_heads = 1
+    text.intermediate_size = 128  # that every scheme can store
+    return narrow

@@ -169,6 +169,10 @@ class SourceCheckpoint:
                 else _Entry(entry.dtype, (n, k), start + p * size // each, size // each)
             )
 
+    def leave_out(self, name: str) -> None:
+        """Has a tensor count as not in the files."""
+        del self._entries[name], self._file_of[name]
+
     def joined(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by name, with matrices that `split` has named as they lie in the files."""
         found = dict(tensors)

@@ -68,16 +68,16 @@ def _stored(loaded: LoadedModel) -> tuple[str, list[str]]:
 
 def rounded_inputs(
     loaded: LoadedModel, inputs: Mapping[str, torch.Tensor], before: BlockInputs
-) -> torch.Tensor:
-    """What block 0 is given for a batch by the model as it is stored, [B, T, C].
+) -> BlockInputs:
+    """What the blocks are given for a batch by the model as it is stored.
 
     before: what the original gives, which is the same where the embedding is not in 8 bits.
     """
     if not any(name.endswith(EMBEDDING) for name in loaded.eight_bit):
-        return before.hidden
+        return before.apart()
     hook = loaded.model.get_input_embeddings().register_forward_hook(_look_up_rounded)
     try:
-        return loaded.block_inputs(inputs).hidden
+        return before.embedded_as(loaded.block_inputs(inputs))
     finally:
         hook.remove()
 

@@ -32,8 +32,10 @@ from qig_serve.offline.passes.capture import Store, first_output, quantized_acti
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.results import TuningReport
 from qig_serve.offline.source.loaded_model import LoadedModel
+from qig_serve.offline.source.stand_ins import SHARED
 from qig_serve.offline.tuning.divergence import divergence
 from qig_serve.offline.tuning.kept_blocks import KeptBlock
+from qig_serve.offline.tuning.shared_keys import KeyGradients, TrackedKeys
 
 RATE = 1e-3
 """Adam's step, of factors around 1."""
@@ -104,10 +106,17 @@ class Tuning:
         return states
 
     def _run(
-        self, index: int, b: int, hidden: torch.Tensor, weights: dict[str, torch.Tensor]
+        self,
+        index: int,
+        b: int,
+        hidden: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        tracked: TrackedKeys | None = None,
     ) -> torch.Tensor:
         kept, streams = self.blocks[index], self.streams
-        kwargs = dict(streams.inputs[b].kwargs(index))
+        kwargs = dict(streams.rounded_inputs[b].kwargs(index))
+        if tracked is not None and SHARED in kwargs:
+            kwargs[SHARED] = tracked
         with quantized_activations(kept.linears, streams.quantizes_activations):
             output = torch.func.functional_call(kept.block, weights, (hidden,), kwargs)
         return first_output(output)
@@ -115,6 +124,7 @@ class Tuning:
     def backward(self, gradients: dict[int, torch.Tensor]) -> None:
         """From gradients of the last hidden states to those of all factors."""
         device = self.streams.device
+        keys = {b: KeyGradients() for b in gradients}
         for index in reversed(range(len(self.blocks))):
             kept = self.blocks[index]
             rounded = kept.rounded(device)
@@ -122,18 +132,22 @@ class Tuning:
             totals = [torch.zeros_like(w) for w in weights.values()]
             for b in gradients:
                 hidden = self.before[index].get(b, device).requires_grad_()
+                shared = self.streams.rounded_inputs[b].kwargs(index).get(SHARED, {})
+                tracked = TrackedKeys(shared, device)
                 with torch.enable_grad():
-                    output = self._run(index, b, hidden, weights)
+                    output = self._run(index, b, hidden, weights, tracked)
+                noted, of_noted = keys[b].of_noted(tracked)
                 found = torch.autograd.grad(
-                    output,
-                    [hidden, *weights.values()],
-                    gradients[b],
+                    [output, *noted],
+                    [hidden, *weights.values(), *tracked.leaves],
+                    [gradients[b], *of_noted],
                     allow_unused=True,  # experts that no token of these samples is routed to
                     materialize_grads=True,
                 )
                 gradients[b] = found[0]
-                for total, gradient in zip(totals, found[1:], strict=True):
+                for total, gradient in zip(totals, found[1 : 1 + len(totals)], strict=True):
                     total.add_(gradient)
+                keys[b].add(tracked, found[1 + len(totals) :])
             for name, total in zip(rounded, totals, strict=True):
                 kept.add_gradient(name, rounded[name], total)
             self.before[index].clear()

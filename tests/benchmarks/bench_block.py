@@ -119,6 +119,7 @@ def random_streams(
         recipe.batch_tokens,
         [batch],
         inputs,
+        inputs,
         full,
         quantized,
         share=share,

@@ -65,6 +65,19 @@ GEMMA4 = (
     ("attention_k_eq_v", True),
     ("hidden_size_per_layer_input", 0),
 )
+
+
+def shared(blocks: int, period: int, wide: bool) -> tuple[tuple[str, Any], ...]:
+    """Gemma 4's small models: so many blocks read the keys of earlier ones."""
+    return (
+        ("global_head_dim", 512),
+        ("num_kv_shared_layers", blocks),
+        ("use_double_wide_mlp", wide),
+        ("hidden_size_per_layer_input", 256),
+        ("layer_types", (*["sliding_attention"] * (period - 1), "full_attention")),
+    )
+
+
 PUBLISHED = {
     "Qwen3.5-4B": qwen3_5(2560, 32, 9216, 16, 4, 3.57, (1, 2, 4, 8), values=32),
     "Qwen3.5-9B": qwen3_5(4096, 32, 12288, 16, 4, 6.9, (1, 2, 4, 8, 16), values=32),
@@ -104,6 +117,12 @@ PUBLISHED = {
     "Gemma-3-12B": Size("gemma3", 3840, 48, 15360, 16, 8, 10.8, (1, 2, 4, 8), 256),
     "Gemma-3-27B": Size("gemma3", 5376, 62, 21504, 32, 16, 25.6, (1, 2, 4, 8), 128),
     "Gemma-4-31B": Size("gemma4", 5376, 60, 21504, 32, 16, 29.2, (1, 2, 4, 8), 256, more=GEMMA4),
+    "Gemma-4-E2B": Size(
+        "gemma4", 1536, 35, 6144, 8, 1, 1.84, (1, 2, 4, 8), 256, more=shared(20, 5, wide=True)
+    ),
+    "Gemma-4-E4B": Size(
+        "gemma4", 2560, 42, 10240, 8, 2, 3.89, (1, 2, 4, 8), 256, more=shared(18, 6, wide=False)
+    ),
     "Mistral-Small-3.2-24B": Size(
         "mistral3", 5120, 40, 32768, 32, 8, 22.2, (1, 2, 4, 8, 16), 128, "mistral"
     ),
@@ -150,6 +169,8 @@ def config_of(size: Size) -> Any:
         "num_key_value_heads": size.kv_heads,
         **dict(size.more),
     }
+    if period := text.get("layer_types"):
+        text["layer_types"] = list(period) * (size.blocks // len(period))
     if size.head_dim is not None:
         text["head_dim"] = size.head_dim
     if size.decoder:
@@ -188,7 +209,7 @@ class NoWeights:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(few)
         self._block = type(model.get_submodule(self.arch.decoder).layers[0])
-        self._made: dict[str, torch.nn.Module] = {}
+        self._made: dict[tuple[str, bool], torch.nn.Module] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for index in range(self.num_blocks):
             for name, tensor in self.meta_block(index).state_dict().items():
@@ -197,7 +218,8 @@ class NoWeights:
 
     def meta_block(self, index: int) -> torch.nn.Module:
         kinds = getattr(self.text_config, "layer_types", None)
-        kind = kinds[index] if kinds else ""
+        shared = getattr(self.text_config, "num_kv_shared_layers", 0)
+        kind = (kinds[index] if kinds else "", index >= self.num_blocks - shared)
         if kind not in self._made:
             with torch.device("meta"):
                 self._made[kind] = self._block(self.text_config, layer_idx=index)
@@ -235,4 +257,7 @@ def test_a_published_size_can_be_quantized_and_split(name: str) -> None:
         assert tuple(fitting_sizes(refused)) == size.parallel + finer, refused
         recipe = make_recipe({"scheme": scheme.name, "method": "qig+", "calib": "x"})
         waiting = bytes_a_token(model, recipe)  # two streams, and a group's inputs and outputs
-        assert 4 * 4 * size.hidden <= waiting <= 4 * (3 * size.hidden + 2 * size.mlp)
+        for_each = getattr(model.text_config, "hidden_size_per_layer_input", 0) * size.blocks
+        waiting -= 4 * for_each
+        widest = max(k for _, k in linears)
+        assert 4 * 4 * size.hidden <= waiting <= 4 * (3 * size.hidden + 2 * widest)

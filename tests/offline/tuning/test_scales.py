@@ -68,6 +68,19 @@ def a_tuning(model: Path, calib: str, out: Path, monkeypatch: Any, **fields: Any
 def test_gradient_is_that_of_the_divergence(
     model: Path, calib: str, tmp_path: Path, monkeypatch: Any, scheme: str
 ) -> None:
+    _assert_downhill(model, calib, tmp_path, monkeypatch, scheme)
+
+
+def test_gradient_through_keys_of_earlier_blocks(
+    calib: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    source = tiny_model("gemma4_e2b", tmp_path / "source")
+    _assert_downhill(source, calib, tmp_path, monkeypatch, "w3a16")
+
+
+def _assert_downhill(
+    model: Path, calib: str, tmp_path: Path, monkeypatch: Any, scheme: str
+) -> None:
     tuning = a_tuning(model, calib, tmp_path / "out", monkeypatch, scheme=scheme)
     chosen = list(range(len(tuning.streams)))[:4]
     tuning.step({b: tuning.judged(b) for b in chosen})
