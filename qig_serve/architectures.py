@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qig_serve.errors import UserError
-from qig_serve.family_row import EXPERTS, ROUTER, Architecture, SmoothingGroup
+from qig_serve.family_row import EXPERTS, Architecture, SmoothingGroup
 
+ROUTER = "mlp.gate"
 _SHARED = ("mlp.shared_expert", "mlp.shared_expert_gate")
 
 
@@ -31,7 +32,7 @@ def _sparse(
     """The same with experts in the place of the MLP; shared: of an expert that sees every token,
     its path and that of its gate."""
     *mixer, gate_up, down = groups
-    expert = f"{EXPERTS}.*"
+    expert = f"mlp.{EXPERTS}.*"
     mlps = (expert, *shared[:1])
     return (
         *mixer,
@@ -41,6 +42,26 @@ def _sparse(
             readers=(ROUTER, *shared[1:]),
         ),
         *(_down_of(down, mlp) for mlp in shared[:1]),
+        replace(_down_of(down, expert), name="experts_down"),
+    )
+
+
+def _experts_beside(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same with experts beside the MLP, behind a norm that nothing else reads.
+
+    The router has a norm of its own.
+    """
+    *_, gate_up, down = groups
+    expert = f"{EXPERTS}.*"
+    return (
+        *groups,
+        replace(
+            gate_up,
+            name="experts_gate_up",
+            previous="pre_feedforward_layernorm_2",
+            linears=(f"{expert}.gate_proj", f"{expert}.up_proj"),
+            loss_module=EXPERTS,
+        ),
         replace(_down_of(down, expert), name="experts_down"),
     )
 
@@ -292,13 +313,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GEMMA4,
             "Gemma4ForConditionalGeneration",
             "placed",
-            "31B: normalized values, full attention without v_proj",
-            other_groups=(_keys_as_values(_GEMMA4),),
+            "31B, 26B-A4B: normalized values, full attention without v_proj, experts beside an MLP",
+            other_groups=(
+                _keys_as_values(_GEMMA4),
+                _experts_beside(_GEMMA4),
+                _keys_as_values(_experts_beside(_GEMMA4)),
+            ),
+            kept=("router.proj",),
             on_cpu="attention inside a picture is causal: compared without pictures' own mask",
             refused=(
                 ("num_kv_shared_layers", _SHARED_KEYS),
                 ("hidden_size_per_layer_input", "embeddings for every block"),
-                ("enable_moe_block", "experts"),
             ),
         ),
         Architecture(
