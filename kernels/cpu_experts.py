@@ -6,12 +6,21 @@ How many tokens an expert has is data, so the layer is one op, which a compiler 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from qig_serve.formats import SCHEMES
 from qig_serve.kernels import cpu
 from qig_serve.kernels.cpu import Prepared
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+"""By vLLM's names."""
 
 
 def _experts(
@@ -23,7 +32,9 @@ def _experts(
     names: str,
     inter: int,
     scheme: str,
+    activation: str,
 ) -> torch.Tensor:
+    act = ACTIVATIONS[activation]
     k, top_k = x.shape[1], ids.shape[1]
     out = torch.zeros(x.shape, dtype=torch.float32)
     found, slots = ids.flatten().sort(stable=True)
@@ -41,7 +52,7 @@ def _experts(
         ]
         both = cpu.linear(SCHEMES[scheme], x[tokens], of_expert[0], 2 * inter, k)
         gate, up = both.chunk(2, dim=-1)
-        part = cpu.linear(SCHEMES[scheme], F.silu(gate) * up, of_expert[1], k, inter)
+        part = cpu.linear(SCHEMES[scheme], act(gate) * up, of_expert[1], k, inter)
         out.index_add_(0, tokens, part.float() * routing.flatten()[mine, None])
     return out.to(x.dtype)
 
@@ -49,7 +60,7 @@ def _experts(
 _library = torch.library.Library("qig", "FRAGMENT")
 _library.define(
     "cpu_experts(Tensor x, Tensor routing, Tensor ids, Tensor[] gate_up, Tensor[] down, "
-    "str names, int inter, str scheme) -> Tensor"
+    "str names, int inter, str scheme, str activation) -> Tensor"
 )
 _library.impl("cpu_experts", _experts, "CPU")
 torch.library.register_fake("qig::cpu_experts", lambda x, *_: torch.empty_like(x), lib=_library)
@@ -63,27 +74,28 @@ def apply(
     gate_up: Prepared,
     down: Prepared,
     inter: int,
+    activation: str,
 ) -> torch.Tensor:
     """The layer for x [M, K]: [M, K] of x's dtype.
 
     routing and ids [M, top_k], id -1 for an expert that is elsewhere; gate_up [E, 2 * inter, K] and
-    down [E, K, inter]: cpu.prepare's tensors of each expert, stacked.
+    down [E, K, inter]: cpu.prepare's tensors of each expert, stacked; activation: of ACTIVATIONS.
     """
     both = list(gate_up.values()), list(down.values())
     names = " ".join(gate_up)
-    return torch.ops.qig.cpu_experts(x, routing, ids, *both, names, inter, scheme)
+    return torch.ops.qig.cpu_experts(x, routing, ids, *both, names, inter, scheme, activation)
 
 
 def compile_ahead(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
-    device: torch.device,
+    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
+    dtype: torch.dtype, device: torch.device,
 ) -> None:  # fmt: skip
     """Nothing is compiled on a CPU."""
 
 
 def warm_up(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
-    device: torch.device,
+    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
+    dtype: torch.dtype, device: torch.device,
 ) -> None:  # fmt: skip
     """Nothing to compile; finds out once what this processor offers."""
     cpu.PATHS[scheme].look_up()

@@ -1,6 +1,6 @@
 """Grouped kernels: the experts of a mixture-of-experts layer, of both schemes.
 
-    out[t] = sum_c routing[t, c] * down[e](silu(gate[e](x[t])) * up[e](x[t])),   e = ids[t, c]
+    out[t] = sum_c routing[t, c] * down[e](act(gate[e](x[t])) * up[e](x[t])),   e = ids[t, c]
 
 Weights are those of the linears (halves.py, w3a16.py, w4a8.py) with the expert as their first
 dimension, and so is what unpacks and multiplies them: a program here takes a block of slots of one
@@ -10,7 +10,7 @@ the dense kernels' loop. No weight is written in 16 bits anywhere. Launches, of 
     activations         x [M, K] once: an expert's tile gathers its tokens' rows
     sort                slots into blocks
     gate_up             a row [2 I] a slot
-    SiLU * up           with the quantization for down, of the rows of slots
+    act * up            with the quantization for down, of the rows of slots
     down                a row [N] a slot, multiplied by the slot's routing weight
     sum                 over the top_k slots of a token, in fp32
 
@@ -50,6 +50,8 @@ from qig_serve.kernels.ops import KERNELS, on_device
 from qig_serve.kernels.tiles import Tile
 from qig_serve.kernels.warm_up import COMPILATION
 
+ACTIVATIONS = quantize_activation.ACTIVATIONS
+"""What act can be."""
 TILES: dict[str, list[tuple[float, Tile]]] = {
     "w3a16": [
         (2, Tile("halves", 4, 64, 2, 3, programs_per_sm=4)),
@@ -234,13 +236,15 @@ def activations(scheme: str, x: torch.Tensor, tile: Tile) -> Activations:
     return quantize_activation.split_halves(x, tile) if tile.regime == "halves" else (x,)
 
 
-def gated_activations(scheme: str, gate_up: torch.Tensor, tile: Tile) -> Activations:
-    """silu(gate) * up of [M, 2 K] as the tile's kernel takes it."""
+def gated_activations(
+    scheme: str, gate_up: torch.Tensor, tile: Tile, activation: str
+) -> Activations:
+    """act(gate) * up of [M, 2 K] as the tile's kernel takes it."""
     if scheme == "w4a8":
-        return quantize_activation.silu_mul_quantize(gate_up)
+        return quantize_activation.silu_mul_quantize(gate_up, activation)
     if tile.regime == "halves":
-        return quantize_activation.silu_mul_halves(gate_up, tile)
-    return (quantize_activation.silu_mul(gate_up),)
+        return quantize_activation.silu_mul_halves(gate_up, tile, activation)
+    return (quantize_activation.silu_mul(gate_up, activation),)
 
 
 def select(scheme: str, slots: int, experts: int) -> Tile:
@@ -256,13 +260,14 @@ def run(
     gate_up: Prepared,
     down: Prepared,
     inter: int,
+    activation: str,
     tile: Tile,
     use_ptx: bool = True,
 ) -> torch.Tensor:
     """The layer for x [M, K] contiguous, M > 0: [M, K] of x's dtype.
 
     routing fp32 and ids int32 [M, top_k] contiguous, -1 for an expert that is elsewhere; gate_up
-    [E, 2 * inter, K] and down [E, K, inter], prepared.
+    [E, 2 * inter, K] and down [E, K, inter], prepared; activation: one of ACTIVATIONS.
     """
     (_, k), top_k = x.shape, ids.shape[1]
     experts = next(iter(down.values())).shape[0]
@@ -271,7 +276,7 @@ def run(
     hidden = product(
         scheme, given, gate_up, 2 * inter, k, blocks, top_k, None, x.dtype, tile, use_ptx
     )
-    given = gated_activations(scheme, hidden, tile)
+    given = gated_activations(scheme, hidden, tile, activation)
     parts = product(scheme, given, down, k, inter, blocks, 1, routing, x.dtype, tile, use_ptx)
     return expert_blocks.sum_slots(parts, ids)
 
@@ -284,6 +289,7 @@ def _experts(
     down: list[torch.Tensor],
     inter: int,
     scheme: str,
+    activation: str,
 ) -> torch.Tensor:
     if not ids.numel():
         return torch.zeros_like(x)
@@ -291,13 +297,14 @@ def _experts(
     both = [dict(zip(("weight", "scale"), tensors, strict=True)) for tensors in (gate_up, down)]
     routing, ids = routing.float().contiguous(), ids.to(torch.int32).contiguous()
     return run(
-        scheme, library.aligned(x), routing, ids, both[0], both[1], inter, tile, library.use_ptx(x)
-    )
+        scheme, library.aligned(x), routing, ids, both[0], both[1], inter, activation, tile,
+        library.use_ptx(x),
+    )  # fmt: skip
 
 
 library.define(
     "experts(Tensor x, Tensor routing, Tensor ids, Tensor[] gate_up, Tensor[] down, int inter, "
-    "str scheme) -> Tensor",
+    "str scheme, str activation) -> Tensor",
     _experts,
     lambda x, *_: torch.empty_like(x),
 )
@@ -311,37 +318,38 @@ def apply(
     gate_up: Prepared,
     down: Prepared,
     inter: int,
+    activation: str,
 ) -> torch.Tensor:
     """`run` through the op, with the tile of TILES; M may be 0."""
     both = list(gate_up.values()), list(down.values())
-    return torch.ops.qig.experts(x, routing, ids, *both, inter, scheme)
+    return torch.ops.qig.experts(x, routing, ids, *both, inter, scheme, activation)
 
 
 def compile_ahead(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
-    device: torch.device,
+    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
+    dtype: torch.dtype, device: torch.device,
 ) -> None:  # fmt: skip
     """Begin to compile, in the background, what a layer launches for any number of tokens."""
     if device.type != "cuda":
         return
     device = launch.indexed(device)
     for _, tile in TILES[scheme]:
-        job = (scheme, k, inter, experts, top_k, dtype, device, tile)
+        job = (scheme, k, inter, experts, top_k, activation, dtype, device, tile)
         COMPILATION.begin(("experts", *job), functools.partial(on_device, device, _launch, *job))
 
 
 def warm_up(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
-    device: torch.device,
+    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
+    dtype: torch.dtype, device: torch.device,
 ) -> None:  # fmt: skip
     """Wait until every kernel that was begun, and this layer's, is compiled."""
-    compile_ahead(scheme, k, inter, experts, top_k, dtype, device)
+    compile_ahead(scheme, k, inter, experts, top_k, activation, dtype, device)
     COMPILATION.finish()
 
 
 def _launch(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, dtype: torch.dtype,
-    device: torch.device, tile: Tile,
+    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
+    dtype: torch.dtype, device: torch.device, tile: Tile,
 ) -> None:  # fmt: skip
     """Launches for few tokens and for many on zeros, of which only expert 0 is there."""
     both = [KERNELS[scheme].zeros(n, m, device) for n, m in ((2 * inter, k), (k, inter))]
@@ -352,7 +360,7 @@ def _launch(
     for m in (1, quantize_activation.MANY_TOKENS):
         x = torch.zeros(m, k, dtype=dtype, device=device)
         ids = torch.zeros(m, top_k, dtype=torch.int32, device=device)
-        run(scheme, x, ids.float(), ids, gate_up, down, inter, tile, library.use_ptx(x))
+        run(scheme, x, ids.float(), ids, gate_up, down, inter, activation, tile, library.use_ptx(x))
 
 
 def kernel(

@@ -6,10 +6,11 @@
 
       row makers                          epilogues
       _normalized  RMSNorm (+ residual)   _store_codes
-      _gated       SiLU(gate) * up        _store_halves
+      _gated       act(gate) * up         _store_halves
       a plain load                        _store_row  16 bits again, for what does not quantize
 
-A kernel is one of each. Without a scale over the whole row (halves of x or of SiLU * up) a program
+A kernel is one of each. act is SiLU, by which kernels are named, or for experts one of ACTIVATIONS.
+Without a scale over the whole row (halves of x or of SiLU * up) a program
 has 1,024 columns of a token, so that one token keeps many multiprocessors busy; otherwise a program
 holds the token's row in registers. Codes of SiLU * up, whose rows are long, take two kernels of
 chunks: the first leaves each chunk's largest magnitude, the second has them all before it scales
@@ -70,6 +71,9 @@ What may still differ is fp32's last bit, by the order in which squares are adde
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -99,6 +103,8 @@ MANY_TOKENS = 512
 """From here on programs hide one another's waits, and fewer warps a row do."""
 CHUNK = 1024
 """Columns a program of the kernels that need no scale of a whole row."""
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""Of a gated MLP, by vLLM's names."""
 
 
 @triton.jit
@@ -147,14 +153,20 @@ def _normalized(
 
 
 @triton.jit
-def _gated(gate_up_ptr, token, columns, K, PDL: tl.constexpr):
-    """silu(gate) * up of a token's row [gate, up]: [BLOCK_K] of its dtype."""
+def _gated(gate_up_ptr, token, columns, K, ACTIVATION: tl.constexpr, PDL: tl.constexpr):
+    """act(gate) * up of a token's row [gate, up]: [BLOCK_K] of its dtype."""
     inside = columns < K
     row = gate_up_ptr + token * (2 * K) + columns
     _begin(PDL)
     gate = tl.load(row, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(row + K, mask=inside, other=0.0).to(tl.float32)
-    return (gate / (1.0 + _expf(-gate)) * up).to(gate_up_ptr.dtype.element_ty)
+    if ACTIVATION == "gelu_tanh":
+        # gate / 2 * (1 + tanh(z / 2)) = gate / (1 + exp(-z)), z = sqrt(8 / pi) (gate + c gate^3)
+        z = gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        z = gate
+    return (gate / (1.0 + _expf(-z)) * up).to(gate_up_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -257,11 +269,12 @@ def rms_norm_quantize_kernel(
 
 @triton.jit
 def silu_mul_largest_kernel(
-    gate_up_ptr, out_ptr, largest_ptr, K, BLOCK_K: tl.constexpr, PDL: tl.constexpr = False
-):
-    """A chunk of SiLU(gate) * up in 16 bits, and its largest magnitude: int32 [M, chunks]."""
+    gate_up_ptr, out_ptr, largest_ptr, K,
+    BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr = "silu", PDL: tl.constexpr = False,
+):  # fmt: skip
+    """A chunk of act(gate) * up in 16 bits, and its largest magnitude: int32 [M, chunks]."""
     token, columns = _columns(BLOCK_K)
-    row = _gated(gate_up_ptr, token, columns, K, PDL)
+    row = _gated(gate_up_ptr, token, columns, K, ACTIVATION, PDL)
     _store_row(row, columns, token, out_ptr, K)
     tl.store(largest_ptr + token * tl.num_programs(1) + tl.program_id(1), _largest(row, 0))
 
@@ -309,10 +322,11 @@ def rms_norm_halves_kernel(
 @triton.jit(do_not_specialize=["M"])
 def silu_mul_halves_kernel(
     gate_up_ptr, halves_ptr, x_scale_sum_ptr, M, K,
-    BLOCK_K: tl.constexpr, PAD: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_K: tl.constexpr, PAD: tl.constexpr, ORDER: tl.constexpr,
+    ACTIVATION: tl.constexpr = "silu", PDL: tl.constexpr = False,
 ):  # fmt: skip
     token, columns = _columns(BLOCK_K)
-    row = _gated(gate_up_ptr, token, columns, K, PDL)
+    row = _gated(gate_up_ptr, token, columns, K, ACTIVATION, PDL)
     _store_halves(row, columns, token, halves_ptr, x_scale_sum_ptr, M, K, BLOCK_K, ORDER, PAD)
 
 
@@ -329,9 +343,12 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(gate_up_ptr, out_ptr, K, BLOCK_K: tl.constexpr, PDL: tl.constexpr = False):
+def silu_mul_kernel(
+    gate_up_ptr, out_ptr, K,
+    BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr = "silu", PDL: tl.constexpr = False,
+):  # fmt: skip
     token, columns = _columns(BLOCK_K)
-    row = _gated(gate_up_ptr, token, columns, K, PDL)
+    row = _gated(gate_up_ptr, token, columns, K, ACTIVATION, PDL)
     _store_row(row, columns, token, out_ptr, K)
 
 
@@ -425,15 +442,15 @@ def rms_norm_quantize(
     return codes, scale, added
 
 
-def silu_mul_quantize(gate_up: torch.Tensor) -> Codes:
-    """silu(gate) * up of [M, 2 K], then `quantize`: codes int8 [M, K], scale fp32 [M]."""
+def silu_mul_quantize(gate_up: torch.Tensor, activation: str = "silu") -> Codes:
+    """act(gate) * up of [M, 2 K], then `quantize`: codes int8 [M, K], scale fp32 [M]."""
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     codes, scale = empty_codes(gate_up, k)
     if m:
         grid, options = _chunks(m, k), {**chunk_options(), **launch.early(gate_up.device)}
         out = torch.empty(m, k, dtype=gate_up.dtype, device=gate_up.device)
         largest = torch.empty(grid, dtype=torch.int32, device=gate_up.device)
-        silu_mul_largest_kernel[grid](gate_up, out, largest, k, **options)
+        silu_mul_largest_kernel[grid](gate_up, out, largest, k, ACTIVATION=activation, **options)
         quantize_chunk_kernel[grid](
             out, largest, codes, scale, k,
             CHUNKS=triton.next_power_of_2(grid[1]), **options, **_pad(k),
@@ -476,14 +493,16 @@ def rms_norm_halves(
     return halves, x_scale_sum, added
 
 
-def silu_mul_halves(gate_up: torch.Tensor, tile: Tile | None = None) -> Halves:
-    """silu(gate) * up of [M, 2 K], then `split_halves`."""
+def silu_mul_halves(
+    gate_up: torch.Tensor, tile: Tile | None = None, activation: str = "silu"
+) -> Halves:
+    """act(gate) * up of [M, 2 K], then `split_halves`."""
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     halves, x_scale_sum = empty_halves(gate_up, k)
     if m:
         silu_mul_halves_kernel[_chunks(m, k)](
             gate_up, halves, x_scale_sum, m, k,
-            ORDER=_order(gate_up, tile), **chunk_options(), **_pad(k),
+            ORDER=_order(gate_up, tile), ACTIVATION=activation, **chunk_options(), **_pad(k),
             **launch.early(gate_up.device),
         )  # fmt: skip
     return halves, x_scale_sum
@@ -507,14 +526,15 @@ def rms_norm(
     return out, added
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [M, 2 K] in its dtype: [M, K]."""
+def silu_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """act(gate) * up of [M, 2 K] in its dtype: [M, K]."""
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(m, k, dtype=gate_up.dtype, device=gate_up.device)
     if m:
         silu_mul_kernel[_chunks(m, k)](
-            gate_up, out, k, **chunk_options(), **launch.early(gate_up.device)
-        )
+            gate_up, out, k,
+            ACTIVATION=activation, **chunk_options(), **launch.early(gate_up.device),
+        )  # fmt: skip
     return out
 
 
@@ -544,8 +564,11 @@ def kernels(dtype: str, order: int) -> list[Kernel]:
             if whole
             else [chunk_options()]
         )
-        known = {"HAS_RESIDUAL": True, "ORDER": order, "CHUNKS": 32, "PAD": 0}
-        for options in {tuple(v.items()): v for v in variants}.values():
+        known: dict[str, Any] = {"HAS_RESIDUAL": True, "ORDER": order, "CHUNKS": 32, "PAD": 0}
+        activations = ACTIVATIONS if "ACTIVATION" in names else ("",)
+        unlike = {tuple(v.items()): v for v in variants}.values()
+        for options, activation in itertools.product(unlike, activations):
+            known["ACTIVATION"] = activation
             constants = {name: value for name, value in known.items() if name in names}
             constants["BLOCK_K"] = options["BLOCK_K"]
             arguments = {name: types[name] for name in names if name in types}

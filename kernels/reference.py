@@ -78,6 +78,7 @@ def experts(
     gate_up: list[dict[str, torch.Tensor]],
     down: list[dict[str, torch.Tensor]],
     scheme: str,
+    activation: str = "silu",
 ) -> torch.Tensor:
     """A mixture-of-experts layer for x [M, K]: fp32 [M, K].
 
@@ -91,7 +92,7 @@ def experts(
         tokens, choice = torch.nonzero(ids == expert, as_tuple=True)
         if len(tokens):
             hidden = linear(x[tokens], *gate_up[expert].values()).to(x.dtype)
-            part = linear(silu_mul(hidden), *down[expert].values())
+            part = linear(silu_mul(hidden, activation), *down[expert].values())
             out.index_add_(0, tokens, part * routing[tokens, choice, None].float())
     return out
 
@@ -167,10 +168,15 @@ def rms_norm(
     return (h * weight.float()).to(x.dtype), added
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [M, 2 K], rounded once from fp32: [M, K] of its dtype."""
+def silu_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """act(gate) * up of [M, 2 K], rounded once from fp32: [M, K] of its dtype."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+    if activation == "silu":
+        gated = gate / (1 + torch.exp(-gate))
+    else:
+        assert activation == "gelu_tanh"
+        gated = torch.nn.functional.gelu(gate, approximate="tanh")
+    return (gated * up).to(gate_up.dtype)
 
 
 def rms_norm_quantize(

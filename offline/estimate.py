@@ -248,7 +248,7 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
             continue
         widest = max(widest, n + k * (2 if recipe.weighting.needs_quantized_input else 1))
     method = recipe.rounding_method
-    if loaded.arch.has_experts and method.statistics:
+    if loaded.has_experts and method.statistics:
         widest = max(widest, hidden * (2 if method.shifted else 1))
     streams = 3 if recipe.tuning_passes else 2
     each = getattr(loaded.text_config, "hidden_size_per_layer_input", None) or 0

@@ -231,7 +231,7 @@ def look_ahead(
 
 def check_shapes(loaded: LoadedModel, scheme: QuantScheme, form: str = "qig") -> None:
     """UserError that names the first linear whose size the scheme, or the form, cannot store."""
-    if form == "compressed-tensors" and loaded.arch.has_experts:
+    if form == "compressed-tensors" and loaded.has_experts:
         raise UserError(
             f"{loaded.directory} has experts, which are not written as compressed-tensors: leave "
             "--format out"

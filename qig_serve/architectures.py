@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qig_serve.errors import UserError
-from qig_serve.family_row import EXPERTS, ROUTER, Architecture, SmoothingGroup
+from qig_serve.family_row import EXPERTS, Architecture, SmoothingGroup
 
+ROUTER = "mlp.gate"
 _SHARED = ("mlp.shared_expert", "mlp.shared_expert_gate")
 
 
@@ -31,7 +32,7 @@ def _sparse(
     """The same with experts in the place of the MLP; shared: of an expert that sees every token,
     its path and that of its gate."""
     *mixer, gate_up, down = groups
-    expert = f"{EXPERTS}.*"
+    expert = f"mlp.{EXPERTS}.*"
     mlps = (expert, *shared[:1])
     return (
         *mixer,
@@ -41,6 +42,26 @@ def _sparse(
             readers=(ROUTER, *shared[1:]),
         ),
         *(_down_of(down, mlp) for mlp in shared[:1]),
+        replace(_down_of(down, expert), name="experts_down"),
+    )
+
+
+def _experts_beside(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same with experts beside the MLP, behind a norm that nothing else reads.
+
+    The router has a norm of its own.
+    """
+    *_, gate_up, down = groups
+    expert = f"{EXPERTS}.*"
+    return (
+        *groups,
+        replace(
+            gate_up,
+            name="experts_gate_up",
+            previous="pre_feedforward_layernorm_2",
+            linears=(f"{expert}.gate_proj", f"{expert}.up_proj"),
+            loss_module=EXPERTS,
+        ),
         replace(_down_of(down, expert), name="experts_down"),
     )
 
@@ -298,13 +319,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GEMMA4,
             "Gemma4ForConditionalGeneration",
             "placed",
-            "31B: normalized values, full attention without v_proj; E2B, E4B: shared keys, "
-            "embeddings for every block",
-            other_groups=(_keys_as_values(_GEMMA4), _shared_keys(_GEMMA4)),
-            kept=("per_layer_input_gate", "per_layer_projection"),
+            "normalized values, full attention without v_proj; 26B-A4B: experts beside an MLP; "
+            "E2B, E4B: shared keys, embeddings for every block",
+            other_groups=(
+                _keys_as_values(_GEMMA4),
+                _experts_beside(_GEMMA4),
+                _keys_as_values(_experts_beside(_GEMMA4)),
+                _shared_keys(_GEMMA4),
+            ),
+            kept=("router.proj", "per_layer_input_gate", "per_layer_projection"),
             unread=tuple(f"self_attn.{x}.weight" for x in ("k_proj", "v_proj", "k_norm")),
             on_cpu="attention inside a picture is causal: compared without pictures' own mask",
-            refused=(("enable_moe_block", "experts"),),
         ),
         Architecture(
             "gemma4_unified",

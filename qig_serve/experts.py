@@ -59,7 +59,8 @@ class Experts(nn.ModuleList):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens [T, H], the experts of each and their routing weights [T, k] -> [T, H]."""
+        """Tokens [..., H], the experts of each and their routing weights [T, k] -> [..., H]."""
+        shape, hidden_states = hidden_states.shape, hidden_states.flatten(0, -2)
         output = torch.zeros_like(hidden_states)
         k = top_k_index.shape[-1]
         order = top_k_index.flatten().argsort(stable=True)
@@ -70,7 +71,12 @@ class Experts(nn.ModuleList):
             tokens = places // k
             part = expert(hidden_states[tokens]) * top_k_weights.flatten()[places, None]
             output.index_add_(0, tokens, part.to(output.dtype))
-        return output
+        return output.view(shape)
+
+
+def experts_of(block: nn.Module) -> Experts:
+    """Those of a block."""
+    return next(module for module in block.modules() if isinstance(module, Experts))
 
 
 def unfuse(model: nn.Module) -> None:

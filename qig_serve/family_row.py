@@ -6,6 +6,7 @@ which may be older than the module names of the installed transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -54,22 +55,21 @@ class SmoothingGroup:
         yield replace(self, linears=(*(n for e in range(count) for n in numbered(e)), *others))
 
 
-EXPERTS = "mlp.experts"
-"""Path, inside a block, of its experts: numbered modules of ordinary linears (experts.py)."""
-ROUTER = "mlp.gate"
-"""Path of what chooses them."""
+EXPERTS = "experts"
+"""Name of the module that holds a block's experts, wherever in the block a family has it: numbered
+modules of ordinary linears (experts.py)."""
+_EXPERT = re.compile(rf"^((?:\w+\.)*{EXPERTS})\.(\d+)\.")
 
 
 def expert_number(name: str) -> int | None:
     """The number of the expert that a linear's path inside a block is of; None for others."""
-    number = name.removeprefix(f"{EXPERTS}.").partition(".")[0]
-    return int(number) if name.startswith(f"{EXPERTS}.") and number.isdecimal() else None
+    found = _EXPERT.match(name)
+    return int(found[2]) if found else None
 
 
 def any_expert(name: str) -> str:
     """A linear's path inside a block, with `*` for the number of its expert."""
-    number = expert_number(name)
-    return name if number is None else name.replace(f"{EXPERTS}.{number}.", f"{EXPERTS}.*.", 1)
+    return _EXPERT.sub(r"\1.*.", name)
 
 
 _TOWERS = ("vision_tower.", "model.vision_tower.")
@@ -121,7 +121,8 @@ class Architecture:
     other_groups: tuple[tuple[SmoothingGroup, ...], ...] = ()
     """Where blocks are of several kinds: the groups of the others."""
     kept: tuple[str, ...] = ()
-    """Paths, inside a block, of linears that stay in 16 bits."""
+    """Paths, inside a block, of linears that stay in 16 bits; where there are experts, what
+    chooses them comes first."""
     embedding_as_is: bool = False
     """Whether vLLM's class makes its embedding without asking for a quantization method: it stays
     in 16 bits."""
@@ -151,9 +152,9 @@ class Architecture:
         return tuple(dict.fromkeys(names))
 
     @property
-    def has_experts(self) -> bool:
-        """Whether blocks have experts."""
-        return any("*" in name for name in self.linears)
+    def router(self) -> str:
+        """Path, inside a block, of what chooses experts; "" if the family has none."""
+        return self.kept[0] if any("*" in name for name in self.linears) else ""
 
     def groups_of(self, block: Any) -> tuple[SmoothingGroup, ...]:
         """The groups of a block (a module): those of the first kind whose linears are all in it.
@@ -161,8 +162,10 @@ class Architecture:
         Experts are those of a block whose linears are ordinary ones (experts.unfuse).
         """
         found = {name for name, _ in block.named_modules()}
-        experts = sum(name.rpartition(".")[0] == EXPERTS for name in found)
+        experts = len({expert_number(f"{name}.") for name in found} - {None})
         for kind in self.kinds:
+            if any("*" in name for group in kind for name in group.linears) != bool(experts):
+                continue
             groups = tuple(g for group in kind for g in group.of_experts(experts))
             if all(name in found for group in groups for name in group.linears):
                 return groups

@@ -90,15 +90,19 @@ def _mlp_widths(text: Any, split_experts: bool) -> list[tuple[str, int]]:
 
     LFM2 makes them from what its configuration says.
     """
-    if width := getattr(text, "moe_intermediate_size", None):
-        shared = getattr(text, "shared_expert_intermediate_size", None)
-        found = [("an expert's down", int(width))] if split_experts else []
-        return [*found, ("the shared expert's down", int(shared))] if shared else found
+    beside = getattr(text, "enable_moe_block", None)  # an MLP and experts in every block, or not
+    found = []
+    if beside is not False and (expert := getattr(text, "moe_intermediate_size", None)):
+        found = [("an expert's down", int(expert))] if split_experts else []
+        if shared := getattr(text, "shared_expert_intermediate_size", None):
+            found.append(("the shared expert's down", int(shared)))
+        if not beside:
+            return found
     width = int(text.intermediate_size)
     if getattr(text, "block_auto_adjust_ff_dim", False):
         width = int(text.block_ffn_dim_multiplier * int(2 * width / 3))
         width += -width % int(text.block_multiple_of)
-    return [("down", width)]
+    return [*found, ("down", width)]
 
 
 def _kinds_of_block(text: Any) -> list[Any]:

@@ -7,8 +7,8 @@ from torch import nn
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 
-from qig_serve.experts import Experts, unfuse
-from qig_serve.family_row import any_expert
+from qig_serve.experts import Experts, experts_of, unfuse
+from qig_serve.family_row import any_expert, expert_number
 
 
 def _sparse_mlp() -> nn.Module:
@@ -31,6 +31,7 @@ def test_the_same_function_and_the_same_memory() -> None:
     unfuse(mlp)
     assert isinstance(mlp.experts, Experts)
     torch.testing.assert_close(mlp(x), expected)
+    assert experts_of(nn.ModuleList([mlp])) is mlp.experts
     names = [name for name, _ in mlp.named_parameters()]
     assert names[:3] == [f"experts.0.{p}_proj.weight" for p in ("gate", "up", "down")]
     storage = mlp.experts[5].up_proj.weight.untyped_storage()
@@ -49,4 +50,7 @@ def test_experts_without_a_token_and_all_tokens_on_one() -> None:
 
 def test_numbers_of_experts_in_names() -> None:
     assert any_expert("mlp.experts.17.up_proj") == "mlp.experts.*.up_proj"
-    assert any_expert("mlp.shared_expert.up_proj") == "mlp.shared_expert.up_proj"
+    assert any_expert("experts.0.down_proj") == "experts.*.down_proj"
+    assert expert_number("experts.0.down_proj") == 0 and expert_number("mlp.experts.17.up") == 17
+    for name in ("mlp.shared_expert.up_proj", "mlp.shared_experts.1.up_proj", "experts.up_proj"):
+        assert any_expert(name) == name and expert_number(name) is None

@@ -82,3 +82,14 @@ def test_whole_experts_are_shared_out_where_they_cannot_be_split() -> None:
     config.get_text_config().moe_intermediate_size = 768
     assert fitting_sizes(refused_sizes(config, 128)) == [1, 2]
     assert fitting_sizes(refused_sizes(config, 128, split_experts=False)) == [1, 2, 4, 8, 16]
+
+
+def test_an_mlp_beside_experts_is_split_too() -> None:
+    config = config_of(16, 8, 2816, 2112)  # Gemma 4 26B-A4B
+    text = config.get_text_config()
+    text.head_dim, text.moe_intermediate_size, text.enable_moe_block = 256, 704, True
+    assert fitting_sizes(refused_sizes(config, 32)) == [1, 2]
+    whole = why_refused(config, 128, 2, split_experts=False)
+    assert whole == "2112 inputs of down in multiples of 128 cannot be split 2 ways"
+    text.enable_moe_block = False
+    assert "expert" not in str(why_refused(config, 128, 2))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from qig_serve.family_row import EXPERTS, SmoothingGroup
+from qig_serve.family_row import SmoothingGroup, expert_number
 from qig_serve.offline.equalization.experts import equalize_experts
 from qig_serve.offline.equalization.group import equalize_group
 from qig_serve.offline.importance.gradients import AnswerGradients
@@ -35,7 +35,7 @@ def equalize_block(
     for i, group in enumerate(common):
         yield i / steps, group.name
         results.append(equalize_group(block, group, streams, settings, gradients, index))
-        if group.loss_module == EXPERTS.rpartition(".")[0]:
+        if any(expert_number(name) is not None for name in group.linears):
             token_weights = results[-1].token_weights
     if experts:
         yield len(common) / steps, experts[0].name

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qig_serve.family_row import EXPERTS, SmoothingGroup
+from qig_serve.family_row import SmoothingGroup, any_expert
 from qig_serve.offline.equalization.group import Found, search_scales
 from qig_serve.offline.equalization.smoothing import fold
 from qig_serve.offline.passes.parts import ModuleParts, capture_expert
@@ -102,7 +102,7 @@ def _report(
     return ModuleReport(
         name=groups[0].name,
         linears=[name for group in groups for name in group.linears],
-        loss_module=EXPERTS,
+        loss_module=any_expert(groups[0].loss_module).partition(".*")[0],
         exponent=mean([f.candidate.exponent for f in found]),
         loss=mean([f.loss for f in found]),
         loss_rtn=mean([f.losses[0] for f in found]),

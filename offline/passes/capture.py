@@ -118,8 +118,8 @@ def catch_call(
 ) -> ModuleCall:
     """The call that `block(hidden, **kwargs)` makes to `module`; the pass ends there.
 
-    Of a module that is given tokens laid end to end [B T, C], and nothing else, the input is shaped
-    [B, T, C] as everywhere.
+    Of a module that is given tokens laid end to end [B T, C] the input is shaped [B, T, C] as
+    everywhere.
     """
     caught: list[ModuleCall] = []
 
@@ -132,7 +132,7 @@ def catch_call(
         block(hidden, **kwargs)
     except _Caught:
         call = caught[0]
-        if call.only_hidden and call.hidden.dim() == 2:
+        if call.hidden.dim() == 2:
             call = call.with_input(call.hidden.unflatten(0, hidden.shape[:2]))
         return call
     finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qig_serve.experts import Experts
 from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.passes.capture import ModuleCall, Store, catch_call, check_finite, run_module
 from qig_serve.offline.passes.routing import RoutedTokens, expert_of
@@ -19,8 +20,9 @@ class ModuleParts:
     """Inputs and targets of a group's loss module, in parts that pass it one at a time.
 
     A module that mixes tokens (attention) has the calibration batches as parts. For one that does
-    not (MLP, linear) the real tokens of all batches are laid end to end and cut into equal parts
-    [1, tokens, C]: batches of every length then cost the same, and template tokens nothing.
+    not (MLP, linear, experts with their tokens' routing) the real tokens of all batches are laid
+    end to end and cut into equal parts [1, tokens, C]: batches of every length then cost the same,
+    and template tokens nothing.
     """
 
     tokenwise: bool
@@ -87,6 +89,8 @@ def capture_parts(
     stores = {name: streams.new_store(f"{group.name}-{name}") for name, _ in found}
     masks = [streams.mask(b) for b in range(len(streams))]
     calls: list[ModuleCall] = []
+    are_experts = isinstance(module, Experts)
+    routing: list[tuple[torch.Tensor, ...]] = []  # that of full precision, whatever the input
     for name, stream in found:
         parts = _Cutter(stores[name], streams.batch_tokens)
         for b, mask in enumerate(masks):
@@ -95,14 +99,19 @@ def capture_parts(
             check_finite(call.hidden, f"{where}, input")
             if stream is streams.fp:
                 calls.append(call.without_input())
-            if call.only_hidden:
+            if are_experts and stream is streams.fp:
+                routing.append(tuple(given[mask.flatten()] for given in call.args[1:]))
+            if call.only_hidden or are_experts:
                 parts.add(call.hidden[mask])
             else:
                 stores[name].put(b, call.hidden)
         parts.flush()
-    tokenwise = calls[0].only_hidden
+    tokenwise = calls[0].only_hidden or are_experts
     if tokenwise:
         calls = [calls[0]] * parts.count
+        if are_experts:
+            cut = [torch.cat(given).split(parts.sizes) for given in zip(*routing, strict=True)]
+            calls = [ModuleCall((None, *given), {}) for given in zip(*cut, strict=True)]
         masks = [torch.ones(1, n, dtype=torch.bool, device=streams.device) for n in parts.sizes]
 
     captured = (tokenwise, calls, stores["x"], stores.get("xq"))

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qig_serve.experts import Expert
-from qig_serve.family_row import EXPERTS
+from qig_serve.experts import Expert, experts_of
 from qig_serve.offline.passes.capture import Store, catch_call, check_finite, quantized_activations
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.results import ExpertsReport
@@ -79,8 +78,7 @@ def capture_routed(
     linears: Sequence[nn.Module] = (),
 ) -> RoutedTokens:
     """From one stream; `linears` are those that see int8 inputs under w4a8, `name` the store's."""
-    module = block.get_submodule(EXPERTS)
-    assert isinstance(module, nn.ModuleList)
+    module = experts_of(block)
     inputs, chosen, weights = streams.new_store(name), [], []
     counts = torch.zeros(len(module), dtype=torch.float64)
     for b in range(len(streams)):
@@ -89,8 +87,9 @@ def capture_routed(
             call = catch_call(block, module, hidden, streams.kwargs(b, stream))
         found, index, routing = call.args
         check_finite(found, f"{where}, input of the experts")
-        real = streams.mask(b).flatten()
-        inputs.put(b, found[real])
+        mask = streams.mask(b)
+        inputs.put(b, found[mask])
+        real = mask.flatten()
         chosen.append(index[real].cpu())
         weights.append(routing[real].float().cpu())
         counts += torch.bincount(chosen[-1].flatten(), minlength=len(module))
@@ -105,6 +104,6 @@ def capture_routed(
 
 def expert_of(block: nn.Module, expert: int) -> Expert:
     """An expert of a block."""
-    module = block.get_submodule(f"{EXPERTS}.{expert}")
+    module = experts_of(block)[expert]
     assert isinstance(module, Expert)
     return module

@@ -356,7 +356,7 @@ _REASONS = (
     (("lm_head", "output_layer"), "its errors go straight into the probabilities of the tokens"),
     (("embed", "wte"), "rows are looked up, not multiplied: fewer bits would save no time"),
     (("norm",), "vectors, no matrices"),
-    (("gate",), "small, and an error in it changes which experts are asked"),
+    (("gate", "router"), "small, and an error in it changes which experts are asked"),
     (("projector", "connector", "merger"), "small, and whatever is seen passes through it"),
     (("vision", "visual", "image"), "small beside the decoder, and its errors reach every image"),
 )
@@ -364,7 +364,7 @@ _REASONS = (
 
 
 def _reason(module: str) -> str:
-    last = module.rpartition(".")[2]
+    last = module.removesuffix(".proj").rpartition(".")[2]  # a router's linear
     for parts, reason in _REASONS:
         if any(part in last for part in parts):
             return reason

@@ -23,7 +23,7 @@ def unfuse(source: SourceCheckpoint, prefix: str, config: Any) -> None:
     config: the decoder's. [E, out, in], or as Qwen3-VL's files have it [E, in, out], which the
     shape tells; of a square one the first, as transformers takes it. UserError for other shapes.
     """
-    fused = re.compile(rf"{re.escape(prefix)}\d+\.{re.escape(EXPERTS)}\.({'|'.join(_PARTS)})")
+    fused = re.compile(rf"{re.escape(prefix)}\d+\.(?:\w+\.)*{EXPERTS}\.({'|'.join(_PARTS)})")
     for name in source:
         if not (match := fused.fullmatch(name)):
             continue

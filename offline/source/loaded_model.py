@@ -154,6 +154,11 @@ class LoadedModel:
         """The smoothing groups of a block, in the order of execution."""
         return self.arch.groups_of(block)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether blocks have experts."""
+        return any(group.expert is not None for group in self.groups(self.meta_block(0)))
+
     def linears(self, block: nn.Module) -> list[nn.Module]:
         """The linears of a block that are quantized, in the order of execution."""
         names = (name for group in self.groups(block) for name in group.linears)

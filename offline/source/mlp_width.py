@@ -28,7 +28,7 @@ def choose(
 
     asked: True or False as the recipe says; None leaves it to the size of the model.
     """
-    if loaded.arch.has_experts:
+    if loaded.has_experts:
         return (
             None,
             "the MLP is not padded: experts are stored as wide as they are" if asked else "",

@@ -59,11 +59,16 @@ def refuse(vllm_config: VllmConfig, layer: torch.nn.Module, prefix: str) -> None
             f"{prefix}: LoRA adapters of quantized experts are not served: name the layers that "
             "adapters may have, --lora-target-modules q_proj k_proj v_proj o_proj"
         )
-    plain = moe.is_act_and_mul and moe.activation.value == "silu" and not moe.has_bias
+    plain = moe.is_act_and_mul and not moe.has_bias
     if not plain or layer.swiglu_limit is not None or layer.apply_router_weight_on_input:
         raise ValueError(
-            f"{prefix}: quantized experts are down(silu(gate(x)) * up(x)), without biases and "
+            f"{prefix}: quantized experts are down(act(gate(x)) * up(x)), without biases and "
             "limits, weighted by the router behind down: these are not"
+        )
+    if moe.activation.value not in (known := experts_backend().ACTIVATIONS):
+        raise ValueError(
+            f"{prefix}: quantized experts can have the activation {' or '.join(known)}, and these "
+            f"have {moe.activation.value}: leave them in 16 bits"
         )
 
 
@@ -74,6 +79,7 @@ class QigExpertsMethod(FusedMoEMethodBase):
         """moe: vLLM's FusedMoEConfig; dummy: as QigLinearMethod's."""
         super().__init__(moe)
         self.scheme = config.scheme
+        self.activation = str(moe.activation.value)
         self.prefix = prefix
         self.dummy = dummy
         self.linears = kernel_backend()
@@ -204,7 +210,7 @@ class QigExpertsMethod(FusedMoEMethodBase):
     def _compile(self, layer: torch.nn.Module, how: Callable[..., None], device: Any) -> None:
         how(
             self.scheme.name, layer.qig_k, layer.qig_inter, self.moe.num_local_experts,
-            self.moe.experts_per_token, layer.qig_dtype, device,
+            self.moe.experts_per_token, self.activation, layer.qig_dtype, device,
         )  # fmt: skip
 
     def apply(
@@ -230,5 +236,6 @@ class QigExpertsMethod(FusedMoEMethodBase):
             for stack in _STACKS
         )
         return self.backend.apply(
-            self.scheme.name, x, topk_weights, topk_ids, gate_up, down, layer.qig_inter
-        )
+            self.scheme.name, x, topk_weights, topk_ids, gate_up, down, layer.qig_inter,
+            self.activation,
+        )  # fmt: skip

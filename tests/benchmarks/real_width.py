@@ -66,7 +66,7 @@ class RealModel:
         text, vision = fields.pop("text_config"), fields.pop("vision_config")
         for derived in ("per_layer_config", "layer_types"):
             text.pop(derived, None)
-        return CONFIG_MAPPING[self.family](
+        return CONFIG_MAPPING[tiny_models.row_of(self.family)](
             text_config={**text, "num_hidden_layers": 2, **self.text},
             vision_config={**vision, **self.vision},
             **fields,
@@ -89,6 +89,13 @@ _DELTA_NET = {
     "initializer_range": 0.02,
 }
 """Of Qwen3.5 and 3.6: a block of each kind."""
+_GEMMA4_VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+}
 
 MODELS = {
     "Qwen3.5-4B": RealModel(
@@ -121,13 +128,25 @@ MODELS = {
             "layer_types": ["sliding_attention", "full_attention"],
             "sliding_window": 1024,
         },
+        _GEMMA4_VISION,
+    ),
+    "Gemma-4-26B-A4B": RealModel(
+        "gemma4_moe",
         {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
+            "hidden_size": 2816,
+            "intermediate_size": 2112,
+            "moe_intermediate_size": 704,
+            "num_experts": 128,
+            "top_k_experts": 8,
             "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "head_dim": 72,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "num_global_key_value_heads": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 1024,
         },
+        _GEMMA4_VISION,
     ),
     "Mistral-Small-3.2-24B": RealModel(
         "mistral3",

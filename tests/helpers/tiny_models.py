@@ -46,6 +46,8 @@ class Tiny:
     """A parameter's name in transformers 5 and its value -> what published files have."""
     unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     """Configuration -> further tensors of published files, which transformers does not read."""
+    model_type: str = ""
+    """Of config.json, where it is not the tiny model's own name."""
 
 
 def chat_template(image_text: str) -> str:
@@ -666,11 +668,11 @@ def _gemma4_fields(tokenizer: Any) -> dict[str, Any]:
     return {**common_fields(tokenizer), **ids, "text_config": text, "tie_word_embeddings": True}
 
 
-def _gemma4_config(tokenizer: Any) -> Any:
+def _gemma4_config(tokenizer: Any, **text: Any) -> Any:
     from transformers import Gemma4Config
 
     fields = _gemma4_fields(tokenizer)
-    fields["text_config"]["hidden_size_per_layer_input"] = 0
+    fields["text_config"] |= {"hidden_size_per_layer_input": 0, **text}
     return Gemma4Config(vision_config=_GEMMA4_VISION, **fields)
 
 
@@ -717,6 +719,16 @@ def _gemma4_unread(config: Any) -> dict[str, torch.Tensor]:
         found |= {f"{attention}.{x}_proj.weight": torch.randn(size) for x in "kv"}
         found[f"{attention}.k_norm.weight"] = torch.ones(layer.head_dim)
     return {name: tensor.bfloat16() for name, tensor in found.items()}
+
+
+def _gemma4_moe_config(tokenizer: Any) -> Any:
+    return _gemma4_config(
+        tokenizer,
+        enable_moe_block=True,
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=160,  # no multiple of 128, as that of the published model
+    )
 
 
 def _gemma4_unified_config(tokenizer: Any) -> Any:
@@ -958,6 +970,17 @@ FAMILIES: dict[str, Tiny] = {
         cpu_text={"use_bidirectional_attention": None},
         stored=_quiet_placeholders,
         unread=_gemma4_unread,
+        model_type="gemma4",
+    ),
+    "gemma4_moe": Tiny(
+        _GEMMA4_TOKENS,
+        "<|image|>",
+        _gemma4_moe_config,
+        _gemma4_processor,
+        _SAME_NAMES,
+        _GEMMA4_ROLES,
+        cpu_text={"use_bidirectional_attention": None},
+        model_type="gemma4",
     ),
     "gemma4_unified": Tiny(
         _GEMMA4_TOKENS,
@@ -970,6 +993,11 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }
+
+
+def row_of(family: str) -> str:
+    """The row of architectures.py that a tiny model is of."""
+    return FAMILIES[family].model_type or family
 
 
 def published_name(family: str, name: str) -> str:
@@ -1004,8 +1032,10 @@ def write_random(family: str, config: Any, tokenizer: Any, directory: Path) -> P
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.05)  # or a lost bias would not show
-            elif "norm" in name and parameter.dim() == 1:
+            elif ("norm" in name or ".router." in name) and parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+            if name.endswith(".router.scale"):  # or all experts would be as good as alike
+                parameter.mul_(len(parameter) ** 0.5)
     model.generation_config.do_sample = False
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     directory.mkdir(parents=True)

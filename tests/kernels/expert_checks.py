@@ -147,19 +147,21 @@ def test_every_kind_of_grouped_tile(scheme: str, tile: Tile, n: int, k: int, use
 
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-def test_layer_matches_the_oracle(scheme: str, name: str) -> None:
+@pytest.mark.parametrize("activation", experts.ACTIVATIONS)
+def test_layer_matches_the_oracle(activation: str, scheme: str, name: str) -> None:
     """Through the op, with the tile that the number of slots asks for."""
     ids, of = ROUTINGS[name].to(DEVICE), 11 if "8" in name else EXPERTS
     dtype = DTYPES[len(name) % 2]
     gate_up = stack(scheme, of, 2 * INTER, HIDDEN, dtype)
     down = stack(scheme, of, HIDDEN, INTER, dtype)
     x, routing = random_x(len(ids), HIDDEN, dtype), random_routing(ids)
-    got = experts.apply(scheme, x, routing, ids, gate_up.prepared, down.prepared, INTER)
+    given = gate_up.prepared, down.prepared, INTER, activation
+    got = experts.apply(scheme, x, routing, ids, *given)
     assert got.dtype == dtype
     if name == "all elsewhere":
         assert not got.any()
         return
-    expected = reference.experts(x, routing, ids, gate_up.stored, down.stored, scheme)
+    expected = reference.experts(x, routing, ids, gate_up.stored, down.stored, scheme, activation)
     # What lies between the two linears, and each expert's part, is rounded as well; a code of w4a8
     # may be the next where a rounding in between went the other way.
     assert_close(got, expected, 2 * TOLERANCE[dtype])
@@ -182,7 +184,7 @@ def test_a_token_does_not_depend_on_the_others(scheme: str, tile: Tile) -> None:
     def run(tokens: slice) -> torch.Tensor:
         return experts.run(
             scheme, x[tokens].contiguous(), routing[tokens].contiguous(), ids[tokens].contiguous(),
-            gate_up.prepared, down.prepared, INTER, tile, not INTERPRETED,
+            gate_up.prepared, down.prepared, INTER, "silu", tile, not INTERPRETED,
         )  # fmt: skip
 
     assert torch.equal(run(slice(None))[3:4], run(slice(3, 4)))
@@ -200,8 +202,8 @@ def test_experts_in_every_order_of_inputs(
     expected = reference.experts(x, routing, ids, gate_up.stored, down.stored, "w3a16")
     for name in ("halves-narrow", "many"):
         got = experts.run(
-            "w3a16", x, routing, ids, gate_up.prepared, down.prepared, INTER, TILES["w3a16"][name],
-            not INTERPRETED,
+            "w3a16", x, routing, ids, gate_up.prepared, down.prepared, INTER, "silu",
+            TILES["w3a16"][name], not INTERPRETED,
         )  # fmt: skip
         assert_close(got, expected, 2 * TOLERANCE[torch.float16])
 
@@ -211,10 +213,11 @@ def test_no_tokens_and_other_dtypes_of_the_router() -> None:
     down = stack("w4a8", 2, HIDDEN, INTER, torch.bfloat16).prepared
     ids, x = random_ids(2, 1, of=2).to(DEVICE), random_x(2, HIDDEN, torch.bfloat16)
     routing = torch.ones(2, 1, device=DEVICE)
-    got = experts.apply("w4a8", x, routing, ids, gate_up, down, INTER)
-    other = experts.apply("w4a8", x, routing.bfloat16(), ids.long(), gate_up, down, INTER)
+    given = gate_up, down, INTER, "silu"
+    got = experts.apply("w4a8", x, routing, ids, *given)
+    other = experts.apply("w4a8", x, routing.bfloat16(), ids.long(), *given)
     assert torch.equal(got, other)
-    none = experts.apply("w4a8", x[:0], routing[:0], ids[:0], gate_up, down, INTER)
+    none = experts.apply("w4a8", x[:0], routing[:0], ids[:0], *given)
     assert none.shape == (0, HIDDEN)
 
 
@@ -227,7 +230,7 @@ def test_a_cuda_graph_holds_any_routing(scheme: str, m: int) -> None:
     x = random_x(m, HIDDEN, torch.bfloat16)
 
     def call(x: torch.Tensor, routing: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return experts.apply(scheme, x, routing, ids, gate_up, down, INTER)
+        return experts.apply(scheme, x, routing, ids, gate_up, down, INTER, "silu")
 
     ids = random_ids(m, 2).to(DEVICE)
     routing = random_routing(ids)

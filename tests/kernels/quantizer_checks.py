@@ -217,6 +217,28 @@ def test_silu_mul(m: int, k: int, dtype: torch.dtype) -> None:
     assert_codes_close(ops.silu_mul_quantize(gate_up), reference.quantize_activation(expected))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [160, 1312])  # shorter than a chunk, and longer; a ragged last group
+def test_gelu_mul(k: int, dtype: torch.dtype) -> None:
+    """As experts have it: in 16 bits, in codes and in halves."""
+    gate_up = (torch.randn(5, 2 * k) * 3).to(DEVICE, dtype)
+    gate_up[0, :6] = torch.tensor([-200.0, 200.0, -30.0, 30.0, 0.0, -0.0])
+    expected = reference.silu_mul(gate_up, "gelu_tanh")
+    plain = quantize_activation.silu_mul(gate_up, "gelu_tanh")
+    assert float((plain != expected).double().mean()) < 5e-3  # of tanh's last bits
+    torch.testing.assert_close(plain, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    halves = quantize_activation.silu_mul_halves(gate_up, activation="gelu_tanh")
+    order = quantize_activation.launch.orders(DEVICE).activations
+    assert all(map(torch.equal, halves, reference.split_halves(plain, order)))
+    codes = quantize_activation.silu_mul_quantize(gate_up, "gelu_tanh")
+    assert all(map(torch.equal, codes, quantize_activation.quantize(plain)))
+
+
+def test_an_activation_that_there_is_not() -> None:
+    with pytest.raises(Exception):  # noqa: B017 - the compiler's, or the interpreter's
+        quantize_activation.silu_mul(torch.ones(1, 64, device=DEVICE).half(), "gelu")
+
+
 @pytest.mark.parametrize(
     "quantizer",
     [

@@ -28,7 +28,8 @@ def stack(scheme: str, n: int, k: int, dtype: torch.dtype) -> tuple[list, dict[s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-def test_layer(scheme: str, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_layer(activation: str, scheme: str, name: str, dtype: torch.dtype) -> None:
     ids = torch.tensor(ROUTINGS[name], dtype=torch.int32)
     gate_up, of_gate_up = stack(scheme, 2 * INTER, HIDDEN, dtype)
     down, of_down = stack(scheme, HIDDEN, INTER, dtype)
@@ -36,8 +37,8 @@ def test_layer(scheme: str, name: str, dtype: torch.dtype) -> None:
     x = torch.randn(len(ids), HIDDEN, generator=generator).to(dtype)
     routing = torch.rand(ids.shape, generator=generator)
 
-    got = cpu_experts.apply(scheme, x, routing, ids, of_gate_up, of_down, INTER)
-    wanted = reference.experts(x, routing, ids, gate_up, down, scheme)
+    got = cpu_experts.apply(scheme, x, routing, ids, of_gate_up, of_down, INTER, activation)
+    wanted = reference.experts(x, routing, ids, gate_up, down, scheme, activation)
     near = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
     assert got.dtype == dtype and float((got - wanted).norm()) <= near * float(wanted.norm())
 
@@ -49,6 +50,6 @@ def test_a_compiler_sees_one_op() -> None:
     x, routing = torch.ones(len(ids), HIDDEN), torch.ones(ids.shape)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return cpu_experts.apply("w3a16", x, routing, ids, gate_up, down, INTER)
+        return cpu_experts.apply("w3a16", x, routing, ids, gate_up, down, INTER, "silu")
 
     assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))

@@ -81,7 +81,7 @@ def test_fake_experts_have_the_real_shape() -> None:
         x, routing = torch.empty(3, 160, dtype=torch.float16), torch.empty(3, 2)
         ids = torch.empty(3, 2, dtype=torch.int32)
         stack = {"weight": torch.empty(5, 1, 2, 64), "scale": torch.empty(5, 2)}  # is not read
-        out = experts.apply("w4a8", x, routing, ids, stack, stack, 96)
+        out = experts.apply("w4a8", x, routing, ids, stack, stack, 96, "silu")
         assert out.shape == x.shape and out.dtype == x.dtype
 
 

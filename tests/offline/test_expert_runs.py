@@ -28,13 +28,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 TEXT = {"num_experts": 4, "moe_intermediate_size": 96}
 DECODER = "model.language_model.layers."
+FAMILIES = {
+    "qwen3_vl_moe": ["qkv", "o", "gate_up", "experts_down"],
+    "qwen3_5_moe": ["qkv", "o", "gate_up", "down", "experts_down"],
+    "gemma4_moe": ["qk", "o", "gate_up", "down", "experts_gate_up", "experts_down"],
+}
+"""Tiny model -> the smoothing groups of its last block."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models of few and narrow experts, and calib.jsonl."""
     folder = tmp_path_factory.mktemp("experts")
-    for family in ("qwen3_vl_moe", "qwen3_5_moe"):
+    for family in FAMILIES:
         tiny_model(family, folder / family, **TEXT)
     several_samples(folder)
     return folder
@@ -48,7 +54,7 @@ def quantized(folder: Path, out: Path, family: str = "qwen3_vl_moe", **more: Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(folder: Path, tmp_path: Path, family: str, scheme: str, method: str) -> None:
@@ -58,10 +64,9 @@ def test_every_method(folder: Path, tmp_path: Path, family: str, scheme: str, me
     nothing_seen = method == "rtn"
     assert all((block.experts is None) == nothing_seen for block in blocks)
     names = [m.name for m in blocks[-1].modules]
-    mixer = ["qkv", "o", "gate_up", *(["down"] if family == "qwen3_5_moe" else [])]
     searched = METHODS[method]["equalize"] != "none"
     if searched:
-        assert names == [*mixer, "experts_down"]
+        assert names == FAMILIES[family]
 
 
 def test_plain_transformers_has_the_weights_of_the_codes(

@@ -18,6 +18,7 @@ from qig_serve.offline.estimate import bytes_a_token
 from qig_serve.offline.pipeline import check_shapes
 from qig_serve.offline.recipe import make_recipe
 from qig_serve.offline.source import mlp_width
+from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.tensor_parallel import fitting_sizes, refused_sizes
 
 SERVABLE = [scheme for scheme in SCHEMES.values() if scheme.servable]
@@ -65,6 +66,14 @@ GEMMA4 = (
     ("attention_k_eq_v", True),
     ("hidden_size_per_layer_input", 0),
 )
+GEMMA4_MOE = dict(GEMMA4) | {
+    "num_global_key_value_heads": 2,
+    "intermediate_size": 2112,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+}
 
 
 def shared(blocks: int, period: int, wide: bool) -> tuple[tuple[str, Any], ...]:
@@ -123,6 +132,18 @@ PUBLISHED = {
     "Gemma-4-E4B": Size(
         "gemma4", 2560, 42, 10240, 8, 2, 3.89, (1, 2, 4, 8), 256, more=shared(18, 6, wide=False)
     ),
+    "Gemma-4-26B-A4B": Size(
+        "gemma4",
+        2816,
+        30,
+        2112 + 8 * 704,  # of the MLP and the experts of a token
+        16,
+        8,
+        24.5,
+        (1,),
+        256,
+        more=tuple(GEMMA4_MOE.items()),
+    ),
     "Mistral-Small-3.2-24B": Size(
         "mistral3", 5120, 40, 32768, 32, 8, 22.2, (1, 2, 4, 8, 16), 128, "mistral"
     ),
@@ -152,6 +173,7 @@ FINER = {
     "Gemma-3-12B": (16,),
     "Gemma-3-27B": (16,),
     "Gemma-4-31B": (16,),
+    "Gemma-4-26B-A4B": (2,),  # 2112 and 704 channels
     "GLM-4.1V-9B": (2, 4),
     "LLaVA-OneVision-0.5B": (2,),
 }
@@ -204,7 +226,7 @@ class NoWeights:
         self.num_blocks = size.blocks
         few = copy.deepcopy(self.config)
         few.get_text_config().num_hidden_layers = 1
-        if self.arch.has_experts:
+        if getattr(self.text_config, "num_experts", None):
             few.get_text_config().num_experts = 1
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(few)
@@ -225,6 +247,8 @@ class NoWeights:
                 self._made[kind] = self._block(self.text_config, layer_idx=index)
             unfuse(self._made[kind])
         return self._made[kind]
+
+    has_experts = LoadedModel.has_experts
 
     def source_name(self, index: int, name: str) -> str:
         return f"{index}.{name}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, tiny_model
+from helpers.tiny_models import FAMILIES, row_of, tiny_model
 from safetensors.torch import load_file, save_file
 
 from qig_serve.architectures import ARCHITECTURES
@@ -98,7 +98,7 @@ def test_odd_tensors(models: dict[str, Path], tmp_path: Path, family: str, fault
     directory = Path(shutil.copytree(models[family], tmp_path / family))
     path = directory / "model.safetensors"
     tensors = load_file(path)
-    groups = ARCHITECTURES[family].groups  # the last linear that is not an expert's
+    groups = ARCHITECTURES[row_of(family)].groups  # the last linear that is not an expert's
     up = next(g.previous for g in reversed(groups) if g.kind != "norm" and "*" not in g.previous)
     up = f"layers.0.{up}.weight"
     linear = next(n for n in tensors if n.endswith(up)).removesuffix(".weight")

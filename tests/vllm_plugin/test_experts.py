@@ -69,10 +69,11 @@ def make_layer(
         num_redundant_experts=0, num_expert_group=None, moe_parallel_config=parallel,
         placement_strategy="linear", enable_eplb=False,
     )  # fmt: skip
+    activation = changes.pop("activation", MoEActivation.SILU)
     moe = FusedMoEConfig(
         num_experts=EXPERTS, experts_per_token=TOP_K, hidden_dim=HIDDEN, intermediate_size=inter,
         num_local_experts=manager.local_num_experts, num_logical_experts=EXPERTS,
-        activation=MoEActivation.SILU, device="cpu", routing_method=RoutingMethodType.Renormalize,
+        activation=activation, device="cpu", routing_method=RoutingMethodType.Renormalize,
         moe_parallel_config=parallel, in_dtype=dtype, **changes,
     )  # fmt: skip
     bits, group = {"w3a16": (3, 128), "w4a8": (4, None)}[scheme]
@@ -122,11 +123,12 @@ def inputs(m: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(m, HIDDEN, generator=generator), routing, ids
 
 
-def expected(scheme: str, stored: Stored) -> torch.Tensor:
+def expected(scheme: str, stored: Stored, activation: str = "silu") -> torch.Tensor:
     gate_up = [
         {s: torch.cat([e["gate_proj"][s], e["up_proj"][s]]) for s in e["gate_proj"]} for e in stored
     ]
-    return reference.experts(*inputs(), gate_up, [e["down_proj"] for e in stored], scheme)
+    down = [e["down_proj"] for e in stored]
+    return reference.experts(*inputs(), gate_up, down, scheme, activation)
 
 
 def output(layer: Any) -> torch.Tensor:
@@ -143,6 +145,30 @@ def test_loaded_by_name_it_computes_what_the_oracle_does(scheme: str) -> None:
     assert names and all(name.startswith(("qig_w13_", "qig_w2_")) for name in names)
     nothing = layer.quant_method.apply(layer, *(t[:0] for t in inputs()), None, None)
     assert nothing.shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_the_activation_is_the_layers(scheme: str) -> None:
+    """Gemma 4's experts have another, and so has what they answer."""
+    stored = stored_experts(scheme)
+    layer = load(make_layer(scheme, activation=MoEActivation.GELU_TANH), named(stored))
+    wanted = expected(scheme, stored, "gelu_tanh")
+    torch.testing.assert_close(output(layer), wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted, expected(scheme, stored), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_an_activation_that_no_kernel_has(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's names: GELU by the error function, which the tanh is near, too."""
+    from qig_serve.kernels import cpu_experts
+    from qig_serve.kernels import experts as gpu_experts
+    from qig_serve.vllm_plugin import experts
+
+    backend = {"cpu": cpu_experts, "cuda": gpu_experts}[platform]
+    monkeypatch.setattr(experts, "experts_backend", lambda: backend)
+    said = rf"^{PREFIX}: .*silu or gelu_tanh, and these have gelu: leave them in 16 bits$"
+    with pytest.raises(ValueError, match=said):
+        make_layer("w3a16", activation=MoEActivation.GELU)
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])

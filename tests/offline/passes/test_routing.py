@@ -55,7 +55,7 @@ def _sparse_outputs(block: nn.Module, streams: Streams) -> list[torch.Tensor]:
     for b in range(len(streams)):
         hidden = streams.quantized.get(b, streams.device)
         call = catch_call(block, block.mlp.experts, hidden, streams.kwargs(b))
-        found.append(block.mlp.experts(*call.args)[streams.mask(b).flatten()])
+        found.append(block.mlp.experts(*call.args)[streams.mask(b)])
     return found
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS = "model.language_model.layers.1.mlp.experts."
-FAMILIES = ("qwen3_5_moe", "qwen3_vl_moe")
+FAMILIES = ("gemma4_moe", "qwen3_5_moe", "qwen3_vl_moe")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def single(tensors: Tensors) -> None:
     """One tensor an expert and projection, in the blocks."""
     for name in list(tensors):
         owner, _, kind = name.rpartition(".")
-        if not owner.startswith("model.") or not owner.endswith(".mlp.experts"):
+        if not owner.startswith("model.") or not owner.endswith(".experts"):
             continue
         whole = tensors.pop(name)
         up = kind == "gate_up_proj"
-        if whole.shape[1:] not in ((768, 256), (256, 384)):
+        if whole.shape[2 if up else 1] != 256:  # the hidden size
             whole = whole.transpose(1, 2)
         for e, matrix in enumerate(whole):
             parts = zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.saved_again import WAYS, save_again
-from helpers.tiny_models import FAMILIES, one_sample, published_name, tiny_model
+from helpers.tiny_models import FAMILIES, one_sample, published_name, row_of, tiny_model
 from safetensors.torch import load_file, save_file
 
 from qig_serve.architectures import get_architecture
@@ -41,7 +41,7 @@ def test_names_are_those_of_published_files(family: str, tmp_path: Path) -> None
         if way == "own-names":  # vLLM's mappers know `model.language_model.` and its like
             found = {published_name(family, name) for name in found}
         found = {fused(name) for name in found}
-        served = {get_architecture(family).served_name(name, tower) for name in found}
+        served = {get_architecture(row_of(family)).served_name(name, tower) for name in found}
         assert served == {n for n in names(published) if not n.startswith("mtp.")}, way
 
 
