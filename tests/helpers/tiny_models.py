@@ -46,6 +46,9 @@ class Tiny:
     """A parameter's name in transformers 5 and its value -> what published files have."""
     unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     """Configuration -> further tensors of published files, which transformers does not read."""
+    quiet: bool = False
+    """Whether no answer says a special token. Where one that stands for a picture or a sound is
+    the input, transformers and vLLM look up different embeddings for the blocks."""
     model_type: str = ""
     """Of config.json, where it is not the tiny model's own name."""
 
@@ -700,14 +703,6 @@ def _gemma4_e2b_config(tokenizer: Any) -> Any:
     return Gemma4Config(vision_config=_GEMMA4_VISION, audio_config=audio, **fields)
 
 
-def _quiet_placeholders(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """With those rows of the tied table small, no answer says a token that stands for a picture,
-    a video or a sound: for such an input transformers and vLLM look up different embeddings."""
-    if name.endswith(".embed_tokens.weight"):
-        tensor[: 3 + len(_GEMMA4_TOKENS)] *= 0.01
-    return tensor
-
-
 def _gemma4_unread(config: Any) -> dict[str, torch.Tensor]:
     """Keys and values that published files have of the blocks which read those of others."""
     text = config.text_config
@@ -968,7 +963,7 @@ FAMILIES: dict[str, Tiny] = {
         _SAME_NAMES,
         _GEMMA4_ROLES,
         cpu_text={"use_bidirectional_attention": None},
-        stored=_quiet_placeholders,
+        quiet=True,
         unread=_gemma4_unread,
         model_type="gemma4",
     ),
@@ -1036,6 +1031,8 @@ def write_random(family: str, config: Any, tokenizer: Any, directory: Path) -> P
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             if name.endswith(".router.scale"):  # or all experts would be as good as alike
                 parameter.mul_(len(parameter) ** 0.5)
+        if tiny.quiet:  # of a tied table
+            model.get_input_embeddings().weight[: 3 + len(tiny.tokens)] *= 0.01
     model.generation_config.do_sample = False
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     directory.mkdir(parents=True)
