@@ -196,7 +196,7 @@ class QuantRecipe(BaseModel):
     embeddings: Literal[8, 16] = Field(
         default=16,
         description="bits of the embedding; a tied model has one tensor for both, which has 8 bits "
-        "if both may",
+        "if both may; Gemma 4's embedding for every block, too",
     )
 
     pad_mlp: bool | None = Field(

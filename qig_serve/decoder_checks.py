@@ -87,8 +87,12 @@ def _other_vocabulary(
     vocabulary: Mapping[str, tuple[int, int]],
 ) -> Iterator[str]:
     text = text_config(config)
-    sizes = (text.get("vocab_size"), text.get("hidden_size"))
+    each, blocks = text.get("hidden_size_per_layer_input"), text.get("num_hidden_layers")
     for name in manifest.eight_bit:
+        sizes = (text.get("vocab_size"), text.get("hidden_size"))
+        if name == manifest.eight_bit_per_block:
+            width = each * blocks if isinstance(each, int) and isinstance(blocks, int) else None
+            sizes = (text.get("vocab_size_per_layer_input"), width)
         if name not in vocabulary:
             yield f"{name}: listed as stored in 8 bits, but there is no {name}.weight_packed"
         elif all(isinstance(size, int) for size in sizes) and vocabulary[name] != sizes:

@@ -14,6 +14,8 @@ from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION, SCHEMES, QuantScheme
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
+PER_BLOCK = "embed_tokens_per_layer"
+"""A second embedding, whose rows have a part for each decoder block (Gemma 4 E2B, E4B)."""
 """Last words of the names of output head and embedding, in every family."""
 
 
@@ -77,10 +79,10 @@ class QuantizationConfig(BaseModel):
     @model_validator(mode="after")
     def _eight_bit_is_vocabulary(self) -> QuantizationConfig:
         for name in self.eight_bit:
-            if not name.endswith((HEAD, EMBEDDING)) or self.is_ignored(name):
+            if not name.endswith((HEAD, EMBEDDING, PER_BLOCK)) or self.is_ignored(name):
                 raise ValueError(
-                    f"eight_bit names {name!r}, which is no {HEAD} or {EMBEDDING}, or is listed as "
-                    "left in 16 bits, too"
+                    f"eight_bit names {name!r}, which is no {HEAD}, {EMBEDDING} or {PER_BLOCK}, or "
+                    "is listed as left in 16 bits, too"
                 )
         return self
 
@@ -92,6 +94,11 @@ class QuantizationConfig(BaseModel):
     def eight_bit_embedding(self) -> str | None:
         """The embedding in 8 bits; None where it is in 16."""
         return next((name for name in self.eight_bit if name.endswith(EMBEDDING)), None)
+
+    @property
+    def eight_bit_per_block(self) -> str | None:
+        """The embedding with a part for each block in 8 bits; None where it is in 16."""
+        return next((name for name in self.eight_bit if name.endswith(PER_BLOCK)), None)
 
     @property
     def eight_bit_head(self) -> str | None:

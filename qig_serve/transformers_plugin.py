@@ -64,7 +64,7 @@ class QuantizedInputLinear(nn.Linear):
 
 
 class PackedVocabulary:
-    """Output head and embedding, holding what the checkpoint stores of them until `dequantize`.
+    """Output head and embeddings, holding what the checkpoint stores of them until `dequantize`.
 
     The modules stay those of the model, which may be classes of its own; their weight is taken out
     for as long.
@@ -74,6 +74,8 @@ class PackedVocabulary:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         named = ((embedding, manifest.eight_bit_embedding), (head, manifest.eight_bit_head))
         self.packed: list[Any] = [module for module, name in named if name]
+        if name := manifest.eight_bit_per_block:
+            self.packed.append(model.get_submodule(name))
         self.tied = (head, embedding) if manifest.eight_bit_is_tied else None
         self.model, self.tied_names = model, model.all_tied_weights_keys
         if self.tied:

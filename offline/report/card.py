@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from qig_serve.formats import get_scheme
+from qig_serve.manifest import PER_BLOCK
 from qig_serve.offline.results import QuantizationReport
 from qig_serve.tensor_parallel import in_words
 
@@ -218,6 +219,11 @@ def _unchanged(report: QuantizationReport) -> str:
     """What lies outside of the decoder, and in how many bits."""
     names = {"lm_head": "output head", "embed_tokens": "embedding"}
     in_8 = [text for end, text in names.items() if any(n.endswith(end) for n in report.eight_bit)]
+    if any(n.endswith(PER_BLOCK) for n in report.eight_bit):
+        return (
+            f"Vision tower and projector are\nunchanged; in 8 bits (one scale for an entry of the "
+            f"vocabulary): {', '.join(report.eight_bit)}."
+        )
     tied = in_8 == ["embedding"] and not any(n.endswith("lm_head") for n in report.left_alone)
     if len(in_8) == 2 or tied:
         return (

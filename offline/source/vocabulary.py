@@ -1,7 +1,7 @@
-"""The two tables outside of the blocks that are as long as the vocabulary: embedding and head.
+"""The tables outside of the blocks that are as long as the vocabulary: embeddings and head.
 
-Both may be stored in 8 bits, rounded to nearest with a scale a row. A tied model has one table for
-both.
+They may be stored in 8 bits, rounded to nearest with a scale a row. A tied model has one table for
+embedding and head.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qig_serve.formats import VOCABULARY_SCHEME, unsupported_shape
-from qig_serve.manifest import EMBEDDING, HEAD
+from qig_serve.manifest import EMBEDDING, HEAD, PER_BLOCK
 from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
 from qig_serve.packing import fake_quantize
 
@@ -24,6 +24,15 @@ def in_eight_bits(loaded: LoadedModel, head: int, embeddings: int) -> tuple[list
 
     What a model has no usable table for stays in 16 bits; the text says why, or is empty.
     """
+    per_block = f"{_beside(loaded)}{PER_BLOCK}"
+    if embeddings == 8 and f"{per_block}.weight" in loaded.source:
+        found, note = _of_vocabulary(loaded, head, embeddings)
+        return [*found, per_block], note
+    return _of_vocabulary(loaded, head, embeddings)
+
+
+def _of_vocabulary(loaded: LoadedModel, head: int, embeddings: int) -> tuple[list[str], str]:
+    """The same of output head and embedding."""
     embedding, heads = _stored(loaded)
     tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
     if tied and heads:
@@ -55,15 +64,19 @@ def in_eight_bits(loaded: LoadedModel, head: int, embeddings: int) -> tuple[list
     return found, note
 
 
+def _beside(loaded: LoadedModel) -> str:
+    """What stands before the names of the files' tensors that lie beside the blocks."""
+    return loaded.source_prefix.removesuffix("layers.")
+
+
 def _stored(loaded: LoadedModel) -> tuple[str, list[str]]:
     """The modules' names in the files: the embedding, and the head unless it is tied."""
-    beside = loaded.source_prefix.removesuffix("layers.")
     heads = [
         name.removesuffix(".weight")
         for name in loaded.source
         if name.endswith(f"{HEAD}.weight") and not name.startswith(loaded.source_prefix)
     ]
-    return f"{beside}{EMBEDDING}", heads
+    return f"{_beside(loaded)}{EMBEDDING}", heads
 
 
 def rounded_inputs(
@@ -73,13 +86,21 @@ def rounded_inputs(
 
     before: what the original gives, which is the same where the embedding is not in 8 bits.
     """
-    if not any(name.endswith(EMBEDDING) for name in loaded.eight_bit):
+    rounded = [loaded.model.get_input_embeddings()] * _has(loaded, EMBEDDING)
+    if _has(loaded, PER_BLOCK):
+        rounded.append(loaded.model.get_submodule(f"{loaded.arch.decoder}.{PER_BLOCK}"))
+    if not rounded:
         return before.apart()
-    hook = loaded.model.get_input_embeddings().register_forward_hook(_look_up_rounded)
+    hooks = [module.register_forward_hook(_look_up_rounded) for module in rounded]
     try:
         return before.embedded_as(loaded.block_inputs(inputs))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _has(loaded: LoadedModel, ending: str) -> bool:
+    return any(name.endswith(ending) for name in loaded.eight_bit)
 
 
 def _look_up_rounded(module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor:

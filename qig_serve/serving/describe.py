@@ -344,4 +344,5 @@ def _kv_bytes_per_token(text: Mapping[str, Any], dtype: torch.dtype) -> int | No
     kv_heads = _positive(text, "num_key_value_heads") or heads
     if isinstance(kinds := text.get("layer_types"), list):
         layers = sum(kind not in _WITHOUT_KEYS for kind in kinds)
+    layers -= _positive(text, "num_kv_shared_layers") or 0
     return 2 * layers * kv_heads * head * dtype.itemsize

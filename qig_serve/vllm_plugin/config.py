@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from qig_serve.formats import QUANT_METHOD
 from qig_serve.inspection import require_sound
-from qig_serve.manifest import read_quantization_config
+from qig_serve.manifest import PER_BLOCK, read_quantization_config
 from qig_serve.vllm_plugin import patches
 
 _registered = False
@@ -129,6 +129,8 @@ class QigConfig(QuantizationConfig):
 
         is_head = isinstance(layer, ParallelLMHead)
         stored = self.manifest.eight_bit_head if is_head else self.manifest.eight_bit_embedding
+        if prefix.endswith(PER_BLOCK):
+            stored = self.manifest.eight_bit_per_block
         tied = is_head and self.manifest.eight_bit_is_tied
         # Some models give the decoder's embedding no name.
         if not tied and (stored is None or (prefix and prefix not in self.eight_bit)):

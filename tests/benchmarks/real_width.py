@@ -130,6 +130,23 @@ MODELS = {
         },
         _GEMMA4_VISION,
     ),
+    "Gemma-4-E2B": RealModel(
+        "gemma4_e2b",
+        {
+            "num_hidden_layers": 4,  # of which the last two read the keys of the first
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "hidden_size_per_layer_input": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "sliding_window": 512,
+        },
+        _GEMMA4_VISION,
+    ),
     "Gemma-4-26B-A4B": RealModel(
         "gemma4_moe",
         {

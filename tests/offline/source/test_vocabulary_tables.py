@@ -31,9 +31,9 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """LLaVA has two tables, Gemma one."""
+    """LLaVA has two tables, Gemma 3 one, Gemma 4 E2B one more for its blocks."""
     folder = tmp_path_factory.mktemp("models")
-    return {name: tiny_model(name, folder / name) for name in ("llava", "gemma3")}
+    return {name: tiny_model(name, folder / name) for name in ("llava", "gemma3", "gemma4_e2b")}
 
 
 def quantize(model: Path, output: Path, *flags: str) -> int:
@@ -97,6 +97,23 @@ def test_a_tied_model_stays_in_16_bits_unless_both_may(models: dict[str, Path]) 
     assert in_eight_bits(loaded, 16, 16) == ([], "")
 
 
+def test_an_embedding_for_every_block(models: dict[str, Path], tmp_path: Path) -> None:
+    """In 8 bits with the other, or alone where a tied one has to stay; the canary agrees."""
+    per_block = "model.language_model.embed_tokens_per_layer"
+    for head, count in (("8", 2), ("16", 1)):
+        output = tmp_path / head
+        flags = ("--head", head, "--embeddings", "8")
+        assert quantize(models["gemma4_e2b"], output, *flags) == 0
+        manifest, tensors = read_manifest(output), tensors_of(output)
+        assert manifest.eight_bit_per_block == per_block and len(manifest.eight_bit) == count
+        assert f"{per_block}.weight" not in tensors
+        model: Any = load_dequantized(output, torch.float32)
+        weight = model.get_submodule(per_block).weight
+        assert torch.equal(weight, weight_of(tensors, per_block))
+        card = (output / "README.md").read_text()
+        assert per_block in card and main(["inspect", str(output), "--verify"]) == 0
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_the_quantized_stream_begins_with_rounded_rows(
     models: dict[str, Path], family: str, tmp_path: Path
@@ -107,9 +124,9 @@ def test_the_quantized_stream_begins_with_rounded_rows(
     loaded = loaded_model.load(models[family])
     inputs = {"input_ids": torch.tensor([[1, 5, 5, 9]])}
     before = loaded.block_inputs(inputs)
-    assert rounded_inputs(loaded, inputs, before) is before.hidden
+    assert rounded_inputs(loaded, inputs, before).hidden is before.hidden
     loaded.eight_bit, _ = in_eight_bits(loaded, 8, 8)
-    rounded = rounded_inputs(loaded, inputs, before)
+    rounded = rounded_inputs(loaded, inputs, before).hidden
     assert not torch.equal(rounded, before.hidden)
     embedding = load_dequantized(output, torch.float32).get_input_embeddings()  # type: ignore
     assert torch.equal(rounded, embedding(inputs["input_ids"]))
