@@ -175,7 +175,8 @@ def silu_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
         gated = gate / (1 + torch.exp(-gate))
     else:
         assert activation == "gelu_tanh"
-        gated = torch.nn.functional.gelu(gate, approximate="tanh")
+        x = gate.double()  # 1 + tanh(z / 2), written so that nothing is lost where it is small
+        gated = (x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))).float()
     return (gated * up).to(gate_up.dtype)
 
 

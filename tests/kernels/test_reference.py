@@ -141,3 +141,10 @@ def test_tokens_without_a_scale() -> None:
     assert (unit[:2] == 2.0**-123).all()
     assert unit.isnan().nonzero().tolist() == [[2, 0], [3, 1]]
     assert not halves[2, :, :128].any() and halves[2, :, 128:].any() and not sums[2, 0]
+
+
+def test_gelu_is_that_of_torch() -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 3
+    gate, up = x.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    torch.testing.assert_close(reference.silu_mul(x, "gelu_tanh").double(), expected)

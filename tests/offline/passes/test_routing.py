@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.passes import routing
 from qig_serve.offline.passes.capture import catch_call
+from qig_serve.offline.passes.parts import capture_parts
 from qig_serve.offline.passes.routing import capture_routed
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.recipe import ROUNDINGS
@@ -177,3 +179,52 @@ def test_equalized_experts_compute_what_they_did(model: tuple[LoadedModel, Strea
     for e in range(8):
         name = f"mlp.experts.{e}.up_proj.weight"
         assert not torch.equal(block.get_parameter(name), original.get_parameter(name))
+
+
+@torch.no_grad()
+def test_parts_of_experts_beside_an_mlp_keep_their_tokens_routing(tmp_path: Path) -> None:
+    """Cut elsewhere than the batches; of full precision also where other inputs are caught."""
+    loaded, streams, _ = streams_of(tmp_path, "gemma4_moe")
+    block = loaded.block(0)
+    group = next(g for g in loaded.groups(block) if g.name == "experts_gate_up")
+    for b in range(len(streams)):  # a quantized prefix that routes otherwise
+        streams.quantized.put(b, streams.fp.get(b, "cpu").flip(-1))
+    streams = replace(streams, batch_tokens=37)
+    expected, other = [], []
+    for b in range(len(streams)):
+        for found, stream in ((expected, streams.fp), (other, streams.quantized)):
+            call = catch_call(block, block.experts, stream.get(b, "cpu"), streams.kwargs(b))
+            output = block.experts(*call.args) if stream is streams.fp else call.hidden
+            found.append(output[streams.mask(b)])
+    parts = capture_parts(block, group, streams, True, "layer 0")
+    assert parts.tokenwise and len(parts.calls) > len(streams) and parts.quantized_inputs
+    count = range(len(parts.calls))
+    assert parts.inputs.get(0, "cpu").shape[:2] == (1, 37)
+    found = torch.cat([parts.targets.get(i, "cpu")[0] for i in count])
+    torch.testing.assert_close(found, torch.cat(expected))
+    found = torch.cat([parts.quantized_inputs.get(i, "cpu")[0] for i in count])
+    assert torch.equal(found, torch.cat(other))
+
+
+@torch.no_grad()
+def test_equalized_experts_beside_an_mlp_compute_what_they_did(tmp_path: Path) -> None:
+    """The router reads what no scale is folded into."""
+    loaded, streams, recipe = streams_of(tmp_path, "gemma4_moe", method="smoothquant")
+    original = loaded.block(0)
+    block = copy.deepcopy(original)
+    groups = loaded.groups(block)
+    results: list[GroupResult] = []
+    steps = list(equalize_block(block, groups, streams, recipe.equalization, None, 0, results))
+    common = ["qkv", "o", "gate_up", "down", "experts_gate_up"]
+    assert [name for _, name in steps] == [*common, "experts_down"]
+    reports = [r.report for r in results if r.report is not None]
+    assert [r.loss_module for r in reports][-2:] == ["experts", "experts"]
+    folded = next(r.columns for g, r in zip(groups, results, strict=True) if g.name == common[-1])
+    assert folded is not None and folded.std() > 0.1
+    changed = {name for r in results for name in r.changed}
+    assert "pre_feedforward_layernorm_2.weight" in changed
+    assert not any(name.startswith("router") for name in changed)
+    hidden, kwargs = streams.fp.get(0, "cpu"), streams.kwargs(0)
+    torch.testing.assert_close(
+        block(hidden, **kwargs), original(hidden, **kwargs), rtol=2e-2, atol=2e-2
+    )
