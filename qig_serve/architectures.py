@@ -328,6 +328,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 _shared_keys(_GEMMA4),
             ),
             kept=("router.proj", "per_layer_input_gate", "per_layer_projection"),
+            together=(("enable_moe_block", "num_experts"),),
             unread=tuple(f"self_attn.{x}.weight" for x in ("k_proj", "v_proj", "k_norm")),
             on_cpu="attention inside a picture is causal: compared without pictures' own mask",
         ),

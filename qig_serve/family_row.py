@@ -130,6 +130,9 @@ class Architecture:
     """What vLLM on a CPU does not do as transformers does, or only in part; "" if nothing."""
     refused: tuple[tuple[str, str], ...] = ()
     """Fields of the decoder's configuration that must not be set, and what they stand for."""
+    together: tuple[tuple[str, str], ...] = ()
+    """Fields of the decoder's configuration of which transformers goes by the first and vLLM by the
+    second: set both, or neither."""
     unread: tuple[str, ...] = ()
     """Tensors, inside a block, that published files have of blocks whose class does not; neither
     transformers nor vLLM reads them there."""

@@ -7,7 +7,6 @@ transformers; the blocks themselves are built and filled from the files when ask
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
 from qig_serve.family_row import Architecture, SmoothingGroup
+from qig_serve.offline.source.decoder_config import check_decoder
 from qig_serve.offline.source.experts import unfuse as unfuse_files
 from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (
@@ -305,24 +305,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     directory, device = Path(directory), torch.device(device)
     config = read_config(directory)
     arch = get_architecture(config.model_type)
-    text_type = config.get_text_config().model_type
-    if arch.text_types and text_type not in arch.text_types:
-        raise UserError(
-            f"{directory} is a {arch.name} model with a {text_type!r} decoder, which is not "
-            f"supported; known decoders: {', '.join(arch.text_types)}"
-        )
-    for field_name, what in arch.refused:
-        if getattr(config.get_text_config(), field_name, None):
-            raise UserError(
-                f"{directory} is a {arch.name} model with {what} ({field_name} in config.json), "
-                "which is not supported"
-            )
-    for field_name, value in arch.assumed:
-        if (found := getattr(config.get_text_config(), field_name, value)) != value:
-            raise UserError(
-                f"{directory}: {field_name} in config.json is {json.dumps(found)}, which vLLM "
-                f"obeys and transformers computes as {json.dumps(value)}: not supported"
-            )
+    check_decoder(directory, arch, config.get_text_config())
     source = SourceCheckpoint(directory)
     source.check_full_precision()
     check_index(directory)

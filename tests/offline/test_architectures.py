@@ -201,7 +201,7 @@ REFUSED = [(row.name, *field) for row in ARCHITECTURES.values() for field in row
 def test_members_of_a_family_that_are_refused(
     family: str, field: str, what: str, tmp_path: Path
 ) -> None:
-    """By config.json alone, before a tensor is read: Gemma 4 E2B and E4B among them."""
+    """By config.json alone, before a tensor is read."""
     directory = tiny_model(family, tmp_path / family)
     config = json.loads((directory / "config.json").read_text())
     values: dict[str, Any] = {"mlp_only_layers": [0]}
@@ -210,6 +210,17 @@ def test_members_of_a_family_that_are_refused(
     (directory / "model.safetensors").unlink()
     said = rf"is a {family} model with {what} \({field} in config.json\), which is not supported"
     with pytest.raises(UserError, match=said):
+        loaded_model.load(directory)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_moe"])
+def test_experts_for_one_of_two_libraries(family: str, tmp_path: Path) -> None:
+    """transformers makes experts where it is told to, vLLM where their number is given."""
+    directory = tiny_model(family, tmp_path / family)
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"]["num_experts"] = 8 if family == "gemma4" else None
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="transformers goes by the one, vLLM by the other"):
         loaded_model.load(directory)
 
 

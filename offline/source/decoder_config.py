@@ -1,0 +1,43 @@
+"""What a decoder's configuration says that the family's row, or vLLM, does not know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qig_serve.errors import UserError
+from qig_serve.family_row import Architecture
+
+
+def check_decoder(directory: Path, arch: Architecture, text: Any) -> None:
+    """UserError for a decoder's configuration that cannot be quantized, or not served as computed.
+
+    Before a tensor is read.
+    """
+    text_type = text.model_type
+    if arch.text_types and text_type not in arch.text_types:
+        raise UserError(
+            f"{directory} is a {arch.name} model with a {text_type!r} decoder, which is not "
+            f"supported; known decoders: {', '.join(arch.text_types)}"
+        )
+    for field_name, what in arch.refused:
+        if getattr(text, field_name, None):
+            raise UserError(
+                f"{directory} is a {arch.name} model with {what} ({field_name} in config.json), "
+                "which is not supported"
+            )
+    for pair in arch.together:
+        first, second = (getattr(text, name, None) for name in pair)
+        if bool(first) != bool(second):
+            raise UserError(
+                f"{directory}: {pair[0]} in config.json is {json.dumps(first)}, and {pair[1]} is "
+                f"{json.dumps(second)}: transformers goes by the one, vLLM by the other; give the "
+                "config.json that belongs to these weights"
+            )
+    for field_name, value in arch.assumed:
+        if (found := getattr(text, field_name, value)) != value:
+            raise UserError(
+                f"{directory}: {field_name} in config.json is {json.dumps(found)}, which vLLM "
+                f"obeys and transformers computes as {json.dumps(value)}: not supported"
+            )
