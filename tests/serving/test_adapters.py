@@ -73,9 +73,10 @@ def test_an_adapter_that_fits(checkpoint: Path, tmp_path: Path) -> None:
         ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 16"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "Adapter bias is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": "x"}, "adapter_config"),
     ],
-    ids=["rank", "dora", "bias", "no-number"],
+    ids=["rank", "dora", "bias", "modules-to-save", "no-number"],
 )
 def test_what_vllm_refuses_is_refused_at_once(
     checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str

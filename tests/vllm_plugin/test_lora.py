@@ -35,7 +35,7 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Module -> A [r, K] and B [N, r]."""
 
 
-def make_adapter(source: Path, directory: Path) -> Adapter:
+def make_adapter(source: Path, directory: Path, rank_stabilized: bool = False) -> Adapter:
     """An adapter of every decoder linear, written in PEFT's form."""
     from transformers import AutoModelForImageTextToText
 
@@ -58,6 +58,7 @@ def make_adapter(source: Path, directory: Path) -> Adapter:
         "r": RANK,
         "lora_alpha": ALPHA,
         "lora_dropout": 0.0,
+        "use_rslora": rank_stabilized,
         "bias": "none",
         "target_modules": list(LINEARS),
         "inference_mode": True,
@@ -66,13 +67,16 @@ def make_adapter(source: Path, directory: Path) -> Adapter:
     return adapter
 
 
-def adapted(model: Any, adapter: Adapter) -> Any:
-    """y = base(x) + B A x * alpha / r, as PEFT computes it: A sees x as it is, not quantized."""
+def adapted(model: Any, adapter: Adapter, scale: float = ALPHA / RANK) -> Any:
+    """y = base(x) + B A x * scale, as PEFT computes it: A sees x as it is, not quantized.
+
+    scale: alpha / r, of rank-stabilized adapters alpha / sqrt(r).
+    """
     for name, module in model.named_modules():
         if name in adapter:
             a, b = adapter[name]
             module.register_forward_hook(
-                lambda _, args, output, a=a, b=b: output + args[0] @ a.T @ b.T * (ALPHA / RANK)
+                lambda _, args, output, a=a, b=b: output + args[0] @ a.T @ b.T * scale
             )
     return model
 
@@ -119,6 +123,7 @@ def test_logprobs_equal_peft_on_the_dequantized_base(
 
     checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme)
     adapter = make_adapter(source, tmp_path / "adapter")
+    make_adapter(source, tmp_path / "stabilized", rank_stabilized=True)
     llm = LLM(
         str(checkpoint),
         dtype="float32",
@@ -133,15 +138,22 @@ def test_logprobs_equal_peft_on_the_dequantized_base(
         tiny_llava.conversation(q, tiny_llava.picture(i)) for i, q in enumerate(QUESTIONS)
     ]
     parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
-    request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
+    requests: dict[str, LoRARequest | None] = {
+        name: LoRARequest(name, number, str(tmp_path / name))
+        for number, name in enumerate(("adapter", "stabilized"), start=1)
+    }
     answers = {
         name: llm.chat(conversations, parameters, use_tqdm=False, lora_request=used)
-        for name, used in (("adapter", request), ("base", None))
+        for name, used in (requests | {"base": None}).items()
     }
     del llm
     base = tiny_llava.reference(source, checkpoint, torch.float32)
-    models = {"base": base, "adapter": adapted(copy.deepcopy(base), adapter)}
-    for name, other in (("adapter", "base"), ("base", "adapter")):
+    models = {
+        "base": base,
+        "adapter": adapted(copy.deepcopy(base), adapter),
+        "stabilized": adapted(copy.deepcopy(base), adapter, ALPHA / RANK**0.5),
+    }
+    for name, other in (("adapter", "base"), ("stabilized", "adapter"), ("base", "adapter")):
         for i, answer in enumerate(answers[name]):
             tokens = list(answer.outputs[0].token_ids)
             steps = zip(answer.outputs[0].logprobs, tokens, strict=True)
