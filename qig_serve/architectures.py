@@ -319,8 +319,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GEMMA4,
             "Gemma4ForConditionalGeneration",
             "placed",
-            "normalized values, full attention without v_proj; 26B-A4B: experts beside an MLP; "
-            "E2B, E4B: shared keys, embeddings for every block",
+            "31B; 26B-A4B: experts beside an MLP; E2B, E4B: shared keys",
             other_groups=(
                 _keys_as_values(_GEMMA4),
                 _experts_beside(_GEMMA4),
