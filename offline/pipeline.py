@@ -142,7 +142,8 @@ def _quantize(
         progress = stack.enter_context(
             RunProgress(loaded.num_blocks, device, quiet or not ranks.writes, log)
         )
-        for line in (*notes, width, calibration_line(report, ranks)):
+        eight = f"in 8 bits: {', '.join(loaded.eight_bit)}" if loaded.eight_bit else ""
+        for line in (*notes, eight, width, calibration_line(report, ranks)):
             if line:
                 progress.line(line)
         on_disk, beside = recipe.offload == "disk", None if writer is None else writer.directory
@@ -178,13 +179,13 @@ def _quantize(
 
 
 def choose_vocabulary(loaded: LoadedModel, recipe: QuantRecipe, plain: bool) -> str:
-    """Decides whether output head and embedding are stored in 8 bits; what to say about it."""
+    """Decides whether output head and embedding are stored in 8 bits; why one is not."""
     if plain or 8 not in (recipe.head, recipe.embeddings):
         return ""
     if recipe.format != "qig":
         return f"{recipe.format}: output head and embedding stay in 16 bits"
     loaded.eight_bit, note = in_eight_bits(loaded, recipe.head, recipe.embeddings)
-    return note or f"in 8 bits: {', '.join(loaded.eight_bit)}"
+    return note
 
 
 def choose_mlp_width(loaded: LoadedModel, recipe: QuantRecipe, plain: bool) -> str:
