@@ -10,7 +10,7 @@ from dataclasses import replace
 from qig_serve.errors import UserError
 from qig_serve.family_row import EXPERTS, Architecture, SmoothingGroup
 
-ROUTER = "mlp.gate"
+_ROUTER = "mlp.gate"
 _SHARED = ("mlp.shared_expert", "mlp.shared_expert_gate")
 
 
@@ -39,7 +39,7 @@ def _sparse(
         replace(
             gate_up,
             linears=tuple(f"{mlp}.{x}_proj" for mlp in mlps for x in ("gate", "up")),
-            readers=(ROUTER, *shared[1:]),
+            readers=(_ROUTER, *shared[1:]),
         ),
         *(_down_of(down, mlp) for mlp in shared[:1]),
         replace(_down_of(down, expert), name="experts_down"),
@@ -205,7 +205,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Qwen3VLMoeForConditionalGeneration",
             "merged",
             "as qwen3_vl, with experts",
-            kept=(ROUTER,),
+            kept=(_ROUTER,),
             refused=(("mlp_only_layers", "blocks without experts between those with them"),),
             assumed=(("norm_topk_prob", True),),
         ),
@@ -290,7 +290,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "as qwen3_5, with experts, and one that sees every token",
             other_groups=(_delta_net(_sparse(_QWEN3_5, _SHARED)),),
             kept=(
-                ROUTER,
+                _ROUTER,
                 "mlp.shared_expert_gate",
                 "linear_attn.in_proj_a",
                 "linear_attn.in_proj_b",

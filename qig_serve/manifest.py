@@ -14,9 +14,9 @@ from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION, SCHEMES, QuantScheme
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
+"""Last words of the names of output head and embedding, in every family."""
 PER_BLOCK = "embed_tokens_per_layer"
 """A second embedding, whose rows have a part for each decoder block (Gemma 4 E2B, E4B)."""
-"""Last words of the names of output head and embedding, in every family."""
 
 
 class CalibrationInfo(BaseModel):

@@ -356,6 +356,7 @@ _REASONS = (
     (("lm_head", "output_layer"), "its errors go straight into the probabilities of the tokens"),
     (("embed", "wte"), "rows are looked up, not multiplied: fewer bits would save no time"),
     (("norm",), "vectors, no matrices"),
+    (("per_layer",), "small, and it gives every block its tokens' own embedding"),
     (("gate", "router"), "small, and an error in it changes which experts are asked"),
     (("projector", "connector", "merger"), "small, and whatever is seen passes through it"),
     (("vision", "visual", "image"), "small beside the decoder, and its errors reach every image"),

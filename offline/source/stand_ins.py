@@ -58,7 +58,7 @@ class BlockInputs:
     def embedded_as(self, other: BlockInputs) -> BlockInputs:
         """The same, with what the embeddings give in `other`; its own keys and values."""
         pairs = zip(self._kwargs, other._kwargs, strict=True)
-        kwargs = tuple(k | {n: o[n] for n in (PER_BLOCK,) if n in o} for k, o in pairs)
+        kwargs = tuple(k | {PER_BLOCK: o[PER_BLOCK]} if PER_BLOCK in o else k for k, o in pairs)
         return BlockInputs(other.hidden, kwargs).apart()
 
     def without_hidden(self) -> BlockInputs:
@@ -139,23 +139,17 @@ def with_few_blocks(config: Any) -> Any:
     """The configuration with the fewest blocks that show every kind of attention there is."""
     few = copy.deepcopy(config)
     text = few.get_text_config()
+    if getattr(text, "hidden_size_per_layer_input", None):
+        # One table holds the embeddings for all blocks: as many, with as few channels as can be.
+        text.num_attention_heads = text.num_key_value_heads = 1
+        text.intermediate_size = 128  # that every scheme can store
+        return few
     types = getattr(text, "layer_types", None)
     count = 1
     if types:
         count = 1 + max(types.index(kind) for kind in set(types))
         text.layer_types = list(types[:count])
-    if getattr(text, "hidden_size_per_layer_input", None):
-        return _with_narrow_blocks(config)  # one table holds the embeddings for all blocks
     text.num_hidden_layers = count
     if getattr(text, "num_experts", None):
         text.num_experts = text.num_experts_per_tok = 1  # blocks are replaced: as little as can be
     return few
-
-
-def _with_narrow_blocks(config: Any) -> Any:
-    """The configuration with as many blocks as there are, with as few channels as can be."""
-    narrow = copy.deepcopy(config)
-    text = narrow.get_text_config()
-    text.num_attention_heads = text.num_key_value_heads = 1
-    text.intermediate_size = 128  # that every scheme can store
-    return narrow

@@ -21,8 +21,9 @@ Source: training of the quantization parameters alone, end to end, after Efficie
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -102,23 +103,20 @@ class Tuning:
             for b in chosen:
                 if keep:
                     self.before[index].put(b, states[b])
-                states[b] = self._run(index, b, states[b], weights)
+                kwargs = self.streams.rounded_inputs[b].kwargs(index)
+                states[b] = self._run(index, states[b], weights, kwargs)
         return states
 
     def _run(
         self,
         index: int,
-        b: int,
         hidden: torch.Tensor,
         weights: dict[str, torch.Tensor],
-        tracked: TrackedKeys | None = None,
+        kwargs: Mapping[str, Any],
     ) -> torch.Tensor:
         kept, streams = self.blocks[index], self.streams
-        kwargs = dict(streams.rounded_inputs[b].kwargs(index))
-        if tracked is not None and SHARED in kwargs:
-            kwargs[SHARED] = tracked
         with quantized_activations(kept.linears, streams.quantizes_activations):
-            output = torch.func.functional_call(kept.block, weights, (hidden,), kwargs)
+            output = torch.func.functional_call(kept.block, weights, (hidden,), dict(kwargs))
         return first_output(output)
 
     def backward(self, gradients: dict[int, torch.Tensor]) -> None:
@@ -132,10 +130,12 @@ class Tuning:
             totals = [torch.zeros_like(w) for w in weights.values()]
             for b in gradients:
                 hidden = self.before[index].get(b, device).requires_grad_()
-                shared = self.streams.rounded_inputs[b].kwargs(index).get(SHARED, {})
-                tracked = TrackedKeys(shared, device)
+                kwargs = dict(self.streams.rounded_inputs[b].kwargs(index))
+                tracked = TrackedKeys(kwargs.get(SHARED, {}), device)
+                if SHARED in kwargs:
+                    kwargs[SHARED] = tracked
                 with torch.enable_grad():
-                    output = self._run(index, b, hidden, weights, tracked)
+                    output = self._run(index, hidden, weights, kwargs)
                 noted, of_noted = keys[b].of_noted(tracked)
                 found = torch.autograd.grad(
                     [output, *noted],
