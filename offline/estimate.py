@@ -19,6 +19,7 @@ from torch import nn
 
 from qig_serve.errors import UserError
 from qig_serve.family_row import SmoothingGroup
+from qig_serve.manifest import PER_BLOCK
 from qig_serve.offline.calibration.batches import TEXT, CalibrationBatch
 from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.passes.capture import quantized_weights
@@ -252,7 +253,10 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
         widest = max(widest, hidden * (2 if method.shifted else 1))
     streams = 3 if recipe.tuning_passes else 2
     each = getattr(loaded.text_config, "hidden_size_per_layer_input", None) or 0
-    return 4 * (streams * hidden + widest + each * loaded.num_blocks)  # fp32
+    each *= 2 if any(name.endswith(PER_BLOCK) for name in loaded.eight_bit) else 1
+    tower = getattr(loaded.config, "vision_config", None)
+    added = len(getattr(tower, "deepstack_visual_indexes", None) or ())  # to blocks' outputs
+    return 4 * ((streams + added) * hidden + widest + each * loaded.num_blocks)  # fp32
 
 
 def _now(device: torch.device) -> float:

@@ -143,7 +143,7 @@ def _quantize(
             RunProgress(loaded.num_blocks, device, quiet or not ranks.writes, log)
         )
         eight = f"in 8 bits: {', '.join(loaded.eight_bit)}" if loaded.eight_bit else ""
-        for line in (*notes, eight, width, calibration_line(report, ranks)):
+        for line in (*notes, eight, loaded.left_out_line, width, calibration_line(report, ranks)):
             if line:
                 progress.line(line)
         on_disk, beside = recipe.offload == "disk", None if writer is None else writer.directory
@@ -261,14 +261,16 @@ def first_streams(
     inputs: list[BlockInputs] = []
     rounded: list[BlockInputs] = []
     fp, quantized = Store(folder, "fp"), Store(folder, "quantized")
+    large = Store(folder, "large")
     for b, batch in enumerate(batches):
         before = loaded.block_inputs(batch.inputs)
         check_finite(before.hidden, f"input of layer 0, samples {', '.join(batch.ids)}")
         after_rounding = rounded_inputs(loaded, batch.inputs, before)
         fp.put(b, before.hidden)
         quantized.put(b, after_rounding.hidden)
-        inputs.append(before.without_hidden())  # the stores keep it
-        rounded.append(after_rounding.without_hidden())
+        put = large.adder()  # what both have is kept once
+        inputs.append(before.put_away(put))
+        rounded.append(after_rounding.put_away(put))
     loaded.model.to("cpu")  # from here on the device holds one block
     return Streams(
         recipe.quant_scheme,

@@ -7,9 +7,10 @@ states holds between blocks waits in host memory or on disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.disk import disk_errors
+from qig_serve.offline.source.stand_ins import Fetch
 from qig_serve.packing import fake_quantize, fake_quantize_activation, scale_dtype
 
 
@@ -30,6 +32,7 @@ class Store:
         self._folder = folder
         self._name = name
         self._tensors: dict[int, torch.Tensor] = {}
+        self._added = 0
 
     def put(self, index: int, tensor: torch.Tensor) -> None:
         """Keep the tensor of batch `index`; an earlier one is replaced."""
@@ -46,6 +49,22 @@ class Store:
         if self._folder is None:
             return self._tensors[index].to(device)
         return load_file(self._path(self._folder, index), device=str(device))["tensor"]
+
+    def adder(self) -> Callable[[torch.Tensor], Fetch]:
+        """A function that keeps a tensor more, the same one once, and returns what fetches it.
+
+        For stores that are filled in no other way; the tensors outlive the function.
+        """
+        kept: dict[int, Fetch] = {}
+
+        def add(tensor: torch.Tensor) -> Fetch:
+            if id(tensor) not in kept:
+                self._added += 1
+                self.put(self._added, tensor)
+                kept[id(tensor)] = partial(self.get, self._added)
+            return kept[id(tensor)]
+
+        return add
 
     def rows(self, index: int, rows: torch.Tensor, device: torch.device | str) -> torch.Tensor:
         """Some rows of the tensor of batch `index` on a device; no others are moved there."""

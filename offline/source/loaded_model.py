@@ -25,8 +25,8 @@ from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (
     AFTER,
     CACHE,
+    LARGE,
     ONE_MODEL,
-    PER_BLOCK,
     BlockInputs,
     Catcher,
     add_after,
@@ -93,6 +93,8 @@ class LoadedModel:
         self.dtype: torch.dtype = model_directory.model_dtype(directory)
         self.eight_bit: list[str] = []
         """Output head and embedding, names in the files, where they are to be stored in 8 bits."""
+        self.left_out: list[str] = []
+        """Tensors of the files that the family's blocks do not read: they are not written."""
         self.mlp_padding: MlpPadding | None = None
         """Where the MLP is to be stored wider than it is."""
         self._calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
@@ -124,6 +126,7 @@ class LoadedModel:
                 stored = self.source_name(index, name)
                 if name not in known and stored in self.source:
                     self.source.leave_out(stored)
+                    self.left_out.append(stored)
             check_block(self.source, f"{self._prefix}{index}.", known)
 
     @property
@@ -135,6 +138,14 @@ class LoadedModel:
     def image_token_id(self) -> int | None:
         """The token that stands for a piece of an image."""
         return image_token_id(self.config, self.processor)
+
+    @property
+    def left_out_line(self) -> str:
+        """Which tensors of the files are not written, for people; empty if all are."""
+        if not self.left_out:
+            return ""
+        names = f"{self.left_out[0]} to {self.left_out[-1]}"
+        return f"left out, as no block reads them: {len(self.left_out)} tensors, {names}"
 
     @property
     def source_prefix(self) -> str:
@@ -248,8 +259,7 @@ class LoadedModel:
             if before is not after:  # a stand-in passes its input on, so the model added something
                 kwargs[i][AFTER] = after - before
         for named in kwargs:
-            if named.get(PER_BLOCK) is not None:
-                named[PER_BLOCK] = named[PER_BLOCK].to("cpu")
+            named |= {n: named[n].to("cpu") for n in LARGE if named.get(n) is not None}
         return BlockInputs(calls[0][0], tuple(kwargs)).apart()
 
     def _check_tokens(self, ids: torch.Tensor) -> None:

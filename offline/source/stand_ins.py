@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,8 @@ SHARED = "shared_kv_states"
 """Keyword argument of a block: keys and values that some blocks note and later ones read."""
 PER_BLOCK = "per_layer_input"
 """Keyword argument of a block: an embedding of the tokens, [B, T, D], for this block alone."""
+LARGE = (AFTER, PER_BLOCK)
+"""Keyword arguments that are a value of every token for one block alone."""
 CACHE = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 """Keyword arguments of a block that are left out: nothing is generated."""
 ONE_MODEL = "config.json, tokenizer and processor must be those of one model"
@@ -37,6 +39,10 @@ class SharedKeys(UserDict[str, tuple[torch.Tensor, torch.Tensor]]):
         super().__setitem__(kind, (keys.detach().to("cpu"), values.detach().to("cpu")))
 
 
+Fetch = Callable[[torch.device], torch.Tensor]
+"""Brings a tensor that waits somewhere to a device."""
+
+
 @dataclass(frozen=True)
 class BlockInputs:
     """What the model hands to its decoder for one batch."""
@@ -46,24 +52,24 @@ class BlockInputs:
     _kwargs: tuple[dict[str, Any], ...] = field(repr=False)
 
     def kwargs(self, index: int) -> Mapping[str, Any]:
-        """Keyword arguments with which the model calls block `index`: masks, positions.
+        """Keyword arguments with which the model calls block `index`: masks, positions."""
+        found, device = self._kwargs[index], self.hidden.device
+        waiting = {name: found[name] for name in LARGE if found.get(name) is not None}
+        return found | {n: w(device) if callable(w) else w.to(device) for n, w in waiting.items()}
 
-        What is large and one block's alone waits in host memory.
-        """
-        found = self._kwargs[index]
-        if found.get(PER_BLOCK) is None:
-            return found
-        return {**found, PER_BLOCK: found[PER_BLOCK].to(self.hidden.device)}
+    def put_away(self, put: Callable[[torch.Tensor], Fetch]) -> BlockInputs:
+        """The same with no tokens in `hidden`, and with what is large where `put` puts it."""
+        kwargs = tuple(
+            k | {name: put(k[name]) for name in LARGE if k.get(name) is not None}
+            for k in self._kwargs
+        )
+        return BlockInputs(self.hidden[:0], kwargs)
 
     def embedded_as(self, other: BlockInputs) -> BlockInputs:
         """The same, with what the embeddings give in `other`; its own keys and values."""
         pairs = zip(self._kwargs, other._kwargs, strict=True)
         kwargs = tuple(k | {PER_BLOCK: o[PER_BLOCK]} if PER_BLOCK in o else k for k, o in pairs)
         return BlockInputs(other.hidden, kwargs).apart()
-
-    def without_hidden(self) -> BlockInputs:
-        """The same with no tokens in `hidden`."""
-        return replace(self, hidden=self.hidden[:0])
 
     def apart(self) -> BlockInputs:
         """The same for another stream of hidden states, which has its own keys and values.

@@ -7,20 +7,34 @@ word, and one of another shape ends the engine after its start.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qig_serve.errors import UserError
 from qig_serve.inspection import Inspection, inspect
-from qig_serve.model_directory import read_config
+from qig_serve.model_directory import read_config, text_config
 
 TENSORS_FILE = "adapter_model.safetensors"
+_SAVED_TABLES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+"""PEFT saves an output head or embedding that it adapts, too; vLLM passes over these names."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 Names = Callable[[str], tuple[str, bool]]
 """The name of an adapter's tensor -> vLLM's name of the module, and whether it is A."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Output head or embedding of a checkpoint, in 16 bits."""
+
+    path: Path
+    """Of the file that holds it."""
+    tensor: str
+    shape: tuple[int, int]
+    """[N, K] as an adapter has them: of the head entries and channels, of the embedding channels
+    and entries."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,8 @@ class Adaptable:
     """Decoder linears: [N, K]."""
     eight_bit: frozenset[str]
     """Output head and embedding where they are stored in 8 bits."""
+    tables: Mapping[str, Table]
+    """Output head and embedding in 16 bits, where vLLM adapts them."""
     others: frozenset[str]
     """Every other module with a weight."""
     tower: bool
@@ -47,16 +63,23 @@ def check_adapter_tensors(directory: Path, args: argparse.Namespace) -> None:
         return
     from qig_serve.vllm_plugin import compat
 
-    architecture = (read_config(directory).get("architectures") or ["model"])[0]
+    config = read_config(directory)
+    architecture = (config.get("architectures") or ["model"])[0]
     model = compat.model_registry().models[architecture].load_model_cls()
     to_vllm, names = compat.adapter_names(model)
-    found = adaptable(inspect(directory), to_vllm, args.enable_tower_connector_lora)
+    tables = compat.adapted_tables(model, str(text_config(config).get("model_type")))
+    found = adaptable(inspect(directory), to_vllm, tables, args.enable_tower_connector_lora)
     for name, folder in folders:
         check_tensors(folder, found, names, f"the adapter {name}")
 
 
-def adaptable(found: Inspection, to_vllm: Callable[[str], str], tower: bool) -> Adaptable:
-    """Of a checkpoint; `to_vllm` makes vLLM's name of a tensor of the one of the file."""
+def adaptable(
+    found: Inspection, to_vllm: Callable[[str], str], tables: Collection[str], tower: bool
+) -> Adaptable:
+    """Of a checkpoint; `to_vllm` makes vLLM's name of a tensor of the one of the file.
+
+    tables: which of `lm_head` and `embed_tokens` vLLM adapts.
+    """
 
     def module(name: str) -> str:
         return to_vllm(f"{name}.weight").removesuffix(".weight")
@@ -64,7 +87,17 @@ def adaptable(found: Inspection, to_vllm: Callable[[str], str], tower: bool) -> 
     linears = {module(linear.name): (linear.n, linear.k) for linear in found.linears}
     eight_bit = frozenset(module(table.name) for table in found.vocabulary)
     weights = (n.removesuffix(".weight") for n in found.tensors if n.endswith(".weight"))
-    return Adaptable(linears, eight_bit, frozenset(module(n) for n in weights), tower)
+    others = {module(name): name for name in weights}
+    in_16_bits = {}
+    for module_name, name in others.items():
+        leaf = module_name.rpartition(".")[2]
+        if leaf in tables:
+            stored = found.tensors[f"{name}.weight"]
+            entries, channels = stored.shape
+            shape = (entries, channels) if leaf == "lm_head" else (channels, entries)
+            path = found.directory / stored.file
+            in_16_bits[module_name] = Table(path, f"{name}.weight", shape)
+    return Adaptable(linears, eight_bit, in_16_bits, frozenset(others), tower)
 
 
 def check_tensors(folder: Path, model: Adaptable, names: Names, where: str) -> None:
@@ -86,6 +119,9 @@ def check_tensors(folder: Path, model: Adaptable, names: Names, where: str) -> N
         raise UserError(f"{where}: {path} holds no tensors: save the trained adapter again")
     ranks: dict[str, dict[bool, int]] = {}
     for name, shape in shapes.items():
+        if name.endswith(_SAVED_TABLES):
+            _check_saved_table(path, name, model, names, where)
+            continue
         try:
             module, is_a = names(name)
         except ValueError:
@@ -94,8 +130,11 @@ def check_tensors(folder: Path, model: Adaptable, names: Names, where: str) -> N
                 "adapter into the full-precision model (PEFT's merge_and_unload) and quantize that"
             ) from None
         _check_module(module, model, f"{where}: {name} in {path}")
-        if module in model.linears:
-            _check_shape(shape, model.linears[module], is_a, f"{where}: {name} in {path}")
+        wanted = model.linears.get(module)
+        if wanted is None and module in model.tables:
+            wanted = model.tables[module].shape
+        if wanted is not None:
+            _check_shape(shape, wanted, is_a, f"{where}: {name} in {path}")
         ranks.setdefault(module, {})[is_a] = shape[0] if is_a else shape[-1]
     for module, found in sorted(ranks.items()):
         if len(found) != 2 or found[True] != found[False]:
@@ -127,15 +166,34 @@ def _finite_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _check_saved_table(path: Path, name: str, model: Adaptable, names: Names, where: str) -> None:
+    """UserError for a table, saved beside its adapter, that is not the checkpoint's."""
+    from safetensors import safe_open
+
+    module, _ = names(name.replace("base_layer", "lora_A"))
+    if module not in model.tables:
+        return  # nor may its adapter be: that has the sentence
+    table = model.tables[module]
+    with safe_open(table.path, framework="pt") as file:
+        ours: Any = file.get_tensor(table.tensor)
+    with safe_open(path, framework="pt") as file:
+        saved: Any = file.get_tensor(name)
+    if saved.shape != ours.shape or not bool((saved.to(ours.dtype) == ours).all()):
+        raise UserError(
+            f"{where}: {name} in {path} is not the one of this checkpoint, and vLLM would leave it "
+            "out: merge the adapter into the full-precision model (PEFT's merge_and_unload) and "
+            "quantize that"
+        )
+
+
 def _check_module(module: str, model: Adaptable, tensor: str) -> None:
     if module in model.linears or (module in model.others and model.tower):
         return
     if module in model.eight_bit:
         reason = "is of a table that this checkpoint stores in 8 bits: quantize with --head 16"
         raise UserError(f"{tensor} {reason} --embeddings 16, or train the decoder's linears only")
-    leaf = module.rpartition(".")[2]
-    if module in model.others and leaf in ("lm_head", "embed_tokens"):
-        return  # vLLM's own, in 16 bits
+    if module in model.tables:
+        return
     if module in model.others:
         raise UserError(
             f"{tensor} changes {module}, which is no linear of the decoder, and vLLM would leave "

@@ -138,6 +138,23 @@ def adapter_config() -> Any:
     return find("PEFTHelper", "vllm.lora.peft_helper")
 
 
+def adapted_tables(model: Any, decoder: str) -> frozenset[str]:
+    """Which of `lm_head` and `embed_tokens` vLLM adapts of a model class.
+
+    decoder: the decoder's model_type. vLLM asks the class of the decoder alone, which it chooses
+    when it makes the model: by that type, or one that the model's own module defines.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    classes = [model]
+    module = importlib.import_module(model.__module__)
+    classes += [found for name, found in vars(module).items() if name.endswith("ForCausalLM")]
+    registered = model_registry().models.get(NAMES.get(decoder, ""))
+    if registered is not None:
+        classes.append(registered.load_model_cls())
+    return frozenset(name for c in classes for name in getattr(c, "embedding_modules", ()))
+
+
 def adapter_names(model: Any) -> tuple[Any, Any]:
     """Of a model class: what makes vLLM's name of a tensor of a file's, and of an adapter's.
 

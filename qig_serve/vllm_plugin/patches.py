@@ -161,3 +161,34 @@ def lay_heads_flat() -> None:
 
     flat.qig_flat = True  # type: ignore[attr-defined]
     RotaryEmbedding.forward_cpu = flat
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def keep_adapters_apart() -> None:
+    """Have a CPU's LoRA operators add nothing to tokens without an adapter; repeated at will.
+
+    Their index is -1, which a GPU's kernels pass over, and a CPU's take for the last adapter
+    loaded: a request without an adapter beside one with, and the output head's logits always.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    def apart(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def masked(
+            inputs: Any, weights: Any, output: Any, indices: Any, *rest: Any, **kw: Any
+        ) -> Any:
+            inputs = inputs.masked_fill(indices[:, None] < 0, 0)
+            return operator(inputs, weights, output, indices, *rest, **kw)
+
+        masked.qig_apart = True  # type: ignore[attr-defined]
+        return masked
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        operator = getattr(lora_ops, name)
+        if not hasattr(operator, "qig_apart"):
+            for module in (lora_ops, punica_cpu):
+                setattr(module, name, apart(operator))

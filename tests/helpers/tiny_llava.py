@@ -30,8 +30,12 @@ CHAT_TEMPLATE = (
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def build(directory: Path, layers: int = 2, seed: int = 0) -> Path:
-    """Write the full-precision model (bf16) to `directory`."""
+def build(directory: Path, layers: int = 2, seed: int = 0, decoder: str = "Qwen2Config") -> Path:
+    """Write the full-precision model (bf16) to `directory`.
+
+    decoder: transformers' class of the decoder's configuration.
+    """
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -40,7 +44,6 @@ def build(directory: Path, layers: int = 2, seed: int = 0) -> Path:
         LlavaForConditionalGeneration,
         LlavaProcessor,
         PreTrainedTokenizerFast,
-        Qwen2Config,
     )
 
     torch.manual_seed(seed)
@@ -65,7 +68,7 @@ def build(directory: Path, layers: int = 2, seed: int = 0) -> Path:
         chat_template=CHAT_TEMPLATE,
     )
     config = LlavaConfig(
-        text_config=Qwen2Config(
+        text_config=getattr(transformers, decoder)(
             vocab_size=384,
             hidden_size=256,
             intermediate_size=512,
@@ -191,14 +194,20 @@ def reference(source: Path, checkpoint: Path, dtype: torch.dtype) -> Any:
     )
     model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).eval()
     tensors = load_file(checkpoint / "model.safetensors")
+
+    def parts(module: str) -> dict[str, torch.Tensor]:
+        start = f"{module}."
+        return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+    tables = (model.lm_head, model.model.language_model.embed_tokens)
+    for name, table in zip(VOCABULARY, tables, strict=True):
+        if "weight_packed" in (stored := parts(name)):
+            table.weight.data.copy_(packing.unpack_rows(stored, VOCABULARY_SCHEME, dtype))
     for name, module in model.model.language_model.named_modules():
         if not name.endswith(LINEARS):
             continue
-        prefix = f"language_model.model.{name}."
-        parts = {
-            key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
-        }
-        module.weight.data.copy_(packing.unpack_linear(parts, scheme))
+        stored = parts(f"language_model.model.{name}")
+        module.weight.data.copy_(packing.unpack_linear(stored, scheme))
         if scheme.activation_bits:
             module.register_forward_pre_hook(
                 lambda _, args: (packing.fake_quantize_activation(args[0]),)

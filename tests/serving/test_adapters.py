@@ -163,7 +163,7 @@ def base(names: tuple[Any, Any], tower: bool = False) -> Adaptable:
     )
     tensors = {f"{name}.weight": stored for name in (*others, "language_model.model.norm")}
     found = Inspection(Path("m"), "llava", manifest(), tensors, [linear], [head])
-    return adaptable(found, names[0], tower)
+    return adaptable(found, names[0], (), tower)
 
 
 def changed(**shapes: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
@@ -256,3 +256,64 @@ def test_files_of_tensors(tmp_path: Path, names: tuple[Any, Any]) -> None:
     refused("is damaged .*: copy it again")
     write(tmp_path, GOOD, float("nan"))
     refused("holds NaN or infinity: its training failed")
+
+
+HEAD, EMBEDDING = "base_model.model.lm_head", "base_model.model.model.language_model.embed_tokens"
+ON_TABLES = {
+    f"{HEAD}.lora_A.weight": (8, 16),
+    f"{HEAD}.lora_B.weight": (32, 8),
+    f"{HEAD}.base_layer.weight": (32, 16),
+    f"{EMBEDDING}.lora_embedding_A": (8, 32),
+    f"{EMBEDDING}.lora_embedding_B": (16, 8),
+    f"{EMBEDDING}.base_layer.weight": (32, 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapted", "message"),
+    [
+        ({}, True, None),
+        ({}, False, "no linear of the decoder, and vLLM would leave it out"),
+        ({f"{HEAD}.lora_B.weight": (40, 8)}, True, r"is \[40, 8\], .* needs \[32, rank\]"),
+        ({f"{EMBEDDING}.lora_embedding_A": (8, 40)}, True, r"\[8, 40\], .* needs \[rank, 32\]"),
+        ({f"{EMBEDDING}.base_layer.weight": (40, 16)}, True, "not the one of this checkpoint"),
+    ],
+    ids=["fits", "not-in-this-decoder", "head", "embedding", "resized"],
+)
+def test_adapters_of_head_and_embedding(
+    tmp_path: Path,
+    names: tuple[Any, Any],
+    changes: dict[str, tuple[int, ...]],
+    adapted: bool,
+    message: str | None,
+) -> None:
+    tables = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
+    save_file({n: torch.ones(32, 16, dtype=torch.bfloat16) for n in tables}, tmp_path / "base")
+    stored = {n: StoredTensor("base", "BF16", (32, 16)) for n in tables}
+    found = Inspection(tmp_path, "llava", manifest(), stored, [])
+    model = adaptable(found, names[0], ("lm_head", "embed_tokens") if adapted else (), False)
+    write(tmp_path, ON_TABLES | changes)
+    if message is None:
+        check_tensors(tmp_path, model, names[1], "mine")
+        write(tmp_path, ON_TABLES, 2.0)
+        message = "base_layer.weight in .* is not the one of this checkpoint"
+    with pytest.raises(UserError, match=message):
+        check_tensors(tmp_path, model, names[1], "mine")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "decoder", "tables"),
+    [
+        ("LlavaForConditionalGeneration", "llama", {"lm_head", "embed_tokens"}),
+        ("LlavaForConditionalGeneration", "qwen2", set()),
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl_text", {"lm_head", "embed_tokens"}),
+        ("Gemma3ForConditionalGeneration", "gemma3_text", set()),
+    ],
+)
+def test_of_which_decoders_vllm_adapts_them(
+    architecture: str, decoder: str, tables: set[str]
+) -> None:
+    from qig_serve.vllm_plugin import compat
+
+    model = compat.model_registry().models[architecture].load_model_cls()
+    assert compat.adapted_tables(model, decoder) == tables

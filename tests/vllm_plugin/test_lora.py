@@ -28,27 +28,40 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava.build(tmp_path_factory.mktemp("lora") / "source")
+    """Its decoder is one of which vLLM adapts output head and embedding, too."""
+    return tiny_llava.build(tmp_path_factory.mktemp("lora") / "source", decoder="LlamaConfig")
 
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Module -> A [r, K] and B [N, r]."""
 
 
-def make_adapter(source: Path, directory: Path, rank_stabilized: bool = False) -> Adapter:
-    """An adapter of every decoder linear, written in PEFT's form."""
+def make_adapter(
+    source: Path, directory: Path, rank_stabilized: bool = False, vocabulary: bool = False
+) -> Adapter:
+    """An adapter of every decoder linear, or of output head and embedding, in PEFT's form."""
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     random = torch.Generator().manual_seed(3)
     tensors, adapter = {}, {}
+    targets = ["lm_head", "embed_tokens"] if vocabulary else list(LINEARS)
     for name, module in model.named_modules():
-        if "language_model.layers" in name and name.rpartition(".")[2] in LINEARS:
+        if name.rpartition(".")[2] not in targets or "vision" in name:
+            continue
+        if isinstance(module, torch.nn.Embedding):
+            a = torch.randn(RANK, module.num_embeddings, generator=random) * 0.1
+            b = torch.randn(module.embedding_dim, RANK, generator=random) * 0.1
+            tensors[f"base_model.model.{name}.lora_embedding_A"] = a
+            tensors[f"base_model.model.{name}.lora_embedding_B"] = b
+        else:
             a = torch.randn(RANK, module.in_features, generator=random) * 0.1
             b = torch.randn(module.out_features, RANK, generator=random) * 0.1
             tensors[f"base_model.model.{name}.lora_A.weight"] = a
             tensors[f"base_model.model.{name}.lora_B.weight"] = b
-            adapter[name] = a, b
+        if vocabulary:  # PEFT saves what it adapts there as well
+            tensors[f"base_model.model.{name}.base_layer.weight"] = module.weight.detach()
+        adapter[name] = a, b
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors")
     settings = {
@@ -60,7 +73,7 @@ def make_adapter(source: Path, directory: Path, rank_stabilized: bool = False) -
         "lora_dropout": 0.0,
         "use_rslora": rank_stabilized,
         "bias": "none",
-        "target_modules": list(LINEARS),
+        "target_modules": targets,
         "inference_mode": True,
     }
     (directory / "adapter_config.json").write_text(json.dumps(settings))
@@ -75,8 +88,11 @@ def adapted(model: Any, adapter: Adapter, scale: float = ALPHA / RANK) -> Any:
     for name, module in model.named_modules():
         if name in adapter:
             a, b = adapter[name]
+            looks_up = isinstance(module, torch.nn.Embedding)
             module.register_forward_hook(
-                lambda _, args, output, a=a, b=b: output + args[0] @ a.T @ b.T * scale
+                lambda _, args, output, a=a, b=b, looks_up=looks_up: (
+                    output + (a.T[args[0]] if looks_up else args[0] @ a.T) @ b.T * scale
+                )
             )
     return model
 
@@ -110,50 +126,69 @@ def forced_logprobs(model: Any, source: Path, index: int, tokens: list[int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("scheme", "most"),
+    ("scheme", "bits", "most"),
     # int8 rounding of activations makes steps of the last bits of a sum: weights that differ by
     # 1e-7 of themselves move the reference's own log-probabilities by 0.02.
-    [("w3a16", 1e-4), pytest.param("w4a8", 5e-2, marks=pytest.mark.slow)],
+    [
+        ("w3a16", 16, 1e-4),
+        pytest.param("w3a16", 8, 1e-4, marks=pytest.mark.slow),
+        pytest.param("w4a8", 16, 5e-2, marks=pytest.mark.slow),
+    ],
 )
 def test_logprobs_equal_peft_on_the_dequantized_base(
-    source: Path, tmp_path: Path, scheme: str, most: float, release: None
+    source: Path, tmp_path: Path, scheme: str, bits: int, most: float, release: None
 ) -> None:
+    """Requests with and without an adapter share a batch.
+
+    bits: of output head and embedding; adapters of these fit where they have 16.
+    """
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme)
+    checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme, bits)
     adapter = make_adapter(source, tmp_path / "adapter")
     make_adapter(source, tmp_path / "stabilized", rank_stabilized=True)
+    vocabulary = make_adapter(source, tmp_path / "vocabulary", vocabulary=True)
     llm = LLM(
         str(checkpoint),
         dtype="float32",
         max_model_len=512,
-        max_num_seqs=4,
+        max_num_seqs=8,
         enforce_eager=True,
         limit_mm_per_prompt={"image": 1, "video": 0},
         enable_lora=True,
         max_lora_rank=RANK,
+        max_loras=3,
     )
     conversations = [
         tiny_llava.conversation(q, tiny_llava.picture(i)) for i, q in enumerate(QUESTIONS)
     ]
     parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
-    requests: dict[str, LoRARequest | None] = {
+    names = ["adapter", "stabilized", *(["vocabulary"] if bits == 16 else [])]
+    requests = {
         name: LoRARequest(name, number, str(tmp_path / name))
-        for number, name in enumerate(("adapter", "stabilized"), start=1)
+        for number, name in enumerate(names, start=1)
     }
-    answers = {
-        name: llm.chat(conversations, parameters, use_tqdm=False, lora_request=used)
-        for name, used in (requests | {"base": None}).items()
-    }
+    used = [*requests, "base"]
+    found = llm.chat(  # all in one batch
+        [c for _ in used for c in conversations],
+        parameters,
+        use_tqdm=False,
+        lora_request=[requests.get(name) for name in used for _ in conversations],
+    )
+    count = len(conversations)
+    answers = {name: found[i * count : (i + 1) * count] for i, name in enumerate(used)}
     del llm
     base = tiny_llava.reference(source, checkpoint, torch.float32)
     models = {
         "base": base,
         "adapter": adapted(copy.deepcopy(base), adapter),
         "stabilized": adapted(copy.deepcopy(base), adapter, ALPHA / RANK**0.5),
+        "vocabulary": adapted(copy.deepcopy(base), vocabulary),
     }
-    for name, other in (("adapter", "base"), ("stabilized", "adapter"), ("base", "adapter")):
+    others = {"adapter": "base", "stabilized": "adapter", "vocabulary": "base", "base": "adapter"}
+    for name in used:
+        other = others[name]
         for i, answer in enumerate(answers[name]):
             tokens = list(answer.outputs[0].token_ids)
             steps = zip(answer.outputs[0].logprobs, tokens, strict=True)

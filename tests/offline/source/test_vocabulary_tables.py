@@ -112,6 +112,9 @@ def test_an_embedding_for_every_block(models: dict[str, Path], tmp_path: Path) -
         assert torch.equal(weight, weight_of(tensors, per_block))
         card = (output / "README.md").read_text()
         assert per_block in card and main(["inspect", str(output), "--verify"]) == 0
+    assert quantize(models["gemma4_e2b"], tmp_path / "disk", *flags, "--offload", "disk") == 0
+    on_disk = tensors_of(tmp_path / "disk")
+    assert all(torch.equal(on_disk[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
