@@ -14,13 +14,12 @@ the dense kernels' loop. No weight is written in 16 bits anywhere. Launches, of 
     down                a row [N] a slot, multiplied by the slot's routing weight
     sum                 over the top_k slots of a token, in fp32
 
-K is not divided among programs: at one token top_k experts have 8 * 24 output tiles (Qwen3-VL-30B-
-A3B's gate_up, 64 rows a tile), more than a GPU has multiprocessors. Programs of blocks that the
-router did not make leave at once.
+K is not divided: one token's experts have 8 * 24 output tiles (Qwen3-VL-30B-A3B's gate_up, 64 rows
+each), more than a GPU has multiprocessors. Programs of blocks that no router made leave at once.
 
-Which tile: by the mean of slots an expert. Unmeasured: what the model of time (expert_times.py)
-puts first for Qwen3-VL-30B-A3B on an H200, of tiles like the dense ones. It also says that w3a16
-falls behind 16-bit weights from 128 slots an expert on, where the linears would dequantize first.
+Which tile: by the mean of slots an expert, as the model of time (expert_times.py) has it for
+Qwen3-VL-30B-A3B on an H200; unmeasured. It puts w3a16 behind 16-bit weights from 128 slots an
+expert on, where the linears would dequantize first.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import triton
 import triton.language as tl
 
 from qig_serve.kernels import (
+    activation_rows,
     expert_blocks,
     halves,
     launch,
@@ -50,8 +50,7 @@ from qig_serve.kernels.ops import KERNELS, on_device
 from qig_serve.kernels.tiles import Tile
 from qig_serve.kernels.warm_up import COMPILATION
 
-ACTIVATIONS = quantize_activation.ACTIVATIONS
-"""What act can be."""
+ACTIVATIONS = activation_rows.ACTIVATIONS
 TILES: dict[str, list[tuple[float, Tile]]] = {
     "w3a16": [
         (2, Tile("halves", 4, 64, 2, 3, programs_per_sm=4)),
@@ -236,9 +235,7 @@ def activations(scheme: str, x: torch.Tensor, tile: Tile) -> Activations:
     return quantize_activation.split_halves(x, tile) if tile.regime == "halves" else (x,)
 
 
-def gated_activations(
-    scheme: str, gate_up: torch.Tensor, tile: Tile, activation: str
-) -> Activations:
+def gated(scheme: str, gate_up: torch.Tensor, tile: Tile, activation: str) -> Activations:
     """act(gate) * up of [M, 2 K] as the tile's kernel takes it."""
     if scheme == "w4a8":
         return quantize_activation.silu_mul_quantize(gate_up, activation)
@@ -276,7 +273,7 @@ def run(
     hidden = product(
         scheme, given, gate_up, 2 * inter, k, blocks, top_k, None, x.dtype, tile, use_ptx
     )
-    given = gated_activations(scheme, hidden, tile, activation)
+    given = gated(scheme, hidden, tile, activation)
     parts = product(scheme, given, down, k, inter, blocks, 1, routing, x.dtype, tile, use_ptx)
     return expert_blocks.sum_slots(parts, ids)
 

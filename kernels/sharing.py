@@ -60,6 +60,21 @@ def load_tokens(ptrs: tl.tensor, in_range: tl.tensor, COLUMNS: tl.constexpr) -> 
 
 
 @triton.jit
+def load_inputs(
+    ptrs: tl.tensor,
+    in_range: tl.tensor,
+    left: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    RAGGED: tl.constexpr,
+) -> tl.tensor:
+    """x [64, BLOCK_M] at ptrs, of rows that have `left` more inputs: zeros behind them."""
+    if RAGGED:
+        return tl.load(ptrs, mask=in_range & (tl.arange(0, 64) < left)[:, None], other=0)
+    else:
+        return load_tokens(ptrs, in_range, BLOCK_M)
+
+
+@triton.jit
 def start_early(weights: tl.tensor, PDL: tl.constexpr, FETCH: tl.constexpr) -> None:
     """Programmatic dependent launch: what need not wait for the kernel before, then the wait.
 

@@ -2,8 +2,8 @@
 
     out[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g])  (+ bias[n])
 
-Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes; then
-here `half_group_ptx` (half a group's codes made numbers, in PTX) and its twin `_codes`,
+Read on in this order: halves.py, the kernel for few tokens, with the drawing of the bytes;
+three_bits.py (half a group's codes made numbers, in PTX, and its twin in Triton); then here
 `product_of_groups`, `_part`, `w3a16_shared_kernel`.
 
 Checkpoint layout (formats.py): a row's codes w0, w1, ... are a stream of 3-bit fields, lowest bits
@@ -15,22 +15,6 @@ first; 32 of them are three int32 words, and w10 and w21 lie across two words.
 Kernel layout (layout.py): three byte planes of a group, drawn in halves.py; 24 bits hold 8
 codes, nothing is padded. Scale and zero point of a (row, group) are the 32 bits of an fp32 number
 whose last three are the zero point: 3.25 bits per weight in all.
-
-From a field to a number, in one instruction: `(w & 7 << p) | magic`, a lop3, writes the field at
-bits p..p+2 into the mantissa of a float that has nothing else there. In bf16, 0x4300 is 128 and
-its last mantissa bit is worth 1, so p = 0 gives 128 + v; 0x4180 is 16 with a last bit worth 1/8,
-so p = 3, without a shift, gives 16 + v. In general magic is 2^(b-p), b = 7 mantissa bits in bf16
-and 10 in fp16. A register has four bytes: of bytes 0 and 2 that makes two numbers at once, and
-after one shift by 8 of bytes 1 and 3. One packed addition takes 2^(b-p) + zero away, exactly, and
-one packed multiplication scales: what reaches the tensor core is the weight, rounded once to 16
-bits.
-
-Operations for the 32 weights in the three registers of four byte positions:
-
-    shifts by 8                                  8      0.25 per weight
-    lop3: 16 fields, 2 to gather c3 and c7      18      0.56
-    shifts to gather c3 and c7                   4      0.13
-    packed additions, multiplications           32     (1.00, not on the integer pipe)
 
 Why each regime has its shape (the numbers of tokens are data: tiles.json):
 
@@ -67,6 +51,8 @@ from qig_serve.kernels import (
     quantize_activation,
     quantizer_ops,
     sharing,
+    three_bits,
+    w3a16_dequantize,
 )
 from qig_serve.kernels.fused_linear import OfHalves, define_fused
 from qig_serve.kernels.launch import Scratch
@@ -77,142 +63,6 @@ MOST_HALVES = 64
 """Most tokens at which halves tiles are tried."""
 FUSES_ACTIVATIONS = True
 """Whether vLLM's graphs are to put the norm or SiLU before a linear into its op."""
-
-_MANTISSA = {"bf16": 7, "fp16": 10}
-_BIAS = {"bf16": 127, "fp16": 15}
-_AND_OR, _BLEND = 0xEA, 0xE4  # lop3: (a & b) | c, and c ? a : b bit by bit
-
-
-@triton.constexpr_function
-def _magic(float_type: str, p: int) -> int:
-    """Bits of 2^(b - p), to which a field at bits p..p+2 adds its value."""
-    b = _MANTISSA[float_type]
-    return (b - p + _BIAS[float_type]) << b
-
-
-@triton.constexpr_function
-def _twice(bits: int) -> str:
-    return f"0x{bits << 16 | bits:08X}"
-
-
-@triton.constexpr_function
-def _number(out: str, word: str, p: int, float_type: str) -> str:
-    """PTX: out = ((field of word at p, in both halves) - zero) * scale."""
-    two = f"{float_type.replace('fp', 'f')}x2"
-    return f"""lop3.b32 {out}, {word}, {_twice(7 << p)}, {_twice(_magic(float_type, p))}, {_AND_OR};
-    fma.rn.{two} {out}, {out}, one, minus_{p};
-    fma.rn.{two} {out}, {out}, $12, minus_zero;"""
-
-
-@triton.constexpr_function
-def half_group_ptx(half: int, float_type: str) -> str:
-    """PTX of half a group: c0..c3 (half 0) or c4..c7 of two pairs of bytes, which are two elements.
-
-    $0-$7 out: of each code the even bytes' numbers, then the odd bytes'; $8 $9 $10 planes A, B, C;
-    $11 zero points; $12 scales. Two elements to a register everywhere, and neither sees the other:
-    which two come together is the compiler's choice.
-    """
-    one = _BIAS[float_type] << _MANTISSA[float_type]
-    p = 3 * half
-    lines = []
-    for i in range(4):
-        if i < 3:
-            lines.append(f"mov.b32 t, ${8 + i};")
-        else:  # c3 from planes A and C, c7 from B and C: gathered at bits 3-5
-            lines.append(f"shr.u32 t, ${8 + half}, 3; shr.u32 u, $10, {1 + half};")
-            lines.append(f"lop3.b32 t, t, u, 0x18181818, {_BLEND};")
-            p = 3
-        lines.append(_number(f"${2 * i}", "t", p, float_type))
-        lines.append("shr.u32 t, t, 8;")
-        lines.append(_number(f"${2 * i + 1}", "t", p, float_type))
-    for q in sorted({3 * half, 3}):
-        magic = _twice(0x8000 | _magic(float_type, q))
-        lines.insert(0, f"mad.lo.u32 minus_{q}, $11, {1 << q}, {magic};")
-    body = "\n".join(lines)
-    return f"""{{ .reg .b32 t, u, one, minus_0, minus_3, minus_zero;
-    mov.b32 one, {_twice(one)};
-    mov.b32 minus_zero, {_twice(0x8000)};
-    {body}
-    }}"""
-
-
-@triton.constexpr_function
-def _float_type(dtype: tl.dtype) -> str:
-    return dtype.name  # "bf16" or "fp16"
-
-
-@triton.jit
-def _codes(word, zero, scale, DTYPE: tl.constexpr):
-    """Twin of _number: (word & 7 - zero) * scale, rounded once, as DTYPE's bits."""
-    value = ((word & 7) - zero.to(tl.int32)).to(tl.float32)
-    value = value * scale.to(DTYPE, bitcast=True).to(tl.float32)
-    return value.to(DTYPE).to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def _four_slices(
-    a, b, c, zero, scale, HALF: tl.constexpr, DTYPE: tl.constexpr, USE_PTX: tl.constexpr
-):  # fmt: skip
-    """Pairs of bytes of the planes, zero points and scales, all int16 [R, 8] -> numbers.
-
-    DTYPE's bits, int16 [R, 8] each: of four slices the even bytes', and the odd bytes'.
-    """
-    if USE_PTX:
-        ptx: tl.constexpr = half_group_ptx(HALF, _float_type(DTYPE))
-        return tl.inline_asm_elementwise(
-            ptx, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r", [a, b, c, zero, scale],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        a, b, c = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32)
-        low = b if HALF else a
-        gathered = (low >> 6) & 0x303 | (c >> (6 + HALF) & 0x101) << 2
-        a, b, c = a >> 3 * HALF, b >> 3 * HALF, c >> 3 * HALF
-        return (
-            _codes(a, zero, scale, DTYPE), _codes(a >> 8, zero, scale, DTYPE),
-            _codes(b, zero, scale, DTYPE), _codes(b >> 8, zero, scale, DTYPE),
-            _codes(c, zero, scale, DTYPE), _codes(c >> 8, zero, scale, DTYPE),
-            _codes(gathered, zero, scale, DTYPE), _codes(gathered >> 8, zero, scale, DTYPE),
-        )  # fmt: skip
-
-
-@triton.jit
-def _in_order(e0, o0, e1, o1, e2, o2, e3, o3, R: tl.constexpr, ORDER: tl.constexpr):
-    """Even and odd bytes of four slices, [R, 8] each -> [R, 64] in the order of k (layout.py).
-
-    Names on a GPU, no instruction.
-    """
-    first = tl.join(tl.join(e0, o0), tl.join(e2, o2))  # [R, pair, odd, s / 2]
-    second = tl.join(tl.join(e1, o1), tl.join(e3, o3))
-    every = tl.join(first, second).reshape(R, 4, 2, 2, 2, 2)  # [.., odd, s / 2, s % 2]
-    if ORDER == 16:
-        ordered = every.permute(0, 4, 5, 3, 1, 2)
-    else:
-        ordered = every.permute(0, 4, 1, 5, 3, 2)
-    return ordered.reshape(R, 64)
-
-
-@triton.jit
-def _half_group(
-    a, b, c, scale_zero, HALF: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
-    DTYPE: tl.constexpr, USE_PTX: tl.constexpr,
-):  # fmt: skip
-    """Weights [BLOCK_N, 64] of DTYPE: planes int16 [BLOCK_N, 8], scale_zero int32 [BLOCK_N]."""
-    zero = tl.broadcast_to((scale_zero & 7).to(tl.int16)[:, None], [BLOCK_N, 8])
-    scale = (scale_zero & -8).to(tl.float32, bitcast=True).to(DTYPE).to(tl.int16, bitcast=True)
-    scale = tl.broadcast_to(scale[:, None], [BLOCK_N, 8])
-    e0, o0, e1, o1, e2, o2, e3, o3 = _four_slices(a, b, c, zero, scale, HALF, DTYPE, USE_PTX)
-    return _in_order(e0, o0, e1, o1, e2, o2, e3, o3, BLOCK_N, ORDER).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def _load_x(ptrs, in_range, left, BLOCK_M: tl.constexpr, RAGGED: tl.constexpr):
-    """x [64, BLOCK_M] at ptrs, of rows that have `left` more inputs: zeros behind them."""
-    if RAGGED:
-        return tl.load(ptrs, mask=in_range & (tl.arange(0, 64) < left)[:, None], other=0)
-    else:
-        return sharing.load_tokens(ptrs, in_range, BLOCK_M)
 
 
 @triton.jit
@@ -244,11 +94,11 @@ def product_of_groups(
         scale_zero = tl.load(scale_zero_ptrs + (group // 2 * (TILES * 256) + group % 2))
         x = x_ptrs + group * 128
         left = K - group * 128
-        x_first = _load_x(x, x_in_range, left, BLOCK_M, RAGGED)
-        x_second = _load_x(x + 64, x_in_range, left - 64, BLOCK_M, RAGGED)
-        w = _half_group(a, b, c, scale_zero, 0, BLOCK_N, ORDER, DTYPE, USE_PTX)
+        x_first = sharing.load_inputs(x, x_in_range, left, BLOCK_M, RAGGED)
+        x_second = sharing.load_inputs(x + 64, x_in_range, left - 64, BLOCK_M, RAGGED)
+        w = three_bits.half_group(a, b, c, scale_zero, 0, BLOCK_N, ORDER, DTYPE, USE_PTX)
         acc = tl.dot(w, x_first, acc)
-        w = _half_group(a, b, c, scale_zero, 1, BLOCK_N, ORDER, DTYPE, USE_PTX)
+        w = three_bits.half_group(a, b, c, scale_zero, 1, BLOCK_N, ORDER, DTYPE, USE_PTX)
         acc = tl.dot(w, x_second, acc)
     return acc
 
@@ -365,47 +215,6 @@ def w3a16_prefill_kernel(
     sharing.store_out(out_ptr, acc, bias_ptr, rows, tokens, M, N, HAS_BIAS)
 
 
-@triton.jit
-def _store_half_group(ptrs, w, inside, left, RAGGED: tl.constexpr):
-    """w [R, 64] of rows that have `left` more inputs."""
-    if RAGGED:
-        inside &= (tl.arange(0, 64) < left)[None, :]
-    tl.store(ptrs, w, mask=inside)
-
-
-@triton.jit(do_not_specialize=["first_tile", "TILES"])
-def w3a16_dequantize_kernel(
-    weight_ptr, scale_zero_ptr, out_ptr, N, K, TILES, first_tile,
-    ORDER: tl.constexpr, RAGGED: tl.constexpr, USE_PTX: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of 128 rows, pairs of groups): rows first_tile * 128 ... of the weight [N, K].
-
-    out [rows of the slice, K], each weight rounded once, as the other kernels round it.
-    """
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    tile, pair = tl.program_id(0) + first_tile, tl.program_id(1)
-    row = tl.arange(0, 128)
-    planes = weight_ptr + (pair * TILES + tile) * 6144
-    planes += row[:, None] * 8 + tl.arange(0, 8)[None, :]
-    words = scale_zero_ptr + (pair * TILES + tile) * 256 + row * 2
-    a0, b0, c0 = tl.load(planes), tl.load(planes + 1024), tl.load(planes + 2048)
-    a1, b1, c1 = tl.load(planes + 3072), tl.load(planes + 4096), tl.load(planes + 5120)
-    word0, word1 = tl.load(words), tl.load(words + 1)
-    where = out_ptr + ((tl.program_id(0) * 128 + row)[:, None].to(tl.int64) * K + pair * 256)
-    where += tl.arange(0, 64)[None, :]
-    inside = (tile * 128 + row < N)[:, None]
-    left = K - pair * 256
-    w = _half_group(a0, b0, c0, word0, 0, 128, ORDER, DTYPE, USE_PTX)
-    _store_half_group(where, w, inside, left, RAGGED)
-    w = _half_group(a0, b0, c0, word0, 1, 128, ORDER, DTYPE, USE_PTX)
-    _store_half_group(where + 64, w, inside, left - 64, RAGGED)
-    inside &= tl.full([1, 1], pair * 256 + 128, tl.int32) < K
-    w = _half_group(a1, b1, c1, word1, 0, 128, ORDER, DTYPE, USE_PTX)
-    _store_half_group(where + 128, w, inside, left - 128, RAGGED)
-    w = _half_group(a1, b1, c1, word1, 1, 128, ORDER, DTYPE, USE_PTX)
-    _store_half_group(where + 192, w, inside, left - 192, RAGGED)
-
-
 def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
     """The checkpoint's tensors of one linear (formats.tensor_specs) in the kernels' layout.
 
@@ -445,7 +254,7 @@ def linear(
     planes, scale_zero = prepared["weight_planes"], prepared["scale_zero"]
     m, k = x.shape
     if tile.regime == "dequantize":
-        return _dequantized_linear(x, planes, scale_zero, n, bias, tile, use_ptx)
+        return w3a16_dequantize.linear(x, planes, scale_zero, n, bias, tile, use_ptx)
     if tile.regime == "halves":
         halves_of_x, x_scale_sum = quantize_activation.split_halves(x, tile)
         return halves.product(
@@ -459,45 +268,6 @@ def linear(
         (m, n, k, tiles), tiles * layout.ROW_TILE, tile, scratch, torch.float32,
         ORDER=launch.orders(x.device).weights, HAS_BIAS=bias is not None,
         RAGGED=k % layout.GROUP != 0, USE_PTX=use_ptx,
-    )  # fmt: skip
-    return out
-
-
-def _dequantized_linear(
-    x: torch.Tensor, planes: torch.Tensor, scale_zero: torch.Tensor, n: int,
-    bias: torch.Tensor | None, tile: Tile, use_ptx: bool,
-) -> torch.Tensor:  # fmt: skip
-    """Through cuBLAS; `tile.block_n` rows of the weight at a time, or all of them at once (0)."""
-    rows = tile.block_n or n
-    if rows >= n:
-        weight = dequantize(planes, scale_zero, n, x.shape[1], x.dtype, use_ptx)
-        return torch.nn.functional.linear(x, weight, bias)
-    return library.linear_in_slices(
-        x, n, rows, bias,
-        lambda first, last, out: _dequantize_rows(planes, scale_zero, first, last, out, use_ptx),
-    )  # fmt: skip
-
-
-def dequantize(
-    planes: torch.Tensor, scale_zero: torch.Tensor, n: int, k: int, dtype: torch.dtype,
-    use_ptx: bool = True,
-) -> torch.Tensor:  # fmt: skip
-    """The weight [N, K], rounded to `dtype`."""
-    weight = torch.empty(n, k, dtype=dtype, device=planes.device)
-    return _dequantize_rows(planes, scale_zero, 0, n, weight, use_ptx)
-
-
-def _dequantize_rows(
-    planes: torch.Tensor, scale_zero: torch.Tensor, first: int, last: int, out: torch.Tensor,
-    use_ptx: bool,
-) -> torch.Tensor:  # fmt: skip
-    """Rows first to last (first: a multiple of 128) into out [last - first, K]."""
-    k = out.shape[1]
-    grid = (triton.cdiv(last - first, layout.ROW_TILE), layout.padded_pairs(k))
-    w3a16_dequantize_kernel[grid](
-        planes.view(torch.int16), scale_zero, out, last, k, planes.shape[1],
-        first // layout.ROW_TILE, ORDER=launch.orders(planes.device).weights,
-        RAGGED=k % layout.GROUP != 0, USE_PTX=use_ptx, **launch.FUSED,
     )  # fmt: skip
     return out
 
@@ -542,7 +312,9 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     constants: dict[str, Any] = dict(ORDER=orders.weights, RAGGED=False, USE_PTX=True)
     if tile.regime == "dequantize":
         arguments |= {"first_tile": "i32"}
-        return launch.of_tile(w3a16_dequantize_kernel, arguments, constants, tile, layout.PAIR)
+        return launch.of_tile(
+            w3a16_dequantize.w3a16_dequantize_kernel, arguments, constants, tile, layout.PAIR
+        )
     arguments |= dict(x_ptr=f"*{dtype}", bias_ptr=f"*{dtype}", M="i32")
     constants |= dict(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True
@@ -585,8 +357,8 @@ def _w3a16_linear(
         return x.new_empty(0, n)
     tile = select("w3a16", launch.architecture(x.device), n, k, m)
     prepared = {"weight_planes": weight_planes, "scale_zero": scale_zero}
-    scratch = launch.scratch(x.device)
-    return linear(library.aligned(x), prepared, n, bias, tile, scratch, library.use_ptx(x))
+    x, scratch = library.aligned(x), launch.scratch(x.device)
+    return linear(x, prepared, n, bias, tile, scratch, library.use_ptx(x))
 
 
 def _of_halves(

@@ -184,7 +184,7 @@ def launch_all() -> None:
     from gpu_kernels_bench import Bench, gemm
 
     from qig_serve.formats import SCHEMES
-    from qig_serve.kernels import tuning, w3a16
+    from qig_serve.kernels import tuning, w3a16_dequantize
 
     bench, (n, k) = Bench(), SHAPE
     bench.load(n, k)
@@ -196,7 +196,7 @@ def launch_all() -> None:
             )
         p, tile = prepared[scheme], bench.tile(scheme, m)
         if tile.regime == "dequantize":  # cuBLAS is no kernel of ours
-            w3a16.dequantize(p["weight_planes"], p["scale_zero"], n, k, torch.bfloat16)
+            w3a16_dequantize.dequantize(p["weight_planes"], p["scale_zero"], n, k, torch.bfloat16)
         else:
             x = torch.randn(m, k, dtype=torch.bfloat16, device=bench.device)
             gemm(scheme, x, n, tile)(p)

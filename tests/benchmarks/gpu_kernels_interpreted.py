@@ -43,7 +43,6 @@ def main() -> None:
     bench.w4a8.product = _without_ptx(bench.w4a8.product)
     bench.w3a16.linear = _without_ptx(bench.w3a16.linear)
     bench.w4a8.linear = _without_ptx(bench.w4a8.linear)
-    bench.w3a16.dequantize = _without_ptx(bench.w3a16.dequantize)
     n, k = warm.smallest_like(*SIZE)
     for scheme in ("w3a16", "w4a8"):
         seen = {t.regime: t for m in (1, 32, 128) for t in tuning.candidates(scheme, m)}

@@ -74,11 +74,11 @@ def hugging_face_tokens(
 ) -> list[int]:
     """Greedy tokens of plain transformers with the dequantized weights.
 
-    In bfloat16, and where experts get int8 inputs, `tokens` themselves, if at every place Hugging
-    Face likes them as much as its own choice but for rounding: then one near tie does not make all
-    that follows another text. Places where a router is as good as undecided do not count; a quarter
-    of them has to. (Changed by 1e-6, the input of the tiny Gemma 4's blocks turns int8 codes, and
-    these routers: transformers' own logits then move by 0.9 of their standard deviation.)
+    In bfloat16, and where Gemma 4's experts get int8 inputs, `tokens` themselves, if at every place
+    Hugging Face likes them as much as its own choice but for rounding: then one near tie does not
+    make all that follows another text. Places where a router is as good as undecided do not count;
+    a quarter of them has to. (Changed by 1e-6, the input of the tiny Gemma 4's blocks turns int8
+    codes, and these routers: transformers' own logits then move by 0.9 standard deviations.)
     """
     from transformers import AutoProcessor
 
@@ -102,7 +102,8 @@ def hugging_face_tokens(
         greedy: list[int] = out[0, length:].tolist()
         margins = _router_margins(model)
         int8 = read_manifest(checkpoint).quant_scheme.activation_bits is not None
-        exact = dtype == "float32" and not (int8 and margins is not None and tokens)
+        jumps = int8 and margins is not None and model.config.model_type == "gemma4"
+        exact = dtype == "float32" and not (jumps and tokens)
         if exact or greedy == list(tokens):
             return greedy
         ids = torch.tensor([list(tokens)])

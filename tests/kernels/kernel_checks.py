@@ -26,6 +26,7 @@ from qig_serve.kernels import (
     tiles,
     tuning,
     w3a16,
+    w3a16_dequantize,
     w4a8,
 )
 from qig_serve.kernels.tiles import Tile
@@ -312,7 +313,7 @@ def test_dequantize_is_exact_but_for_one_rounding(dtype: torch.dtype, use_ptx: b
     n, k = 129, 384
     case = make("w3a16", 3, n, k, dtype)
     p = case.prepared
-    weight = w3a16.dequantize(p["weight_planes"], p["scale_zero"], n, k, dtype, use_ptx)
+    weight = w3a16_dequantize.dequantize(p["weight_planes"], p["scale_zero"], n, k, dtype, use_ptx)
     exact = packing.unpack_linear(case.stored, SCHEMES["w3a16"])
     assert torch.equal(weight, exact.to(dtype))
 

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from qig_serve.kernels import halves, w3a16, w4a8
+from qig_serve.kernels import halves, three_bits, w4a8
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,7 +103,7 @@ def some_codes(seed: int) -> list[list[int]]:
 @pytest.mark.parametrize("half", [0, 1])
 def test_every_code_and_zero_point_as_numbers(half: int, float_type: str) -> None:
     dtype = DTYPES[float_type]
-    ptx = w3a16.half_group_ptx(half, float_type)
+    ptx = three_bits.half_group_ptx(half, float_type)
     scale = torch.tensor([0.0123]).to(dtype)
     bits = int(scale.view(torch.uint16))
     seen = set()

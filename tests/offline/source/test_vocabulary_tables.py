@@ -19,6 +19,7 @@ from qig_serve.cli import main
 from qig_serve.formats import VOCABULARY_SCHEME
 from qig_serve.model_directory import read_manifest
 from qig_serve.offline.checkpoint import writer as writer_module
+from qig_serve.offline.pipeline import LOG_FILE
 from qig_serve.offline.source import loaded_model
 from qig_serve.offline.source.vocabulary import in_eight_bits, rounded_inputs
 from qig_serve.transformers_plugin import load_dequantized
@@ -115,6 +116,8 @@ def test_an_embedding_for_every_block(models: dict[str, Path], tmp_path: Path) -
     assert quantize(models["gemma4_e2b"], tmp_path / "disk", *flags, "--offload", "disk") == 0
     on_disk = tensors_of(tmp_path / "disk")
     assert all(torch.equal(on_disk[name], tensor) for name, tensor in tensors.items())
+    log = (tmp_path / "disk" / LOG_FILE).read_text()
+    assert "left out, as no block reads them" in log and "self_attn.k_proj.weight to" in log
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
