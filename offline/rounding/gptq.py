@@ -10,28 +10,57 @@ Source: GPTQ (arXiv 2210.17323), algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
 from qig_serve.formats import QuantScheme, group_inputs
 from qig_serve.offline.passes.hessian import Factor
 from qig_serve.offline.results import LinearReport
-from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
+from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask, objective
 from qig_serve.packing import minmax_params
+
+Ranges = tuple[torch.Tensor, torch.Tensor | None]
+"""Scale fp32 and zero point uint8 (None if symmetric) of a weight's groups, [N, G]."""
 
 
 def round_weight(task: RoundingTask) -> RoundedLinear:
     """See rounding/linear.py."""
-    return compensate(task, task.weight)
+    minmax = minmax_params(task.weight, task.scheme, task.stored)
+    return compensate(task, task.weight, [minmax])
 
 
-def compensate(task: RoundingTask, target: torch.Tensor) -> RoundedLinear:
-    """GPTQ towards a target [N, K], with the min-max ranges of the task's weight."""
-    assert task.method.damping is not None
-    factor = task.moments.factor(task.method.damping)
-    scale, zero = minmax_params(task.weight, task.scheme, task.stored)
-    codes = compensated_codes(target, factor, task.scheme, scale, zero)
-    raised = 10**factor.raised if factor.raised else None
-    return RoundedLinear(codes, scale, zero, LinearReport(damping_raised=raised), target)
+_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
+"""Of targets that are rounded together, all candidates counted: five times as many in fp32 wait."""
+
+
+def compensate(
+    task: RoundingTask, target: torch.Tensor, candidates: Sequence[Ranges]
+) -> RoundedLinear:
+    """GPTQ towards a target [N, K]: each row with those of the candidates' ranges that suit it.
+
+    Rows do not touch each other, so that each can have what leaves least of its part of f.
+    """
+    (n, k), count = target.shape, len(candidates)
+    rows = max(1, _ELEMENTS.get(target.device.type, 1 << 28) // (k * count))
+    found = []
+    for first in range(0, n, rows):
+        part = slice(first, first + rows)
+        scale = torch.cat([scale[part] for scale, _ in candidates])
+        zeros = [zero[part] for _, zero in candidates if zero is not None]
+        zero = torch.cat(zeros) if zeros else None
+        wanted = target[part].repeat(count, 1)
+        codes = compensated_codes(wanted, task.factor, task.scheme, scale, zero)
+        rounded = RoundedLinear(codes, scale, zero)
+        if count > 1:
+            left = objective(wanted - rounded.dequantized(), task.moments.hessian)
+            best = left.view(count, -1).argmin(0)
+            rounded = rounded.rows(best * len(target[part]) + torch.arange(len(best)).to(best))
+        found.append(rounded)
+    raised = 10**task.factor.raised if task.factor.raised else None
+    whole = found[0] if len(found) == 1 else RoundedLinear.joined(found)
+    return replace(whole, report=LinearReport(damping_raised=raised), target=target)
 
 
 def compensated_codes(

@@ -15,7 +15,7 @@ from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
 from qig_serve.offline.passes.hessian import LinearStats
 from qig_serve.offline.recipe import Rounding
-from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
+from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask, objective
 from qig_serve.packing import fake_quantize, grouped, minmax_params, scale_dtype, ungrouped
 
 
@@ -42,11 +42,6 @@ def round_linear(
     if stats is not None:
         _fill_report(rounded, weight, stats, scheme, stored)
     return rounded
-
-
-def objective(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """e^T H e of each row: error [N, K] -> [N]."""
-    return ((error @ hessian) * error).sum(1)
 
 
 def _fill_report(

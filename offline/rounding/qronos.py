@@ -1,13 +1,17 @@
-"""GPTQ towards the full-precision output: Qronos' shift of the target, as far as it is validated.
+"""GPTQ towards the full-precision output, with ranges that suit compensation.
 
-The inputs x_q that the quantized layers before give differ from those of the full-precision model.
-The target T = W + W C H_d^-1 makes up for that: it minimizes sum_t lambda_t |W x_fp,t - T x_q,t|^2
-(what Qronos, arXiv 2505.11695, starts from); GPTQ rounds it (gptq.py).
+Target. The inputs x_q that the quantized layers before give differ from those of the full-precision
+model. T = W + W C H_d^-1 makes up for that: it minimizes sum_t lambda_t |W x_fp,t - T x_q,t|^2
+(what Qronos, arXiv 2505.11695, starts from), as far as it holds on samples it was not fitted to.
+
+Ranges. Between a group's extremes and the range of least error lie candidates; each row is rounded
+by GPTQ (gptq.py) with all of them and keeps the one that leaves least of its output error.
 
 Tried here and left out, because they lowered the error on calibration samples and not KL on
-questions held out: range search and its repetition after compensation, refitted scales, descent
-over codes, learned rounding, token weights in the Hessian, the quantized prefix as the search's
-input, GPTAQ's shift (arXiv 2504.02692), and Qronos' shift without validation.
+questions held out: a range search that decides alone (on trained models; on a real decoder it paid),
+its repetition after compensation, refitted scales, descent over codes, learned rounding, token
+weights in the Hessian, the quantized prefix as the search's input, GPTAQ's shift (arXiv
+2504.02692), and Qronos' shift without validation.
 """
 
 from __future__ import annotations
@@ -17,16 +21,40 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qig_serve.offline.rounding.gptq import compensate
+from qig_serve.offline.rounding.gptq import Ranges, compensate
+from qig_serve.offline.rounding.ranges import search_range
 from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
+from qig_serve.packing import grouped, minmax_params, round_scale
 
 
 def round_weight(task: RoundingTask) -> RoundedLinear:
     """See rounding/linear.py."""
     target, shift = validated_target(task.weight, task.moments.halves)
-    rounded = compensate(task, target)
+    rounded = compensate(task, target, candidate_ranges(task))
     found = {"shift": shift.strength, "shift_damp": shift.damp}
     return replace(rounded, report=rounded.report.model_copy(update=found))
+
+
+RANGES_BETWEEN = (1 / 3, 2 / 3)
+"""How far between the two ends the other candidates lie."""
+
+
+def candidate_ranges(task: RoundingTask) -> list[Ranges]:
+    """From each group's extremes to the range that costs least if rounding errors stay as they are.
+
+    GPTQ's loss of a column is 1 / U_kk^2 times its squared rounding error (Factor), so ranges are
+    searched in that metric. It does not see that a weight which is cut off makes others larger,
+    which are then cut off too: rows differ in what that costs, and try all.
+    """
+    scheme, stored = task.scheme, task.stored
+    low, low_zero = minmax_params(task.weight, scheme, stored)
+    energy = task.factor.conditional_energy()
+    metric = grouped(energy[None], scheme.num_groups(len(energy)))[0]
+    high, zero = search_range(
+        task.weight, scheme, stored, metric, grid=16, smallest=0.4, zero_window=1
+    )
+    between = [(round_scale(low ** (1 - t) * high**t, stored), zero) for t in RANGES_BETWEEN]
+    return [(low, low_zero), *between, (high, zero)]
 
 
 SHIFT_DAMPS = (0.03, 0.3, 3.0)

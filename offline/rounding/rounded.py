@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.offline.passes.hessian import LinearStats
+from qig_serve.offline.passes.hessian import Factor, LinearStats
 from qig_serve.offline.recipe import Rounding
 from qig_serve.offline.results import LinearReport
 from qig_serve.packing import dequantize
@@ -33,6 +34,12 @@ class RoundingTask:
         assert self.stats is not None
         return self.stats
 
+    @property
+    def factor(self) -> Factor:
+        """The factored Hessian, of a method that compensates."""
+        assert self.method.damping is not None
+        return self.moments.factor(self.method.damping)
+
 
 @dataclass
 class RoundedLinear:
@@ -53,6 +60,23 @@ class RoundedLinear:
         zero = None if self.zero is None else self.zero.to(device)
         return RoundedLinear(self.codes.to(device), self.scale.to(device), zero, self.report)
 
+    def rows(self, index: torch.Tensor) -> RoundedLinear:
+        """Some rows, int64."""
+        zero = None if self.zero is None else self.zero[index]
+        return RoundedLinear(self.codes[index], self.scale[index], zero)
+
+    @staticmethod
+    def joined(parts: Sequence[RoundedLinear]) -> RoundedLinear:
+        """The rows of all parts."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        codes, scale = (torch.cat([getattr(p, n) for p in parts]) for n in ("codes", "scale"))
+        return RoundedLinear(codes, scale, torch.cat(zeros) if zeros else None)
+
     def dequantized(self) -> torch.Tensor:
         """The weight [N, K] in fp32 that the codes stand for."""
         return dequantize(self.codes, self.scale, self.zero)
+
+
+def objective(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """e^T H e of each row: error [N, K] -> [N]."""
+    return ((error @ hessian) * error).sum(1)

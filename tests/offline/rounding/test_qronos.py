@@ -1,4 +1,4 @@
-"""Cross-validation of the target shift: it keeps what holds on samples left out."""
+"""The target shift keeps what holds on samples left out, and ranges suit compensation."""
 
 from __future__ import annotations
 
@@ -97,3 +97,17 @@ def test_outputs_of_changed_inputs_are_met_better() -> None:
         q = round_linear(w, stats, scheme, torch.float32, method).dequantized()
         errors[kind] = float((x_fp @ w.T - x_q @ q.T).square().mean())
     assert errors["qronos"] < 0.95 * errors["gptq"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("w3a16", 0.85), ("w4a8", 0.85)])
+def test_ranges_are_those_that_compensation_wants(name: str, most: float) -> None:
+    """Of weights with tails, towards the same target: GPTQ's are the groups' extremes."""
+    torch.manual_seed(5)
+    x = torch.randn(2048, K) @ (torch.eye(K) + 0.5 * torch.randn(K, K) / K**0.5)
+    weight = torch.distributions.StudentT(4.0).sample((N, K))
+    stats, scheme = statistics(x, x).finish(), get_scheme(name)
+    error = {
+        kind: round_linear(weight, stats, scheme, torch.float32, ROUNDINGS[kind]).report.error
+        for kind in ("gptq", "qronos")
+    }
+    assert error["qronos"] < most * error["gptq"]

@@ -12,8 +12,10 @@ from qig_serve.errors import UserError
 from qig_serve.formats import SCHEMES, QuantScheme
 from qig_serve.offline.passes.hessian import LinearStats, StatsAccumulator
 from qig_serve.offline.recipe import ROUNDINGS, Damping
+from qig_serve.offline.rounding import gptq
 from qig_serve.offline.rounding.gptq import compensated_codes
-from qig_serve.offline.rounding.linear import objective, round_linear
+from qig_serve.offline.rounding.linear import round_linear
+from qig_serve.offline.rounding.rounded import RoundingTask, objective
 from qig_serve.packing import dequantize, minmax_params, quantize
 
 SCHEME_NAMES = sorted(SCHEMES)
@@ -234,3 +236,25 @@ def test_same_input_same_bytes() -> None:
     first = round_linear(w, stats, SCHEMES["w4a8"], torch.bfloat16, GPTQ)
     again = round_linear(w, stats, SCHEMES["w4a8"], torch.bfloat16, GPTQ)
     assert torch.equal(first.codes, again.codes) and torch.equal(first.scale, again.scale)
+
+
+@pytest.mark.parametrize("name", ["w3a16", "w4a8"])
+def test_every_row_has_the_ranges_that_suit_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three candidates the best by the error behind compensation; in pieces of rows as well."""
+    torch.manual_seed(6)
+    scheme = SCHEMES[name]
+    weight, x = torch.randn(23, 256), torch.randn(600, 256)
+    accumulator = StatsAccumulator(256)
+    accumulator.accumulate(x)
+    stats = accumulator.finish()
+    task = RoundingTask(weight, scheme, torch.float32, GPTQ, stats)
+    scale, zero = minmax_params(weight, scheme)
+    candidates = [(scale * shrink, zero) for shrink in (1.0, 0.9, 0.7)]
+    alone = [gptq.compensate(task, weight, [candidate]) for candidate in candidates]
+    left = torch.stack([objective(weight - r.dequantized(), stats.hessian) for r in alone])
+    for elements in (1 << 26, 7 * 256 * 3):
+        monkeypatch.setitem(gptq._ELEMENTS, "cpu", elements)
+        found = gptq.compensate(task, weight, candidates)
+        ours = objective(weight - found.dequantized(), stats.hessian)
+        torch.testing.assert_close(ours, left.amin(0))
+    assert len(left.argmin(0).unique()) > 1
