@@ -8,7 +8,7 @@ Ranges. Between a group's extremes and the range of least error lie candidates; 
 by GPTQ (gptq.py) with all of them and keeps the one that leaves least of its output error.
 
 Tried here and left out, because they lowered the error on calibration samples and not KL on
-questions held out: a range search that decides alone (on trained models; on a real decoder it paid),
+questions held out: a range search that decides without trying (on a real decoder it does as well),
 its repetition after compensation, refitted scales, descent over codes, learned rounding, token
 weights in the Hessian, the quantized prefix as the search's input, GPTAQ's shift (arXiv
 2504.02692), and Qronos' shift without validation.
