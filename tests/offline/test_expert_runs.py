@@ -189,8 +189,9 @@ def test_two_processes_find_the_same(folder: Path, tmp_path: Path) -> None:
 
 
 def test_activations_a_token(folder: Path) -> None:
-    """Both streams (256 channels each) and what is widest: the MLP's or an expert's inputs and
-    outputs beside what all experts read, or what they read in both models while it is rounded."""
+    """Both streams (256 channels each), what the tower adds behind two blocks, and what is widest:
+    the MLP's or an expert's inputs and outputs beside what all experts read, or what they read in
+    both models while it is rounded."""
     loaded = load(folder / "qwen3_vl_moe")
     widest = {
         ("qig", "w3a16"): 256 + 96 + 256,
@@ -201,7 +202,7 @@ def test_activations_a_token(folder: Path) -> None:
     }
     for (method, scheme), wanted in widest.items():
         recipe = make_recipe({"calib": "demo", "method": method, "scheme": scheme})
-        assert bytes_a_token(loaded, recipe) == 4 * (2 * 256 + wanted), method
+        assert bytes_a_token(loaded, recipe) == 4 * ((2 + 2) * 256 + wanted), method
 
 
 def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
