@@ -56,7 +56,8 @@ def compensate(
         if count > 1:
             left = objective(wanted - rounded.dequantized(), task.moments.hessian)
             best = left.view(count, -1).argmin(0)
-            rounded = rounded.rows(best * len(target[part]) + torch.arange(len(best)).to(best))
+            row = torch.arange(len(best), device=best.device)
+            rounded = rounded.rows(best * len(best) + row)
         found.append(rounded)
     raised = 10**task.factor.raised if task.factor.raised else None
     whole = found[0] if len(found) == 1 else RoundedLinear.joined(found)
