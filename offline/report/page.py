@@ -244,8 +244,7 @@ def _equalization(report: QuantizationReport) -> str:
         _figure(
             plots.clip_plot(report),
             "Clip ratio: the chosen range over the min-max range, a mean over the groups of a "
-            "linear. Below 1, weights outside the range are clipped to its ends; above 1, error "
-            "compensation has spread the values that are rounded wider than the weights were.",
+            "linear. Below 1, weights outside the range are clipped to its ends.",
         )
         or '<p class="note">Clip ratio 1 everywhere: ranges are min-max, and no weight is '
         "clipped.</p>",
