@@ -32,6 +32,7 @@ from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.offline.source.mlp_width import block_weights, decoder_weights
 from qig_serve.offline.source.stand_ins import out_of_memory
+from qig_serve.offline.source.vocabulary import has_in_8_bits
 from qig_serve.offline.tuning.divergence import rows_at_once
 from qig_serve.offline.tuning.scales import STEP_SAMPLES, STEP_TOKENS
 
@@ -253,7 +254,7 @@ def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
         widest = max(widest, hidden * (2 if method.shifted else 1))
     streams = 3 if recipe.tuning_passes else 2
     each = getattr(loaded.text_config, "hidden_size_per_layer_input", None) or 0
-    each *= 2 if any(name.endswith(PER_BLOCK) for name in loaded.eight_bit) else 1
+    each *= 2 if has_in_8_bits(loaded, PER_BLOCK) else 1
     tower = getattr(loaded.config, "vision_config", None)
     added = len(getattr(tower, "deepstack_visual_indexes", None) or ())  # to blocks' outputs
     return 4 * ((streams + added) * hidden + widest + each * loaded.num_blocks)  # fp32

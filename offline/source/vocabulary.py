@@ -86,8 +86,8 @@ def rounded_inputs(
 
     before: what the original gives, which is the same where the embedding is not in 8 bits.
     """
-    rounded = [loaded.model.get_input_embeddings()] * _has(loaded, EMBEDDING)
-    if _has(loaded, PER_BLOCK):
+    rounded = [loaded.model.get_input_embeddings()] * has_in_8_bits(loaded, EMBEDDING)
+    if has_in_8_bits(loaded, PER_BLOCK):
         rounded.append(loaded.model.get_submodule(f"{loaded.arch.decoder}.{PER_BLOCK}"))
     if not rounded:
         return before.apart()
@@ -99,7 +99,8 @@ def rounded_inputs(
             hook.remove()
 
 
-def _has(loaded: LoadedModel, ending: str) -> bool:
+def has_in_8_bits(loaded: LoadedModel, ending: str) -> bool:
+    """Whether a table whose name so ends is to be stored in 8 bits."""
     return any(name.endswith(ending) for name in loaded.eight_bit)
 
 

@@ -177,6 +177,10 @@ def keep_adapters_apart() -> None:
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
+    if hasattr(lora_ops, "qig_apart"):
+        return
+    lora_ops.qig_apart = True
+
     def apart(operator: Callable[..., Any]) -> Callable[..., Any]:
         def masked(
             inputs: Any, weights: Any, output: Any, indices: Any, *rest: Any, **kw: Any
@@ -184,11 +188,9 @@ def keep_adapters_apart() -> None:
             inputs = inputs.masked_fill(indices[:, None] < 0, 0)
             return operator(inputs, weights, output, indices, *rest, **kw)
 
-        masked.qig_apart = True  # type: ignore[attr-defined]
         return masked
 
     for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
-        operator = getattr(lora_ops, name)
-        if not hasattr(operator, "qig_apart"):
-            for module in (lora_ops, punica_cpu):
-                setattr(module, name, apart(operator))
+        masked = apart(getattr(lora_ops, name))
+        for module in (lora_ops, punica_cpu):
+            setattr(module, name, masked)
