@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -65,6 +66,15 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
             module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     return parser
+
+
+def unwind_on_sigterm() -> None:
+    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written is left; exit status 143."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,16 +19,21 @@ A method may carry recipe fields, as NAME:FIELD=VALUE:FIELD=VALUE, for ablations
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qig_serve.cli import unwind_on_sigterm
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from rich.console import Console
 
     from qig_serve.evaluation.comparison import Run
@@ -92,17 +97,50 @@ def make_recipes(
     return recipes
 
 
-def _quantize(model: str, output: str, recipe: QuantRecipe) -> tuple[float, int, str | None]:
-    """In a process of its own: seconds, peak memory in bytes, and what was wrong."""
+Outcome = tuple[float, int, str | None]
+"""Seconds, peak memory in bytes, and what was wrong."""
+
+
+def _quantize(model: str, output: str, recipe: QuantRecipe, sender: Connection) -> None:
+    """In a process of its own: sends the Outcome."""
     from qig_serve.offline.pipeline import quantize
     from qig_serve.offline.progress import host_bytes
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     plain = not recipe.quant_scheme.servable
     try:
         report = quantize(model, output, recipe, quiet=True, plain=plain)
     except UserError as error:
-        return 0.0, 0, str(error)
-    return report.seconds, host_bytes(), None
+        sender.send((0.0, 0, str(error)))
+    else:
+        sender.send((report.seconds, host_bytes(), None))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that began it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _quantize_apart(model: str, output: str, recipe: QuantRecipe) -> Outcome:
+    """In a fresh process, whose peak memory is then the run's own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_quantize, args=(model, output, recipe, sender))
+    process.start()
+    sender.close()
+    try:
+        outcome: Outcome = receiver.recv()
+        return outcome
+    except EOFError:
+        process.join()
+        why = f"its process ended with status {process.exitcode}"
+        return 0.0, 0, f"{why} (-9: killed, as when memory runs out)"
+    finally:
+        process.terminate()
+        process.join()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -130,6 +168,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from qig_serve.evaluation.table import print_whole
 
+    unwind_on_sigterm()
     messages = Console(stderr=True, quiet=args.quiet)
     runs: list[Run] = []
     full: dict[int, EvaluationResult] = {}
@@ -192,9 +231,6 @@ def _one_seed(
     full: dict[int, Any],
     messages: Console,
 ) -> Sequence[Run]:
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     from qig_serve.evaluate import REFERENCE, evaluate_many, load_samples
     from qig_serve.evaluation.comparison import Run
     from qig_serve.evaluation.table import progress_bars
@@ -202,13 +238,10 @@ def _one_seed(
     samples = load_samples(args.data, args.n, seed)
     costs: dict[tuple[str, str], tuple[float, int]] = {}
     directories: dict[tuple[str, str], Path] = {}
-    # A fresh process for each run: its peak memory is then its own.
     for number, (key, recipe) in enumerate(recipes.items(), start=1):
         name = "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
         directories[key] = folder / name
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            job = pool.submit(_quantize, args.model, str(directories[key]), recipe)
-            seconds, peak, wrong = job.result()
+        seconds, peak, wrong = _quantize_apart(args.model, str(directories[key]), recipe)
         if wrong:
             raise UserError(f"{', '.join(key)}, seed {seed}: {wrong}")
         costs[key] = (seconds, peak)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -96,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from qig_serve.cli import unwind_on_sigterm
     from qig_serve.errors import UserError
     from qig_serve.offline.recipe import make_recipe
 
@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     # Read before the work begins: a mistyped file must not cost a run.
     questions = load_samples(args.evaluate, args.evaluate_n) if args.evaluate else []
-    signal.signal(signal.SIGTERM, _terminate)
+    unwind_on_sigterm()
     try:
         report = quantize(args.model, args.output, recipe, resume=args.resume, quiet=args.quiet)
     except (KeyboardInterrupt, SystemExit):
@@ -141,11 +141,6 @@ def _run(args: argparse.Namespace) -> int:
         record |= {"output": str(args.output), "summary": report.summary(), "evaluation": results}
         write_json(args.json, record)
     return 0
-
-
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written is left; exit status 143."""
-    raise SystemExit(128 + number)
 
 
 def _evaluate(args: argparse.Namespace, questions: list[Any]) -> dict[str, Any]:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +117,36 @@ def test_kl_alone(
     record = json.loads((tmp_path / "c.json").read_text())
     assert [run["n"] for run in record["runs"]] == [0, 0]
     assert record["settings"]["text_only"] and (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_ended_from_outside_nothing_goes_on(
+    twins: tuple[Path, Path], tmp_path: Path, number: int
+) -> None:
+    """The process that quantizes ends with the command, and what it wrote goes if that may be."""
+    words = ["compare", str(twins[0]), "--methods", "qig", "--calib", "demo", "--data", "demo"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "qig_serve", *words]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+
+        def quantizing() -> list[int]:
+            pids = [int(pid) for pid in children.read_text().split()]
+            return [p for p in pids if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+        while not (found := quantizing()) and run.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)
+        run.send_signal(number)
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == (143 if number == signal.SIGTERM else -number)
+    assert "Traceback" not in said
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in found):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    if number == signal.SIGTERM:
+        assert not list(tmp_path.glob("qig-compare-*"))
 
 
 def test_layers_are_parsed() -> None:
