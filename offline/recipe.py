@@ -33,6 +33,9 @@ class Damping:
     diagonal's mean, as in GPTQ."""
     act_order: bool = True
     """Columns in descending order of input energy; groups stay those of the stored layout."""
+    validated: bool = False
+    """Whether `fraction` is the least, and as many times more is added as lowers the error on
+    samples left out."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ ROUNDINGS: dict[str, Rounding] = {
     "clip": Rounding("clip", weighted=True),
     "gptq": Rounding("gptq", damping=Damping(by="mean")),
     "gptq-weighted": Rounding("gptq", damping=Damping(by="mean"), weighted=True),
-    "qronos": Rounding("qronos", damping=Damping(), shifted=True),
+    "qronos": Rounding("qronos", damping=Damping(validated=True), shifted=True),
 }
 
 # What a method means, as values of the fields below.
@@ -180,7 +183,10 @@ class QuantRecipe(BaseModel):
         default=True, description="compensate in descending order of input energy"
     )
     damp: float = Field(
-        default=0.01, gt=0, description="damping of the compensation, as a fraction of input energy"
+        default=0.01,
+        gt=0,
+        description="damping of the compensation, as a fraction of input energy; qig+: the least, "
+        "from which samples left out may raise it",
     )
 
     tuning_passes: int = Field(

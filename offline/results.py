@@ -80,6 +80,8 @@ class LinearReport(_Data):
     """Fraction of the target shift that validation kept (rounding/qronos.py)."""
     shift_damp: float | None = None
     """Its damping, as a fraction of each input's energy."""
+    damping: float | None = None
+    """Damping of the compensation, as a fraction of each input's energy (gptq: of the mean's)."""
     damping_raised: int | None = None
     """Factor by which damping had to grow for the Hessian to be positive definite."""
 

@@ -7,7 +7,9 @@ factor = accumulator.finish().factor(damping)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,12 +22,13 @@ class Factor:
     """The damped Hessian H_d [K, K] in the order of quantization, factored.
 
     `order` [K] int64 is the order; `upper` [K, K] fp32 is the upper triangular U with
-    H_d[order][:, order]^-1 = U^T U, the factor that GPTQ's updates read row by row. `raised` is how
-    many times the damping had to grow tenfold.
+    H_d[order][:, order]^-1 = U^T U, the factor that GPTQ's updates read row by row. `fraction` is
+    the damping's, `raised` how many times it had to grow tenfold.
     """
 
     order: torch.Tensor
     upper: torch.Tensor
+    fraction: float
     raised: int = 0
 
     def conditional_energy(self) -> torch.Tensor:
@@ -67,8 +70,56 @@ def factorize(hessian: torch.Tensor, damping: Damping) -> Factor:
             r = lower.flip(0, 1)
             eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
             upper = torch.linalg.solve_triangular(r, eye, upper=True)
-            return Factor(order, upper.float(), power)
+            return Factor(order, upper.float(), damping.fraction, power)
     raise ArithmeticError("the Hessian is not positive semi-definite")
+
+
+MULTIPLES = (1, 3, 10, 30, 100)
+"""Of the least damping, that validation tries."""
+_ROWS = 2048
+"""Columns whose errors it follows; evenly spaced ones, if there are more."""
+
+
+def validated_damping(halves: Sequence[tuple[torch.Tensor, torch.Tensor]], least: Damping) -> float:
+    """The fraction, not below the least, that suits tokens which compensation has not seen.
+
+    Compensation fits the tokens it has seen; on others it leaves up to ten times the error, where
+    inputs are many or tokens of few kinds. Rounding noise d of one variance in all columns becomes
+    the weight's error d M, M = diag(U)^-1 U, of which each half's factor is judged by the other
+    half's H: sum_k (M H M^T)_kk. Of MULTIPLES of the least the best is halved, for the factor to
+    be will have seen twice as much. In fp32, on moments scaled to a unit diagonal, so that it
+    costs little beside that factor.
+    """
+    energy = (halves[0][0] + halves[1][0]).diagonal()
+    order = torch.arange(len(energy), device=energy.device)
+    if least.act_order:
+        order = torch.argsort(energy, descending=True, stable=True)
+    order = order[energy[order] > 0]
+    scale = energy[order].rsqrt()
+    scaled = [h[order][:, order] * scale[:, None] * scale for h, _ in halves]
+    rows = torch.arange(0, len(order), -(-len(order) // _ROWS) or 1, device=order.device)
+    wanted = torch.zeros(len(rows), len(order), device=order.device)
+    wanted[torch.arange(len(rows)), rows] = 1
+
+    def held_out(fitted: torch.Tensor, judge: torch.Tensor, fraction: float) -> float:
+        damped = fitted.clone()
+        seen = fitted.diagonal()
+        damped.diagonal().copy_(torch.where(seen > 0, seen * (1 + fraction), 1))
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info):
+            return math.inf
+        m = torch.linalg.solve_triangular(lower.flip(0, 1), wanted, upper=True, left=False)
+        m /= m.gather(1, rows[:, None])
+        return float((((m @ judge) * m).sum(1) * energy[order[rows]]).double().sum())
+
+    best, fraction = math.inf, least.fraction
+    for tried in (least.fraction * multiple for multiple in MULTIPLES):
+        cost = held_out(scaled[0], scaled[1], tried) + held_out(scaled[1], scaled[0], tried)
+        if cost > best:
+            break
+        if cost < best:
+            best, fraction = cost, tried
+    return max(fraction / 2, least.fraction)
 
 
 @dataclass
@@ -87,7 +138,11 @@ class LinearStats:
     def factor(self, damping: Damping) -> Factor:
         """The factored Hessian; kept, since fused linears (q, k, v; gate, up) share their input."""
         if damping not in self._factors:
-            self._factors[damping] = factorize(self.hessian, damping)
+            used = damping
+            if damping.validated:
+                fraction = validated_damping(self.halves, damping)
+                used = replace(damping, fraction=fraction, validated=False)
+            self._factors[damping] = factorize(self.hessian, used)
         return self._factors[damping]
 
 

@@ -186,7 +186,7 @@ def _losses(report: QuantizationReport) -> str:
         [index, name, _g(linear.error_rtn), _g(linear.error)] for index, name, linear in rounded
     ]
     shifts = [
-        [index, name, _g(linear.shift), _g(linear.shift_damp)]
+        [index, name, _g(linear.damping), _g(linear.shift), _g(linear.shift_damp)]
         for index, name, linear in rounded
         if linear.shift is not None
     ]
@@ -208,8 +208,8 @@ def _losses(report: QuantizationReport) -> str:
         ),
         _details("Errors of the linears", _table(["block", "linear", "RTN", "after"], linears, 2)),
         _details(
-            "Target shift of the compensation, chosen by cross-validation",
-            _table(["block", "linear", "strength", "damping"], shifts, 2),
+            "Damping and target shift of the compensation, chosen by cross-validation",
+            _table(["block", "linear", "damping", "shift", "damping of the shift"], shifts, 2),
         ),
         _figure(
             plots.output_error_plot(report),

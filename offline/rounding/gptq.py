@@ -59,9 +59,11 @@ def compensate(
             row = torch.arange(len(best), device=best.device)
             rounded = rounded.rows(best * len(best) + row)
         found.append(rounded)
-    raised = 10**task.factor.raised if task.factor.raised else None
+    factor = task.factor
+    raised = 10**factor.raised if factor.raised else None
+    report = LinearReport(damping=factor.fraction, damping_raised=raised)
     whole = found[0] if len(found) == 1 else RoundedLinear.joined(found)
-    return replace(whole, report=LinearReport(damping_raised=raised), target=target)
+    return replace(whole, report=report, target=target)
 
 
 def compensated_codes(

@@ -59,6 +59,7 @@ def make_report(blocks: int = 4, **rest: Any) -> QuantizationReport:
                         error=0.02,
                         clip_ratio=0.83,
                         clipped=0.0125,
+                        damping=0.1,
                         shift=0.625,
                         shift_damp=0.03,
                     )

@@ -43,7 +43,7 @@ def test_explicit_fields_win_over_the_method() -> None:
 def test_damping_is_the_recipes() -> None:
     """By the compensation and by the noise model of equalization, which reckons with it."""
     recipe = QuantRecipe(damp=0.1, act_order=False)
-    damping = Damping(0.1, "column", act_order=False)
+    damping = Damping(0.1, "column", act_order=False, validated=True)
     assert recipe.rounding_method.damping == recipe.equalization.compensation == damping
     assert QuantRecipe(method="gptq").rounding_method.damping == Damping(by="mean")
     assert QuantRecipe(method="qig").equalization.compensation is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qig_serve.formats import get_scheme
-from qig_serve.offline.passes.hessian import StatsAccumulator
-from qig_serve.offline.recipe import ROUNDINGS
+from qig_serve.offline.passes.hessian import StatsAccumulator, validated_damping
+from qig_serve.offline.recipe import ROUNDINGS, Damping
 from qig_serve.offline.rounding.linear import round_linear
 from qig_serve.offline.rounding.qronos import validated_target
 
@@ -84,6 +86,42 @@ def test_rounding_reports_what_was_chosen() -> None:
     assert report.shift is not None and report.shift > 0.9 and report.shift_damp == 0.03
     with pytest.raises(ValueError, match="x_fp is needed"):
         StatsAccumulator(K, shifted=True).accumulate(x_q)
+
+
+def held_out(tokens: int, validated: bool) -> tuple[float, float]:
+    """Damping, and the output error on tokens left out over that of round-to-nearest."""
+    torch.manual_seed(6)
+    mixing = torch.eye(K) + 0.5 * torch.randn(K, K) / K**0.5
+    x, fresh = (torch.randn(n, K) @ mixing for n in (tokens, 4096))
+    weight, scheme, stats = torch.randn(N, K), get_scheme("w3a16"), statistics(x, x).finish()
+    method = replace(ROUNDINGS["qronos"], damping=Damping(validated=validated))
+    rounded = round_linear(weight, stats, scheme, torch.float32, method)
+    nearest = round_linear(weight, stats, scheme, torch.float32, ROUNDINGS["nearest"])
+    errors = [(fresh @ (r.dequantized() - weight).T).square().mean() for r in (rounded, nearest)]
+    assert rounded.report.damping is not None
+    return rounded.report.damping, float(errors[0] / errors[1])
+
+
+def test_damping_suits_tokens_left_out() -> None:
+    """Of few tokens compensation believes little, of many all."""
+    (many, _), (few, error), (_, fitted) = (
+        held_out(*case) for case in ((8192, True), (160, True), (160, False))
+    )
+    assert many < 0.02 and few >= 0.1
+    assert error < 0.85 * fitted
+
+
+def test_damping_of_inputs_that_a_half_never_sees() -> None:
+    x = torch.randn(64, K)
+    x[:, :3] = 0
+    x[32:, 3:6] = 0
+    stats = statistics(x, x, batches=2).finish()
+    weight, scheme = torch.randn(N, K), get_scheme("w4a8")
+    report = round_linear(weight, stats, scheme, torch.float32, ROUNDINGS["qronos"]).report
+    assert report.damping is not None and report.damping > 0.01 and not report.damping_raised
+    x = torch.zeros(64, K)
+    stats = statistics(x, x, batches=2).finish()
+    assert validated_damping(stats.halves, Damping()) == 0.01
 
 
 def test_outputs_of_changed_inputs_are_met_better() -> None:
