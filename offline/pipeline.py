@@ -382,7 +382,7 @@ def count_fallbacks(
     """
     found = [text for r in results for text in r.fallbacks]
     found += [
-        f"layer {index}, {name}: {linear.damping_raised} times the damping asked for, for the "
+        f"layer {index}, {name}: {linear.damping_raised} times the damping of the method, for the "
         "Hessian to be positive definite"
         for name, linear in rounding.items()
         if linear.damping_raised is not None

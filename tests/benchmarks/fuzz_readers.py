@@ -85,7 +85,7 @@ HEADER = {
 WEIGHT_MAP = dict.fromkeys(HEADER, "model.safetensors")
 INDEX = {"metadata": {"total_size": 13060}, "weight_map": WEIGHT_MAP}
 HASHES = {"format_version": 1, "files": {"config.json": "00", "../x": "00"}}
-RECIPE = {"scheme": "w4a8", "method": "qig+", "samples": 4, "damp": 0.01, "iqr": True, "calib": "x"}
+RECIPE = {"scheme": "w4a8", "method": "qig+", "samples": 4, "grid": 20, "iqr": True, "calib": "x"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 CONTENT = [IMAGE, {"type": "text", "text": "what?"}]
 SAMPLE = {"id": "7", "type": "t", "answer": "a", "messages": [{"role": "user", "content": CONTENT}]}
