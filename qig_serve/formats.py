@@ -71,6 +71,11 @@ class QuantScheme:
         return Fraction(32, self.bits)
 
     @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of the tensors that replace a linear's weight end in."""
+        return tuple(tensor_specs(self, 1, WORD_INPUTS))
+
+    @property
     def cut_multiple(self) -> int:
         """Each part of K must be a multiple of this where tensor parallelism cuts K."""
         return self.group_size or WORD_INPUTS

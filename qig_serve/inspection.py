@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from qig_serve import decoder_checks
 from qig_serve.errors import UserError
-from qig_serve.formats import VOCABULARY_SCHEME, WORD_INPUTS, QuantScheme, tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme, tensor_specs
 from qig_serve.hashes import HASHES_FILE, file_sha256
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import INDEX_FILE, read_config, read_json, read_manifest
@@ -130,9 +130,8 @@ def inspect(directory: Path) -> Inspection:
     _collect_linears(found)
     linears = {linear.name: (linear.n, linear.k) for linear in found.linears}
     vocabulary = {table.name: (table.n, table.k) for table in found.vocabulary}
-    suffixes = tensor_specs(manifest.quant_scheme, 1, WORD_INPUTS)
     found.problems += decoder_checks.problems(
-        config, manifest, tensors, linears, suffixes, vocabulary
+        config, manifest, tensors, linears, manifest.quant_scheme.suffixes, vocabulary
     )
     return found
 
