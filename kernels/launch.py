@@ -57,6 +57,32 @@ def of_tile(
     return Kernel(function, arguments, constants, compiler_options(tile), inputs, tile)
 
 
+def of_linear(
+    prefill: Any,
+    shared: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    tile: Tile,
+    sums: str,
+) -> Kernel:
+    """The kernel of a linear's launch with a prefill, split_k or stream_k tile, see `run`.
+
+    arguments, constants: what both kernels have beside what `run` adds; sums: the type of partial
+    sums.
+    """
+    constants |= dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True,
+        USE_PTX=True,
+    )  # fmt: skip
+    if tile.regime == "prefill":
+        return of_tile(prefill, arguments, constants | {"GROUP_M": tile.group_m}, tile, GROUP)
+    arguments |= dict(
+        partials_ptr=f"*{sums}", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32"
+    )
+    aligned = tile.regime == "split_k"
+    return of_tile(shared, arguments, constants | {"ALIGNED": aligned}, tile, GROUP)
+
+
 @dataclass(frozen=True)
 class Orders:
     """The orders of inputs (layout.ORDERS) that a device's tensor cores read without a move."""
@@ -78,9 +104,9 @@ def uses_wgmma(tile: Tile) -> bool:
     return tile.num_warps % 4 == 0 and tile.block_n >= 64 and tile.block_m >= 8
 
 
-def orders_of(capability: tuple[int, int], triton_version: str = triton.__version__) -> Orders:
+def orders_of(capability: tuple[int, int]) -> Orders:
     """wgmma (9.0) against mma.sync, whose operands Triton 3.8 lays out otherwise than 3.7."""
-    major, minor = (int(part) for part in triton_version.split(".")[:2])
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
     eight_neighbours = (major, minor) < (3, 8)
     if capability[0] == 9:
         return Orders(16, 16, 8 if eight_neighbours else 16)

@@ -206,8 +206,8 @@ def copies(tensors: dict[str, torch.Tensor], total: float = 4e8) -> list[dict[st
     ]
 
 
-def time_microseconds(calls: list[Callable[[], object]], repeats: int = 5) -> float:
-    """Median over `repeats` of the mean time of the calls, one after the other in a CUDA graph."""
+def time_microseconds(calls: list[Callable[[], object]]) -> float:
+    """Median over five rounds of the calls' mean time, one after the other in a CUDA graph."""
     calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -217,7 +217,7 @@ def time_microseconds(calls: list[Callable[[], object]], repeats: int = 5) -> fl
     graph.replay()
     torch.cuda.synchronize()
     times = []
-    for _ in range(repeats):
+    for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

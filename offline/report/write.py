@@ -27,22 +27,17 @@ def write_reports(
     quantization_config: Mapping[str, Any],
     source_card: Path | None = None,
     pictures: Sequence[TokenPicture] = (),
-    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the three files into the directory of a checkpoint in the making.
 
     `quantization_config` is what config.json will say; `source_card` is the source model's
-    README.md, whose licence and languages are kept. `evaluation` as in `add_evaluation`.
+    README.md, whose licence and languages are kept.
     """
     data = report.model_dump(mode="json")
-    if evaluation is not None:
-        data["evaluation"] = dict(evaluation)
     write_text(directory / REPORT_FILE, json.dumps(data, indent=1) + "\n")
-    write_text(directory / HTML_FILE, render_html(report, pictures, evaluation))
+    write_text(directory / HTML_FILE, render_html(report, pictures))
     inherited = front_matter(source_card) if source_card is not None else {}
-    write_text(
-        directory / CARD_FILE, model_card(report, quantization_config, inherited, evaluation)
-    )
+    write_text(directory / CARD_FILE, model_card(report, quantization_config, inherited, None))
 
 
 def add_evaluation(directory: Path, evaluation: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ SERVER_OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs",
 
 
 def run_demo(
-    workdir: Path, json_path: Path | None, questions: int, samples: int, quiet: bool = False
+    workdir: Path, json_path: Path | None, questions: int, samples: int, quiet: bool
 ) -> dict[str, Any]:
     """Run every step with visible progress unless `quiet`.
 
