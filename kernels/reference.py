@@ -50,7 +50,7 @@ def w4a8_linear(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantize x [M, K] a token, then `w4a8_linear_quantized`: fp32 [M, N]."""
+    """Quantize x [M, K] per token, then `w4a8_linear_quantized`: fp32 [M, N]."""
     return w4a8_linear_quantized(*quantize_activation(x), packed, scale, bias)
 
 

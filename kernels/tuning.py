@@ -230,7 +230,7 @@ def time_microseconds(calls: list[Callable[[], object]]) -> float:
 def measure(
     scheme: QuantScheme, n: int, k: int, offered: dict[int, list[Tile]], device: torch.device
 ) -> list[dict[str, Any]]:
-    """The fastest tile a bucket, of those offered for it (largest M: tiles; the last unbounded)."""
+    """The fastest tile of each bucket, of those offered (largest M: tiles; the last unbounded)."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 

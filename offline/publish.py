@@ -53,7 +53,7 @@ def new_report(
             **info.model_dump(),
             "images": sum(len(s.images) for s in samples),
             "tokens": dict(zip(counts, map(int, ranks.total(*counts.values())), strict=True)),
-            # So that an evaluation can tell which of its questions were calibrated on.
+            # So that an evaluation can find which of its questions were calibrated on.
             "sample_sha256": [sample_sha256(s) for s in samples],
         },
         left_alone=loaded.left_alone(),

@@ -153,7 +153,7 @@ def divergences(
 ) -> Iterator[tuple[str, Divergence]]:
     """(name, figures) of each model against the full-precision `reference`, in turn.
 
-    The reference runs once; its log-probabilities wait on disk, a file a batch, so that memory
+    The reference runs once; its log-probabilities wait on disk, one file per batch, so that memory
     holds one model and one batch at a time whatever the vocabulary.
     """
     processor = load_processor(reference)

@@ -87,7 +87,7 @@ def results_table(results: Mapping[str, EvaluationResult]) -> Table:
 def progress_bars(
     console: Console, quiet: bool, unit: str = "questions"
 ) -> Iterator[Progress | None]:
-    """A bar a stage on a terminal, a line a stage elsewhere; None when quiet."""
+    """A bar per stage on a terminal, a line per stage elsewhere; None when quiet."""
     if quiet:
         yield None
         return

@@ -31,7 +31,7 @@ _WARM_ROWS = 8192  # kernels do not depend on the number of rows: no zeros for a
 
 
 class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
-    """Output head or embedding in formats.VOCABULARY_SCHEME; one object a layer."""
+    """Output head or embedding in formats.VOCABULARY_SCHEME; one object per layer."""
 
     def __init__(self, prefix: str, dummy: bool = False, tied: bool = False) -> None:
         """dummy: vLLM fills the weights with small random numbers. tied: a head without a table."""

@@ -60,7 +60,7 @@ def test_grouped_kernels_stay_lean(scheme: str, slots: int) -> None:
 
 
 def test_predicted_times_of_experts() -> None:
-    """Blocks lie between those of full experts and one an expert more; more tokens take longer."""
+    """Blocks lie between those of full experts and one per expert more; more tokens take longer."""
     layer, gpu = expert_times.QWEN3_VL_30B_A3B, time_model.GPUS[90]
     assert expert_times.blocks(layer, 1, 4) == pytest.approx(8)
     assert 128 < expert_times.blocks(layer, 256, 16) < 2048 / 16 + 128
@@ -94,7 +94,7 @@ def quantizers(target: int, dtype: str) -> list[launch.Kernel]:
 
 
 def test_quantizers_read_16_bytes_at_once() -> None:
-    """A thread's loads of x; no spills; one kernel a row length, but where many tokens take fewer
+    """A thread's loads of x; no spills; one kernel per row length, but where many tokens take fewer
     warps, and one an activation."""
     found = quantizers(90, "fp16")
     assert len(found) == 14 + 3 and len({kernel.name for kernel in found}) == 9
@@ -158,7 +158,7 @@ def test_no_bucket_is_predicted_slower_than_dequantizing_first(target: int) -> N
 
 
 def test_the_model_of_time() -> None:
-    """Of one program more an SM costs less than its work; a layer's step is never below memory."""
+    """Of one program more per SM costs less than its work; a layer's step is never below memory."""
     gpu = time_model.GPUS[90]
     kernel = ops.KERNELS["w4a8"].kernel(tile_of("w4a8", 90), "bf16", compile_report.orders(90))
     counts = tuning.read_counts(COUNTS, 90)["w4a8"][tuning.compiled_as(kernel.tile)]

@@ -1,4 +1,4 @@
-"""Configurations of published sizes, no weights: shapes, memory a token, tensor parallelism.
+"""Configurations of published sizes, no weights: shapes, memory per token, tensor parallelism.
 
 Decoders as their config.json has them; towers by the heads that tensor parallelism shares out.
 """
@@ -44,7 +44,7 @@ class Size:
     tower_heads: int = 16
     more: tuple[tuple[str, Any], ...] = ()
     padded: int | None = None
-    """Channels that the MLP is stored with, unless told otherwise; `parallel` is then of these."""
+    """Channels that the MLP is stored with by default; `parallel` is then of these."""
 
 
 def qwen3_5(*sizes: Any, values: int) -> Size:
