@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import quantizer_runs as runs
 import torch
+from helpers.checkpoints import CONFIG
 from safetensors.torch import save_file
 
 from qig_serve.errors import UserError
@@ -25,15 +26,6 @@ from qig_serve.offline.checkpoint.forms import Form
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
 from qig_serve.offline.source.tensors import SourceCheckpoint
-
-CONFIG = {
-    "quant_method": "qig",
-    "format_version": 1,
-    "scheme": "w3a16",
-    "bits": 3,
-    "group_size": 128,
-    "ignore": ["head"],
-}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import CONFIG
 from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
@@ -21,14 +22,6 @@ from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
 from qig_serve.offline.source.tensors import SourceCheckpoint
 
-CONFIG = {
-    "quant_method": "qig",
-    "format_version": 1,
-    "scheme": "w3a16",
-    "bits": 3,
-    "group_size": 128,
-    "ignore": ["head"],
-}
 FINGERPRINT = {"model": "m", "recipe": {"seed": 0, "samples": 4}, "version": "1"}
 
 
