@@ -97,12 +97,13 @@ def compile_tile(
 ) -> Compiled:
     """Compile the kernel of a tile for a target (80, ...) and count; m: fewest tokens it serves."""
     kernel = KERNELS[scheme].kernel(tile, dtype, orders(target))
-    return _compiled(kernel, scheme, target, dtype, use_ptx, m)
+    return compile_kernel(kernel, scheme, target, dtype, use_ptx, m)
 
 
-def _compiled(
+def compile_kernel(
     kernel: Kernel, scheme: str, target: int, dtype: str, use_ptx: bool, m: int
 ) -> Compiled:
+    """Compiles any kernel; m: the fewest tokens that it serves."""
     tile = kernel.tile
     if "USE_PTX" in kernel.function.arg_names:  # the rows of a table are bytes
         kernel.constants["USE_PTX"] = use_ptx
@@ -142,11 +143,11 @@ def report(targets: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp16")) -> 
             for scheme, tile, m in tuned_tiles(target):
                 yield compile_tile(scheme, target, tile, dtype, m=m)
             eight = halves.kernel(EIGHT_BITS, dtype, orders(target).activations, bits=8)
-            yield _compiled(eight, "8 bits", target, dtype, True, 0)
+            yield compile_kernel(eight, "8 bits", target, dtype, True, 0)
             for scheme in experts.TILES:
                 for kernel in experts.kernels(scheme, dtype, orders(target)):
                     fewest = int(kernel.tile == experts.TILES[scheme][0][1])
-                    yield _compiled(kernel, scheme, target, dtype, True, fewest)
+                    yield compile_kernel(kernel, scheme, target, dtype, True, fewest)
             others = quantize_activation.kernels(dtype, orders(target).activations)
             for kernel in others + expert_blocks.kernels(dtype, EXPERTS, TOP_K):
                 counts, row_ = count(kernel, target), f"{kernel.inputs} {kernel.warps}w"

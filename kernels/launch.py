@@ -277,7 +277,7 @@ def _places(tile: Tile, count: int) -> int:
     return count * 2 if tile.regime == "stream_k" else count
 
 
-def _scratch_size(tile: Tile, sms: int) -> int:
+def scratch_size(tile: Tile, sms: int) -> int:
     """Partial sums that a launch with the tile can have, whatever N, K and M."""
     if tile.regime not in SHARED:
         return 0
@@ -287,7 +287,7 @@ def _scratch_size(tile: Tile, sms: int) -> int:
 
 def scratch_for(tile: Tile, device: torch.device) -> Scratch:
     """Scratch memory that suffices for launches with one tile: for tuning and tests."""
-    return _allocate(max(1, _scratch_size(tile, multiprocessors(device))), device)
+    return allocate(max(1, scratch_size(tile, multiprocessors(device))), device)
 
 
 def scratch(device: torch.device) -> Scratch:
@@ -303,15 +303,16 @@ def scratch(device: torch.device) -> Scratch:
 def _scratch(device: torch.device) -> Scratch:
     name, sms = architecture(device), multiprocessors(device)
     sizes = [
-        _scratch_size(tile, sms)
+        scratch_size(tile, sms)
         for (of, _, _), rows in tile_table().items()
         if of == name
         for _, tile in rows
     ]
-    return _allocate(max(sizes), device)
+    return allocate(max(sizes), device)
 
 
-def _allocate(size: int, device: torch.device) -> Scratch:
+def allocate(size: int, device: torch.device) -> Scratch:
+    """Scratch memory for `size` partial sums, and all counters."""
     return Scratch(
         torch.empty(size, dtype=torch.int32, device=device),
         torch.zeros(MOST_TILES, dtype=torch.int32, device=device),

@@ -161,11 +161,11 @@ def choose(scheme: QuantScheme, found: Found, target: int) -> dict[str, list[dic
             own = min(times, key=lambda tile: times[tile][n, k])
             better = times[own][n, k] < _WORTH * times[best][n, k]
             rows[f"{n}x{k}"].append({"max_m": bound, **asdict(own if better else best)})
-    merged = {shape: _merged(tiles) for shape, tiles in rows.items()}
+    merged = {shape: merged_rows(tiles) for shape, tiles in rows.items()}
     return {s: r for s, r in merged.items() if s == "default" or r != merged["default"]}
 
 
-def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Neighbouring buckets with the same tile are one."""
     kept: list[dict[str, Any]] = []
     for row in rows:
@@ -340,7 +340,7 @@ def _measure(counts: Path | None, most: int, quick: bool) -> int:
         scheme, by_shape = SCHEMES[name], {}
         for n, k in shapes[: 1 if quick else None]:
             offered = {m: shortlist(scheme, found, target, m, n, k, most) for m in buckets}
-            by_shape[f"{n}x{k}"] = _merged(measure(scheme, n, k, offered, device))
+            by_shape[f"{n}x{k}"] = merged_rows(measure(scheme, n, k, offered, device))
         # Other shapes take the tiles of the largest one measured.
         by_shape["default"] = max(by_shape.items(), key=lambda item: _weights(item[0]))[1]
         entry[name] = by_shape

@@ -149,7 +149,7 @@ def entry(rows: list[Row], architecture: str, source: str) -> dict[str, Any]:
         for name, most, tile in sorted(old, key=lambda item: (item[0], item[1])):
             bound = None if most == float("inf") else int(most)
             part.setdefault(name, []).append({"max_m": bound, **dataclasses.asdict(tile)})
-        made[scheme] = {name: tuning._merged(buckets) for name, buckets in part.items()}
+        made[scheme] = {name: tuning.merged_rows(buckets) for name, buckets in part.items()}
     return made
 
 

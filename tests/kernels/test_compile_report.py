@@ -54,7 +54,7 @@ def test_grouped_kernels_stay_lean(scheme: str, slots: int) -> None:
     """Of 128 experts: what unpacks and multiplies is the linears'."""
     tile = experts.select(scheme, slots, 128)
     kernel = experts.kernel(scheme, tile, "bf16", compile_report.orders(90))
-    compiled = compile_report._compiled(kernel, scheme, 90, "bf16", True, int(slots == 8))
+    compiled = compile_report.compile_kernel(kernel, scheme, 90, "bf16", True, int(slots == 8))
     assert compiled.problems() == []
     assert compiled.counts.tensor_core.split()[0] == ("mma" if slots == 8 else "wgmma")
 

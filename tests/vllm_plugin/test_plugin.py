@@ -192,7 +192,7 @@ def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
         assert any(name.startswith("qig_") for name in names) and "weight_packed" not in names
     device = torch.device("cpu")
     largest = max(
-        launch._scratch_size(tile, launch.multiprocessors(device))
+        launch.scratch_size(tile, launch.multiprocessors(device))
         for (architecture, _, _), rows in tiles.tile_table().items()
         if architecture == launch.INTERPRETER_ARCHITECTURE
         for _, tile in rows
