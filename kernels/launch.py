@@ -114,6 +114,11 @@ def orders_of(capability: tuple[int, int]) -> Orders:
     return Orders(32, x, x)
 
 
+def orders_for(target: int) -> Orders:
+    """The same of a compute capability as a number, 90 for 9.0."""
+    return orders_of((target // 10, target % 10))
+
+
 @functools.cache
 def orders(device: torch.device) -> Orders:
     """Those of a device; under the interpreter those of INTERPRETER_ARCHITECTURE."""

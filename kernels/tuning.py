@@ -94,7 +94,7 @@ def _count(job: tuple[str, Tile, int]) -> Counts | None:
     from qig_serve.kernels.ops import KERNELS
 
     scheme, tile, target = job
-    orders = launch.orders_of((target // 10, target % 10))
+    orders = launch.orders_for(target)
     try:
         return count(KERNELS[scheme].kernel(tile, "bf16", orders), target)
     except Exception as error:  # whatever a compiler pass raises, the candidate is none
@@ -120,9 +120,7 @@ def predicted(
         return float("inf")
     if counts.shared > SHARED_LIMIT[target]:
         return float("inf")
-    kernel = KERNELS[scheme.name].kernel(
-        tile, "bf16", launch.orders_of((target // 10, target % 10))
-    )
+    kernel = KERNELS[scheme.name].kernel(tile, "bf16", launch.orders_for(target))
     if m <= FEW and issued_per_weight(kernel, counts) > LEAN[scheme.name]:
         return float("inf")
     work = time_model.work(kernel, stored_bits(scheme), m, n, k, gpu.sms)

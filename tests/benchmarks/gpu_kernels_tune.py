@@ -54,7 +54,7 @@ def row(
         "tile": dataclasses.asdict(tile),
     }  # fmt: skip
     if tile.regime != "dequantize":
-        orders = launch.orders_of((target // 10, target % 10))
+        orders = launch.orders_for(target)
         kernel = ops.KERNELS[scheme].kernel(tile, "bf16", orders)
         bits = tuning.stored_bits(SCHEMES[scheme])
         found["work"] = dataclasses.asdict(time_model.work(kernel, bits, m, n, k, sms))
