@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -351,14 +350,3 @@ def _calibration_overlap(directory: Path, samples: Sequence[Sample]) -> tuple[st
     except (ValueError, KeyError, TypeError):
         return None
     return tuple(overlap(samples, hashes))
-
-
-def write_json(path: Path, record: Any) -> None:
-    """JSON beside the target, then renamed onto it, so that no half file is left."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None

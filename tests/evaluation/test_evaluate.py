@@ -21,6 +21,7 @@ from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model
 from qig_serve.evaluation.statistics import exact_match
 from qig_serve.model_directory import load_processor, model_dtype
+from qig_serve.records import write_json
 from qig_serve.samples import Sample, data_url, sample_from_parts, sample_sha256
 
 
@@ -67,7 +68,7 @@ def test_a_result_file_serves_as_reference(scripted: dict[str, list[str]], tmp_p
     scripted["low"] = ["0", *["x"] * 7]
     first = evaluation.evaluate(tmp_path / "full", None, _questions())
     path = tmp_path / "full.json"
-    evaluation.write_json(path, first.to_json(answers=True))
+    write_json(path, first.to_json(answers=True))
     second = evaluation.evaluate(tmp_path / "low", path, _questions())
     assert second.paired is not None and second.paired.right_to_wrong == 7
     with pytest.raises(UserError, match="other questions"):

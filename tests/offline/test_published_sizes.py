@@ -14,7 +14,7 @@ import torch
 from qig_serve.architectures import get_architecture
 from qig_serve.experts import unfuse
 from qig_serve.formats import SCHEMES, tensor_specs
-from qig_serve.offline.estimate import bytes_a_token
+from qig_serve.offline.estimate import bytes_per_token
 from qig_serve.offline.pipeline import check_shapes
 from qig_serve.offline.recipe import make_recipe
 from qig_serve.offline.source import mlp_width
@@ -281,7 +281,7 @@ def test_a_published_size_can_be_quantized_and_split(name: str) -> None:
         finer = () if scheme.group_size else FINER.get(name, ())
         assert tuple(fitting_sizes(refused)) == size.parallel + finer, refused
         recipe = make_recipe({"scheme": scheme.name, "method": "qig+", "calib": "x"})
-        waiting = bytes_a_token(model, recipe)  # two streams, and a group's inputs and outputs
+        waiting = bytes_per_token(model, recipe)  # two streams, and a group's inputs and outputs
         for_each = getattr(model.text_config, "hidden_size_per_layer_input", 0) * size.blocks
         tower = model.config.vision_config
         for_each += len(getattr(tower, "deepstack_visual_indexes", ())) * size.hidden
