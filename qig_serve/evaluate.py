@@ -152,18 +152,6 @@ def _silent(_what: str, _done: int, _total: int) -> None:
     """The progress of a caller that wants none."""
 
 
-def evaluate(
-    model: Path | str,
-    reference: Path | str | None,
-    samples: Sequence[Sample],
-    **options: Any,
-) -> EvaluationResult:
-    """One model against full precision; options as in `evaluate_many`."""
-    name = Path(model).name or "model"
-    name = name if name != REFERENCE else "model"
-    return evaluate_many([(name, model)], reference, samples, **options)[name]
-
-
 def evaluate_many(
     models: Sequence[tuple[str, Path | str]],
     reference: Path | str | None,
@@ -280,7 +268,7 @@ def evaluate_server(
     progress: Progress | None = None,
     model: str | None = None,
 ) -> EvaluationResult:
-    """An OpenAI-compatible server on the questions; `reference` is a JSON of `evaluate`."""
+    """An OpenAI-compatible server on the questions; `reference` as `read_outputs` reads it."""
     samples, say = list(samples), progress or _silent
     set_hash = set_sha256([sample_sha256(s) for s in samples])
     wanted = None if reference is None else read_outputs(Path(reference), samples, set_hash)
