@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qig_serve.model_directory import read_config
 from qig_serve.offline.disk import replace_files, write_text
 from qig_serve.offline.report.card import front_matter, model_card
 from qig_serve.offline.report.page import render_html, with_evaluation
@@ -51,7 +52,7 @@ def add_evaluation(directory: Path, evaluation: Mapping[str, Any]) -> None:
     data.pop("evaluation", None)
     report = QuantizationReport.model_validate(data)
     page = (directory / HTML_FILE).read_text(encoding="utf-8")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     ours = config.get("qig", config["quantization_config"])  # the first: compressed-tensors
     data["evaluation"] = dict(evaluation)
     replace_files(
