@@ -79,11 +79,6 @@ class Compiled:
         return found
 
 
-def orders(target: int) -> launch.Orders:
-    """The orders of inputs of a target."""
-    return launch.orders_of((target // 10, target % 10))
-
-
 def describe(tile: Tile) -> str:
     """A tile in a table."""
     if tile.regime == "dequantize":
@@ -96,13 +91,14 @@ def compile_tile(
     scheme: str, target: int, tile: Tile, dtype: str = "bf16", use_ptx: bool = True, m: int = 0
 ) -> Compiled:
     """Compile the kernel of a tile for a target (80, ...) and count; m: fewest tokens it serves."""
-    kernel = KERNELS[scheme].kernel(tile, dtype, orders(target))
-    return _compiled(kernel, scheme, target, dtype, use_ptx, m)
+    kernel = KERNELS[scheme].kernel(tile, dtype, launch.orders_for(target))
+    return compile_kernel(kernel, scheme, target, dtype, use_ptx, m)
 
 
-def _compiled(
+def compile_kernel(
     kernel: Kernel, scheme: str, target: int, dtype: str, use_ptx: bool, m: int
 ) -> Compiled:
+    """Compiles any kernel; m: the fewest tokens that it serves."""
     tile = kernel.tile
     if "USE_PTX" in kernel.function.arg_names:  # the rows of a table are bytes
         kernel.constants["USE_PTX"] = use_ptx
@@ -141,13 +137,13 @@ def report(targets: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp16")) -> 
         for dtype in dtypes:
             for scheme, tile, m in tuned_tiles(target):
                 yield compile_tile(scheme, target, tile, dtype, m=m)
-            eight = halves.kernel(EIGHT_BITS, dtype, orders(target).activations, bits=8)
-            yield _compiled(eight, "8 bits", target, dtype, True, 0)
+            eight = halves.kernel(EIGHT_BITS, dtype, launch.orders_for(target).activations, bits=8)
+            yield compile_kernel(eight, "8 bits", target, dtype, True, 0)
             for scheme in experts.TILES:
-                for kernel in experts.kernels(scheme, dtype, orders(target)):
+                for kernel in experts.kernels(scheme, dtype, launch.orders_for(target)):
                     fewest = int(kernel.tile == experts.TILES[scheme][0][1])
-                    yield _compiled(kernel, scheme, target, dtype, True, fewest)
-            others = quantize_activation.kernels(dtype, orders(target).activations)
+                    yield compile_kernel(kernel, scheme, target, dtype, True, fewest)
+            others = quantize_activation.kernels(dtype, launch.orders_for(target).activations)
             for kernel in others + expert_blocks.kernels(dtype, EXPERTS, TOP_K):
                 counts, row_ = count(kernel, target), f"{kernel.inputs} {kernel.warps}w"
                 yield Compiled(kernel.name, "-", target, dtype, row_, False, counts, None, None)
@@ -191,7 +187,7 @@ class Predicted:
 
 @cache
 def _counts(scheme: str, tile: Tile, target: int) -> Counts:
-    return count(KERNELS[scheme].kernel(tile, "bf16", orders(target)), target)
+    return count(KERNELS[scheme].kernel(tile, "bf16", launch.orders_for(target)), target)
 
 
 def predict(target: int, scheme: str, m: int, model: str = SHAPE) -> list[Predicted]:
@@ -203,7 +199,7 @@ def predict(target: int, scheme: str, m: int, model: str = SHAPE) -> list[Predic
         if tile.regime == "dequantize":
             time, limit = time_model.dequantize(n, k, gpu) + reference, "cuBLAS"
         else:
-            kernel = KERNELS[scheme].kernel(tile, "bf16", orders(target))
+            kernel = KERNELS[scheme].kernel(tile, "bf16", launch.orders_for(target))
             work = time_model.work(kernel, stored_bits(SCHEMES[scheme]), m, n, k, gpu.sms)
             made = time_model.predict(work, _counts(scheme, tile, target), gpu)
             time, limit = made.microseconds, made.limit

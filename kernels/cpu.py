@@ -1,7 +1,7 @@
 """The CPU path, on kernels that torch and vLLM ship: nothing is compiled on the user's machine.
 
-One module a scheme: cpu_w3a16, cpu_w4a8, cpu_w8a16 (the vocabulary's tables). What each keeps of a
-linear [N, K], and what then runs, stands at its head. Where 128 does not divide K, the weights of
+One module per scheme: cpu_w3a16, cpu_w4a8, cpu_w8a16 (the vocabulary's tables). What each keeps of
+a linear [N, K], and what then runs, stands at its head. Where 128 does not divide K, the weights of
 bf16 and fp16 are padded to whole groups with zeros, and so is x in each call.
 """
 

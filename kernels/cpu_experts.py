@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qig_serve.formats import SCHEMES
 from qig_serve.kernels import cpu
-from qig_serve.kernels.cpu import Prepared
+from qig_serve.kernels.library import Prepared, define
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -57,13 +57,12 @@ def _experts(
     return out.to(x.dtype)
 
 
-_library = torch.library.Library("qig", "FRAGMENT")
-_library.define(
+define(
     "cpu_experts(Tensor x, Tensor routing, Tensor ids, Tensor[] gate_up, Tensor[] down, "
-    "str names, int inter, str scheme, str activation) -> Tensor"
+    "str names, int inter, str scheme, str activation) -> Tensor",
+    _experts,
+    lambda x, *_: torch.empty_like(x),
 )
-_library.impl("cpu_experts", _experts, "CPU")
-torch.library.register_fake("qig::cpu_experts", lambda x, *_: torch.empty_like(x), lib=_library)
 
 
 def apply(

@@ -28,7 +28,7 @@ _N_BLOCK = 64  # torch's int4 layout has blocks of 64 output channels, padded he
 
 @functools.cache
 def int4_block() -> int | None:
-    """Output channels a block of torch's int4 layout, or None if it is not one read here.
+    """Output channels per block of torch's int4 layout, or None if it is not one read here.
 
     The layout is the processor's: [N / block, K, block / 2] bytes, the low nibbles the first half
     of the block's channels and the high nibbles the second. Found out rather than assumed.

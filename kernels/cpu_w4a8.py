@@ -5,8 +5,8 @@ bf16, 4.27 bits per weight:
     packed        uint8 in vLLM's int4 layout, with `zeros` and `scales`
     compensation  of vLLM's int8 layout
 
-    Few rows: vLLM's int4 GEMM with int8 activations, four rows a call. Many: widened to int8 a few
-    columns at a time into scratch, then vLLM's int8 GEMM.
+    Few rows: vLLM's int4 GEMM with int8 activations, four rows per call. Many: widened to int8 a
+    few columns at a time into scratch, then vLLM's int8 GEMM.
 
 Otherwise, 8 bits per weight: `codes` int8 [N, K] and `scale` fp32 [N]; torch's int8 GEMM where the
 processor has instructions for it, and fp32 elsewhere. All quantize activations as
@@ -28,9 +28,9 @@ from qig_serve.packing import quantize_activation
 MANY_ROWS = 64
 SCRATCH = 1 << 22  # weights widened at a time: 4 MiB; every call quantizes x again
 FP32_SCRATCH = 1 << 20  # weights widened to fp32 at a time: 4 MiB
-INT4_ROWS = 4  # rows a call of vLLM's int4 GEMM: one more takes twice as long
+INT4_ROWS = 4  # rows per call of vLLM's int4 GEMM: one more takes twice as long
 
-_VLLM_BLOCK = 32  # output channels a block of vLLM's layouts
+_VLLM_BLOCK = 32  # output channels per block of vLLM's layouts
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FP32_EXACT = 1 << 14  # products of 7 and 3 bits whose sum is exact in fp32
 

@@ -8,7 +8,7 @@ tiles of BLOCK_M slots of one expert, so slots are sorted by expert and cut into
     table   int32 [B, 3]    of a block its expert (-1: no block), the first place in `slots`, and
                             the one past its expert's last
 
-Everything is done on the device in one launch, a program an expert: each counts all slots (a
+Everything is done on the device in one launch, one program per expert: each counts all slots (a
 histogram), so that it knows where its own begin without waiting for others. B is the most blocks
 that S slots can have (`most_blocks`), which is what the grouped kernels' grid is made for: no
 number of blocks comes back to the host, and a CUDA graph holds whatever the router chooses.

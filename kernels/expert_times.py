@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=tuple(time_model.GPUS), default=90)
     target = parser.parse_args(arguments).arch
     gpu, layer = time_model.GPUS[target], QWEN3_VL_30B_A3B
-    orders = launch.orders_of((target // 10, target % 10))
+    orders = launch.orders_for(target)
     print(f"sm_{target} ({gpu.name}), {layer}: us, predicted; x: of 16 bits")
     print(f"{'M':>4}{'experts':>9}{'MB bf16':>9}{'bf16':>7}  scheme: gate_up + down = sum, x")
     for m in TOKENS:

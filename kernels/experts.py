@@ -9,16 +9,16 @@ the dense kernels' loop. No weight is written in 16 bits anywhere. Launches, of 
 
     activations         x [M, K] once: an expert's tile gathers its tokens' rows
     sort                slots into blocks
-    gate_up             a row [2 I] a slot
+    gate_up             a row [2 I] per slot
     act * up            with the quantization for down, of the rows of slots
-    down                a row [N] a slot, multiplied by the slot's routing weight
+    down                a row [N] per slot, multiplied by the slot's routing weight
     sum                 over the top_k slots of a token, in fp32
 
 K is not divided: one token's experts have 8 * 24 output tiles (Qwen3-VL-30B-A3B's gate_up, 64 rows
 each), more than a GPU has multiprocessors. Programs of blocks that no router made leave at once.
 
-Which tile: by the mean of slots an expert, as the model of time (expert_times.py) has it for
-Qwen3-VL-30B-A3B on an H200; unmeasured. It puts w3a16 behind 16-bit weights from 128 slots an
+Which tile: by the mean of slots per expert, as the model of time (expert_times.py) has it for
+Qwen3-VL-30B-A3B on an H200; unmeasured. It puts w3a16 behind 16-bit weights from 128 slots per
 expert on, where the linears would dequantize first.
 """
 
@@ -67,7 +67,7 @@ TILES: dict[str, list[tuple[float, Tile]]] = {
         (float("inf"), Tile("prefill", 128, 128, 4, 4)),
     ],
 }
-"""Scheme -> [(most slots an expert, on average), tile, ...]."""
+"""Scheme -> [(most slots per expert, on average), tile, ...]."""
 
 
 @triton.jit

@@ -21,7 +21,7 @@ rounding: 2^-9 of each); reference.split_halves is the definition.
 
     bit          7 6        5 4 3    2 1 0
     plane A  c3 bits 1-0      c4       c0      weight_planes int8 [pairs, N_pad/128, 2, 3, 128, 16]:
-    plane B  c7 bits 1-0      c5       c1      (group, plane, row, p), 12 KiB a pair of groups
+    plane B  c7 bits 1-0      c5       c1      (group, plane, row, p), 12 KiB per pair of groups
     plane C  c7.2  c3.2       c6       c2
 
 Four neighbouring bytes are a register of the tensor core's left operand. Each of the eight outputs
@@ -43,11 +43,11 @@ The order of inputs. A sum over k does not care for it, so codes lie where they 
   - The bf16 kernels (w3a16.py) read the same planes, and make numbers of bytes 0 and 2 of a
     register, then of 1 and 3. On Hopper (wgmma) a thread's registers hold inputs 2t, 2t+1 and 2t+8,
     2t+9 of 16: byte 4t + i of a slice of 16 holds 2t + (0, 8, 1, 9)[i] (layout.ORDERS[16]).
-  - mma.sync (the others) is given eight neighbouring inputs a thread by Triton wherever a value was
-    joined from several. So byte 4t + i of slice c of 16 holds 8t + 4 (c % 2) + (0, 2, 1, 3)[i] of
-    slice c / 2 of 32 (ORDERS[32]).
+  - mma.sync (the others) is given eight neighbouring inputs per thread by Triton wherever a value
+    was joined from several. So byte 4t + i of slice c of 16 holds 8t + 4 (c % 2) + (0, 2, 1, 3)[i]
+    of slice c / 2 of 32 (ORDERS[32]).
   - x's halves are stored as the int8 product takes them, which is as the bytes lie; but up to
-    Triton 3.7 mma.sync's int8 has eight neighbours a thread too, and that is ORDERS[4], or beside
+    Triton 3.7 mma.sync's int8 has eight neighbours per thread too, and that is ORDERS[4], or beside
     Hopper's planes ORDERS[8].
 
 What multiplies. From 8 tokens in a tile on (16 columns) Hopper's wgmma, four warps; below, mma.sync

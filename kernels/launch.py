@@ -57,6 +57,32 @@ def of_tile(
     return Kernel(function, arguments, constants, compiler_options(tile), inputs, tile)
 
 
+def of_linear(
+    prefill: Any,
+    shared: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    tile: Tile,
+    sums: str,
+) -> Kernel:
+    """The kernel of a linear's launch with a prefill, split_k or stream_k tile, see `run`.
+
+    arguments, constants: what both kernels have beside what `run` adds; sums: the type of partial
+    sums.
+    """
+    constants |= dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True,
+        USE_PTX=True,
+    )  # fmt: skip
+    if tile.regime == "prefill":
+        return of_tile(prefill, arguments, constants | {"GROUP_M": tile.group_m}, tile, GROUP)
+    arguments |= dict(
+        partials_ptr=f"*{sums}", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32"
+    )
+    aligned = tile.regime == "split_k"
+    return of_tile(shared, arguments, constants | {"ALIGNED": aligned}, tile, GROUP)
+
+
 @dataclass(frozen=True)
 class Orders:
     """The orders of inputs (layout.ORDERS) that a device's tensor cores read without a move."""
@@ -78,14 +104,19 @@ def uses_wgmma(tile: Tile) -> bool:
     return tile.num_warps % 4 == 0 and tile.block_n >= 64 and tile.block_m >= 8
 
 
-def orders_of(capability: tuple[int, int], triton_version: str = triton.__version__) -> Orders:
+def orders_of(capability: tuple[int, int]) -> Orders:
     """wgmma (9.0) against mma.sync, whose operands Triton 3.8 lays out otherwise than 3.7."""
-    major, minor = (int(part) for part in triton_version.split(".")[:2])
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
     eight_neighbours = (major, minor) < (3, 8)
     if capability[0] == 9:
         return Orders(16, 16, 8 if eight_neighbours else 16)
     x = 4 if eight_neighbours else 32
     return Orders(32, x, x)
+
+
+def orders_for(target: int) -> Orders:
+    """The same of a compute capability as a number, 90 for 9.0."""
+    return orders_of((target // 10, target % 10))
 
 
 @functools.cache
@@ -251,7 +282,7 @@ def _places(tile: Tile, count: int) -> int:
     return count * 2 if tile.regime == "stream_k" else count
 
 
-def _scratch_size(tile: Tile, sms: int) -> int:
+def scratch_size(tile: Tile, sms: int) -> int:
     """Partial sums that a launch with the tile can have, whatever N, K and M."""
     if tile.regime not in SHARED:
         return 0
@@ -261,7 +292,7 @@ def _scratch_size(tile: Tile, sms: int) -> int:
 
 def scratch_for(tile: Tile, device: torch.device) -> Scratch:
     """Scratch memory that suffices for launches with one tile: for tuning and tests."""
-    return _allocate(max(1, _scratch_size(tile, multiprocessors(device))), device)
+    return allocate(max(1, scratch_size(tile, multiprocessors(device))), device)
 
 
 def scratch(device: torch.device) -> Scratch:
@@ -277,15 +308,16 @@ def scratch(device: torch.device) -> Scratch:
 def _scratch(device: torch.device) -> Scratch:
     name, sms = architecture(device), multiprocessors(device)
     sizes = [
-        _scratch_size(tile, sms)
+        scratch_size(tile, sms)
         for (of, _, _), rows in tile_table().items()
         if of == name
         for _, tile in rows
     ]
-    return _allocate(max(sizes), device)
+    return allocate(max(sizes), device)
 
 
-def _allocate(size: int, device: torch.device) -> Scratch:
+def allocate(size: int, device: torch.device) -> Scratch:
+    """Scratch memory for `size` partial sums, and all counters."""
     return Scratch(
         torch.empty(size, dtype=torch.int32, device=device),
         torch.zeros(MOST_TILES, dtype=torch.int32, device=device),

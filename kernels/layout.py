@@ -55,7 +55,7 @@ def _order(span: int) -> tuple[int, ...]:
 ORDERS = {span: _order(span) for span in (4, 8, 16, 32)}
 """Orders in which 128 inputs are stored, by the span within which they are permuted (halves.py).
 
-8: that of 16, for operands of eight neighbours a thread, which permutes within 32."""
+8: that of 16, for operands of eight neighbours per thread, which permutes within 32."""
 
 
 def padded_pairs(k: int) -> int:

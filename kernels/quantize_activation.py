@@ -9,8 +9,8 @@ which kernels are named, or for experts one of ACTIVATIONS. Without a scale over
 (halves of x or of SiLU * up) a program has 1,024 columns of a token, so that one token keeps many
 multiprocessors busy; otherwise a program holds the token's row in registers. Codes of SiLU * up,
 whose rows are long, take two kernels of chunks: the first leaves each chunk's largest magnitude,
-the second has them all before it scales (H200, K=18944: a program a row took 6.3 us for one token
-and 408 for 8,192, where SiLU * up and quantizing apart took 3.2 and 339).
+the second has them all before it scales (H200, K=18944: one program per row took 6.3 us for one
+token and 408 for 8,192, where SiLU * up and quantizing apart took 3.2 and 339).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from qig_serve.kernels.tiles import Tile
 MAX_K = 65536
 """Longest row that a program's registers hold: 64 KiB an array at 32 warps."""
 MANY_TOKENS = 512
-"""From here on programs hide one another's waits, and fewer warps a row do."""
+"""From here on programs hide one another's waits, and fewer warps per row do."""
 CHUNK = 1024
-"""Columns a program of the kernels that need no scale of a whole row."""
+"""Columns per program of the kernels that need no scale of a whole row."""
 
 
 @triton.jit

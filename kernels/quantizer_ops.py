@@ -12,6 +12,9 @@ without a residual it is an empty tensor [0].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from qig_serve.kernels import quantize_activation
@@ -58,53 +61,21 @@ def _zeros(
     return x, gate_up, weight
 
 
-def _sum(added: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """An op may not return what it was given."""
-    return added.new_empty(0) if residual is None else added
+def _of_aligned(function: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+    return lambda x: function(aligned(x))
 
 
-def _quantize_activation(x: torch.Tensor) -> Codes:
-    return quantize_activation.quantize(aligned(x))
+def _with_sum(norm: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:
+    """`norm` as an op, which may not return what it was given: without a residual, no sum."""
 
+    def op(
+        x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        given = None if residual is None else aligned(residual)
+        *found, added = norm(aligned(x), weight, eps, given)
+        return (*found, added.new_empty(0) if residual is None else added)
 
-def _rms_norm_quantize(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = None if residual is None else aligned(residual)
-    codes, scale, added = quantize_activation.rms_norm_quantize(aligned(x), weight, eps, given)
-    return codes, scale, _sum(added, residual)
-
-
-def _silu_mul_quantize(gate_up: torch.Tensor) -> Codes:
-    return quantize_activation.silu_mul_quantize(aligned(gate_up))
-
-
-def _split_halves(x: torch.Tensor) -> Halves:
-    return quantize_activation.split_halves(aligned(x))
-
-
-def _rms_norm_halves(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = None if residual is None else aligned(residual)
-    halves, words, added = quantize_activation.rms_norm_halves(aligned(x), weight, eps, given)
-    return halves, words, _sum(added, residual)
-
-
-def _silu_mul_halves(gate_up: torch.Tensor) -> Halves:
-    return quantize_activation.silu_mul_halves(aligned(gate_up))
-
-
-def _rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    given = None if residual is None else aligned(residual)
-    normalized, added = quantize_activation.rms_norm(aligned(x), weight, eps, given)
-    return normalized, _sum(added, residual)
-
-
-def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    return quantize_activation.silu_mul(aligned(gate_up))
+    return op
 
 
 def _fake_codes(x: torch.Tensor, k: int) -> Codes:
@@ -128,42 +99,42 @@ _NORM = "Tensor x, Tensor weight, float eps, Tensor? residual"
 _OPS = (
     (
         "quantize_activation(Tensor x) -> (Tensor, Tensor)",
-        _quantize_activation,
+        _of_aligned(quantize_activation.quantize),
         lambda x: _fake_codes(x, x.shape[1]),
     ),
     (
         f"rms_norm_quantize({_NORM}) -> (Tensor, Tensor, Tensor)",
-        _rms_norm_quantize,
+        _with_sum(quantize_activation.rms_norm_quantize),
         lambda x, weight, eps, residual: (*_fake_codes(x, x.shape[1]), _fake_sum(x, residual)),
     ),
     (
         "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)",
-        _silu_mul_quantize,
+        _of_aligned(quantize_activation.silu_mul_quantize),
         lambda gate_up: _fake_codes(gate_up, gate_up.shape[1] // 2),
     ),
     (
         f"rms_norm({_NORM}) -> (Tensor, Tensor)",
-        _rms_norm,
+        _with_sum(quantize_activation.rms_norm),
         lambda x, weight, eps, residual: (torch.empty_like(x), _fake_sum(x, residual)),
     ),
     (
         "silu_mul(Tensor gate_up) -> Tensor",
-        _silu_mul,
+        _of_aligned(quantize_activation.silu_mul),
         lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     ),
     (
         "split_halves(Tensor x) -> (Tensor, Tensor)",
-        _split_halves,
+        _of_aligned(quantize_activation.split_halves),
         lambda x: _fake_halves(x, x.shape[1]),
     ),
     (
         f"rms_norm_halves({_NORM}) -> (Tensor, Tensor, Tensor)",
-        _rms_norm_halves,
+        _with_sum(quantize_activation.rms_norm_halves),
         lambda x, weight, eps, residual: (*_fake_halves(x, x.shape[1]), _fake_sum(x, residual)),
     ),
     (
         "silu_mul_halves(Tensor gate_up) -> (Tensor, Tensor)",
-        _silu_mul_halves,
+        _of_aligned(quantize_activation.silu_mul_halves),
         lambda gate_up: _fake_halves(gate_up, gate_up.shape[1] // 2),
     ),
 )

@@ -37,7 +37,7 @@ def w4a8_linear_quantized(
     x_scale: torch.Tensor,
     packed: torch.Tensor,
     scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """codes int8 [M, K], x_scale fp32 [M, 1]; integer product, rescaled (+ bias): fp32 [M, N]."""
     out = int_product(codes, packed).float() * x_scale * scale.float().t()
@@ -50,7 +50,7 @@ def w4a8_linear(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantize x [M, K] a token, then `w4a8_linear_quantized`: fp32 [M, N]."""
+    """Quantize x [M, K] per token, then `w4a8_linear_quantized`: fp32 [M, N]."""
     return w4a8_linear_quantized(*quantize_activation(x), packed, scale, bias)
 
 

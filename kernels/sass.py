@@ -33,9 +33,9 @@ class Counts:
 
     registers: int
     shared: int
-    """Bytes a program."""
+    """Bytes per program."""
     stack: int
-    """Bytes of local memory a thread; spills go there."""
+    """Bytes of local memory per thread; spills go there."""
     spills: int
     """Local-memory instructions."""
     tensor_core: str

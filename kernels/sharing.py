@@ -10,7 +10,7 @@ depends neither on which program was last nor on the other tokens.
                       programs per SM. Partial sums are small, so K may be split a few times more
                       than needed, until every SM has as much to do (`programs`).
     stream_k          As many programs as fit on the device, and shares cross tiles (Osama et al.,
-                      arXiv 2301.03598): every SM has the same, with two partial sums a program at
+                      arXiv 2301.03598): every SM has the same, with two partial sums per program at
                       most.
 
 All of it is 32-bit arithmetic: 64-bit divisions at a kernel's start cost 2 us.
@@ -129,7 +129,7 @@ def leave_part(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Store this program's part [BLOCK_N, BLOCK_M] of an output tile in the scratch memory.
 
-    One tile [BLOCK_M, BLOCK_N] a program; where shares cross tiles two: of a tile that it begins
+    One tile [BLOCK_M, BLOCK_N] per program; where shares cross tiles two: of a tile that it begins
     (`starts_tile`), and of one that it does not. tokens: how many of BLOCK_M count. -> (whether all
     parts are there now, where the first and the last of them lie).
     """

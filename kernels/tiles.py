@@ -42,9 +42,9 @@ class Tile:
 
     regime: Regime
     block_m: int = 16
-    """Tokens a tile; of dequantize, nothing."""
+    """Tokens per tile; of dequantize, nothing."""
     block_n: int = 128
-    """Outputs a tile; of dequantize, rows dequantized at once (0: all), a multiple of 128."""
+    """Outputs per tile; of dequantize, rows dequantized at once (0: all), a multiple of 128."""
     num_warps: int = 4
     num_stages: int = 4
     """Loads in flight along K."""

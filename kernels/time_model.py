@@ -3,7 +3,7 @@
 A step of the main loop (128 or 256 inputs of K) takes, when R programs share an SM, the p-norm of
 five times, for they overlap but not wholly:
 
-    issue     R * warps / 4 * instructions of a warp        four schedulers, an instruction a cycle
+    issue     R * warps / 4 * instructions of a warp        four schedulers, one per cycle each
     chain     instructions of a warp, one after the other, and the tensor cores' own time: what one
               program alone on its SM waits for
     memory    R * bytes of weights / the SM's share of the memory's bandwidth
@@ -38,12 +38,12 @@ class Gpu:
     mhz: float
     """Clock under load."""
     bandwidth: float
-    """Bytes a second that reading memory reaches."""
+    """Bytes per second that reading memory reaches."""
     bf16: int
-    """Floating-point operations of the tensor cores a cycle and SM, sums in fp32."""
+    """Floating-point operations of the tensor cores per cycle and SM, sums in fp32."""
     int8: int
     shared: int = 102400
-    """Bytes of shared memory an SM."""
+    """Bytes of shared memory per SM."""
     warps: int = 48
     early: bool = False
     """Whether a kernel may start before the one before it has ended."""
@@ -69,12 +69,12 @@ class Fit:
     early: float = 0.856
     """What a dependent launch saves."""
     chain: float = 1.532
-    """Cycles an instruction, for a warp alone."""
+    """Cycles per instruction, for a warp alone."""
     chain_tensor: float = 0.636
     issue: float = 0.946
     memory: float = 0.8
     cache: float = 80.0
-    """Bytes a cycle and SM."""
+    """Bytes per cycle and SM."""
     bf16: float = 0.916
     """Share of the tensor cores' rate."""
     int8: float = 1.065

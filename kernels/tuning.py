@@ -94,7 +94,7 @@ def _count(job: tuple[str, Tile, int]) -> Counts | None:
     from qig_serve.kernels.ops import KERNELS
 
     scheme, tile, target = job
-    orders = launch.orders_of((target // 10, target % 10))
+    orders = launch.orders_for(target)
     try:
         return count(KERNELS[scheme].kernel(tile, "bf16", orders), target)
     except Exception as error:  # whatever a compiler pass raises, the candidate is none
@@ -120,9 +120,7 @@ def predicted(
         return float("inf")
     if counts.shared > SHARED_LIMIT[target]:
         return float("inf")
-    kernel = KERNELS[scheme.name].kernel(
-        tile, "bf16", launch.orders_of((target // 10, target % 10))
-    )
+    kernel = KERNELS[scheme.name].kernel(tile, "bf16", launch.orders_for(target))
     if m <= FEW and issued_per_weight(kernel, counts) > LEAN[scheme.name]:
         return float("inf")
     work = time_model.work(kernel, stored_bits(scheme), m, n, k, gpu.sms)
@@ -161,11 +159,11 @@ def choose(scheme: QuantScheme, found: Found, target: int) -> dict[str, list[dic
             own = min(times, key=lambda tile: times[tile][n, k])
             better = times[own][n, k] < _WORTH * times[best][n, k]
             rows[f"{n}x{k}"].append({"max_m": bound, **asdict(own if better else best)})
-    merged = {shape: _merged(tiles) for shape, tiles in rows.items()}
+    merged = {shape: merged_rows(tiles) for shape, tiles in rows.items()}
     return {s: r for s, r in merged.items() if s == "default" or r != merged["default"]}
 
 
-def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Neighbouring buckets with the same tile are one."""
     kept: list[dict[str, Any]] = []
     for row in rows:
@@ -206,8 +204,8 @@ def copies(tensors: dict[str, torch.Tensor], total: float = 4e8) -> list[dict[st
     ]
 
 
-def time_microseconds(calls: list[Callable[[], object]], repeats: int = 5) -> float:
-    """Median over `repeats` of the mean time of the calls, one after the other in a CUDA graph."""
+def time_microseconds(calls: list[Callable[[], object]]) -> float:
+    """Median over five rounds of the calls' mean time, one after the other in a CUDA graph."""
     calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -217,7 +215,7 @@ def time_microseconds(calls: list[Callable[[], object]], repeats: int = 5) -> fl
     graph.replay()
     torch.cuda.synchronize()
     times = []
-    for _ in range(repeats):
+    for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -230,7 +228,7 @@ def time_microseconds(calls: list[Callable[[], object]], repeats: int = 5) -> fl
 def measure(
     scheme: QuantScheme, n: int, k: int, offered: dict[int, list[Tile]], device: torch.device
 ) -> list[dict[str, Any]]:
-    """The fastest tile a bucket, of those offered for it (largest M: tiles; the last unbounded)."""
+    """The fastest tile of each bucket, of those offered (largest M: tiles; the last unbounded)."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -340,7 +338,7 @@ def _measure(counts: Path | None, most: int, quick: bool) -> int:
         scheme, by_shape = SCHEMES[name], {}
         for n, k in shapes[: 1 if quick else None]:
             offered = {m: shortlist(scheme, found, target, m, n, k, most) for m in buckets}
-            by_shape[f"{n}x{k}"] = _merged(measure(scheme, n, k, offered, device))
+            by_shape[f"{n}x{k}"] = merged_rows(measure(scheme, n, k, offered, device))
         # Other shapes take the tiles of the largest one measured.
         by_shape["default"] = max(by_shape.items(), key=lambda item: _weights(item[0]))[1]
         entry[name] = by_shape

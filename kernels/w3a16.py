@@ -309,24 +309,15 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     arguments = dict(
         weight_ptr="*i16", scale_zero_ptr="*i32", out_ptr=f"*{dtype}", N="i32", K="i32", TILES="i32"
     )
-    constants: dict[str, Any] = dict(ORDER=orders.weights, RAGGED=False, USE_PTX=True)
+    constants: dict[str, Any] = dict(ORDER=orders.weights, RAGGED=False)
     if tile.regime == "dequantize":
+        function = w3a16_dequantize.w3a16_dequantize_kernel
         arguments |= {"first_tile": "i32"}
-        return launch.of_tile(
-            w3a16_dequantize.w3a16_dequantize_kernel, arguments, constants, tile, layout.PAIR
-        )
+        return launch.of_tile(function, arguments, constants | {"USE_PTX": True}, tile, layout.PAIR)
     arguments |= dict(x_ptr=f"*{dtype}", bias_ptr=f"*{dtype}", M="i32")
-    constants |= dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True
+    return launch.of_linear(
+        w3a16_prefill_kernel, w3a16_shared_kernel, arguments, constants, tile, "fp32"
     )
-    if tile.regime == "prefill":
-        constants["GROUP_M"] = tile.group_m
-        return launch.of_tile(w3a16_prefill_kernel, arguments, constants, tile, layout.GROUP)
-    arguments |= dict(
-        partials_ptr="*fp32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32"
-    )
-    constants["ALIGNED"] = tile.regime == "split_k"
-    return launch.of_tile(w3a16_shared_kernel, arguments, constants, tile, layout.GROUP)
 
 
 def unsupported(n: int, k: int) -> str:

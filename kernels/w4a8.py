@@ -35,8 +35,6 @@ Activations are quantized a token by quantize_activation.py, fused there with wh
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -308,18 +306,7 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
         codes_ptr="*i8", token_scale_ptr="*fp32", nibbles_ptr="*i8", channel_scale_ptr="*fp32",
         bias_ptr=f"*{dtype}", out_ptr=f"*{dtype}", M="i32", N="i32", K="i32", N_PAD="i32",
     )  # fmt: skip
-    constants: dict[str, Any] = dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, HAS_BIAS=True,
-        USE_PTX=True,
-    )  # fmt: skip
-    if tile.regime == "prefill":
-        constants["GROUP_M"] = tile.group_m
-        return launch.of_tile(w4a8_prefill_kernel, arguments, constants, tile, layout.GROUP)
-    arguments |= dict(
-        partials_ptr="*i32", counter_ptr="*i32", tiles_m="i32", size="i32", rest="i32"
-    )
-    constants["ALIGNED"] = tile.regime == "split_k"
-    return launch.of_tile(w4a8_shared_kernel, arguments, constants, tile, layout.GROUP)
+    return launch.of_linear(w4a8_prefill_kernel, w4a8_shared_kernel, arguments, {}, tile, "i32")
 
 
 def unsupported(n: int, k: int) -> str:

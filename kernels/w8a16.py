@@ -1,4 +1,4 @@
-"""The vocabulary's tables, 8-bit weights with a scale a row: the output head's product, and rows.
+"""The vocabulary's tables, 8-bit weights, one scale per row: the output head's product, and rows.
 
     qig::w8a16_linear       x [M, K] -> [M, N]
     qig::w8a16_embedding    ids [M] -> [M, K], the rows of the table in 16 bits
@@ -24,7 +24,7 @@ from qig_serve.kernels.tiles import Tile, select, tiles_of
 
 FUSES_ACTIVATIONS = False
 _MOST_HALVES = 64
-_SOME, _MANY = 4, 32  # rows a program looks up: of a few tokens, and of a slice
+_SOME, _MANY = 4, 32  # rows that a program looks up: of a few tokens, and of a slice
 
 
 @triton.jit(do_not_specialize=["first", "M", "TILES"])

@@ -155,7 +155,7 @@ def dry_run(
             f"--batch-tokens (now {recipe.batch_tokens}) or --max-length, or use smaller images"
         ) from None
     factor = everything / tokens
-    waiting = everything * bytes_a_token(loaded, recipe)
+    waiting = everything * bytes_per_token(loaded, recipe)
     on_disk = recipe.offload == "disk"
     tuning = 0.0
     # Some families' blocks are not all of one size.
@@ -232,7 +232,7 @@ def seconds_at_the_head(loaded: LoadedModel, batches: Sequence[CalibrationBatch]
     return _PASSES_AT_THE_HEAD * once * tokens / rows
 
 
-def bytes_a_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
+def bytes_per_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:
     """What waits on the host for every token: the streams, and a group's inputs and targets."""
     hidden = int(loaded.text_config.hidden_size)
     widest = 0

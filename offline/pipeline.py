@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-from qig_serve import __version__
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.formats import QuantScheme, unsupported_shape
@@ -41,7 +40,7 @@ from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import ACTIVATIONS, offload_folder, pick_device
 from qig_serve.offline.processes import ALONE, Ranks, joined
 from qig_serve.offline.progress import RunProgress, device_bytes, host_bytes
-from qig_serve.offline.publish import new_report, publish
+from qig_serve.offline.publish import fingerprint, new_report, publish
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.report.pictures import KeptWeights
 from qig_serve.offline.results import (
@@ -122,21 +121,12 @@ def _quantize(
     )
     report = new_report(loaded, recipe, samples, batches, ranks)
     report.warnings += notes
-    fingerprint = {
-        "version": __version__,
-        "model": loaded.source.fingerprint(),
-        "data": report.calibration["sha256"],
-        "recipe": recipe.recorded(),
-        # Sums depend on the number of processes in the last bits.
-        "run": {"processes": ranks.size, "plain": plain},
-    }
-    ranks.agree(fingerprint)
+    identity = fingerprint(loaded, report, ranks, plain)
+    ranks.agree(identity)
     with ExitStack() as stack:
         writer = None
         if ranks.writes:
-            writer = CheckpointWriter(
-                loaded.source, output, fingerprint, resume, loaded.served_name
-            )
+            writer = CheckpointWriter(loaded.source, output, identity, resume, loaded.served_name)
             stack.enter_context(writer)
         log = None if writer is None else writer.directory / LOG_FILE
         progress = stack.enter_context(
@@ -382,7 +372,7 @@ def count_fallbacks(
     """
     found = [text for r in results for text in r.fallbacks]
     found += [
-        f"layer {index}, {name}: {linear.damping_raised} times the damping asked for, for the "
+        f"layer {index}, {name}: {linear.damping_raised} times the damping of the method, for the "
         "Hessian to be positive definite"
         for name, linear in rounding.items()
         if linear.damping_raised is not None

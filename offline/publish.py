@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from qig_serve import __version__, tensor_parallel
 from qig_serve.formats import FORMAT_VERSION
@@ -52,7 +53,7 @@ def new_report(
             **info.model_dump(),
             "images": sum(len(s.images) for s in samples),
             "tokens": dict(zip(counts, map(int, ranks.total(*counts.values())), strict=True)),
-            # So that an evaluation can tell which of its questions were calibrated on.
+            # So that an evaluation can find which of its questions were calibrated on.
             "sample_sha256": [sample_sha256(s) for s in samples],
         },
         left_alone=loaded.left_alone(),
@@ -61,6 +62,20 @@ def new_report(
         mlp_channels_of_source=padding.width if padding else None,
         producer=f"qig-serve {__version__}",
     )
+
+
+def fingerprint(
+    loaded: LoadedModel, report: QuantizationReport, ranks: Ranks, plain: bool
+) -> dict[str, Any]:
+    """What must be the same for an interrupted run to go on, and for all of its processes."""
+    return {
+        "version": __version__,
+        "model": loaded.source.fingerprint(),
+        "data": report.calibration["sha256"],
+        "recipe": report.recipe,
+        # Sums depend on the number of processes in the last bits.
+        "run": {"processes": ranks.size, "plain": plain},
+    }
 
 
 def publish(

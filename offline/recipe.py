@@ -7,7 +7,7 @@ Equalization, Rounding. Imports no torch: the command line's flags are made of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,20 +19,16 @@ from qig_serve.formats import SCHEMES, QuantScheme, get_scheme
 from qig_serve.offline.calibration.sources import CAPTIONS
 from qig_serve.text_files import read_text
 
-LossKind = Literal["mae", "mse"]
-
 
 @dataclass(frozen=True)
 class Damping:
-    """How a Hessian is damped, and in which order its columns are factored."""
+    """How the Hessian of a method that compensates errors is damped."""
 
     fraction: float = 0.01
     """What is added to the diagonal, as a fraction of `by`."""
     by: Literal["column", "mean"] = "column"
     """"column": of each entry itself, which does not see the scale of inputs; "mean": of the
     diagonal's mean, as in GPTQ."""
-    act_order: bool = True
-    """Columns in descending order of input energy; groups stay those of the stored layout."""
     validated: bool = False
     """Whether `fraction` is the least, and as many times more is added as lowers the error on
     samples left out."""
@@ -110,8 +106,6 @@ class Equalization:
 
     kind: EqualizeKind
     grid: int
-    smooth_alpha: float
-    loss: LossKind
     weighting: TokenWeighting
     compensation: Damping | None
     """Of the rounding that follows; None if it compensates nothing."""
@@ -175,19 +169,8 @@ class QuantRecipe(BaseModel):
         "model of the rounding noise",
     )
     grid: int = Field(default=20, ge=1, description="equalization exponents 0, 1/grid, ...")
-    smooth_alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of smoothquant")
-    loss: LossKind = Field(default="mae", description="loss of the search")
 
     rounding: RoundingName = Field(default="nearest", description="how weights are rounded")
-    act_order: bool = Field(
-        default=True, description="compensate in descending order of input energy"
-    )
-    damp: float = Field(
-        default=0.01,
-        gt=0,
-        description="damping of the compensation, as a fraction of input energy; qig+: the least, "
-        "from which samples left out may raise it",
-    )
 
     tuning_passes: int = Field(
         default=0,
@@ -262,23 +245,12 @@ class QuantRecipe(BaseModel):
     @property
     def equalization(self) -> Equalization:
         """How equalization scales are chosen."""
-        return Equalization(
-            self.equalize,
-            self.grid,
-            self.smooth_alpha,
-            self.loss,
-            self.weighting,
-            self.rounding_method.damping,
-        )
+        return Equalization(self.equalize, self.grid, self.weighting, self.rounding_method.damping)
 
     @property
     def rounding_method(self) -> Rounding:
-        """The row of the rounding method, with the recipe's damping."""
-        row = ROUNDINGS[self.rounding]
-        if row.damping is None:
-            return row
-        damping = replace(row.damping, fraction=self.damp, act_order=self.act_order)
-        return replace(row, damping=damping)
+        """The row of the rounding method."""
+        return ROUNDINGS[self.rounding]
 
     @property
     def needs_groups(self) -> bool:

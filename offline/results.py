@@ -142,7 +142,7 @@ class TuningReport(_Data):
     """Whether the tuned scales are those of the checkpoint."""
     steps: int = 0
     kl_before: float = 0.0
-    """Mean KL to full precision, nats a token, on calibration samples that were left out."""
+    """Mean KL to full precision, nats per token, on calibration samples that were left out."""
     kl_after: float = 0.0
     seconds: float = 0.0
 

@@ -115,7 +115,7 @@ async def _run(
             folder = source if source.is_dir() else source.parent
             handler = getattr(app.state, "openai_serving_chat", None)  # of models that generate
             chat = in_process.chat_of(handler) if handler else None
-            runner = _Runner(app, engine, folder, results, progress, chat)
+            runner = Runner(app, engine, folder, results, progress, chat)
             if give_way:  # with few cores the engine's steps would wait for this thread
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
             gc.collect()
@@ -129,7 +129,7 @@ async def _run(
     return runner.totals
 
 
-class _Runner:
+class Runner:
     """Sends requests as fast as they are taken, and writes rows as they come."""
 
     def __init__(

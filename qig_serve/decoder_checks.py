@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from qig_serve.architectures import ARCHITECTURES
-from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import text_config
 
@@ -23,7 +23,6 @@ _MLPS = {
 }
 """What stands before the linears of an MLP, and its width in config.json."""
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
-_VOCABULARY_PARTS = tuple(tensor_specs(VOCABULARY_SCHEME, 128, 128))
 
 
 def problems(
@@ -49,7 +48,7 @@ def problems(
         place = _LAYER.fullmatch(name)
         if module in linears and leaf.startswith("weight") and leaf not in suffixes:
             yield f"{name}: {manifest.scheme} stores no such tensor of a quantized linear"
-        elif module in vocabulary and leaf in _VOCABULARY_PARTS:
+        elif module in vocabulary and leaf in VOCABULARY_SCHEME.suffixes:
             continue
         elif leaf in _PARTS and module not in linears:
             yield f"{name}: there is no {module}.weight_packed beside it"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,18 +152,6 @@ def _silent(_what: str, _done: int, _total: int) -> None:
     """The progress of a caller that wants none."""
 
 
-def evaluate(
-    model: Path | str,
-    reference: Path | str | None,
-    samples: Sequence[Sample],
-    **options: Any,
-) -> EvaluationResult:
-    """One model against full precision; options as in `evaluate_many`."""
-    name = Path(model).name or "model"
-    name = name if name != REFERENCE else "model"
-    return evaluate_many([(name, model)], reference, samples, **options)[name]
-
-
 def evaluate_many(
     models: Sequence[tuple[str, Path | str]],
     reference: Path | str | None,
@@ -281,7 +268,7 @@ def evaluate_server(
     progress: Progress | None = None,
     model: str | None = None,
 ) -> EvaluationResult:
-    """An OpenAI-compatible server on the questions; `reference` is a JSON of `evaluate`."""
+    """An OpenAI-compatible server on the questions; `reference` as `read_outputs` reads it."""
     samples, say = list(samples), progress or _silent
     set_hash = set_sha256([sample_sha256(s) for s in samples])
     wanted = None if reference is None else read_outputs(Path(reference), samples, set_hash)
@@ -351,14 +338,3 @@ def _calibration_overlap(directory: Path, samples: Sequence[Sample]) -> tuple[st
     except (ValueError, KeyError, TypeError):
         return None
     return tuple(overlap(samples, hashes))
-
-
-def write_json(path: Path, record: Any) -> None:
-    """JSON beside the target, then renamed onto it, so that no half file is left."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None

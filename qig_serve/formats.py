@@ -71,6 +71,11 @@ class QuantScheme:
         return Fraction(32, self.bits)
 
     @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of the tensors that replace a linear's weight end in."""
+        return tuple(tensor_specs(self, 1, WORD_INPUTS))
+
+    @property
     def cut_multiple(self) -> int:
         """Each part of K must be a multiple of this where tensor parallelism cuts K."""
         return self.group_size or WORD_INPUTS
@@ -86,7 +91,7 @@ SCHEMES: dict[str, QuantScheme] = {
         QuantScheme("w3a16", bits=3, symmetric=False, group_size=GROUP_SIZE),
         QuantScheme("w4a8", bits=4, symmetric=True, group_size=None, activation_bits=8),
         QuantScheme("w8a16", bits=8, symmetric=True, group_size=None, servable=False),
-        # For comparing methods where the served schemes are too mild to tell them apart.
+        # For comparing methods where the served schemes are too mild to distinguish them.
         QuantScheme("w2a16", bits=2, symmetric=False, group_size=GROUP_SIZE, servable=False),
         QuantScheme("w2a16-channel", bits=2, symmetric=False, group_size=None, servable=False),
     )
@@ -137,7 +142,7 @@ def unsupported_shape(scheme: QuantScheme, n: int, k: int) -> str | None:
 
 
 def group_inputs(k: int, groups: int) -> int:
-    """Inputs a group, of a row of K inputs in `groups` groups.
+    """Inputs per group, of a row of K inputs in `groups` groups.
 
     GROUP_SIZE where that makes so many, the last one perhaps shorter; equal parts otherwise.
     """

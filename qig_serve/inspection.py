@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from qig_serve import decoder_checks
 from qig_serve.errors import UserError
-from qig_serve.formats import VOCABULARY_SCHEME, WORD_INPUTS, QuantScheme, tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme, tensor_specs
 from qig_serve.hashes import HASHES_FILE, file_sha256
 from qig_serve.manifest import QuantizationConfig
-from qig_serve.model_directory import INDEX_FILE, read_config, read_json, read_manifest
+from qig_serve.model_directory import (
+    INDEX_FILE,
+    read_config,
+    read_json,
+    read_manifest,
+    tensor_headers,
+)
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _SPEC_DTYPES = {"int32": ("I32",), "uint8": ("U8",), "float32": ("F32",)}
@@ -119,7 +125,8 @@ def inspect(directory: Path) -> Inspection:
     if not shards:
         raise UserError(f"{directory}: no .safetensors files there")
     for shard in shards:
-        for name, tensor in _header(shard):
+        for name, dtype, shape in tensor_headers(shard):
+            tensor = StoredTensor(shard.name, dtype, shape)
             if name in tensors:
                 twice.append(f"{name}: in two shards, {tensors[name].file} and {tensor.file}")
             tensors[name] = tensor
@@ -130,9 +137,8 @@ def inspect(directory: Path) -> Inspection:
     _collect_linears(found)
     linears = {linear.name: (linear.n, linear.k) for linear in found.linears}
     vocabulary = {table.name: (table.n, table.k) for table in found.vocabulary}
-    suffixes = tensor_specs(manifest.quant_scheme, 1, WORD_INPUTS)
     found.problems += decoder_checks.problems(
-        config, manifest, tensors, linears, suffixes, vocabulary
+        config, manifest, tensors, linears, manifest.quant_scheme.suffixes, vocabulary
     )
     return found
 
@@ -230,23 +236,6 @@ def _stored_bytes(found: Inspection, linear: str, scheme: QuantScheme, n: int, k
         else:
             nbytes += tensor.nbytes
     return nbytes
-
-
-def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """(name, tensor) of a safetensors file; UserError that names the file when it is damaged.
-
-    safetensors itself refuses headers over 100 MB, tensors that overlap or leave gaps, and files
-    that are longer or shorter than described.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict
-                tensor = shard.get_slice(name)
-                yield name, StoredTensor(path.name, tensor.get_dtype(), tuple(tensor.get_shape()))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None
 
 
 def _check_index(found: Inspection) -> None:

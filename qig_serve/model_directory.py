@@ -179,14 +179,24 @@ def dtype_named(name: str, where: Path | str) -> torch.dtype:
 
 def _stored_dtypes(directory: Path) -> Iterator[str]:
     """Of the floating-point tensors in the safetensors files, scales of codes apart."""
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, dtype, _ in tensor_headers(path):
+            if dtype in _STORED and not name.endswith(".weight_scale"):
+                yield _STORED[dtype]
+
+
+def tensor_headers(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of each tensor of a safetensors file; UserError if it is damaged.
+
+    safetensors itself refuses headers over 100 MB, tensors that overlap or leave gaps, and files
+    that are longer or shorter than described.
+    """
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="np") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    dtype = shard.get_slice(name).get_dtype()
-                    if dtype in _STORED and not name.endswith(".weight_scale"):
-                        yield _STORED[dtype]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None
+    try:
+        with safe_open(path, framework="np") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                tensor = shard.get_slice(name)
+                yield name, tensor.get_dtype(), tuple(tensor.get_shape())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None

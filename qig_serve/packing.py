@@ -29,7 +29,7 @@ def scale_dtype(scheme: QuantScheme, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """[N, K] -> [N, G, S], S inputs a group; a shorter last group is filled up with zeros."""
+    """[N, K] -> [N, G, S], S inputs per group; a shorter last group is filled up with zeros."""
     n, k = weight.shape
     size = group_inputs(k, groups)
     if missing := groups * size - k:

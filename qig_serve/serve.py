@@ -22,7 +22,7 @@ from qig_serve.serving.limits import Limits
 DRAIN_SECONDS = 30
 """How long SIGTERM waits for requests that are running, unless --shutdown-timeout is given."""
 
-SEQUENCES_A_REQUEST = 128
+SEQUENCES_PER_REQUEST = 128
 """Answers (`n`), and prompts, that one request may ask for; vLLM's 16,384 and 1,024 let one
 request keep all others waiting for minutes. VLLM_MAX_N_SEQUENCES and VLLM_MAX_COMPLETION_PROMPTS
 change them."""
@@ -95,7 +95,7 @@ def set_environment(limits: Limits) -> None:
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(limits.max_image_pixels)
     os.environ.setdefault("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", str(limits.max_body_mb))
     for name in ("VLLM_MAX_N_SEQUENCES", "VLLM_MAX_COMPLETION_PROMPTS"):
-        os.environ.setdefault(name, str(SEQUENCES_A_REQUEST))
+        os.environ.setdefault(name, str(SEQUENCES_PER_REQUEST))
 
 
 def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:

@@ -14,6 +14,8 @@ from qig_serve.architectures import ARCHITECTURES
 
 SIZES = (1, 2, 4, 8, 16)
 """The sizes that are looked at."""
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "w2")
+"""Linears whose inputs are cut; of the others the outputs are."""
 
 
 def why_refused(
@@ -77,6 +79,11 @@ def fitting_sizes(refused: Mapping[int, str]) -> list[int]:
 def sizes_for_inputs(k: int, cut_multiple: int) -> list[int]:
     """Those of SIZES that split K inputs into parts of whole groups."""
     return [size for size in SIZES if size == 1 or k % (size * cut_multiple) == 0]
+
+
+def shard(name: str, n: int, k: int, size: int) -> tuple[int, int]:
+    """[N, K] of one device's part of the linear `name` of [n, k]."""
+    return (n, k // size) if name.endswith(_ROW_PARALLEL) else (n // size, k)
 
 
 def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:

@@ -93,7 +93,7 @@ class PackedVocabulary:
     def dequantize(self, dtype: torch.dtype) -> None:
         """Give the modules the weights that the codes stand for."""
         for module in self.packed:
-            suffixes = list(tensor_specs(VOCABULARY_SCHEME, 128, 128))
+            suffixes = VOCABULARY_SCHEME.suffixes
             tensors = {suffix: getattr(module, suffix).data for suffix in suffixes}
             for suffix in suffixes:
                 delattr(module, suffix)

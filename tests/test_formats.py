@@ -31,7 +31,7 @@ def test_unknown_scheme_lists_the_known_ones() -> None:
         get_scheme("w5a5")
 
 
-def test_three_bits_a_weight_exactly() -> None:
+def test_three_bits_per_weight_exactly() -> None:
     assert tensor_specs(SCHEMES["w3a16"], 4, 256)["weight_packed"].shape == (4, 24)
 
 

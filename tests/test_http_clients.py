@@ -110,7 +110,7 @@ def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
     sample = sample_from_parts("1", "all", b"", "", "")
     message = rf"does not answer through the proxy of HTTP_PROXY={DEAD} "
     with pytest.raises(UserError, match=message):
-        ask_server("http://example.invalid", [sample], 1, lambda *_: None)
+        ask_server("http://example.invalid", [sample], 1, lambda *_: None, None)
     assert proxy_in_words("http://localhost:1") == ""
     monkeypatch.setenv("NO_PROXY", "example.invalid")
     assert proxy_in_words("http://example.invalid") == ""

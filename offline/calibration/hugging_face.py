@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 from PIL import Image
 
 from qig_serve.errors import UserError
+from qig_serve.extras import require
 from qig_serve.samples import ImageSource, Sample, load_image, picture_path
 
 CAPTION_QUESTION = "Describe the image."
@@ -92,13 +93,9 @@ def _rows(
     source: str, name: str, options: Mapping[str, str], seed: int, buffer: int, most: int
 ) -> Iterator[dict[str, Any]]:
     """The first `most` rows in the order of the seed; UserError for all that datasets raises."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{source} needs the package datasets: pip install 'qig-serve[datasets]', or name "
-            "other data with --calib"
-        ) from None
+    require("datasets", f"{source} (--calib names other data)")
+    import datasets
+
     try:
         stream = _open(datasets, name, options)
         yield from stream.shuffle(seed=seed, buffer_size=buffer).take(most)

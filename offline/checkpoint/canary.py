@@ -23,7 +23,7 @@ from PIL import Image
 
 from qig_serve import model_directory
 from qig_serve.errors import UserError
-from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME
 from qig_serve.offline.calibration.batches import IMAGE, CalibrationBatch, make_batches
 from qig_serve.offline.checkpoint.written import CompressedModel, PlainModel, WrittenModel
 from qig_serve.offline.disk import write_text
@@ -124,7 +124,7 @@ class Canary:
         inside = (self.original.source_prefix, written.source_prefix)
         rounded = set()
         for module in self.original.eight_bit:
-            parts = {f"{module}.{suffix}" for suffix in tensor_specs(VOCABULARY_SCHEME, 128, 128)}
+            parts = {f"{module}.{suffix}" for suffix in VOCABULARY_SCHEME.suffixes}
             rounded |= {f"{module}.weight", *parts}
             _check_rounding(source, written.source, module)
         for name in sorted({*by_name, *written.source} - rounded):
@@ -164,10 +164,7 @@ def _check_rounding(source: SourceCheckpoint, written: SourceCheckpoint, module:
     name = f"{module}.weight"
     if name in written:
         raise UserError(f"{name} is in the written checkpoint, which has it in 8 bits, too")
-    parts = {
-        suffix: written.tensor(f"{module}.{suffix}")
-        for suffix in tensor_specs(VOCABULARY_SCHEME, 128, 128)
-    }
+    parts = {s: written.tensor(f"{module}.{s}") for s in VOCABULARY_SCHEME.suffixes}
     weight = source.tensor(name)
     scale = parts["weight_scale"]
     for start in range(0, len(weight), _ROWS):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION
 from qig_serve.hashes import HASHES_FILE, file_sha256
+from qig_serve.model_directory import read_config
 from qig_serve.offline.checkpoint.forms import Form
 from qig_serve.offline.disk import (
     ResumableError,
@@ -244,8 +245,7 @@ class CheckpointWriter:
                 shards = [self._converted(i, form) for i in sorted(self._blocks)]
             number_shards(shards + self._copy_untouched(form))
             self._copy_other_files()
-            config = json.loads((self.source.directory / "config.json").read_text("utf-8"))
-            config |= form.config
+            config = {**read_config(self.source.directory), **form.config}
             write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
             if check is not None:
                 check(self.directory)

@@ -17,7 +17,7 @@ from qig_serve import model_directory
 from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
 from qig_serve.family_row import any_expert
-from qig_serve.formats import QuantScheme, tensor_specs
+from qig_serve.formats import QuantScheme
 from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.source.loaded_model import LoadedModel, load_front
 from qig_serve.offline.source.surplus import (
@@ -68,7 +68,7 @@ class WrittenModel(LoadedModel):
         """Sets what config.json says of the quantization."""
         self._scheme = model_directory.read_manifest(self.directory).quant_scheme
         self.activation_bits = self._scheme.activation_bits
-        self.suffixes = tuple(tensor_specs(self._scheme, 128, 128))
+        self.suffixes = self._scheme.suffixes
 
     def _weight(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return unpack_linear(dict(parts), self._scheme)

@@ -76,7 +76,7 @@ def _part_weights(
 ) -> list[torch.Tensor]:
     """Weights of the parts' tokens, [1, tokens] each."""
     assert group.expert is not None
-    power = 1 if settings.loss == "mae" and settings.kind != "channels" else 2
+    power = 2 if settings.kind == "channels" else 1
     flat = torch.cat(
         [
             routed.token_weights(b, group.expert, weights[streams.mask(b)], power)

@@ -13,6 +13,7 @@ from qig_serve.family_row import SmoothingGroup
 from qig_serve.offline.equalization.channel_scales import Noise, token_moments
 from qig_serve.offline.equalization.search import Candidate, SearchBatch, best, evaluate_candidates
 from qig_serve.offline.equalization.smoothing import (
+    SMOOTH_ALPHA,
     fold,
     group_scales,
     output_of_channel,
@@ -113,7 +114,6 @@ def search_scales(
             batches,
             streams.scheme,
             streams.dtype,
-            settings.loss,
             where,
             streams.ranks,
             inner_names(group, group.readers),
@@ -156,8 +156,8 @@ def _candidates(
         weights = [block.get_submodule(name).weight.abs().amax(0) for name in group.linears]
         weight_max = previous_outputs(block, group, torch.stack(weights).amax(0))
         act_max = previous_outputs(block, group, captured.act_max)
-        scales = smoothquant_scales(act_max, weight_max, settings.smooth_alpha)
-        candidates.append(candidate(settings.smooth_alpha, scales))
+        scales = smoothquant_scales(act_max, weight_max)
+        candidates.append(candidate(SMOOTH_ALPHA, scales))
     return candidates
 
 

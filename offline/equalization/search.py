@@ -1,6 +1,6 @@
 """The equalization search: one loss, one grid; methods differ only in the token weights.
 
-    min over s of sum_t lambda_t loss( f(X / s, Q_W(W diag(s))), f(X, W) )_t
+    min over s of sum_t lambda_t mean over channels | f(X / s, Q_W(W diag(s))) - f(X, W) |_t
 
 f is the module at whose output the loss is measured (attention, MLP, or one linear); for w4a8 the
 inputs of all its linears are int8-quantized in the first term. Token weights sum to 1 for each
@@ -18,6 +18,7 @@ from torch import nn
 
 from qig_serve.errors import UserError
 from qig_serve.formats import QuantScheme
+from qig_serve.offline.importance.attribution import discrepancy
 from qig_serve.offline.passes.capture import (
     ModuleCall,
     all_linears,
@@ -26,7 +27,6 @@ from qig_serve.offline.passes.capture import (
     run_module,
 )
 from qig_serve.offline.processes import ALONE, Ranks
-from qig_serve.offline.recipe import LossKind
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,6 @@ class Candidate:
     """One an input of the linears, as stored: what the search multiplies by."""
 
 
-def token_loss(output: torch.Tensor, target: torch.Tensor, loss: LossKind) -> torch.Tensor:
-    """Loss of each token, [B, T], fp32: mean over output channels of |error| or error^2."""
-    error = output.float() - target.float()
-    return error.abs().mean(-1) if loss == "mae" else error.square().mean(-1)
-
-
 @torch.no_grad()
 def evaluate_candidates(
     module: nn.Module,
@@ -66,7 +60,6 @@ def evaluate_candidates(
     batches: Callable[[], Iterable[SearchBatch]],
     scheme: QuantScheme,
     dtype: torch.dtype,
-    loss: LossKind,
     where: str,
     ranks: Ranks = ALONE,
     readers: Sequence[str] = (),
@@ -88,7 +81,7 @@ def evaluate_candidates(
             for batch in batches():
                 call = batch.call.with_input(batch.call.hidden / candidate.columns)
                 output = run_module(module, call, weights)
-                value = (token_loss(output, batch.target, loss) * batch.token_weights).sum()
+                value = (discrepancy(output, batch.target) * batch.token_weights).sum()
                 # Read once per candidate, so that nothing waits for a GPU.
                 total = total.to(value.device) + value
                 weight = weight.to(value.device) + batch.token_weights.sum()

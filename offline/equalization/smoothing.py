@@ -13,6 +13,8 @@ from torch import nn
 from qig_serve.family_row import SmoothingGroup
 
 SCALE_FLOOR = 1e-4
+SMOOTH_ALPHA = 0.5
+"""SmoothQuant's: how much of the difficulty moves from activations to weights."""
 
 
 def outputs(block: nn.Module, group: SmoothingGroup) -> slice:
@@ -54,12 +56,10 @@ def power_scales(act_mean: torch.Tensor, exponent: float) -> torch.Tensor:
     return scales / (scales.max() * scales.min()).sqrt()
 
 
-def smoothquant_scales(
-    act_max: torch.Tensor, weight_max: torch.Tensor, alpha: float
-) -> torch.Tensor:
+def smoothquant_scales(act_max: torch.Tensor, weight_max: torch.Tensor) -> torch.Tensor:
     """s_c = max |X_c|^alpha / max |W_c|^(1 - alpha) (arXiv 2211.10438, eq. 4), floored."""
-    ratio = act_max.float().pow(alpha) / weight_max.float().clamp(min=1e-5).pow(1 - alpha)
-    return ratio.clamp(min=SCALE_FLOOR)
+    weights = weight_max.float().clamp(min=1e-5).pow(1 - SMOOTH_ALPHA)
+    return (act_max.float().pow(SMOOTH_ALPHA) / weights).clamp(min=SCALE_FLOOR)
 
 
 def group_scales(

@@ -111,7 +111,7 @@ def branches(
     call: ModuleCall,
     scheme: QuantScheme,
     dtype: torch.dtype,
-    readers: Sequence[str] = (),
+    readers: Sequence[str],
 ) -> tuple[Branch, Branch]:
     """f(., w) and f(., w_q) of a module that is called like `call`, which is not run.
 

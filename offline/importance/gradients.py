@@ -45,7 +45,7 @@ def answer_loss(logits: torch.Tensor, ids: torch.Tensor, answer_mask: torch.Tens
 
 
 def model_gradients(
-    loaded: LoadedModel, batches: Sequence[CalibrationBatch], ranks: Ranks = ALONE
+    loaded: LoadedModel, batches: Sequence[CalibrationBatch], ranks: Ranks
 ) -> AnswerGradients:
     """Gradients at every group's loss module: loads the whole model, which nothing else does."""
     from transformers import AutoModelForImageTextToText

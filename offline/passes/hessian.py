@@ -43,7 +43,7 @@ class Factor:
 
 
 def factorize(hessian: torch.Tensor, damping: Damping) -> Factor:
-    """Damp H [K, K], order its columns and factor it.
+    """Damp H [K, K], order its columns by descending energy and factor it.
 
     Damping by column is invariant to scaling inputs: next to a few channels a thousand times as
     strong as the rest, the mean would drown all that the rest could make up for.
@@ -52,9 +52,7 @@ def factorize(hessian: torch.Tensor, damping: Damping) -> Factor:
     does. Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
     """
     energy = hessian.diagonal()
-    order = torch.arange(len(energy), device=hessian.device)
-    if damping.act_order:
-        order = torch.argsort(energy, descending=True, stable=True)
+    order = torch.argsort(energy, descending=True, stable=True)
     h = hessian.double()[order][:, order]
     diagonal = h.diagonal().clone()
     dead = diagonal <= 0
@@ -91,9 +89,7 @@ def validated_damping(halves: Sequence[tuple[torch.Tensor, torch.Tensor]], least
     costs little beside that factor.
     """
     energy = (halves[0][0] + halves[1][0]).diagonal()
-    order = torch.arange(len(energy), device=energy.device)
-    if least.act_order:
-        order = torch.argsort(energy, descending=True, stable=True)
+    order = torch.argsort(energy, descending=True, stable=True)
     order = order[energy[order] > 0]
     scale = energy[order].rsqrt()
     scaled = [h[order][:, order] * scale[:, None] * scale for h, _ in halves]

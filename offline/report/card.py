@@ -243,7 +243,7 @@ def model_card(
     report: QuantizationReport,
     quantization_config: Mapping[str, Any],
     inherited: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None,
 ) -> str:
     """The card as text; `inherited` is the front matter of the source model's card."""
     scheme = get_scheme(report.scheme)

@@ -16,6 +16,7 @@ from qig_serve.offline.report.pictures import TokenPicture
 from qig_serve.offline.report.token_map import heat_map
 
 _LONGEST = 448  # pixels of the longer side of a picture in a report
+_WIDTH = 54  # characters of a line of words
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -142,9 +143,9 @@ def picture_png(picture: TokenPicture, path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]], width: int = 54) -> None:
-    """Words in a monospaced face, shaded, `width` characters per line."""
-    axes.set_xlim(0, width)
+def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]]) -> None:
+    """Words in a monospaced face, shaded."""
+    axes.set_xlim(0, _WIDTH)
     axes.set_ylim(-24, 1)
     most = max((weight for _, weight, counts, _ in words if counts), default=0.0) or 1.0
     column, line = 0, 0
@@ -152,7 +153,7 @@ def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]], width
         shown = text.replace("\n", " ").strip()
         if not shown:
             continue
-        if column and column + len(shown) > width:
+        if column and column + len(shown) > _WIDTH:
             column, line = 0, line - 1
         back = (0, 0.447, 0.698, 0.75 * weight / most if counts else 0.0)
         axes.text(

@@ -81,8 +81,7 @@ def _gib(count: int) -> str:
 
 def render_html(
     report: QuantizationReport,
-    pictures: Sequence[TokenPicture] = (),
-    evaluation: Mapping[str, Any] | None = None,
+    pictures: Sequence[TokenPicture],
 ) -> str:
     """One self-contained page: nothing in it is loaded from elsewhere, and no script runs."""
     name = public_name(report.model).rpartition("/")[2]
@@ -90,7 +89,7 @@ def render_html(
     sections = [
         _warnings(report),
         _overview(report),
-        _evaluation(evaluation),
+        _evaluation(None),
         _losses(report),
         _equalization(report),
         _attribution(report),
@@ -108,7 +107,7 @@ def _recipe(report: QuantizationReport) -> str:
 
 
 def with_evaluation(page: str, evaluation: Mapping[str, Any]) -> str:
-    """A page of `render_html` with another evaluation in it."""
+    """A page of `render_html` with an evaluation in it."""
     before, _, rest = page.partition(_EVALUATION_START)
     _, _, after = rest.partition(_EVALUATION_END)
     return before + _evaluation(evaluation) + after

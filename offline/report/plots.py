@@ -109,12 +109,12 @@ Points = Sequence[tuple[int, str, float]]
 """(block, name of the line, value)."""
 
 
-def _lines(axes: Any, points: Points, x: str, y: str) -> None:
+def _lines(axes: Any, points: Points, y: str) -> None:
     """One line per name, across depth."""
     for number, name in enumerate(dict.fromkeys(name for _, name, _ in points)):
         own = [(block, value) for block, other, value in points if other == name]
         series(axes, number, [p[0] for p in own], [p[1] for p in own], name)
-    finish(axes, x, y)
+    finish(axes, "block", y)
 
 
 def _of_modules(
@@ -134,7 +134,7 @@ def loss_plot(report: QuantizationReport) -> str | None:
         return None
     fig, axes = figure()
     axes.axhline(1, color=_INK, lw=1)
-    _lines(axes, points, "block", "loss / loss of RTN")
+    _lines(axes, points, "loss / loss of RTN")
     axes.set_ylim(bottom=0)
     return svg(
         fig,
@@ -149,7 +149,7 @@ def exponent_plot(report: QuantizationReport) -> str | None:
     if not points:
         return None
     fig, axes = figure(height=2.4)
-    _lines(axes, points, "block", "exponent r")
+    _lines(axes, points, "exponent r")
     axes.set_ylim(-0.03, 1.03)
     return svg(fig, f"Chosen equalization exponents by module and block, {_range(points)}")
 
@@ -164,7 +164,7 @@ def clip_plot(report: QuantizationReport) -> str | None:
     if not points:
         return None
     fig, axes = figure(height=2.4)
-    _lines(axes, points, "block", "clip ratio")
+    _lines(axes, points, "clip ratio")
     return svg(fig, f"Range over min-max range by linear and block, {_range(points)}")
 
 
@@ -185,7 +185,7 @@ def completeness_plot(report: QuantizationReport) -> str | None:
         return None
     fig, axes = figure(height=2.4)
     percent = [(block, name, 100 * value) for block, name, value in points]
-    _lines(axes, percent, "block", "error, %")
+    _lines(axes, percent, "error, %")
     axes.set_ylim(bottom=0)
     worst = max(p[2] for p in points)
     if worst > 1:
@@ -215,25 +215,12 @@ def token_share_plot(report: QuantizationReport) -> str | None:
         before = [100 * _shares(b, modality, "before_clip") for b in blocks]
         after = [100 * _shares(b, modality, "after_clip") for b in blocks]
         colour, marker = _SERIES[number % 4], _MARKERS[number % len(_MARKERS)]
-        axes.plot(
-            index,
-            before,
-            color=colour,
-            marker=marker,
-            mfc="none",
-            ls=":",
-            ms=5,
-            label=f"{modality}, before clipping",
-        )
-        axes.plot(
-            index,
-            after,
-            color=colour,
-            marker=marker,
-            ls="-",
-            ms=5,
-            label=f"{modality}, after clipping",
-        )
+        for values, when, style in (
+            (before, "before", {"ls": ":", "mfc": "none"}),
+            (after, "after", {"ls": "-"}),
+        ):
+            label = f"{modality}, {when} clipping"
+            axes.plot(index, values, color=colour, marker=marker, ms=5, label=label, **style)
         shares.append(f"{modality} {_mean(before):.0f}% before and {_mean(after):.0f}% after")
     axes.set_ylim(-3, 103)
     finish(axes, "block", "share of weight, %")

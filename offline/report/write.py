@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qig_serve.model_directory import read_config
 from qig_serve.offline.disk import replace_files, write_text
 from qig_serve.offline.report.card import front_matter, model_card
 from qig_serve.offline.report.page import render_html, with_evaluation
@@ -27,22 +28,17 @@ def write_reports(
     quantization_config: Mapping[str, Any],
     source_card: Path | None = None,
     pictures: Sequence[TokenPicture] = (),
-    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the three files into the directory of a checkpoint in the making.
 
     `quantization_config` is what config.json will say; `source_card` is the source model's
-    README.md, whose licence and languages are kept. `evaluation` as in `add_evaluation`.
+    README.md, whose licence and languages are kept.
     """
     data = report.model_dump(mode="json")
-    if evaluation is not None:
-        data["evaluation"] = dict(evaluation)
     write_text(directory / REPORT_FILE, json.dumps(data, indent=1) + "\n")
-    write_text(directory / HTML_FILE, render_html(report, pictures, evaluation))
+    write_text(directory / HTML_FILE, render_html(report, pictures))
     inherited = front_matter(source_card) if source_card is not None else {}
-    write_text(
-        directory / CARD_FILE, model_card(report, quantization_config, inherited, evaluation)
-    )
+    write_text(directory / CARD_FILE, model_card(report, quantization_config, inherited, None))
 
 
 def add_evaluation(directory: Path, evaluation: Mapping[str, Any]) -> None:
@@ -56,7 +52,7 @@ def add_evaluation(directory: Path, evaluation: Mapping[str, Any]) -> None:
     data.pop("evaluation", None)
     report = QuantizationReport.model_validate(data)
     page = (directory / HTML_FILE).read_text(encoding="utf-8")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     ours = config.get("qig", config["quantization_config"])  # the first: compressed-tensors
     data["evaluation"] = dict(evaluation)
     replace_files(

@@ -1,4 +1,4 @@
-"""Published files of experts, read as one tensor an expert and projection.
+"""Published files of experts, read as one tensor per expert and projection.
 
 Some files hold a block's experts in two 3-D tensors, others one tensor each, which is what experts
 are everywhere else here (qig_serve/experts.py). An expert's part of a 3-D tensor is read when it is
@@ -21,7 +21,7 @@ def unfuse(source: SourceCheckpoint, prefix: str, config: Any) -> None:
     """Has every 3-D tensor of the blocks under `prefix` go by the names of its experts' weights.
 
     config: the decoder's. [E, out, in], or as Qwen3-VL's files have it [E, in, out], which the
-    shape tells; of a square one the first, as transformers takes it. UserError for other shapes.
+    shape shows; of a square one the first, as transformers takes it. UserError for other shapes.
     """
     fused = re.compile(rf"{re.escape(prefix)}\d+\.(?:\w+\.)*{EXPERTS}\.({'|'.join(_PARTS)})")
     for name in source:

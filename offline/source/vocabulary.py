@@ -1,7 +1,7 @@
 """The tables outside of the blocks that are as long as the vocabulary: embeddings and head.
 
-They may be stored in 8 bits, rounded to nearest with a scale a row. A tied model has one table for
-embedding and head.
+They may be stored in 8 bits, rounded to nearest with one scale per row. A tied model has one table
+for embedding and head.
 """
 
 from __future__ import annotations

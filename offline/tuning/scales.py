@@ -177,11 +177,13 @@ class Tuning:
         self.backward(gradients)
 
 
-def tune(tuning: Tuning, passes: int, seed: int, tell: Callable[[int, int], None]) -> TuningReport:
+def tune(
+    tuning: Tuning, passes: int, seed: int, progress: Callable[[int, int], None]
+) -> TuningReport:
     """Moves the factors of all blocks; where that does not help samples left out, not at all.
 
     The same seed, samples and number of processes give the same factors. Nothing is tuned with
-    fewer than LEFT_OUT batches in a process: nothing could judge. `tell(done, steps)` is called
+    fewer than LEFT_OUT batches in a process: nothing could judge. `progress(done, steps)` is called
     after each step.
     """
     streams = tuning.streams
@@ -200,7 +202,7 @@ def tune(tuning: Tuning, passes: int, seed: int, tell: Callable[[int, int], None
         adam.zero_grad()
         tuning.step(drawn({b: tuning.judged(b) for b in chosen}, share, draws))
         adam.step()
-        tell(number + 1, len(schedule))
+        progress(number + 1, len(schedule))
     for kept in tuning.blocks:
         kept.settle()
     after = tuning.kl(judges)

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from qig_serve.errors import UserError
+from qig_serve.records import check_folder, write_json
 
 HELP = "show on a picture which tokens the method weighs, without quantizing"
 
@@ -57,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Attribute and write the picture."""
     if args.output.suffix not in (".html", ".png"):
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
-    for path in (args.output, args.json):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist")
+    check_folder(args.output, args.json)
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
 
@@ -92,8 +91,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         args.output.write_text(picture_page(picture), encoding="utf-8")
     if args.json:
-        from qig_serve.evaluate import write_json
-
         write_json(args.json, picture.to_json(errors))
     if not args.quiet:
         for layer, error in errors.items():

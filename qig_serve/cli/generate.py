@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from qig_serve.records import check_folder, write_json
+
 HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
 
 
@@ -52,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     args, flags = after.parse_known_args(args.flags)
     if args.input is None or args.output is None:
         raise UserError("say what to read with -i and where to write with -o")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"the folder of {args.json} does not exist")
+    check_folder(args.json)
     if args.quiet:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     try:
@@ -76,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     if args.json:
-        from qig_serve.evaluate import write_json
-
         write_json(args.json, dataclasses.asdict(totals))
     if not args.quiet or totals.failed:
         print(

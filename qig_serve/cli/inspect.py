@@ -81,15 +81,15 @@ def _record(found: Inspection | None, wrong: list[str], verified: bool) -> dict[
         "calibration": config.calibration.model_dump(mode="json") if config.calibration else None,
         "bytes": found.nbytes,
         "bytes_in_16_bits": found.bytes_in_16_bits,
-        "bits_a_weight": found.bits,
-        "bits_a_weight_of_model": found.bits_of_model,
+        "bits_per_weight": found.bits,
+        "bits_per_weight_of_model": found.bits_of_model,
         "tensor_parallel_sizes": config.tensor_parallel_sizes,
         "linears": {
-            linear.name: {"out": linear.n, "in": linear.k, "bits_a_weight": linear.bits}
+            linear.name: {"out": linear.n, "in": linear.k, "bits_per_weight": linear.bits}
             for linear in found.linears
         },
         "vocabulary": {
-            table.name: {"out": table.n, "in": table.k, "bits_a_weight": table.bits}
+            table.name: {"out": table.n, "in": table.k, "bits_per_weight": table.bits}
             for table in found.vocabulary
         },
         "left_in_16_bits": found.left_alone(),

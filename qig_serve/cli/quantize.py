@@ -22,6 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from qig_serve.records import check_folder, write_json
+
 HELP = "quantize a model with QIG, or with one of the methods it is compared with"
 
 
@@ -106,12 +108,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise UserError("say where the checkpoint goes: --output DIR")
 
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"the folder of {args.json} does not exist")
+    check_folder(args.json)
     if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 
-    from qig_serve.evaluate import load_samples, write_json
+    from qig_serve.evaluate import load_samples
     from qig_serve.offline.checkpoint.writer import partial_directory
     from qig_serve.offline.pipeline import quantize
     from qig_serve.offline.report.card import calibration_figures

@@ -30,7 +30,7 @@ class Batch:
 
     pixels: torch.Tensor  # [B, 3, 144, 144], -1..1
     ids: torch.Tensor  # [B, L]
-    positions: torch.Tensor  # [3, B, L], one row an axis
+    positions: torch.Tensor  # [3, B, L], one row per axis
     mask: torch.Tensor  # [B, 1, L, L], 0 or a large negative number
     where: torch.Tensor  # [T] flat index (B * L) of the token that predicts an answer token
     target: torch.Tensor  # [T]

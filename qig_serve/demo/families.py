@@ -42,15 +42,8 @@ def _llava_config(spec: ModelSpec, tokenizer: Any) -> Any:
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **token_ids(tokenizer),
     )
-
-
-def _llava_model(config: Any) -> Any:
-    from transformers import LlavaForConditionalGeneration
-
-    return LlavaForConditionalGeneration(config)
 
 
 def _llava_processor(tokenizer: Any, template: str) -> Any:
@@ -123,15 +116,8 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **token_ids(tokenizer),
     )
-
-
-def _qwen2_vl_model(config: Any) -> Any:
-    from transformers import Qwen2VLForConditionalGeneration
-
-    return Qwen2VLForConditionalGeneration(config)
 
 
 def _qwen2_vl_processor(tokenizer: Any, template: str) -> Any:
@@ -179,7 +165,7 @@ def _qwen3_vl_moe_config(spec: ModelSpec, tokenizer: Any) -> Any:
     dense = _qwen2_vl_config(spec, tokenizer)
     text = {**decoder_sizes(spec), **token_ids(tokenizer), "rms_norm_eps": 1e-6}
     rope = {**dense.text_config.rope_parameters, "mrope_interleaved": True}
-    return Qwen3VLMoeConfig(
+    config = Qwen3VLMoeConfig(
         vision_config={
             "depth": spec.vision_layers,
             "hidden_size": spec.vision_hidden,
@@ -205,16 +191,10 @@ def _qwen3_vl_moe_config(spec: ModelSpec, tokenizer: Any) -> Any:
         vision_start_token_id=dense.vision_start_token_id,
         vision_end_token_id=dense.vision_end_token_id,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **token_ids(tokenizer),
     )
-
-
-def _qwen3_vl_moe_model(config: Any) -> Any:
-    from transformers import Qwen3VLMoeForConditionalGeneration
-
     config._experts_implementation = "eager"  # one expert after another: all that a CPU has
-    return Qwen3VLMoeForConditionalGeneration(config)
+    return config
 
 
 def _qwen3_vl_processor(tokenizer: Any, template: str) -> Any:
@@ -255,15 +235,8 @@ def _internvl_config(spec: ModelSpec, tokenizer: Any) -> Any:
         downsample_ratio=1 / _MERGE,
         vision_feature_layer=-1,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **token_ids(tokenizer),
     )
-
-
-def _internvl_model(config: Any) -> Any:
-    from transformers import InternVLForConditionalGeneration
-
-    return InternVLForConditionalGeneration(config)
 
 
 def _internvl_processor(tokenizer: Any, template: str) -> Any:
@@ -294,7 +267,7 @@ FAMILIES: dict[str, Family] = {
         image_text="<image>",
         image_frame=("", ""),
         make_config=_llava_config,
-        make_model=_llava_model,
+        model_class="LlavaForConditionalGeneration",
         make_processor=_llava_processor,
         image_processor_type="CLIPImageProcessor",
         published=(
@@ -313,7 +286,7 @@ FAMILIES: dict[str, Family] = {
         image_text="<|vision_start|><|image_pad|><|vision_end|>",
         image_frame=("<|vision_start|>", "<|vision_end|>"),
         make_config=_qwen2_vl_config,
-        make_model=_qwen2_vl_model,
+        model_class="Qwen2VLForConditionalGeneration",
         make_processor=_qwen2_vl_processor,
         image_processor_type="Qwen2VLImageProcessor",
         published=(
@@ -331,7 +304,7 @@ FAMILIES: dict[str, Family] = {
         image_text="<|vision_start|><|image_pad|><|vision_end|>",
         image_frame=("<|vision_start|>", "<|vision_end|>"),
         make_config=_qwen3_vl_moe_config,
-        make_model=_qwen3_vl_moe_model,
+        model_class="Qwen3VLMoeForConditionalGeneration",
         make_processor=_qwen3_vl_processor,
         image_processor_type="Qwen2VLImageProcessor",
         published=(("", ""),),
@@ -346,7 +319,7 @@ FAMILIES: dict[str, Family] = {
         image_text="<IMG_CONTEXT>\\n",
         image_frame=("<img>", "</img>\n"),
         make_config=_internvl_config,
-        make_model=_internvl_model,
+        model_class="InternVLForConditionalGeneration",
         make_processor=_internvl_processor,
         image_processor_type="GotOcr2ImageProcessor",
         published=(

@@ -24,7 +24,7 @@ class Family:
     image_text: str  # what the chat template writes for an image
     image_frame: tuple[str, str]  # what the processor leaves before and after the image tokens
     make_config: Callable[[ModelSpec, Any], Any]
-    make_model: Callable[[Any], Any]
+    model_class: str  # of transformers
     make_processor: Callable[[Any, str], Any]  # (tokenizer, chat template)
     image_processor_type: str
     published: tuple[tuple[str, str], ...]  # (transformers 5 prefix, published prefix)
@@ -38,16 +38,12 @@ class Family:
 
 
 def token_ids(tokenizer: Any) -> dict[str, Any]:
-    """Fields of a decoder's configuration that the tokenizer knows."""
-    return {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    """Fields of a configuration, a model's and its decoder's, that the tokenizer knows."""
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
 def decoder_sizes(spec: ModelSpec) -> dict[str, Any]:
-    """Fields of a decoder's configuration that are sizes, by their common names."""
+    """Fields of a decoder's configuration that no tokenizer knows, by their common names."""
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden,
@@ -57,6 +53,7 @@ def decoder_sizes(spec: ModelSpec) -> dict[str, Any]:
         "num_key_value_heads": spec.kv_heads,
         "max_position_embeddings": spec.max_positions,
         "tie_word_embeddings": False,
+        "bos_token_id": None,
     }
 
 

@@ -48,15 +48,16 @@ class ModelSpec:
 
     name: str
     family: str
-    hidden: int
-    intermediate: int
     layers: int
-    heads: int
-    kv_heads: int
-    vision_hidden: int
-    vision_heads: int
-    vision_layers: int
-    vision_intermediate: int
+    seed: int
+    hidden: int = 256
+    intermediate: int = 384
+    heads: int = 4
+    kv_heads: int = 2
+    vision_hidden: int = 192
+    vision_heads: int = 3
+    vision_layers: int = 2
+    vision_intermediate: int = 768
     experts: int = 0
     """Experts of a block, each with an MLP of `intermediate`; 0: one MLP."""
     experts_per_token: int = 0
@@ -68,71 +69,27 @@ class ModelSpec:
     # so that the first token is the massive activation that large models grow by themselves.
     sink_channel: int = 17
     sink_value: float = 20.0
-    seed: int = 20
 
 
 MODELS: dict[str, ModelSpec] = {
-    "llava": ModelSpec(
-        name="llava",
-        family="llava",
-        hidden=256,
-        intermediate=768,
-        layers=4,
-        heads=4,
-        kv_heads=2,
-        vision_hidden=192,
-        vision_heads=3,
-        vision_layers=4,
-        vision_intermediate=768,
-    ),
-    # Twice as deep, with M-RoPE and four patches to an image token.
-    "qwen2-vl": ModelSpec(
-        name="qwen2-vl",
-        family="qwen2_vl",
-        hidden=256,
-        intermediate=384,
-        layers=8,
-        heads=4,
-        kv_heads=2,
-        vision_hidden=192,
-        vision_heads=3,
-        vision_layers=2,
-        vision_intermediate=768,
-        seed=21,
-    ),
-    # A shallower tower with layer scale and pixel shuffle, and a narrower MLP.
-    "internvl": ModelSpec(
-        name="internvl",
-        family="internvl",
-        hidden=256,
-        intermediate=384,
-        layers=4,
-        heads=4,
-        kv_heads=2,
-        vision_hidden=192,
-        vision_heads=3,
-        vision_layers=2,
-        vision_intermediate=768,
-        seed=22,
-    ),
-    # Eight experts, of which a token asks two. Not bundled: `demo train` makes it.
-    "qwen3-vl-moe": ModelSpec(
-        name="qwen3-vl-moe",
-        family="qwen3_vl_moe",
-        hidden=256,
-        intermediate=384,
-        layers=8,
-        heads=4,
-        kv_heads=2,
-        vision_hidden=192,
-        vision_heads=3,
-        vision_layers=2,
-        vision_intermediate=768,
-        experts=8,
-        experts_per_token=2,
-        trained=False,
-        seed=23,
-    ),
+    spec.name: spec
+    for spec in (
+        ModelSpec("llava", "llava", layers=4, seed=20, intermediate=768, vision_layers=4),
+        # Twice as deep, with M-RoPE and four patches to an image token.
+        ModelSpec("qwen2-vl", "qwen2_vl", layers=8, seed=21),
+        # A shallower tower with layer scale and pixel shuffle, and a narrower MLP.
+        ModelSpec("internvl", "internvl", layers=4, seed=22),
+        # Eight experts, of which a token asks two. Not bundled: `demo train` makes it.
+        ModelSpec(
+            "qwen3-vl-moe",
+            "qwen3_vl_moe",
+            layers=8,
+            seed=23,
+            experts=8,
+            experts_per_token=2,
+            trained=False,
+        ),
+    )
 }
 
 
@@ -189,10 +146,11 @@ def make_config(spec: ModelSpec, tokenizer: Any) -> Any:
 def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
     """A freshly initialized float32 model with the massive channel in place."""
     import torch
-    from transformers import GenerationConfig
+    import transformers
 
     torch.manual_seed(spec.seed)
-    model = get_family(spec.family).make_model(make_config(spec, tokenizer))
+    model_class = getattr(transformers, get_family(spec.family).model_class)
+    model = model_class(make_config(spec, tokenizer))
     with torch.no_grad():
         table = model.get_input_embeddings().weight  # [vocab, hidden]
         table.normal_(std=0.05)
@@ -204,7 +162,7 @@ def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
         for name, weight in model.model.language_model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 weight.mul_((2 * spec.layers) ** -0.5)
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         do_sample=False,
         eos_token_id=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,

@@ -53,12 +53,11 @@ def _scale(writer: torch.Tensor, readers: Iterable[Any], chosen: torch.Tensor, b
 
 
 @torch.no_grad()
-def add_outliers(model: Any, outliers: Outliers | None = None, keep: tuple[int, ...] = ()) -> None:
+def add_outliers(model: Any, outliers: Outliers, keep: tuple[int, ...]) -> None:
     """Puts channel outliers into every decoder layer, in place; hidden channels in `keep` stay.
 
     The hidden channels are the same in every layer, as they are in large models.
     """
-    outliers = outliers or Outliers()
     random = torch.Generator().manual_seed(outliers.seed)
     layers = decoder_layers(model)
     hidden = layers[0].input_layernorm.weight.numel()

@@ -2,7 +2,7 @@
 
 A picture is 144 x 144 pixels, a 6 x 6 grid of 24-pixel cells. With a patch size of 24 one image
 token is one cell, so what stands in a cell never straddles two tokens. Three to six coloured
-shapes, and in some pictures a handwritten digit or a word with one letter a cell.
+shapes, and in some pictures a handwritten digit or a word with one letter per cell.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typing import Any
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.http_clients import open_loopback, openai_client
+from qig_serve.records import write_json
 
 SCHEMES = ("w3a16", "w4a8")
 METHODS = ("rtn", "qig", "qig+")
@@ -34,7 +35,7 @@ SERVER_OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs",
 
 
 def run_demo(
-    workdir: Path, json_path: Path | None, questions: int, samples: int, quiet: bool = False
+    workdir: Path, json_path: Path | None, questions: int, samples: int, quiet: bool
 ) -> dict[str, Any]:
     """Run every step with visible progress unless `quiet`.
 
@@ -43,7 +44,7 @@ def run_demo(
     from rich.console import Console
 
     from qig_serve.demo import MODEL_DIR
-    from qig_serve.evaluate import evaluate_many, load_samples, write_json
+    from qig_serve.evaluate import evaluate_many, load_samples
     from qig_serve.evaluation.table import print_whole, progress_bars, results_table
 
     require("openai", "the demonstration")

@@ -17,12 +17,10 @@ import torch
 
 from qig_serve.evaluation import Progress
 from qig_serve.evaluation.models import (
-    answer_length,
-    answer_text,
     batches,
+    forced_texts,
     load_model,
     model_inputs,
-    prompt_text,
 )
 from qig_serve.evaluation.statistics import clustered_mean
 from qig_serve.model_directory import load_processor
@@ -66,11 +64,7 @@ class _Batch:
 
 
 def _plan(processor: Any, samples: Sequence[Sample]) -> list[_Batch]:
-    prompts = [prompt_text(processor, s) for s in samples]
-    texts = [p + answer_text(processor, s, p) for p, s in zip(prompts, samples, strict=True)]
-    lengths = [
-        answer_length(processor.tokenizer, p, t) for p, t in zip(prompts, texts, strict=True)
-    ]
+    texts, lengths = forced_texts(processor, samples)
     longest = max(lengths) + 1
     size = _LOGIT_BYTES // (longest * len(processor.tokenizer) * 4)
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(texts[i])))
@@ -159,7 +153,7 @@ def divergences(
 ) -> Iterator[tuple[str, Divergence]]:
     """(name, figures) of each model against the full-precision `reference`, in turn.
 
-    The reference runs once; its log-probabilities wait on disk, a file a batch, so that memory
+    The reference runs once; its log-probabilities wait on disk, one file per batch, so that memory
     holds one model and one batch at a time whatever the vocabulary.
     """
     processor = load_processor(reference)

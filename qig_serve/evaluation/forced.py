@@ -19,12 +19,10 @@ import torch
 from qig_serve.evaluation import Progress
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import (
-    answer_length,
-    answer_text,
     batches,
+    forced_texts,
     load_model,
     model_inputs,
-    prompt_text,
 )
 from qig_serve.model_directory import load_processor, model_dtype
 from qig_serve.samples import Sample
@@ -38,11 +36,7 @@ def spoken(
     model: Any, processor: Any, samples: Sequence[Sample], progress: Callable[[int, int], None]
 ) -> list[bool]:
     """Whether greedy decoding would give each sample's answer, and end there."""
-    prompts = [prompt_text(processor, s) for s in samples]
-    texts = [p + answer_text(processor, s, p) for p, s in zip(prompts, samples, strict=True)]
-    lengths = [
-        answer_length(processor.tokenizer, p, t) for p, t in zip(prompts, texts, strict=True)
-    ]
+    texts, lengths = forced_texts(processor, samples)
     found = [False] * len(samples)
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(texts[i])))
     done = 0

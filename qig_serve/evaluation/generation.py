@@ -25,6 +25,7 @@ Engine = Literal["auto", "vllm", "transformers", "forced", "none"]
 _CONTEXT = 8192  # tokens of context that vLLM is asked for, where the model has more
 _CPU_SEQUENCES = 32
 _HTTP_AT_ONCE = 8
+_BATCH = 32
 
 
 def choose_engine(engine: Engine) -> Literal["vllm", "transformers", "forced", "none"]:
@@ -177,7 +178,6 @@ def generate_with(
     samples: Sequence[Sample],
     max_tokens: int,
     progress: Callable[[int, int], None],
-    batch_size: int = 32,
 ) -> list[str]:
     """Greedy answers of a transformers model, in batches padded on the left."""
     import torch
@@ -189,7 +189,7 @@ def generate_with(
     order = sorted(range(len(samples)), key=lambda i: len(texts[i]) + len(samples[i].answer or ""))
     done = 0
     progress(0, len(samples))
-    for group in batches(order, samples, batch_size):
+    for group in batches(order, samples, _BATCH):
         inputs = model_inputs(
             processor, [texts[i] for i in group], [samples[i] for i in group], model
         )
@@ -217,14 +217,13 @@ def ask_server(
     samples: Sequence[Sample],
     max_tokens: int,
     progress: Callable[[int, int], None],
-    model: str | None = None,
-    api_key: str | None = None,
+    model: str | None,
 ) -> tuple[list[str | None], list[str]]:
     """Answers from an OpenAI-compatible server, None where the request failed, and the reasons.
 
     A failed request is not an answer: it is counted by itself and never scored.
     """
-    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai_client(url, key, timeout=600, purpose="--server")
     from openai import OpenAIError
 

@@ -80,6 +80,14 @@ def answer_length(tokenizer: Any, prompt: str, whole: str) -> int:
     return len(ids) - same
 
 
+def forced_texts(processor: Any, samples: Sequence[Sample]) -> tuple[list[str], list[int]]:
+    """Each sample's prompt with the wanted answer, and the tokens of that answer."""
+    prompts = [prompt_text(processor, s) for s in samples]
+    texts = [p + answer_text(processor, s, p) for p, s in zip(prompts, samples, strict=True)]
+    pairs = zip(prompts, texts, strict=True)
+    return texts, [answer_length(processor.tokenizer, p, t) for p, t in pairs]
+
+
 def model_inputs(
     processor: Any, texts: Sequence[str], samples: Sequence[Sample], model: Any
 ) -> dict[str, Any]:

@@ -23,15 +23,15 @@ def exact_match(output: str, answer: str) -> bool:
     return normalize(output) == normalize(answer)
 
 
-def is_repeating(text: str, times: int = 4, longest: int = 8) -> bool:
-    """Whether some run of 1 to `longest` words comes `times` times in a row, or one character
-    (not a digit, a space or a dash) 20 times."""
+def is_repeating(text: str) -> bool:
+    """Whether some run of one to eight words comes four times in a row, or one character (not a
+    digit, a space or a dash) 20 times."""
     words = text.split()
-    for size in range(1, longest + 1):
+    for size in range(1, 9):
         same = 0  # consecutive words that equal the word one period earlier
         for i in range(size, len(words)):
             same = same + 1 if words[i] == words[i - size] else 0
-            if same >= size * (times - 1):
+            if same >= 3 * size:
                 return True
     run = 1
     for a, b in itertools.pairwise(text):
@@ -69,11 +69,11 @@ def _root(f: Callable[[float], float]) -> float:
     return (low + high) / 2
 
 
-def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact (central) interval for a binomial proportion k / n."""
+def clopper_pearson(k: int, n: int) -> tuple[float, float]:
+    """Exact (central) 95% interval for a binomial proportion k / n."""
     if n == 0:
         return 0.0, 1.0
-    half = (1 - confidence) / 2
+    half = (1 - 0.95) / 2
     low = 0.0 if k == 0 else _root(lambda p: half - (1 - _binomial_tail(k - 1, n, p)))
     high = 1.0 if k == n else _root(lambda p: _binomial_tail(k, n, p) - half)
     return low, high

@@ -27,11 +27,11 @@ def small(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def results_table(results: Mapping[str, EvaluationResult], title: str = "") -> Table:
+def results_table(results: Mapping[str, EvaluationResult]) -> Table:
     """Exact match overall and by type, transitions, KL and agreement, with a column per model."""
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left")
+    table = Table()
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
@@ -85,9 +85,9 @@ def results_table(results: Mapping[str, EvaluationResult], title: str = "") -> T
 
 @contextmanager
 def progress_bars(
-    console: Console, quiet: bool = False, unit: str = "questions"
+    console: Console, quiet: bool, unit: str = "questions"
 ) -> Iterator[Progress | None]:
-    """A bar a stage on a terminal, a line a stage elsewhere; None when quiet."""
+    """A bar per stage on a terminal, a line per stage elsewhere; None when quiet."""
     if quiet:
         yield None
         return

@@ -50,7 +50,7 @@ class Adaptable:
     others: frozenset[str]
     """Every other module with a weight."""
     tower: bool
-    """Whether vLLM was told to adapt the vision tower as well."""
+    """Whether vLLM is to adapt the vision tower as well."""
 
 
 def check_adapter_tensors(directory: Path, args: argparse.Namespace) -> None:

@@ -27,11 +27,8 @@ from qig_serve.model_directory import (
     read_config,
     text_config,
 )
-from qig_serve.tensor_parallel import fitting_sizes, in_words, refused_sizes, why_refused
+from qig_serve.tensor_parallel import fitting_sizes, in_words, refused_sizes, shard, why_refused
 from qig_serve.vllm_plugin import SUPPORTED_VLLM, check_vllm_version
-
-_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "w2")
-"""Linears whose inputs tensor parallelism splits; it splits the outputs of the others."""
 
 _SHOWN = 3  # problems; usually the same one in every layer
 
@@ -231,7 +228,7 @@ def describe(
         its = VOCABULARY_SCHEME if prefix in manifest.eight_bit else scheme
         n, k = tensor.shape[0], tensor.shape[1] * 32 // its.bits
         whole = expert_parallel and ".experts." in prefix
-        part = (n, k) if whole else _shard(prefix, n, k, tensor_parallel_size)
+        part = (n, k) if whole else shard(prefix, n, k, tensor_parallel_size)
         possible, reason = backend.can_implement(its, *part, dtype, capability)
         kernel = kernel_name(its, *part, dtype)
         layers.append(LayerReport(prefix, n, k, kernel, None if possible else reason))
@@ -317,11 +314,6 @@ def _bytes_of_rows(scheme: QuantScheme, k: int, dtype: torch.dtype) -> int:
         tensors[suffix] = torch.ones(spec.shape, dtype=stored)
     prepared = kernel_backend().prepare(scheme, tensors, dtype)
     return sum(tensor.nbytes for tensor in prepared.values())
-
-
-def _shard(name: str, n: int, k: int, size: int) -> tuple[int, int]:
-    """[N, K] of one device's part of a linear."""
-    return (n, k // size) if name.endswith(_ROW_PARALLEL) else (n // size, k)
 
 
 def _positive(config: Mapping[str, Any], key: str) -> int | None:

@@ -13,7 +13,7 @@ from qig_serve.vllm_plugin import patches
 
 
 class EngineWatch:
-    """Follows the application's lifespan; one object a server process."""
+    """Follows the application's lifespan; one object per server process."""
 
     def __init__(self) -> None:
         self.stopping = False

@@ -15,11 +15,13 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
 from qig_serve.vllm_plugin.linear import (
-    SMALLEST_SCALE,
     check_scales,
     checked,
     device_capability,
+    keep_prepared,
     kernel_backend,
+    prepared,
+    take_stored,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ _WARM_ROWS = 8192  # kernels do not depend on the number of rows: no zeros for a
 
 
 class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
-    """Output head or embedding in formats.VOCABULARY_SCHEME; one object a layer."""
+    """Output head or embedding in formats.VOCABULARY_SCHEME; one object per layer."""
 
     def __init__(self, prefix: str, dummy: bool = False, tied: bool = False) -> None:
         """dummy: vLLM fills the weights with small random numbers. tied: a head without a table."""
@@ -96,27 +98,17 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
                     "config.json does not tie it to an embedding in 8 bits: quantize again"
                 )
             return
-        suffixes = list(tensor_specs(VOCABULARY_SCHEME, layer.qig_n, layer.qig_k))
-        tensors = {suffix: getattr(layer, suffix).data for suffix in suffixes}
-        if self.dummy:
-            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
+        tensors = take_stored(layer, VOCABULARY_SCHEME, self.dummy)
         rows = getattr(layer, "num_org_embeddings_per_partition", layer.qig_n)  # padding follows
         check_scales(tensors["weight_scale"][:rows], self.prefix)
-        for suffix in suffixes:
-            delattr(layer, suffix)
-        prepared = self.backend.prepare(VOCABULARY_SCHEME, tensors, layer.qig_dtype)
         device = tensors["weight_packed"].device
+        keep_prepared(layer, self.backend.prepare(VOCABULARY_SCHEME, tensors, layer.qig_dtype))
         del tensors
-        for name, tensor in prepared.items():
-            parameter = torch.nn.Parameter(tensor, requires_grad=False)
-            layer.register_parameter(f"qig_{name}", parameter)
-        layer.qig_names = tuple(prepared)
         self._set_handle(layer, device)
         self._compile(layer, self.backend.warm_up, device)
 
     def _table(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-        holder = layer.weight.qig_layer if self.tied else layer
-        return {name: getattr(holder, f"qig_{name}") for name in holder.qig_names}
+        return prepared(layer.weight.qig_layer if self.tied else layer)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None

@@ -17,11 +17,13 @@ from vllm.platforms import current_platform
 
 from qig_serve.formats import TensorSpec, tensor_specs
 from qig_serve.vllm_plugin.linear import (
-    SMALLEST_SCALE,
     check_scales,
     check_shape,
     check_tensor,
+    keep_prepared,
     kernel_backend,
+    prepared,
+    take_stored,
 )
 
 if TYPE_CHECKING:
@@ -173,24 +175,16 @@ class QigExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
         for stack, parts in _STACKS.items():
-            prepared = self._prepared(layer, stack, parts)
-            for name, tensor in prepared.items():
-                parameter = torch.nn.Parameter(tensor, requires_grad=False)
-                layer.register_parameter(f"qig_{stack}_{name}", parameter)
-            setattr(layer, f"qig_{stack}_names", tuple(prepared))
-            device = tensor.device
+            tensors = self._prepared(layer, stack, parts)
+            keep_prepared(layer, tensors, f"qig_{stack}")
+            device = next(iter(tensors.values())).device
         self._compile(layer, self.backend.warm_up, device)
 
     def _prepared(
         self, layer: torch.nn.Module, stack: str, parts: tuple[str, ...]
     ) -> dict[str, torch.Tensor]:
         """The kernels' tensors of every local expert, stacked; the checkpoint's are let go."""
-        suffixes = tensor_specs(self.scheme, 32, 32)
-        tensors = {suffix: getattr(layer, f"{stack}_{suffix}").data for suffix in suffixes}
-        if self.dummy:  # as in QigLinearMethod
-            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
-        for suffix in suffixes:
-            delattr(layer, f"{stack}_{suffix}")
+        tensors = take_stored(layer, self.scheme, self.dummy, f"{stack}_")
         ids = self._ids(layer, len(tensors["weight_scale"]))
         found = []
         for place, expert in enumerate(ids):
@@ -228,13 +222,7 @@ class QigExpertsMethod(FusedMoEMethodBase):
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        gate_up, down = (
-            {
-                name: getattr(layer, f"qig_{stack}_{name}")
-                for name in getattr(layer, f"qig_{stack}_names")
-            }
-            for stack in _STACKS
-        )
+        gate_up, down = (prepared(layer, f"qig_{stack}") for stack in _STACKS)
         return self.backend.apply(
             self.scheme.name, x, topk_weights, topk_ids, gate_up, down, layer.qig_inter,
             self.activation,

@@ -25,7 +25,7 @@ from qig_serve.tensor_parallel import sizes_for_inputs
 if TYPE_CHECKING:
     from qig_serve.vllm_plugin.config import QigConfig
 
-SMALLEST_SCALE = 1e-6  # of dummy weights
+_SMALLEST_SCALE = 1e-6  # of dummy weights
 
 
 def kernel_backend() -> ModuleType:
@@ -88,7 +88,7 @@ class QigLinearMethod(LinearMethodBase):
         ValueError, one sentence, if the part cannot be stored or no kernel can run it.
         """
         n, k = sum(output_partition_sizes), input_size_per_partition
-        self._check_shape(n, k, input_size, params_dtype)
+        check_shape(self.backend, self.scheme, self.prefix, n, k, input_size, params_dtype)
         layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, params_dtype
         # While weights are read. Parameters are made on the device that vLLM has set.
         self.backend.compile_ahead(self.scheme, n, k, params_dtype, torch.get_default_device())
@@ -117,24 +117,13 @@ class QigLinearMethod(LinearMethodBase):
                 )
             layer.register_parameter(suffix, parameter)
 
-    def _check_shape(self, n: int, k: int, input_size: int, dtype: torch.dtype) -> None:
-        check_shape(self.backend, self.scheme, self.prefix, n, k, input_size, dtype)
-
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
-        tensors = {suffix: getattr(layer, suffix).data for suffix in self._suffixes(layer)}
-        if self.dummy:  # scales of either sign, which no kernel has to understand
-            tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(SMALLEST_SCALE)
+        tensors = take_stored(layer, self.scheme, self.dummy)
         check_scales(tensors["weight_scale"], self.prefix)
-        for suffix in tensors:
-            delattr(layer, suffix)
-        prepared = self.backend.prepare(self.scheme, tensors, layer.qig_dtype)
         device = tensors["weight_packed"].device
+        keep_prepared(layer, self.backend.prepare(self.scheme, tensors, layer.qig_dtype))
         del tensors
-        for name, tensor in prepared.items():
-            parameter = torch.nn.Parameter(tensor, requires_grad=False)
-            layer.register_parameter(f"qig_{name}", parameter)
-        layer.qig_names = tuple(prepared)
         # vLLM's LoRA layers ask a tensor of one of their known names where the layer lies.
         layer.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
         has_bias = getattr(layer, "bias", None) is not None
@@ -142,15 +131,42 @@ class QigLinearMethod(LinearMethodBase):
             self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device, has_bias
         )
 
-    def _suffixes(self, layer: torch.nn.Module) -> list[str]:
-        return list(tensor_specs(self.scheme, layer.qig_n, layer.qig_k))
-
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
-        prepared = {name: getattr(layer, f"qig_{name}") for name in layer.qig_names}
-        return self.backend.linear(self.scheme, x, prepared, layer.qig_n, layer.qig_k, bias)
+        return self.backend.linear(self.scheme, x, prepared(layer), layer.qig_n, layer.qig_k, bias)
+
+
+def take_stored(
+    layer: torch.nn.Module, scheme: QuantScheme, dummy: bool, before: str = ""
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors of a layer by suffix, which it no longer holds afterwards.
+
+    dummy: vLLM has filled them with small random numbers. before: what stands before the suffixes.
+    """
+    tensors = {}
+    for suffix in scheme.suffixes:
+        tensors[suffix] = getattr(layer, before + suffix).data
+        delattr(layer, before + suffix)
+    if dummy:  # scales of either sign, which no kernel has to understand
+        tensors["weight_scale"] = tensors["weight_scale"].abs().clamp_min(_SMALLEST_SCALE)
+    return tensors
+
+
+def keep_prepared(
+    layer: torch.nn.Module, tensors: dict[str, torch.Tensor], before: str = "qig"
+) -> None:
+    """Gives a layer the kernels' tensors, as parameters whose names begin with `before`."""
+    for name, tensor in tensors.items():
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        layer.register_parameter(f"{before}_{name}", parameter)
+    setattr(layer, f"{before}_names", tuple(tensors))
+
+
+def prepared(layer: torch.nn.Module, before: str = "qig") -> dict[str, torch.Tensor]:
+    """What `keep_prepared` gave."""
+    return {name: getattr(layer, f"{before}_{name}") for name in getattr(layer, f"{before}_names")}
 
 
 def check_shape(

@@ -35,7 +35,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def quantized_layer(name: str, weight: torch.Tensor) -> tuple[Layer, float]:
-    """A linear on a round-to-nearest weight [N, K], and the bits a weight it holds."""
+    """A linear on a round-to-nearest weight [N, K], and the bits per weight it holds."""
     scheme = get_scheme(name)
     n, k = weight.shape
     scale, zero = packing.minmax_params(weight, scheme, torch.bfloat16)
@@ -47,7 +47,7 @@ def quantized_layer(name: str, weight: torch.Tensor) -> tuple[Layer, float]:
 
 
 def medians(layers: dict[str, list[Layer]], x: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds a call; the layers take turns, and each goes round its copies."""
+    """Median seconds per call; the layers take turns, and each goes round its copies."""
     times: dict[str, list[float]] = {name: [] for name in layers}
     for turn in range(repeats + 1):
         for name, copies in layers.items():
@@ -83,10 +83,10 @@ def main() -> int:
 
     print(
         f"{args.n} x {args.k}, {args.threads} thread(s), "
-        f"{torch.backends.cpu.get_cpu_capability()}; milliseconds a call, ratio to bf16"
+        f"{torch.backends.cpu.get_cpu_capability()}; milliseconds per call, ratio to bf16"
     )
     for name, bits in held.items():
-        print(f"{name}: {bits:.3f} bits held a weight, scales and compensation included")
+        print(f"{name}: {bits:.3f} bits held per weight, scales and compensation included")
     print(f"{'M':>5} {'':>5} {'bf16':>9}" + "".join(f" {name:>9} {'ratio':>6}" for name in NAMES))
     rows, missed = [], []
     for m in args.rows:
@@ -112,7 +112,7 @@ def main() -> int:
                 if goal_m == m and state == "warm" and ratio[name] < goal
             ]
     missed += [
-        f"{name} holds {bits:.2f} bits a weight, goal {BITS_GOAL[name]}"
+        f"{name} holds {bits:.2f} bits per weight, goal {BITS_GOAL[name]}"
         for name, bits in held.items()
         if round(bits, 1) > BITS_GOAL[name]
     ]

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_memory.py
 
-Random LLaVA models of one width (hidden 1024, intermediate 2816: 25.7 MB a layer in bf16) with 4,
+Random LLaVA models of one width (hidden 1024, intermediate 2816: 25.7 MB per layer in bf16) with 4,
 8 and 16 layers, with activations in host memory and on disk. Each is quantized in a process of its
 own, forked from one that has imported all, so that the interpreter weighs the same in each. There,
 a thread reads /proc/self/status every 20 ms:
@@ -11,7 +11,7 @@ a thread reads /proc/self/status every 20 ms:
     resident    VmRSS: with it, pages of mapped files (libraries, safetensors), as `top` shows
 
 and torch counts the GPU's if there is one. glibc maps matrices above 32 MB, which those of real
-models are, each by itself; here it is told to do so from 1 MB on, for in a heap they leave holes
+models are, each by itself; here it is made to do so from 1 MB on, for in a heap they leave holes
 that are now larger and now smaller.
 
 The table says how much more than the smallest model the largest takes; above --limit (10%) the
@@ -54,7 +54,7 @@ _MMAP = "MALLOC_MMAP_THRESHOLD_"
 
 
 def build_model(directory: Path, layers: int, found: Any) -> None:
-    """A random LLaVA with one shard a decoder layer, written a shard at a time."""
+    """A random LLaVA with one shard per decoder layer, written a shard at a time."""
     tiny = FAMILIES["llava"]
     tokenizer = make_tokenizer(tiny)
     config = tiny.config(tokenizer)

@@ -40,7 +40,7 @@ HIGH = dict(
 )  # fmt: skip
 WIDE = 1.96
 """Microseconds of 64-bit divisions, which the timed stream-K kernels had at their start."""
-CLOSE = 0.03  # tiles whose times differ by less are no pair to be told apart
+CLOSE = 0.03  # tiles whose times differ by less are no pair to be distinguished
 
 
 def predicted(row: dict[str, Any], fit: Fit) -> float:

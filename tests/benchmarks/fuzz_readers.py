@@ -85,7 +85,7 @@ HEADER = {
 WEIGHT_MAP = dict.fromkeys(HEADER, "model.safetensors")
 INDEX = {"metadata": {"total_size": 13060}, "weight_map": WEIGHT_MAP}
 HASHES = {"format_version": 1, "files": {"config.json": "00", "../x": "00"}}
-RECIPE = {"scheme": "w4a8", "method": "qig+", "samples": 4, "damp": 0.01, "iqr": True, "calib": "x"}
+RECIPE = {"scheme": "w4a8", "method": "qig+", "samples": 4, "grid": 20, "iqr": True, "calib": "x"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 CONTENT = [IMAGE, {"type": "text", "text": "what?"}]
 SAMPLE = {"id": "7", "type": "t", "answer": "a", "messages": [{"role": "user", "content": CONTENT}]}
@@ -212,7 +212,7 @@ def main() -> None:
         path.write_bytes(shard(text) if path.suffix == ".safetensors" else text)
         with contextlib.suppress(UserError):
             read()
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     started = last = time.monotonic()
 
     def one(data: bytes) -> None:
@@ -229,16 +229,16 @@ def main() -> None:
         path.write_bytes(shard(text) if header and (built or data[0] < 128) else text)
         try:
             read()
-            told[f"{names[choice]}: read"] += 1
+            reported[f"{names[choice]}: read"] += 1
         except UserError:
-            told[f"{names[choice]}: refused"] += 1
+            reported[f"{names[choice]}: refused"] += 1
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             crash = (
                 f"{names[choice]}-{type(error).__name__}-{Path(place.filename).stem}{place.lineno}"
             )
-            told[f"CRASH {crash}"] += 1
-            if told[f"CRASH {crash}"] == 1:
+            reported[f"CRASH {crash}"] += 1
+            if reported[f"CRASH {crash}"] == 1:
                 (work / crash).write_bytes(text)
                 traceback.print_exc()
         if time.monotonic() - last > 30:
@@ -247,12 +247,12 @@ def main() -> None:
 
     def report() -> None:
         seconds = time.monotonic() - started
-        print(f"{seconds:.0f} s, {sum(told.values())} inputs: {dict(sorted(told.items()))}")
+        print(f"{seconds:.0f} s, {sum(reported.values())} inputs: {dict(sorted(reported.items()))}")
         sys.stdout.flush()
 
     def end() -> None:
         report()
-        if any(name.startswith("CRASH") for name in told):
+        if any(name.startswith("CRASH") for name in reported):
             os._exit(1)
 
     atexit.register(end)

@@ -67,7 +67,7 @@ def start_stage(name: str, seconds: float, path: Path, out: Path) -> Outcome:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         return Outcome("stopped", _since(begun), f"its {seconds:.0f} s were up")
-    finally:  # also what a stage left behind, and when this process is told to end
+    finally:  # also what a stage left behind, and when this process is asked to end
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -199,7 +199,7 @@ class Bench:
         return self._time(call, self._weights("head"), m)
 
     def limits(self) -> dict[str, float]:
-        """Measured: bytes a second of reading and copying, operations a second in bf16 and int8."""
+        """Measured: bytes per second of reading and copying, and operations in bf16 and int8."""
         source = torch.empty(1 << 30, dtype=torch.int8, device=self.device).random_(0, 127)
         target = torch.empty_like(source)
         numbers = source.view(torch.float32)

@@ -79,7 +79,7 @@ REASONS = {
 }
 SHARES = ("dram", "issue", "alu", "tensor", "occupancy")
 HEADER = (
-    "launch", "kernel", "us", "DRAM", "issue", "ALU", "tensor", "warps", "stalls an issue",
+    "launch", "kernel", "us", "DRAM", "issue", "ALU", "tensor", "warps", "stalls per issue",
     "what limits",
 )  # fmt: skip
 BUSY = 75.0
@@ -95,7 +95,7 @@ def value(text: str) -> float | None:
 
 
 def in_base_units(number: float, unit: str, name: str) -> float:
-    """Microseconds, bytes a second, percent."""
+    """Microseconds, bytes per second, percent."""
     if name == "us":
         return number * SCALE[unit[:1] if unit[:1] in "num" else "s"]
     if name == "dram_bytes_per_second":
@@ -106,7 +106,7 @@ def in_base_units(number: float, unit: str, name: str) -> float:
 
 
 def parse(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """ncu's raw page as CSV -> an entry a launch: METRICS, stalls (warps an issue), what limits."""
+    """ncu's raw page as CSV -> an entry per launch: METRICS, stalls (warps per issue), limits."""
     text = [line for line in lines if line.startswith('"')]
     if len(text) < 3:
         raise Failed("Nsight Compute printed no table")

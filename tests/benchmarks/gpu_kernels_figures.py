@@ -62,7 +62,7 @@ def sums(
     limits: dict[str, float],
     layers: int = 4,
 ) -> list[dict[str, Any]]:
-    """A layer's linears added up, one entry a number of tokens that all of them have."""
+    """A layer's linears added up, one entry per number of tokens that all of them have."""
     by_m: dict[int, list[Times]] = {}
     for row in rows:
         by_m.setdefault(row["m"], []).append(row)

@@ -18,7 +18,7 @@ ABOUT = {
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """Time that passes when it is asked to."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -54,7 +54,7 @@ def row(
         "tile": dataclasses.asdict(tile),
     }  # fmt: skip
     if tile.regime != "dequantize":
-        orders = launch.orders_of((target // 10, target % 10))
+        orders = launch.orders_for(target)
         kernel = ops.KERNELS[scheme].kernel(tile, "bf16", orders)
         bits = tuning.stored_bits(SCHEMES[scheme])
         found["work"] = dataclasses.asdict(time_model.work(kernel, bits, m, n, k, sms))
@@ -149,7 +149,7 @@ def entry(rows: list[Row], architecture: str, source: str) -> dict[str, Any]:
         for name, most, tile in sorted(old, key=lambda item: (item[0], item[1])):
             bound = None if most == float("inf") else int(most)
             part.setdefault(name, []).append({"max_m": bound, **dataclasses.asdict(tile)})
-        made[scheme] = {name: tuning._merged(buckets) for name, buckets in part.items()}
+        made[scheme] = {name: tuning.merged_rows(buckets) for name, buckets in part.items()}
     return made
 
 

@@ -121,8 +121,8 @@ def make(options: argparse.Namespace) -> int:
             model, kinds, options.work / "models", options.device, options.tiny, options.layers
         )
         sizes = {kind: models.weight_bytes(path) / 1e9 for kind, path in made.items()}
-        told = ", ".join(f"{kind} {size:.3g} GB" for kind, size in sizes.items())
-        print(f"{model}: {told} in {time.monotonic() - started:.0f} s", flush=True)
+        reported = ", ".join(f"{kind} {size:.3g} GB" for kind, size in sizes.items())
+        print(f"{model}: {reported} in {time.monotonic() - started:.0f} s", flush=True)
     return 0
 
 
@@ -267,7 +267,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="few, narrow layers: to try it all")
     parser.add_argument("--seconds", type=float, help="time for one command")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
-    parser.add_argument("--commit", help="of the checkout, where git is not there to tell")
+    parser.add_argument("--commit", help="of the checkout, where there is no git")
     parser.add_argument(
         "--engine", type=json.loads, default={}, metavar="JSON", help="more options of vLLM's LLM"
     )
@@ -296,7 +296,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _stage_arguments(sub: argparse.ArgumentParser, name: str) -> None:
-    """What one stage can be told."""
+    """What one stage can be given."""
     models = ("qwen2-vl-7b", "llava-onevision-7b", "internvl2-8b")
     if name in ("make", "throughput", "quantize8b"):
         default = list(models[2:] if name == "quantize8b" else models)
@@ -338,7 +338,7 @@ def _stage_arguments(sub: argparse.ArgumentParser, name: str) -> None:
 
 
 def gpu_present() -> bool:
-    """Whether torch finds a GPU, or there is the device of one: torch takes seconds to tell."""
+    """Whether torch finds a GPU, or there is the device of one: torch takes seconds to say."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     import torch

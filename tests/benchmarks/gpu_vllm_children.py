@@ -57,7 +57,7 @@ def family(root: int) -> list[int]:
     return found
 
 
-def tell(child: Child, number: signal.Signals) -> None:
+def send_signal(child: Child, number: signal.Signals) -> None:
     """Signal a child and its descendants; of one that ended, its process group."""
     pids = family(child.process.pid) if child.process.poll() is None else []
     for pid in pids:

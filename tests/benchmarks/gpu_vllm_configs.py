@@ -3,7 +3,7 @@
 Qwen2-VL-7B, LLaVA-OneVision-7B and InternVL2-8B (the InternVL port of transformers), from their
 published sizes; nothing is downloaded. `tiny` makes the same with few and narrow layers.
 
-Tokenizer: a word a token and as many words as the model has embeddings, so that text made from
+Tokenizer: a word per token and as many words as the model has embeddings, so that text made from
 random tokens, as `vllm bench` makes it, has as many tokens again.
 """
 
@@ -85,7 +85,7 @@ def _qwen2_vl_processor(tokenizer: Any, template: str, tiny: bool) -> Any:
     from transformers import Qwen2VLProcessor, Qwen2VLVideoProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    # At most 1,280 tokens a picture, as the model card recommends.
+    # At most 1,280 tokens per picture, as the model card recommends.
     size = {"shortest_edge": 56 * 56, "longest_edge": (112 * 112 if tiny else 1280 * 28 * 28)}
     options = {"size": size, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     return Qwen2VLProcessor(
@@ -199,7 +199,7 @@ MODELS: dict[str, BenchModel] = {
 
 
 def make_tokenizer(model: BenchModel, tiny: bool) -> Any:
-    """A word a token; the special tokens of the family and as many words as fill the model."""
+    """A word per token; the special tokens of the family and as many words as fill the model."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

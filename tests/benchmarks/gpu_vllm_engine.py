@@ -3,7 +3,7 @@
     python tests/benchmarks/gpu_vllm_engine.py JOB.json
 
 JOB.json: {"task": "measure" or "demo", "checkpoint", "engine": options of vLLM's LLM, "out": where
-the result goes, and the task's own settings}. A process an engine, so that memory is free
+the result goes, and the task's own settings}. A process per engine, so that memory is free
 afterwards, and a rival that fails takes nothing with it.
 
 `measure` starts beside other engines: it imports vLLM, waits for its checkpoint, starts, and waits
@@ -52,15 +52,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     write(out, result)
     turn = out.with_suffix(".turn")
     wait_for(turn)
-    told = json.loads(turn.read_text())
+    reported = json.loads(turn.read_text())
     with Path(job["lock"]).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        take_pieces(engine, job["pieces"], told, lambda: write(out, result), result)
+        take_pieces(engine, job["pieces"], reported, lambda: write(out, result), result)
     return result
 
 
 def take_pieces(
-    engine: Any, pieces: Iterable[str], told: dict[str, Any], note: Callable[[], None],
+    engine: Any, pieces: Iterable[str], reported: dict[str, Any], note: Callable[[], None],
     result: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure what still ends in time, most important first; `note` is called after each piece."""
@@ -71,7 +71,7 @@ def take_pieces(
         if broken:
             result["not_measured"][piece] = "the engine did not recover from the failure before"
             continue
-        if begun + told["usual"][piece] > told["until"]:
+        if begun + reported["usual"][piece] > reported["until"]:
             result["not_measured"][piece] = "no time was left"
             continue
         try:

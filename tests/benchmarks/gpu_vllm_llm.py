@@ -162,7 +162,7 @@ class Engine:
             return False
 
     def decode(self, batch: int) -> dict[str, Any]:
-        """Tokens a second of a batch, all of which decode: the median of several stretches."""
+        """Tokens per second of a batch, all of which decode: the median of several stretches."""
         repeats = self.job["repeats"]
         steps = self.job["decode_tokens"] // (2 if batch >= MANY else 1)
         with self.decoding(batch, steps // 4 + repeats * steps) as advance:

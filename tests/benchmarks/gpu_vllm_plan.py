@@ -137,7 +137,7 @@ def tail(log: Path, lines: int = 40, most: int = 4096) -> str:
 TOLD = re.compile(r"cudagraph|CUDA graph|kernels ready|fused|torch\.compile|Loading weights", re.I)
 
 
-def told(log: Path, most: int = 24) -> list[str]:
+def reported(log: Path, most: int = 24) -> list[str]:
     """What an engine's log says of its graphs, kernels and start-up: messages alone, each once."""
     if not log.is_file():
         return []

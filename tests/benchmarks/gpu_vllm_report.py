@@ -31,14 +31,14 @@ def in_short(entry: dict[str, Any]) -> str:
     parts = []
     if "decode" in entry:
         rates = [f"{b}: {row['tokens_per_second']:.0f}" for b, row in entry["decode"].items()]
-        parts.append("tokens a second " + ", ".join(rates))
+        parts.append("tokens per second " + ", ".join(rates))
         firsts = [f"{n}: {row['ms']:.0f}" for n, row in entry["first_token"].items()]
         parts += ["first token, ms " + ", ".join(firsts)] if firsts else []
         parts.append("ran " + ", ".join(entry["layers"]["decoder"]))
     if entry.get("not_as_named"):
         parts.append(f"NOT AS NAMED: {entry['not_as_named']}")
     if "requests_per_second" in entry:
-        parts.append(f"{entry['requests_per_second']:.2f} requests a second")
+        parts.append(f"{entry['requests_per_second']:.2f} requests per second")
     if entry.get("not_measured"):
         parts.append(f"not measured: {entry['not_measured']}")
     if "equal" in entry:
@@ -59,7 +59,7 @@ def measured(results: Results, stage: str, model: str, variant: str) -> dict[str
 
 
 def value(results: Results, model: str, variant: str, what: str, size: Any = None) -> float | None:
-    """Higher is better: tokens a second, first tokens a second, or requests a second."""
+    """Higher is better: tokens per second, first tokens per second, or requests per second."""
     stage = "throughput" if what == "throughput" else "bench"
     entry = measured(results, stage, model, variant)
     if entry is None or entry.get("not_as_named"):
@@ -205,8 +205,8 @@ def _bench_table(results: Results, model: str, variants: dict[str, Any]) -> list
         if entry["not_as_named"]:
             row[-1] += " (**not as named**)"
         if entry.get("not_measured"):
-            told = (f"{piece} ({reason})" for piece, reason in entry["not_measured"].items())
-            notes.append(f"{name}: not measured: {', '.join(told)}")
+            reported = (f"{piece} ({reason})" for piece, reason in entry["not_measured"].items())
+            notes.append(f"{name}: not measured: {', '.join(reported)}")
         lines.append(f"| {' | '.join(row)} |")
     beside = {e["started_beside"] for e in variants.values() if e.get("started_beside")}
     if beside:
@@ -247,7 +247,7 @@ def _profile_table(model: str, variants: dict[str, Any]) -> list[str]:
 
 
 def plot(results: Results, path: Path) -> Path:
-    """Decode and first token, times bf16, against batch and prompt; a column a model."""
+    """Decode and first token, times bf16, against batch and prompt; a column per model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -80,8 +80,8 @@ def card() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total",
              "--format=csv,noheader,nounits"]  # fmt: skip
     if shutil.which("nvidia-smi"):
-        told = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        words = [word.strip() for word in told[0].split(",")] if told else []
+        reported = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+        words = [word.strip() for word in reported[0].split(",")] if reported else []
         if len(words) == 3 and words[2].isdigit():
             name, driver, mebibytes = words
             return {"card": name, "driver": driver, "memory_gb": int(mebibytes) * 2**20 / 1e9}
@@ -256,7 +256,7 @@ def profiled(batches: Sequence[int]) -> list[int]:
 
 
 def measuring_job(options: argparse.Namespace, model: str, variant: Variant) -> dict[str, Any]:
-    """What gpu_vllm_engine.py's `measure` is told."""
+    """What gpu_vllm_engine.py's `measure` is given."""
     small, batches, prompts = options.tiny, options.batches, options.prompts
     made = checkpoint_path(options, model, variant.checkpoint)
     prompt, decoded, repeats = (16, 8, 2) if small else (128, 64, 3)

@@ -20,7 +20,7 @@ from typing import Any
 import gpu_vllm_plan as plan
 import gpu_vllm_report as report
 import gpu_vllm_run as run
-from gpu_vllm_children import Child, begin, tell
+from gpu_vllm_children import Child, begin, send_signal
 from gpu_vllm_run import VARIANTS
 
 LOGS = "together-logs.txt"
@@ -147,14 +147,14 @@ class Together:
             print(f"{self.elapsed():.0f} s: {engine.name} is up", flush=True)
         if entry.get("ended"):
             engine.state = plan.ENDED
-            self.note.setdefault("told", {})[engine.name] = plan.told(engine.log)
+            self.note.setdefault("reported", {})[engine.name] = plan.reported(engine.log)
             print(f"{self.elapsed():.0f} s: {engine.name}: {report.in_short(entry)}", flush=True)
             if entry["not_measured"]:
                 self.keep_log(engine)
 
     def fail(self, engine: Child, reason: str) -> None:
         """Stop an engine, and say why; figures that it has stay."""
-        tell(engine, signal.SIGKILL)
+        send_signal(engine, signal.SIGKILL)
         engine.process.wait()
         self.merge(engine)
         engine.state, entry = plan.FAILED, engine.result()
@@ -241,7 +241,7 @@ class Together:
         """Stop whatever is starting while an engine measures; let it go on afterwards."""
         for child in [*self.makers.values(), *self.demos.values(), *self.engines.values()]:
             if child.state == plan.STARTING and child.paused != pause:
-                tell(child, signal.SIGSTOP if pause else signal.SIGCONT)
+                send_signal(child, signal.SIGSTOP if pause else signal.SIGCONT)
                 child.paused = pause
 
     def run(self) -> int:
@@ -259,7 +259,7 @@ class Together:
                 self.fail(engine, f"the time ended while it was {engine.state}")
         for child in self.demos.values():
             if child.state == plan.STARTING:
-                tell(child, signal.SIGKILL)
+                send_signal(child, signal.SIGKILL)
                 child.process.wait()
                 child.log.open("a").write("\nTimeoutError: the time ended before it did\n")
                 self.end_of_other(child, True)
@@ -274,7 +274,7 @@ class Together:
     def end(self) -> None:
         """Leave no process behind."""
         for child in [*self.engines.values(), *self.makers.values(), *self.demos.values()]:
-            tell(child, signal.SIGKILL)
+            send_signal(child, signal.SIGKILL)
             child.process.wait()
 
 

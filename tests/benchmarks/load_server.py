@@ -257,7 +257,7 @@ def report(outcome: Outcome, clients: int, seconds: float, warm_up: float) -> in
         "answered": f"{answered} ({answered / seconds:.1f} a second)",
         "refused with 503": f"{outcome.statuses[503]}",
         "other errors": f"{sum(outcome.errors.values())}",
-        "seconds an answer, median and 99th percentile": (
+        "seconds per answer, median and 99th percentile": (
             f"{statistics.median(outcome.seconds):.2f}, "
             f"{statistics.quantiles(outcome.seconds, n=100)[-1]:.2f}"
         ),

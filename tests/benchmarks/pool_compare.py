@@ -2,7 +2,7 @@
 
     python tests/benchmarks/pool_compare.py [--ours qig+] FILE.json ...
 
-Prints a table for each file and scheme (exact match and same answer in percent, KL in nats a
+Prints a table for each file and scheme (exact match and same answer in percent, KL in nats per
 token, KL of ours over that of the method, McNemar p of ours against it), then ours against each
 method over all files: discordant questions are added up, and tested as one (exact McNemar).
 Methods are compared within their run only. Of a scheme that several files of one model hold, give
@@ -32,7 +32,7 @@ def tests_of(run: dict[str, Any], ours: str) -> dict[tuple[str, str], dict[str, 
 
 
 def table(name: str, scheme: str, run: dict[str, Any], ours: str) -> str:
-    """Markdown; a row a method."""
+    """Markdown; a row per method."""
     rows = [s for s in run["summary"] if s["scheme"] == scheme]
     full = run["full_precision"].values()
     exact = 100 * sum(f["exact_match"] for f in full) / len(full)

@@ -13,7 +13,7 @@ pictures are the tiny models'. Each model goes the way of a user's: `qig-serve q
 
 Exit status 1 where they are not. --json adds sizes, seconds and peak memory to a file. Methods that
 compensate (gptq, qig+) factor a Hessian of 32768 x 32768 for Mistral Small's MLP, so models are
-rounded to nearest unless told otherwise.
+rounded to nearest unless another method is given.
 """
 
 from __future__ import annotations
@@ -340,7 +340,7 @@ def go_through(name: str, scheme: str, method: str, folder: Path) -> dict[str, A
 
 
 def main() -> int:
-    """Prints a line a model; exit status 1 if an answer is wrong."""
+    """Prints a line per model; exit status 1 if an answer is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--scheme", nargs="+", default=["w3a16"], choices=["w3a16", "w4a8"])

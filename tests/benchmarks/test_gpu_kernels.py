@@ -132,7 +132,7 @@ def test_small_weights_are_compiled_as_real_ones(size: tuple[int, int]) -> None:
 
 
 def triton_key(kernel: launch.Kernel, n: int, k: int) -> Any:
-    """What Triton tells launches of a kernel apart by, for a weight [N, K] on sm_90."""
+    """What Triton distinguishes launches of a kernel by, for a weight [N, K] on sm_90."""
     function = kernel.function
     backend = make_backend(GPUTarget("cuda", 90, 32))
     binder = create_function_from_signature(function.signature, function.params, backend)

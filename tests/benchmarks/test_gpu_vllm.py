@@ -131,10 +131,10 @@ def test_bench_throughput_is_told_of_the_engine(tmp_path: Path) -> None:
            "picture": 448}  # fmt: skip
     humming = run.VARIANTS["humming-w4a8"]
     words = gpu_vllm.throughput_command(options, job, humming, tmp_path / "out.json")
-    told = " ".join(words)
-    assert "--linear-backend humming" in told and "--max-model-len 99" in told
-    assert "--enforce-eager --" in told and "--no-enable-prefix-caching" in told
-    assert "--num-prompts 7" in told and '--limit-mm-per-prompt {"image": 1' in told
+    reported = " ".join(words)
+    assert "--linear-backend humming" in reported and "--max-model-len 99" in reported
+    assert "--enforce-eager --" in reported and "--no-enable-prefix-caching" in reported
+    assert "--num-prompts 7" in reported and '--limit-mm-per-prompt {"image": 1' in reported
 
 
 # ---- models
@@ -337,12 +337,12 @@ def test_answers_within_the_noise_and_not() -> None:
         "texts": ["a"] * 90 + ["b"] * 10,
     }
     near = {"tokens": ["1 2"] * 93 + ["2 2"] * 7, "texts": ["a"] * 89 + ["b"] * 11}
-    told = gpu_vllm_demo.verdict(near, known, right)
-    assert told["equal"] == 93 and told["tokens_within_noise"]
-    assert told["exact"] == 0.89 and told["exact_equal_within_interval"]
+    reported = gpu_vllm_demo.verdict(near, known, right)
+    assert reported["equal"] == 93 and reported["tokens_within_noise"]
+    assert reported["exact"] == 0.89 and reported["exact_equal_within_interval"]
     far = {"tokens": ["1 2"] * 60 + ["1"] * 40, "texts": ["a"] * 60 + ["b"] * 40}
-    told = gpu_vllm_demo.verdict(far, known, right)
-    assert not told["tokens_within_noise"] and not told["exact_equal_within_interval"]
+    reported = gpu_vllm_demo.verdict(far, known, right)
+    assert not reported["tokens_within_noise"] and not reported["exact_equal_within_interval"]
 
 
 def test_an_unknown_reference_is_refused(tmp_path: Path) -> None:
@@ -372,5 +372,5 @@ def test_what_a_log_says_of_graphs_and_kernels(tmp_path: Path) -> None:
         "Capturing CUDA graphs (FULL):  60%|---\n"
         "INFO 11-27 14:25:35 [runner.py:7] CUDA graph mode: PIECEWISE\n"
     )
-    told = gpu_vllm_plan.told(log)
-    assert told == ["17 kernels ready, 9.0 s after the first", "CUDA graph mode: PIECEWISE"]
+    reported = gpu_vllm_plan.reported(log)
+    assert reported == ["17 kernels ready, 9.0 s after the first", "CUDA graph mode: PIECEWISE"]

@@ -18,7 +18,7 @@ CARD = {"card": "Made up card", "date": "2000-01-01", "versions": {"vllm": "0.26
 
 
 def entry(rate: float, first: float, kernel: str) -> dict[str, Any]:
-    """What an engine measured: tokens a second at batch 1 (a batch of 32 has 16 times that)."""
+    """What an engine measured: tokens per second at batch 1 (a batch of 32 has 16 times that)."""
     return {
         "start_up": {"import_seconds": 5.0, "engine_seconds": 55.0},
         "layers": {"decoder": {kernel: 112}, "elsewhere": {}},

@@ -146,8 +146,8 @@ def test_pieces_are_noted_one_by_one() -> None:
     seen: list[str] = []
     pieces = ["decode 1", "decode 8", "decode 32", "profile prefill"]
     usual = dict.fromkeys(pieces, 1.0) | {"decode 32": 1000.0}
-    told = {"usual": usual, "until": time.monotonic() + 100}
-    engine.take_pieces(Engine(), pieces, told, lambda: seen.append(json.dumps(result)), result)
+    reported = {"usual": usual, "until": time.monotonic() + 100}
+    engine.take_pieces(Engine(), pieces, reported, lambda: seen.append(json.dumps(result)), result)
     assert result["decode"] == {"1": {"tokens_per_second": 1.0}}
     assert result["not_measured"] == {
         "decode 8": "ValueError: made up",
@@ -163,8 +163,8 @@ def test_a_broken_engine_is_asked_no_more() -> None:
     result: dict[str, Any] = {"decode": {}, "seconds": {}, "not_measured": {}}
     broken = Engine()
     broken.whole = False
-    told = {"usual": {"decode 8": 1.0, "decode 1": 1.0}, "until": time.monotonic() + 100}
-    engine.take_pieces(broken, ["decode 8", "decode 1"], told, lambda: None, result)
+    reported = {"usual": {"decode 8": 1.0, "decode 1": 1.0}, "until": time.monotonic() + 100}
+    engine.take_pieces(broken, ["decode 8", "decode 1"], reported, lambda: None, result)
     assert result["not_measured"] == {
         "decode 8": "ValueError: made up",
         "decode 1": "the engine did not recover from the failure before",

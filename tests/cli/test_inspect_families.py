@@ -43,7 +43,7 @@ def test_facts_as_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["inspect", str(checkpoint), "--verify", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["scheme"], record["problems"]) == ("w3a16", []) and record["hashes_compared"]
-    assert len(record["linears"]) == 14 and record["bits_a_weight"] == pytest.approx(3.1875)
+    assert len(record["linears"]) == 14 and record["bits_per_weight"] == pytest.approx(3.1875)
     (checkpoint / "model.safetensors").write_bytes(b"")
     assert main(["inspect", str(checkpoint), "--verify", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)

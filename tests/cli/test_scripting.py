@@ -40,10 +40,10 @@ def test_quantize_writes_its_figures_and_nothing_else(
     command += ["--output", str(tmp_path / "out"), "--json", str(record), "--quiet"]
     assert main(command) == 0
     assert capfd.readouterr() == ("", "")
-    told = json.loads(record.read_text())
-    assert (told["scheme"], told["method"], told["evaluation"]) == ("w3a16", "rtn", None)
-    assert told["summary"]["blocks"] == 2 and told["warnings"] == [] and "blocks" not in told
-    # A mistake is told all the same, before the work begins.
+    found = json.loads(record.read_text())
+    assert (found["scheme"], found["method"], found["evaluation"]) == ("w3a16", "rtn", None)
+    assert found["summary"]["blocks"] == 2 and found["warnings"] == [] and "blocks" not in found
+    # A mistake is reported all the same, before the work begins.
     assert main([*command[:-2], str(tmp_path / "no" / "q.json"), "--quiet"]) == 2
     assert "does not exist" in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The questions: exact answers, disjoint splits, one line a sample."""
+"""The questions: exact answers, disjoint splits, one line per sample."""
 
 from __future__ import annotations
 

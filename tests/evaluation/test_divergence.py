@@ -1,4 +1,4 @@
-"""KL on answer tokens against one plain forward a sample, without padding or batches."""
+"""KL on answer tokens against one plain forward per sample, without padding or batches."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_a_model_is_at_no_distance_from_itself(
     twins: tuple[Path, Path], mixed: list[Sample]
 ) -> None:
     full, _ = twins
-    told: list[tuple[str, int, int]] = []
-    pairs = divergences(full, [("a", full), ("b", full)], mixed, lambda *t: told.append(t))
+    reported: list[tuple[str, int, int]] = []
+    pairs = divergences(full, [("a", full), ("b", full)], mixed, lambda *t: reported.append(t))
     found: dict[str, Divergence] = dict(pairs)
     for one in found.values():
         assert one.kl_max < 1e-6 and one.top1 == 1 and one.perplexity_ratio == pytest.approx(1)
-    finished = {what for what, done, total in told if done == total == 17}
-    assert finished == {what for what, _, _ in told} and len(finished) == 3
+    finished = {what for what, done, total in reported if done == total == 17}
+    assert finished == {what for what, _, _ in reported} and len(finished) == 3
 
 
 def test_the_answer_ends_with_the_templates_own_token(twins: tuple[Path, Path]) -> None:

@@ -21,7 +21,15 @@ from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model
 from qig_serve.evaluation.statistics import exact_match
 from qig_serve.model_directory import load_processor, model_dtype
+from qig_serve.records import write_json
 from qig_serve.samples import Sample, data_url, sample_from_parts, sample_sha256
+
+
+def evaluate(
+    model: Path, reference: Path | None, asked: list[Sample]
+) -> evaluation.EvaluationResult:
+    """One model against full precision."""
+    return evaluation.evaluate_many([(model.name, model)], reference, asked)[model.name]
 
 
 def _questions(n: int = 8) -> list[Sample]:
@@ -65,40 +73,40 @@ def test_counts_and_pairs(scripted: dict[str, list[str]], tmp_path: Path) -> Non
 def test_a_result_file_serves_as_reference(scripted: dict[str, list[str]], tmp_path: Path) -> None:
     scripted["full"] = [str(i) for i in range(8)]
     scripted["low"] = ["0", *["x"] * 7]
-    first = evaluation.evaluate(tmp_path / "full", None, _questions())
+    first = evaluate(tmp_path / "full", None, _questions())
     path = tmp_path / "full.json"
-    evaluation.write_json(path, first.to_json(answers=True))
-    second = evaluation.evaluate(tmp_path / "low", path, _questions())
+    write_json(path, first.to_json(answers=True))
+    second = evaluate(tmp_path / "low", path, _questions())
     assert second.paired is not None and second.paired.right_to_wrong == 7
     with pytest.raises(UserError, match="other questions"):
-        evaluation.evaluate(tmp_path / "low", path, _questions()[::-1])
+        evaluate(tmp_path / "low", path, _questions()[::-1])
     path.write_text("[]")
     with pytest.raises(UserError, match="not a result"):
-        evaluation.evaluate(tmp_path / "low", path, _questions())
+        evaluate(tmp_path / "low", path, _questions())
 
 
 def test_overlap_with_calibration_is_found(scripted: dict[str, list[str]], tmp_path: Path) -> None:
     scripted["low"] = ["0"] * 8
     questions = _questions()
-    assert evaluation.evaluate(tmp_path / "low", None, questions).calibration_overlap is None
+    assert evaluate(tmp_path / "low", None, questions).calibration_overlap is None
     hashes = [sample_sha256(questions[3]), "0" * 64]
     report = {"calibration": {"sample_sha256": hashes}}
     (tmp_path / "low" / "report.json").write_text(json.dumps(report))
-    assert evaluation.evaluate(tmp_path / "low", None, questions).calibration_overlap == ("3",)
+    assert evaluate(tmp_path / "low", None, questions).calibration_overlap == ("3",)
 
 
 def test_what_is_refused(tmp_path: Path, twins: tuple[Path, Path]) -> None:
     questions = _questions()
     with pytest.raises(UserError, match="no config.json"):
-        evaluation.evaluate(tmp_path, None, questions)
+        evaluate(tmp_path, None, questions)
     quantized = tmp_path / "q"
     quantized.mkdir()
     config = {"quantization_config": {"quant_method": "qig", "scheme": "w3a16"}}
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is quantized"):
-        evaluation.evaluate(twins[0], quantized, questions)
+        evaluate(twins[0], quantized, questions)
     with pytest.raises(UserError, match="samples with answers"):
-        evaluation.evaluate(twins[0], None, [])
+        evaluate(twins[0], None, [])
     with pytest.raises(UserError, match="unknown split"):
         evaluation.load_samples("demo:exam", 1)
     with pytest.raises(UserError, match="at least 1"):

@@ -1,4 +1,4 @@
-"""Answers told by teacher forcing are those that generation gives."""
+"""Answers found by teacher forcing are those that generation gives."""
 
 from __future__ import annotations
 

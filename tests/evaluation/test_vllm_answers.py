@@ -33,7 +33,7 @@ def test_vllm_and_transformers_answer_alike(tmp_path: Path) -> None:
     save_model(model, processor, noisy)
     samples = load_samples("demo:dev", 24)
     before = (os.sched_getaffinity(0), torch.get_num_threads())
-    told: set[tuple[str, int]] = set()
+    reported: set[tuple[str, int]] = set()
     found = {
         engine: evaluate_many(
             [("noisy", noisy)],
@@ -42,12 +42,12 @@ def test_vllm_and_transformers_answer_alike(tmp_path: Path) -> None:
             engine=engine,  # type: ignore[arg-type]
             kl_samples=0,
             max_tokens=4,
-            progress=lambda what, done, _: told.add((what, done)),
+            progress=lambda what, done, _: reported.add((what, done)),
         )
         for engine in ("vllm", "transformers")
     }
     assert (os.sched_getaffinity(0), torch.get_num_threads()) == before
-    assert {("fp: answers (vllm)", 24), ("noisy: answers (vllm)", 24)} <= told
+    assert {("fp: answers (vllm)", 24), ("noisy: answers (vllm)", 24)} <= reported
     for name in ("fp", "noisy"):
         pairs = zip(found["vllm"][name].answers, found["transformers"][name].answers, strict=True)
         same = sum(a.output == b.output for a, b in pairs)

@@ -7,6 +7,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+CONFIG = {
+    "quant_method": "qig",
+    "format_version": 1,
+    "scheme": "w3a16",
+    "bits": 3,
+    "group_size": 128,
+    "ignore": ["head"],
+}
+"""What config.json says of a small checkpoint."""
+
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory's safetensors files, by name."""

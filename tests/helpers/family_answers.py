@@ -115,7 +115,7 @@ def hugging_face_tokens(
     behind = logits.max(-1).values - logits.gather(1, ids.T)[:, 0]
     if margins is not None:
         decided = torch.stack(margins).amin(0)[length - 1 : -1] > TIE
-        assert decided.sum() >= len(tokens) / 4, f"near ties: only {decided.sum()} tokens can tell"
+        assert decided.sum() >= len(tokens) / 4, f"near ties: only {decided.sum()} tokens decide"
         behind = behind[decided]
     assert behind.max() < NEAR * logits.std(), behind
     return list(tokens)

@@ -275,7 +275,7 @@ def _qwen3_vl_config(tokenizer: Any) -> Any:
 EXPERTS = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 384,  # not half of the hidden size: its shapes tell which way they lie
+    "moe_intermediate_size": 384,  # not half of the hidden size: its shapes show which way they lie
 }
 
 

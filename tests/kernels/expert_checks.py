@@ -44,7 +44,7 @@ EXPERTS, HIDDEN, INTER = 5, 96, 32  # shorter than a group
 
 
 def random_ids(m: int, top_k: int, of: int = EXPERTS, seed: int = 0) -> torch.Tensor:
-    """Distinct experts a token, the first ones more often."""
+    """Distinct experts per token, the first ones more often."""
     generator = torch.Generator().manual_seed(seed + m)
     odds = torch.arange(of, 0, -1).float().expand(m, of)
     return torch.multinomial(odds, top_k, generator=generator).to(torch.int32)

@@ -205,7 +205,7 @@ def test_any_number_of_splits(
     case = make(scheme, m, n, k, torch.float16)
     tile = TILES[scheme]["halves" if scheme == "w3a16" else "split"]
     tiles = -(-m // tile.block_m) * 3
-    scratch = launch._allocate(tiles * splits * tile.block_m * tile.block_n, DEVICE)
+    scratch = launch.allocate(tiles * splits * tile.block_m * tile.block_n, DEVICE)
     got = ops.KERNELS[scheme].linear(
         case.x, case.prepared, n, case.bias, tile, scratch, not INTERPRETED
     )
@@ -220,7 +220,7 @@ def test_any_number_of_shares(scheme: str, count: int, monkeypatch: pytest.Monke
     m, n, k = 17, 300, 1280
     case = make(scheme, m, n, k, torch.float16)
     tile = TILES[scheme]["stream"]
-    scratch = launch._allocate(2 * count * tile.block_m * tile.block_n, DEVICE)
+    scratch = launch.allocate(2 * count * tile.block_m * tile.block_n, DEVICE)
     got = ops.KERNELS[scheme].linear(case.x, case.prepared, n, None, tile, scratch, not INTERPRETED)
     assert_close(got, case.expected(scheme, None), TOLERANCE[torch.float16])
     assert not scratch.counters.any()
@@ -375,7 +375,7 @@ def test_a_launch_allocates_nothing_but_activations(
 
 def test_little_scratch_memory_is_refused() -> None:
     case = make("w3a16", 3, 130, 1024, torch.bfloat16)
-    small = launch._allocate(8, DEVICE)
+    small = launch.allocate(8, DEVICE)
     with pytest.raises(ValueError, match="partial sums do not fit scratch memory for 8"):
         w3a16.linear(
             case.x, case.prepared, 130, None, TILES["w3a16"]["halves"], small, not INTERPRETED

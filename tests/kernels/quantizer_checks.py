@@ -7,12 +7,12 @@ within a step of the 16-bit value on others.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kernel_checks import DEVICE, DTYPES, INTERPRETED
 from poison import poison_allocations
 from triton.errors import TritonError
 
@@ -27,12 +27,6 @@ from qig_serve.kernels import (
 from qig_serve.kernels.library import define
 from qig_serve.kernels.tiles import Tile
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
-    import interpreter  # noqa: F401
-
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 128), (3, 3584), (7, 1152), (16, 1024), (33, 384), (2, 1088)]
 ops = torch.ops.qig
 ORDER = launch.orders(DEVICE).activations

@@ -53,14 +53,14 @@ def test_tiles_stay_lean(scheme: str, target: int, tokens: int, instruction: str
 def test_grouped_kernels_stay_lean(scheme: str, slots: int) -> None:
     """Of 128 experts: what unpacks and multiplies is the linears'."""
     tile = experts.select(scheme, slots, 128)
-    kernel = experts.kernel(scheme, tile, "bf16", compile_report.orders(90))
-    compiled = compile_report._compiled(kernel, scheme, 90, "bf16", True, int(slots == 8))
+    kernel = experts.kernel(scheme, tile, "bf16", launch.orders_for(90))
+    compiled = compile_report.compile_kernel(kernel, scheme, 90, "bf16", True, int(slots == 8))
     assert compiled.problems() == []
     assert compiled.counts.tensor_core.split()[0] == ("mma" if slots == 8 else "wgmma")
 
 
 def test_predicted_times_of_experts() -> None:
-    """Blocks lie between those of full experts and one an expert more; more tokens take longer."""
+    """Blocks lie between those of full experts and one per expert more; more tokens take longer."""
     layer, gpu = expert_times.QWEN3_VL_30B_A3B, time_model.GPUS[90]
     assert expert_times.blocks(layer, 1, 4) == pytest.approx(8)
     assert 128 < expert_times.blocks(layer, 256, 16) < 2048 / 16 + 128
@@ -72,7 +72,7 @@ def test_a_shorter_last_group_is_masked_without_a_spill() -> None:
     """Compiled only where K is ragged; what whole groups compile has no more in it."""
     tile = next(tile for tile in tiles.tiles_of("sm_90", "w3a16", "prefill") if tile.block_m == 128)
     whole, ragged = (
-        ops.KERNELS["w3a16"].kernel(tile, "bf16", compile_report.orders(90)) for _ in range(2)
+        ops.KERNELS["w3a16"].kernel(tile, "bf16", launch.orders_for(90)) for _ in range(2)
     )
     assert whole.constants["RAGGED"] is False
     ragged.constants["RAGGED"] = True
@@ -90,11 +90,11 @@ def test_twin_compiles_too() -> None:
 
 
 def quantizers(target: int, dtype: str) -> list[launch.Kernel]:
-    return quantize_activation.kernels(dtype, compile_report.orders(target).activations)
+    return quantize_activation.kernels(dtype, launch.orders_for(target).activations)
 
 
 def test_quantizers_read_16_bytes_at_once() -> None:
-    """A thread's loads of x; no spills; one kernel a row length, but where many tokens take fewer
+    """A thread's loads of x; no spills; one kernel per row length, but where many tokens take fewer
     warps, and one an activation."""
     found = quantizers(90, "fp16")
     assert len(found) == 14 + 3 and len({kernel.name for kernel in found}) == 9
@@ -116,7 +116,7 @@ def test_programmatic_dependent_launch_waits_before_it_reads(target: int) -> Non
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_weights_are_prefetched_before_the_wait(scheme: str) -> None:
     tile = dataclasses.replace(tile_of(scheme, 90), early=1)
-    kernel = ops.KERNELS[scheme].kernel(tile, "bf16", compile_report.orders(90))
+    kernel = ops.KERNELS[scheme].kernel(tile, "bf16", launch.orders_for(90))
     ptx = sass.compile_kernel(kernel, 90).asm["ptx"]
     wait = ptx.index("griddepcontrol.wait")
     assert ptx.index("prefetch.global.L2") < wait < ptx.index("cp.async")
@@ -158,9 +158,9 @@ def test_no_bucket_is_predicted_slower_than_dequantizing_first(target: int) -> N
 
 
 def test_the_model_of_time() -> None:
-    """Of one program more an SM costs less than its work; a layer's step is never below memory."""
+    """Of one program more per SM costs less than its work; a layer's step is never below memory."""
     gpu = time_model.GPUS[90]
-    kernel = ops.KERNELS["w4a8"].kernel(tile_of("w4a8", 90), "bf16", compile_report.orders(90))
+    kernel = ops.KERNELS["w4a8"].kernel(tile_of("w4a8", 90), "bf16", launch.orders_for(90))
     counts = tuning.read_counts(COUNTS, 90)["w4a8"][tuning.compiled_as(kernel.tile)]
     work = time_model.work(kernel, 4, 1, 37888, 3584, gpu.sms)
     one, four = (time_model.step_cycles(work, counts, r, gpu) for r in (1, 4))

@@ -1,4 +1,4 @@
-"""The vocabulary's tables, 8-bit weights with a scale a row: collected like kernel_checks.py."""
+"""The vocabulary's tables, 8-bit weights, one scale per row: collected like kernel_checks.py."""
 
 from __future__ import annotations
 

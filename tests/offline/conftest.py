@@ -1,7 +1,8 @@
-"""A tiny LLaVA with a GQA decoder, and a few samples to calibrate it."""
+"""Tiny LLaVAs, and a few samples to calibrate them."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's directory."""
+    """The directory of one with a GQA decoder."""
     from helpers.small_llava import small_llava
 
     return small_llava(tmp_path_factory.mktemp("tiny") / "model")
@@ -21,3 +22,17 @@ def seven_samples(tmp_path_factory: pytest.TempPathFactory) -> str:
     from qig_serve.demo.questions import write_jsonl
 
     return str(write_jsonl("calibration", 7, tmp_path_factory.mktemp("calib")))
+
+
+@pytest.fixture(scope="session")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the one that stands for its family."""
+    from helpers.tiny_models import tiny_model
+
+    return tiny_model("llava", tmp_path_factory.mktemp("intact") / "llava")
+
+
+@pytest.fixture
+def model(intact: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(intact, tmp_path / "llava"))

@@ -215,7 +215,7 @@ def test_members_of_a_family_that_are_refused(
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma4_moe"])
 def test_experts_for_one_of_two_libraries(family: str, tmp_path: Path) -> None:
-    """transformers makes experts where it is told to, vLLM where their number is given."""
+    """transformers makes experts where its configuration says, vLLM where their number is given."""
     directory = tiny_model(family, tmp_path / family)
     config = json.loads((directory / "config.json").read_text())
     config["text_config"]["num_experts"] = 8 if family == "gemma4" else None

@@ -12,7 +12,7 @@ import torch
 
 from qig_serve.errors import UserError
 from qig_serve.offline import estimate, pipeline
-from qig_serve.offline.estimate import BlockSeconds, Estimate, bytes_a_token, duration, heaviest
+from qig_serve.offline.estimate import BlockSeconds, Estimate, bytes_per_token, duration, heaviest
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.source.loaded_model import load
@@ -123,7 +123,7 @@ def test_activations_a_token(tiny_llava: Path) -> None:
     the quantized prefix's inputs too."""
     loaded = load(tiny_llava)
     sizes = {
-        name: bytes_a_token(loaded, QuantRecipe(**{"calib": "demo", "method": "qig", **more}))
+        name: bytes_per_token(loaded, QuantRecipe(**{"calib": "demo", "method": "qig", **more}))
         for name, more in {
             "w3a16": {},
             "w4a8": {"scheme": "w4a8"},

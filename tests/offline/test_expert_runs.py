@@ -18,7 +18,7 @@ from qig_serve.experts import unfuse
 from qig_serve.formats import get_scheme
 from qig_serve.inspection import require_sound
 from qig_serve.offline import pipeline
-from qig_serve.offline.estimate import bytes_a_token
+from qig_serve.offline.estimate import bytes_per_token
 from qig_serve.offline.recipe import METHODS, make_recipe
 from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.source.loaded_model import load
@@ -202,7 +202,7 @@ def test_activations_a_token(folder: Path) -> None:
     }
     for (method, scheme), wanted in widest.items():
         recipe = make_recipe({"calib": "demo", "method": method, "scheme": scheme})
-        assert bytes_a_token(loaded, recipe) == 4 * ((2 + 2) * 256 + wanted), method
+        assert bytes_per_token(loaded, recipe) == 4 * ((2 + 2) * 256 + wanted), method
 
 
 def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def words(model: Path, calib: str, output: Path, *more: str) -> list[str]:
 def test_two_nodes_as_one_and_a_node_that_dies(
     tiny_llava: Path, seven_samples: str, tmp_path: Path
 ) -> None:
-    """The one-node checkpoint; a lost node is told on the other, and --resume ends at its bytes."""
+    """The one-node checkpoint; the other reports a lost node, and --resume ends at its bytes."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     nodes = Nodes(tmp_path, [words(tiny_llava, seven_samples, whole)] * 2)
     assert nodes.wait() == [0, 0], nodes.said(0)[-3000:] + nodes.said(1)[-3000:]

@@ -299,7 +299,7 @@ def test_first_search_has_real_token_weights(model_dir: Path, calib: str, scheme
 
 
 def test_token_weights_change_the_loss(model_dir: Path, calib: str) -> None:
-    """Clipping, the source of the weights and the loss are all read from the recipe."""
+    """Clipping and the source of the weights are read from the recipe."""
     losses = {}
     for name, fields in {
         "qig": {},
@@ -307,7 +307,6 @@ def test_token_weights_change_the_loss(model_dir: Path, calib: str) -> None:
         "uniform": {"token_weights": "uniform"},
         "perturbation": {"token_weights": "perturbation"},
         "attention": {"token_weights": "attention"},
-        "mse": {"loss": "mse"},
     }.items():
         loaded, streams, r = streams_of(model_dir, calib, **fields)
         # The second block, where the streams differ.

@@ -1,4 +1,4 @@
-"""Configurations of published sizes, no weights: shapes, memory a token, tensor parallelism.
+"""Configurations of published sizes, no weights: shapes, memory per token, tensor parallelism.
 
 Decoders as their config.json has them; towers by the heads that tensor parallelism shares out.
 """
@@ -14,7 +14,7 @@ import torch
 from qig_serve.architectures import get_architecture
 from qig_serve.experts import unfuse
 from qig_serve.formats import SCHEMES, tensor_specs
-from qig_serve.offline.estimate import bytes_a_token
+from qig_serve.offline.estimate import bytes_per_token
 from qig_serve.offline.pipeline import check_shapes
 from qig_serve.offline.recipe import make_recipe
 from qig_serve.offline.source import mlp_width
@@ -44,7 +44,7 @@ class Size:
     tower_heads: int = 16
     more: tuple[tuple[str, Any], ...] = ()
     padded: int | None = None
-    """Channels that the MLP is stored with, unless told otherwise; `parallel` is then of these."""
+    """Channels that the MLP is stored with by default; `parallel` is then of these."""
 
 
 def qwen3_5(*sizes: Any, values: int) -> Size:
@@ -281,7 +281,7 @@ def test_a_published_size_can_be_quantized_and_split(name: str) -> None:
         finer = () if scheme.group_size else FINER.get(name, ())
         assert tuple(fitting_sizes(refused)) == size.parallel + finer, refused
         recipe = make_recipe({"scheme": scheme.name, "method": "qig+", "calib": "x"})
-        waiting = bytes_a_token(model, recipe)  # two streams, and a group's inputs and outputs
+        waiting = bytes_per_token(model, recipe)  # two streams, and a group's inputs and outputs
         for_each = getattr(model.text_config, "hidden_size_per_layer_input", 0) * size.blocks
         tower = model.config.vision_config
         for_each += len(getattr(tower, "deepstack_visual_indexes", ())) * size.hidden

@@ -40,11 +40,11 @@ def test_explicit_fields_win_over_the_method() -> None:
     assert (recipe.token_weights, recipe.iqr, recipe.grid) == ("uniform", False, 5)
 
 
-def test_damping_is_the_recipes() -> None:
-    """By the compensation and by the noise model of equalization, which reckons with it."""
-    recipe = QuantRecipe(damp=0.1, act_order=False)
-    damping = Damping(0.1, "column", act_order=False, validated=True)
-    assert recipe.rounding_method.damping == recipe.equalization.compensation == damping
+def test_damping_is_the_rounding_methods() -> None:
+    """In the compensation and in the noise model of equalization, which reckons with it."""
+    recipe = QuantRecipe()
+    assert recipe.rounding_method.damping == recipe.equalization.compensation
+    assert recipe.rounding_method.damping == Damping(validated=True)
     assert QuantRecipe(method="gptq").rounding_method.damping == Damping(by="mean")
     assert QuantRecipe(method="qig").equalization.compensation is None
 
@@ -81,7 +81,7 @@ def test_presets(preset: str) -> None:
     assert recipe.scheme in preset
     if preset.startswith("paper"):
         assert (recipe.steps, recipe.quadrature, recipe.grid) == (32, "uniform", 20)
-        assert recipe.iqr and recipe.loss == "mae"
+        assert recipe.iqr
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,12 @@ def test_command_line_is_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "r.yaml"
     path.write_text("scheme: w4a8\nmethod: awq\nsamples: 16\n")
     words = ["quantize", "m", "--recipe", str(path), "--samples", "8", "--no-iqr"]
-    assert main([*words, "--loss", "mse", "--print-recipe"]) == 0
+    assert main([*words, "--equalize", "none", "--print-recipe"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert set(printed) == set(QuantRecipe.model_fields)
     assert (printed["scheme"], printed["method"], printed["samples"]) == ("w4a8", "awq", 8)
-    assert (printed["iqr"], printed["loss"], printed["baseline"]) == (False, "mse", "quantized")
+    assert (printed["iqr"], printed["equalize"]) == (False, "none")
+    assert printed["baseline"] == "quantized"
 
 
 def test_unknown_scheme_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,8 +32,9 @@ TINY = ModelSpec(
     vision_layers=1,
     vision_intermediate=64,
     vocab_size=384,
+    seed=20,
 )
-# They tell how long a run took and what memory it had, which no two runs share.
+# They say how long a run took and what memory it had, which no two runs share.
 TIMED = ("report.json", "report.html", "README.md", "qig_manifest.json", "quantize.log")
 
 

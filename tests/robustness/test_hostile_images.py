@@ -215,23 +215,23 @@ def spoil_many(count: int) -> dict[str, int]:
     seeds = [encoded(noise, k) for k in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "TGA", "ICO")]
     seeds += [cmyk(), palette(), transparent(), turned(), animated("GIF"), animated("PNG")]
     seeds += [sixteen_bits("PNG"), sixteen_bits("TIFF")]
-    told = {"read": 0, "refused": 0}
+    reported = {"read": 0, "refused": 0}
     for _ in range(count):
         try:
             load_image(spoiled(rng.choice(seeds), rng))
-            told["read"] += 1
+            reported["read"] += 1
         except UserError:
-            told["refused"] += 1
-    return told
+            reported["refused"] += 1
+    return reported
 
 
 def test_spoiled_pictures_never_crash() -> None:
-    told = spoil_many(1500)
-    assert told["read"] > 20 and told["refused"] > 200
+    reported = spoil_many(1500)
+    assert reported["read"] > 20 and reported["refused"] > 200
 
 
 @pytest.mark.slow
 def test_many_spoiled_pictures_never_crash() -> None:
-    told = spoil_many(100_000)
-    print(told)
-    assert min(told.values()) > 1000
+    reported = spoil_many(100_000)
+    print(reported)
+    assert min(reported.values()) > 1000

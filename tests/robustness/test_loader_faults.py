@@ -292,13 +292,13 @@ def test_refused_in_one_sentence(
         require_sound(checkpoint)
     assert "\n" not in str(caught.value)
     if damage != "header-of-2-gb":  # a matter of seconds
-        assert verify(checkpoint)  # the hashes tell as well, and which file
+        assert verify(checkpoint)  # the hashes show it as well, and in which file
     assert main(["inspect", str(checkpoint)]) in (1, 2)
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_flipped_bit_of_the_data_is_named_by_verify(checkpoint: Path) -> None:
-    """No header tells of it, so loading does not see it: that is what the hashes are for."""
+    """No header shows it, so loading does not see it: that is what the hashes are for."""
     path = checkpoint / SHARD
     data = bytearray(path.read_bytes())
     data[-5] ^= 1

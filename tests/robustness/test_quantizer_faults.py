@@ -1,4 +1,4 @@
-"""The quantizer killed, out of disk, told to stop, started twice: what is left and what is lost."""
+"""The quantizer killed, out of disk, stopped, started twice: what is left and what is lost."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import quantizer_runs as runs
 import torch
+from helpers.checkpoints import CONFIG
 from safetensors.torch import save_file
 
 from qig_serve.errors import UserError
@@ -25,15 +26,6 @@ from qig_serve.offline.checkpoint.forms import Form
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
 from qig_serve.offline.source.tensors import SourceCheckpoint
-
-CONFIG = {
-    "quant_method": "qig",
-    "format_version": 1,
-    "scheme": "w3a16",
-    "bits": 3,
-    "group_size": 128,
-    "ignore": ["head"],
-}
 
 
 @pytest.fixture
@@ -137,17 +129,17 @@ def blocks_of(directory: Path) -> dict[int, int]:
     return found
 
 
-def resumed(source: Path, output: Path, wanted: dict[str, str], told: Counter[str]) -> None:
+def resumed(source: Path, output: Path, wanted: dict[str, str], reported: Counter[str]) -> None:
     """Finishes a killed run, and counts what of it had to be done again."""
     before = blocks_of(runs.partial_of(output))
-    told[f"{len(before)} blocks done"] += not output.exists()
-    told["already published"] += output.exists()
+    reported[f"{len(before)} blocks done"] += not output.exists()
+    reported["already published"] += output.exists()
     if not output.exists():
         resume = runs.partial_of(output).exists()
         assert runs.forked(lambda: runs.quantize(source, output, resume)) == 0
     assert runs.tree(output) == wanted and runs.vouched(output)
     after = blocks_of(output)
-    told["finished blocks done again"] += sum(after[i] != inode for i, inode in before.items())
+    reported["finished blocks done again"] += sum(after[i] != inode for i, inode in before.items())
     assert not list(output.parent.glob(".*"))
 
 
@@ -156,7 +148,7 @@ def test_killed_at_every_block_boundary(
     source: Path, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     """Before and after each block is written, before and after the checkpoint is published."""
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     for index in range(runs.LAYERS + 1):
         for after in (False, True):
             output = tmp_path / f"{index}-{after}"
@@ -178,9 +170,9 @@ def test_killed_at_every_block_boundary(
                 runs.quantize(source, output)
 
             assert runs.forked(killed) == -signal.SIGKILL
-            resumed(source, output, runs.tree(undisturbed[0]), told)
-    print(f"killed at {2 * (runs.LAYERS + 1)} boundaries: {dict(told)}")
-    assert told["finished blocks done again"] == 0
+            resumed(source, output, runs.tree(undisturbed[0]), reported)
+    print(f"killed at {2 * (runs.LAYERS + 1)} boundaries: {dict(reported)}")
+    assert reported["finished blocks done again"] == 0
 
 
 @pytest.mark.slow
@@ -190,9 +182,9 @@ def test_killed_at_random_moments(
     """Fifty kills; every second time the resumed run is killed too."""
     whole, seconds = undisturbed
     rng = random.Random(0)
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     trial = 0
-    while told["kills"] < 50:  # some runs end before they are killed
+    while reported["kills"] < 50:  # some runs end before they are killed
         trial += 1
         output = tmp_path / str(trial)
         for resume in (False, True)[: 1 + trial % 2]:
@@ -202,13 +194,13 @@ def test_killed_at_random_moments(
                 lambda resume=resume, output=output: runs.quantize(source, output, resume),
                 rng.uniform(0, 1.1 * seconds),
             )
-            told["kills"] += status == -signal.SIGKILL
+            reported["kills"] += status == -signal.SIGKILL
             assert status in (0, -signal.SIGKILL)
             if output.exists():
                 assert runs.tree(output) == runs.tree(whole)
-        resumed(source, output, runs.tree(whole), told)
-    print(f"killed at random in runs of {seconds:.1f} s: {dict(told)}")
-    assert told["finished blocks done again"] == 0
+        resumed(source, output, runs.tree(whole), reported)
+    print(f"killed at random in runs of {seconds:.1f} s: {dict(reported)}")
+    assert reported["finished blocks done again"] == 0
 
 
 Resize = Callable[[int], None]
@@ -257,7 +249,7 @@ def test_a_full_disk_at_every_page(
     whole = tmp_path / "whole"
     write(small_source, whole)
     place, resize = small_disk
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     for pages in range(2, 40):
         resize(4 * pages)
         output = place / "out"
@@ -266,14 +258,14 @@ def test_a_full_disk_at_every_page(
         except ResumableError as error:
             assert "the disk is full" in str(error) and "\n" not in str(error)
             left = unfinished(output)
-            told[f"{sum('block-' in n or 'model-' in n for n in left)} blocks"] += 1
+            reported[f"{sum('block-' in n or 'model-' in n for n in left)} blocks"] += 1
             resize(4000)
             write(small_source, output, resume=bool(left))
         else:
             break
         assert runs.tree(output) == runs.tree(whole)
         subprocess.run(["rm", "-r", output], check=True)
-    assert len(told) >= 3, told  # nothing kept, a block kept, both kept
+    assert len(reported) >= 3, reported  # nothing kept, a block kept, both kept
 
 
 @pytest.mark.slow
@@ -282,7 +274,7 @@ def test_a_full_disk_at_every_stage(
 ) -> None:
     """A whole run: during cache, shard, index and publish."""
     place, resize = small_disk
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     output = place / "out"
     resize(64_000)
     runs.quantize(source, output, offload="disk")
@@ -297,15 +289,15 @@ def test_a_full_disk_at_every_stage(
         except ResumableError as error:
             assert "the disk is full" in str(error) and "\n" not in str(error)
             left = unfinished(output)
-            told[stage(str(error), left)] += 1
+            reported[stage(str(error), left)] += 1
             resize(64_000)
             runs.quantize(source, output, resume=bool(left), offload=offload)
         else:
-            told["enough"] += 1
+            reported["enough"] += 1
         assert runs.tree(output) == runs.tree(undisturbed[0]) and runs.vouched(output)
         subprocess.run(["rm", "-r", output], check=True)
-    print(f"{used} kB of checkpoint, full disk at: {dict(told)}")
-    assert {"cache", "block shard", "publish"} <= told.keys()
+    print(f"{used} kB of checkpoint, full disk at: {dict(reported)}")
+    assert {"cache", "block shard", "publish"} <= reported.keys()
 
 
 def stage(message: str, left: list[str]) -> str:
@@ -339,22 +331,22 @@ def test_told_to_stop(source: Path, tmp_path: Path, number: int, status: int) ->
         while not runs.partial_of(output).exists() and early.poll() is None:
             time.sleep(0.01)
         early.send_signal(number)
-        _, told = early.communicate(timeout=900)
-    assert early.returncode == status and "Traceback" not in told
+        _, reported = early.communicate(timeout=900)
+    assert early.returncode == status and "Traceback" not in reported
     assert not list(tmp_path.iterdir())
 
     with start(source, output) as run:
         while not (runs.partial_of(output) / ".state.json").exists() and run.poll() is None:
             time.sleep(0.01)
         run.send_signal(number)
-        _, told = run.communicate(timeout=900)
+        _, reported = run.communicate(timeout=900)
     assert run.returncode == status
-    assert "Traceback" not in told and "--resume" in told
+    assert "Traceback" not in reported and "--resume" in reported
     assert unfinished(output) and not list(runs.partial_of(output).glob("activations"))
 
     with start(source, output) as second:
-        _, told = second.communicate(timeout=900)
-    assert second.returncode == 2 and "--resume" in told
+        _, reported = second.communicate(timeout=900)
+    assert second.returncode == 2 and "--resume" in reported
     with start(source, output, "--resume") as last, start(source, output, "--resume") as other:
         said = {p.communicate(timeout=900)[1].splitlines()[-1]: p.returncode for p in (last, other)}
     assert sorted(said.values()) == [0, 2]  # two runs on one directory: the second is refused

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from qig_serve.batch import EngineDied, Totals, _Runner
+from qig_serve.batch import EngineDied, Runner, Totals
 from qig_serve.errors import UserError
 from qig_serve.serving import batch_io
 from qig_serve.serving.in_process import Chat
@@ -87,7 +87,7 @@ def run(
 
     async def go() -> Totals:
         fake: Any = engine
-        runner = _Runner(app, fake, source.parent, results, lambda totals: None, chat)
+        runner = Runner(app, fake, source.parent, results, lambda totals: None, chat)
         await runner.run(batch_io.read_requests(source, None, {"model": "m"}), 5)
         return runner.totals
 

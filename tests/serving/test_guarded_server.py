@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ pytest.importorskip("vllm")
 import httpx
 import openai
 from helpers import tiny_llava
+from helpers.picture_server import picture_server
 from helpers.server_process import Server, start_server
 
 pytestmark = pytest.mark.slow
@@ -31,29 +29,9 @@ NAMES = {"cdn.test": [[PUBLIC]], "other.test": [[PUBLIC]], "inside.test": [["10.
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[int]:
-    """A web server: /a.png is a picture, /there redirects to it."""
-    buffer = io.BytesIO()
-    tiny_llava.picture().save(buffer, "PNG")
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/there":
-                self.send_response(302)
-                self.send_header("Location", "/a.png")
-                self.end_headers()
-                return
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(buffer.getvalue())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
+    """The port of a web server with a picture."""
+    with picture_server() as port:
+        yield port
 
 
 @pytest.fixture(scope="module")

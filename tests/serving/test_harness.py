@@ -116,7 +116,7 @@ def test_lmms_eval_scores_failed_requests_as_answers(
     assert got.returncode == 0, got.stdout + got.stderr
     score, samples = _result(tmp_path / "task")
     assert score == 0
-    # What the README tells people to count.
+    # What the README asks people to count.
     assert all("LMMS_EVAL_REQUEST_FAILED" in json.dumps(line) for line in samples)
 
     asked = ["evaluate", "--server", server.url, "--server-model", "no-such-model"]

@@ -6,17 +6,15 @@ import asyncio
 import base64
 import io
 import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from helpers import tiny_llava
+from helpers.picture_server import picture_server
 from PIL import Image
 
 from qig_serve.serving import media
@@ -95,31 +93,9 @@ def test_other_domains_are_refused() -> None:
 
 @pytest.fixture
 def web() -> Iterator[int]:
-    """A web server: /a.png is a picture, /there redirects to it."""
-    buffer = io.BytesIO()
-    tiny_llava.picture().save(buffer, "PNG")
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/there":
-                self.send_response(302)
-                self.send_header("Location", "/a.png")
-                self.end_headers()
-                return
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(buffer.getvalue())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server.server_port
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    """The port of a web server with a picture."""
+    with picture_server() as port:
+        yield port
 
 
 def test_allowed_domain_is_fetched_but_redirects_are_not_followed(

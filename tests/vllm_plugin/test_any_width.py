@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,6 @@ from qig_serve.packing import fake_quantize_activation
 from qig_serve.transformers_plugin import QuantizedInputLinear
 
 pytest.importorskip("vllm")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from test_parallel import tokens as tokens_of_generate
 

@@ -6,7 +6,6 @@ import base64
 import gc
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ from helpers.tiny_models import FAMILIES, tiny_model
 from PIL import Image
 
 pytest.importorskip("vllm")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

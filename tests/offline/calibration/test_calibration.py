@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,9 +291,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         )
 
     quiet = SimpleNamespace(set_verbosity=lambda level: None, CRITICAL=50)
-    monkeypatch.setitem(
-        sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, logging=quiet)
-    )
+    spec = ModuleSpec("datasets", None)
+    package = SimpleNamespace(load_dataset=load_dataset, logging=quiet, __spec__=spec)
+    monkeypatch.setitem(sys.modules, "datasets", package)
     return asked
 
 
@@ -333,7 +334,7 @@ def test_wrong_hugging_face_sources(hub: list[tuple[Any, ...]], source: str, mes
 
 def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs the package datasets: pip install "):
+    with pytest.raises(UserError, match="needs datasets, which is not installed: pip install "):
         load_calibration("hf:some/captions", 4)
 
 

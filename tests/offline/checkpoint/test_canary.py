@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import one_sample, tiny_model
+from helpers.tiny_models import one_sample
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
@@ -29,16 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = "language_model.model.layers.1.mlp.up_proj"
 SHARD = "model-00001-of-00001.safetensors"
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llava", tmp_path_factory.mktemp("intact") / "llava")
-
-
-@pytest.fixture
-def model(intact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "llava"))
 
 
 @pytest.fixture

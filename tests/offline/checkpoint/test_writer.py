@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import CONFIG
 from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
@@ -21,14 +22,6 @@ from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.disk import ResumableError
 from qig_serve.offline.source.tensors import SourceCheckpoint
 
-CONFIG = {
-    "quant_method": "qig",
-    "format_version": 1,
-    "scheme": "w3a16",
-    "bits": 3,
-    "group_size": 128,
-    "ignore": ["head"],
-}
 FINGERPRINT = {"model": "m", "recipe": {"seed": 0, "samples": 4}, "version": "1"}
 
 
@@ -57,6 +50,14 @@ def _block(value: int) -> dict[str, torch.Tensor]:
 def _write(writer: CheckpointWriter, index: int) -> None:
     tensors = {f"layers.{index}.{k}": v for k, v in _block(index).items()}
     writer.write_block(index, tensors, [f"layers.{index}.up.weight"])
+
+
+def _killed(source: Path, output: Path, blocks: int) -> Path:
+    """The hidden directory of a run that came so far; its lock goes with the writer, unentered."""
+    writer = CheckpointWriter(SourceCheckpoint(source), output, FINGERPRINT)
+    for index in range(blocks):
+        _write(writer, index)
+    return writer.directory
 
 
 def _tree(directory: Path) -> dict[str, str]:
@@ -128,11 +129,8 @@ def test_resume_after_every_block_gives_the_same_bytes(source_dir: Path, tmp_pat
     whole = _tree(_quantize(source_dir, tmp_path / "whole"))
     for stop in (0, 1, 2):
         output = tmp_path / f"stopped-{stop}"
-        writer = CheckpointWriter(SourceCheckpoint(source_dir), output, FINGERPRINT)
-        for index in range(stop):
-            _write(writer, index)
-        writer._lock.close()  # what the system does to a killed process
-        (writer.directory / "block-00001.tmp").write_bytes(b"half a block")
+        directory = _killed(source_dir, output, blocks=stop)
+        (directory / "block-00001.tmp").write_bytes(b"half a block")
         with pytest.raises(UserError, match="--resume"):
             _quantize(source_dir, output)
         assert _tree(_quantize(source_dir, output, resume=True)) == whole
@@ -150,11 +148,8 @@ def test_interruption_keeps_the_finished_blocks(source_dir: Path, tmp_path: Path
 
 
 def test_a_damaged_block_is_done_again(source_dir: Path, tmp_path: Path) -> None:
-    writer = CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
-    _write(writer, 0)
-    _write(writer, 1)
-    writer._lock.close()
-    writer.block_file(0).write_bytes(b"not what was written")
+    directory = _killed(source_dir, tmp_path / "out", blocks=2)
+    (directory / "block-00000.safetensors").write_bytes(b"not what was written")
     again = CheckpointWriter(
         SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT, resume=True
     )
@@ -162,9 +157,7 @@ def test_a_damaged_block_is_done_again(source_dir: Path, tmp_path: Path) -> None
 
 
 def test_resume_refuses_other_settings(source_dir: Path, tmp_path: Path) -> None:
-    writer = CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", FINGERPRINT)
-    _write(writer, 0)
-    writer._lock.close()
+    _killed(source_dir, tmp_path / "out", blocks=1)
     other = FINGERPRINT | {"recipe": {"seed": 1, "samples": 4}}
     with pytest.raises(UserError, match="seed was 0 and is 1"):
         CheckpointWriter(SourceCheckpoint(source_dir), tmp_path / "out", other, resume=True)
@@ -172,10 +165,11 @@ def test_resume_refuses_other_settings(source_dir: Path, tmp_path: Path) -> None
 
 def test_two_runs_on_one_directory(source_dir: Path, tmp_path: Path) -> None:
     source = SourceCheckpoint(source_dir)
-    first = CheckpointWriter(source, tmp_path / "out", FINGERPRINT)
-    with pytest.raises(UserError, match="another run"):
+    with (
+        pytest.raises(UserError, match="another run"),
+        CheckpointWriter(source, tmp_path / "out", FINGERPRINT),
+    ):
         CheckpointWriter(source, tmp_path / "out", FINGERPRINT, resume=True)
-    first._lock.close()
 
 
 def test_full_disk_keeps_what_is_done(

@@ -100,7 +100,7 @@ def test_the_search_scales_all_that_read_the_norm(scheme: str) -> None:
     target = module(x)
     batch = SearchBatch(ModuleCall((x,), {}), target, torch.ones(2, 12))
     readers = inner_names(group, group.readers)
-    arguments = (lambda: [batch], get_scheme(scheme), torch.float32, "mse", "here")
+    arguments = (lambda: [batch], get_scheme(scheme), torch.float32, "here")
     names, candidates = inner_names(group), [Candidate(0.0, columns, columns)]
     (with_readers,) = evaluate_candidates(module, names, candidates, *arguments, readers=readers)
     (without,) = evaluate_candidates(module, names, candidates, *arguments)

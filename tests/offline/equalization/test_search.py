@@ -15,7 +15,6 @@ from qig_serve.offline.equalization.search import (
     SearchBatch,
     best,
     evaluate_candidates,
-    token_loss,
 )
 from qig_serve.offline.passes.capture import ModuleCall, catch_call, run_module
 from qig_serve.offline.passes.parts import inner_names
@@ -45,7 +44,7 @@ def test_loss_of_a_linear_written_out(scheme_name: str) -> None:
     module, batch = batch_of(DOWN, torch.rand(2, 12))
     candidate = scaled(384)
     (loss,) = evaluate_candidates(
-        module, [""], [candidate], lambda: [batch], scheme, torch.float32, "mae", "here"
+        module, [""], [candidate], lambda: [batch], scheme, torch.float32, "here"
     )
     x, s = batch.call.hidden / candidate.columns, candidate.columns
     if scheme.activation_bits:
@@ -56,17 +55,15 @@ def test_loss_of_a_linear_written_out(scheme_name: str) -> None:
 
 
 @pytest.mark.parametrize("group", [QKV, O, GATE_UP, DOWN], ids=lambda g: g.name)
-@pytest.mark.parametrize("loss", ["mae", "mse"])
-def test_unquantized_weights_would_lose_nothing(group: object, loss: str) -> None:
+def test_unquantized_weights_would_lose_nothing(group: object) -> None:
     """At 256 levels only the scales are left: f(X / s, W s) = f(X, W) for every group."""
     fine = replace(get_scheme("w2a16"), bits=8)
     module, batch = batch_of(group)
     k = batch.call.hidden.shape[-1]
-    (value,) = evaluate_candidates(
-        module, inner_names(group), [scaled(k)], lambda: [batch], fine, torch.float32, loss, "x"
+    (loss,) = evaluate_candidates(
+        module, inner_names(group), [scaled(k)], lambda: [batch], fine, torch.float32, "x"
     )
-    error = value if loss == "mae" else value**0.5
-    assert error < 0.03 * float(batch.target.abs().mean())
+    assert loss < 0.03 * float(batch.target.abs().mean())
 
 
 def test_w4a8_quantizes_every_linear_of_the_module() -> None:
@@ -75,14 +72,14 @@ def test_w4a8_quantizes_every_linear_of_the_module() -> None:
     ones = Candidate(0.0, torch.ones(256), torch.ones(256))
     scheme = get_scheme("w4a8")
     (with_all,) = evaluate_candidates(
-        module, ["gate_proj", "up_proj"], [ones], lambda: [batch], scheme, torch.float32, "mse", ""
+        module, ["gate_proj", "up_proj"], [ones], lambda: [batch], scheme, torch.float32, "x"
     )
     x = fake_quantize_activation(batch.call.hidden)
     g = x @ fake_quantize(module.gate_proj.weight, scheme).T
     u = x @ fake_quantize(module.up_proj.weight, scheme).T
     h = torch.nn.functional.silu(g) * u
     out = fake_quantize_activation(h) @ module.down_proj.weight.T
-    assert with_all == pytest.approx(float((out - batch.target).square().mean()), rel=1e-4)
+    assert with_all == pytest.approx(float((out - batch.target).abs().mean()), rel=1e-4)
 
 
 def test_tokens_without_weight_do_not_count() -> None:
@@ -92,7 +89,7 @@ def test_tokens_without_weight_do_not_count() -> None:
     dirty = batch.call.hidden.clone()
     dirty[:, 8:] = 1e4
     other = SearchBatch(ModuleCall((dirty,), {}), batch.target, weights)
-    arguments = (get_scheme("w3a16"), torch.float32, "mae", "here")
+    arguments = (get_scheme("w3a16"), torch.float32, "here")
     clean = evaluate_candidates(module, [""], [scaled(384)], lambda: [batch], *arguments)
     same = evaluate_candidates(module, [""], [scaled(384)], lambda: [other], *arguments)
     assert clean == pytest.approx(same, rel=1e-6)
@@ -109,7 +106,7 @@ def test_batches_add_up() -> None:
         )
         for i in range(2)
     ]
-    arguments = (get_scheme("w3a16"), torch.float32, "mae", "here")
+    arguments = (get_scheme("w3a16"), torch.float32, "here")
     whole = evaluate_candidates(module, [""], [scaled(384)], lambda: [batch], *arguments)
     parts = evaluate_candidates(module, [""], [scaled(384)], lambda: halves, *arguments)
     assert whole == pytest.approx(parts, rel=1e-5)
@@ -126,13 +123,9 @@ def test_not_a_number_names_the_layer() -> None:
             lambda: [batch],
             get_scheme("w3a16"),
             torch.float32,
-            "mae",
             "layer 3, down",
         )
 
 
-def test_losses_and_ties() -> None:
-    a, b = torch.tensor([[[1.0, -3.0]]]), torch.zeros(1, 1, 2)
-    assert token_loss(a, b, "mae").item() == 2
-    assert token_loss(a, b, "mse").item() == 5
+def test_of_equal_losses_the_first() -> None:
     assert best([2.0, 1.0, 1.0]) == 1

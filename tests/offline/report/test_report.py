@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,16 @@ class _Page(HTMLParser):
                 self.silent.append(tag)
 
 
+def evaluate(directory: Path, evaluation: Mapping[str, Any] = EVALUATION) -> None:
+    """Makes the reports those of a finished checkpoint, and adds an evaluation."""
+    (directory / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    write_hashes(directory)
+    add_evaluation(directory, evaluation)
+
+
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
-    write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()], EVALUATION)
+    write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()])
+    evaluate(tmp_path)
     text = (tmp_path / "report.html").read_text()
     page = _Page()
     page.feed(text)
@@ -105,7 +114,9 @@ def test_an_incomplete_attribution_is_a_warning(tmp_path: Path) -> None:
 def test_card_metadata_and_recovery(tmp_path: Path) -> None:
     old = tmp_path / "old.md"
     old.write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nold text\n")
-    write_reports(make_report(), tmp_path, CONFIG, old, (), EVALUATION)
+    write_reports(make_report(), tmp_path, CONFIG, old)
+    old.unlink()
+    evaluate(tmp_path)
     card = (tmp_path / "README.md").read_text()
     data = yaml.safe_load(card.split("---\n")[1])
     assert data["base_model"] == "acme/tiny-vlm" and data["license"] == "apache-2.0"
@@ -128,19 +139,19 @@ def test_without_evaluation_it_says_so(tmp_path: Path) -> None:
     assert QuantizationReport.model_validate(data) == make_report()
 
 
-def test_an_evaluation_can_be_added_later(tmp_path: Path) -> None:
-    """The finished checkpoint says the same as if it had been evaluated at once."""
-    late, early = tmp_path / "late", tmp_path / "early"
-    for folder in (late, early):
+def test_an_evaluation_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    """The finished checkpoint says the same as if there had been one alone."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for folder in (once, twice):
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
-    write_reports(make_report(), late, CONFIG, None, [make_picture()])
-    write_hashes(late)
-    add_evaluation(late, EVALUATION)
-    write_reports(make_report(), early, CONFIG, None, [make_picture()], EVALUATION)
+        write_reports(make_report(), folder, CONFIG, None, [make_picture()])
+    evaluate(once)
+    evaluate(twice, {**EVALUATION, "data": "others.jsonl"})
+    assert "others.jsonl" in (twice / "report.html").read_text()
+    evaluate(twice)
     for name in ("report.json", "report.html", "README.md"):
-        assert (late / name).read_text() == (early / name).read_text()
-    assert verify(late) == [] and {p.name for p in tmp_path.iterdir()} == {"late", "early"}
+        assert (once / name).read_text() == (twice / name).read_text()
+    assert verify(twice) == [] and {p.name for p in tmp_path.iterdir()} == {"once", "twice"}
 
 
 def test_a_kill_while_an_evaluation_is_added_leaves_an_intact_checkpoint(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from helpers.reports import EVALUATION, make_picture, make_report
 from PIL import Image
 
 from qig_serve.offline.report import plots
-from qig_serve.offline.report.page import render_html
+from qig_serve.offline.report.page import render_html, with_evaluation
 
 # What people without one kind of cone see, in linear RGB (Machado, Oliveira and Fernandes 2009,
 # severity 1).
@@ -98,7 +98,7 @@ def test_chromium_draws_the_page(tmp_path: Path, theme: str, preferred: int) -> 
     Chromium logs every resource that it fails to load, and here it can reach none.
     """
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    page.write_text(render_html(make_report(), [make_picture()], EVALUATION))
+    page.write_text(with_evaluation(render_html(make_report(), [make_picture()]), EVALUATION))
     done = subprocess.run(
         ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         + [f"--blink-settings=preferredColorScheme={preferred}", "--window-size=1000,5000"]

@@ -46,7 +46,7 @@ def outputs_first(tensors: Tensors) -> None:
 
 
 def single(tensors: Tensors) -> None:
-    """One tensor an expert and projection, in the blocks."""
+    """One tensor per expert and projection, in the blocks."""
     for name in list(tensors):
         owner, _, kind = name.rpartition(".")
         if not owner.startswith("model.") or not owner.endswith(".experts"):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
@@ -21,16 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BLOCK = "language_model.model.layers.1."
 PROJECTOR = "multi_modal_projector.linear_1.weight"
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llava", tmp_path_factory.mktemp("intact") / "llava")
-
-
-@pytest.fixture
-def model(intact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "llava"))
 
 
 def _edit(directory: Path, change: Callable[[Tensors], object]) -> None:

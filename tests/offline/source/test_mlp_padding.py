@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from qig_serve.formats import SCHEMES, tensor_specs
 from qig_serve.model_directory import load_config
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
-from qig_serve.offline.source import mlp_width
+from qig_serve.offline.source import loaded_model, mlp_width
 from qig_serve.offline.source.mlp_padding import MlpPadding
 
 UP, BOTH, DOWN = "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj"
@@ -135,6 +134,7 @@ def test_who_is_padded(source: Path) -> None:
     assert mlp_width.padded_width(config, SCHEMES["w3a16"]) == 512
     config.text_config.intermediate_size = 512
     assert mlp_width.padded_width(config, SCHEMES["w3a16"]) is None
-    linears = frozenset({UP}), frozenset({DOWN})
-    loaded: Any = SimpleNamespace(num_blocks=0, source=["mtp.fc.weight"])
-    assert "multi-token" in mlp_width._why_not(loaded, MlpPadding(288, 512, *linears))
+    loaded: Any = loaded_model.load(source)
+    loaded.source = ["mtp.fc.weight"]
+    padding, note = mlp_width.choose(loaded, SCHEMES["w3a16"], True)
+    assert padding is None and "multi-token" in note

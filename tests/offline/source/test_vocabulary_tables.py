@@ -192,10 +192,10 @@ def test_inspect_counts_them(
     assert main(["inspect", str(output), "--verify", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["problems"] == [] and set(record["vocabulary"]) == {HEAD, EMBEDDING}
-    assert record["vocabulary"][HEAD]["bits_a_weight"] == pytest.approx(8 + 32 / 256)
+    assert record["vocabulary"][HEAD]["bits_per_weight"] == pytest.approx(8 + 32 / 256)
     source = load_file(models["llava"] / "model.safetensors")
     weights = sum(tensor.numel() for tensor in source.values())
-    assert record["bits_a_weight_of_model"] == pytest.approx(8 * record["bytes"] / weights)
+    assert record["bits_per_weight_of_model"] == pytest.approx(8 * record["bytes"] / weights)
     assert record["bytes_in_16_bits"] == 2 * weights
     assert HEAD not in record["left_in_16_bits"]
     assert main(["inspect", str(output)]) == 0

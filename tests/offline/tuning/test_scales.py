@@ -115,10 +115,10 @@ def test_scales_alone_change_and_kl_falls(
     assert changed == {n for n in before if n.endswith(".weight_scale")}
     assert all(before[n].dtype == after[n].dtype for n in changed)
     samples = load_samples(calib, None, 0)
-    told = divergences(
+    reported = divergences(
         model, [(n, tmp_path / n) for n in ("plain", "tuned")], samples, lambda *_: None
     )
-    kl = {name: figures.kl_mean for name, figures in told}
+    kl = {name: figures.kl_mean for name, figures in reported}
     assert kl["tuned"] < kl["plain"]
     assert not list(tmp_path.glob(".*"))
 
@@ -256,6 +256,6 @@ def test_logits_of_hidden_states(family: str, tmp_path: Path) -> None:
 
 def test_every_step_is_told(model: Path, calib: str, tmp_path: Path, monkeypatch: Any) -> None:
     tuning = a_tuning(model, calib, tmp_path / "out", monkeypatch)
-    told: list[tuple[int, int]] = []
-    found = tune(tuning, 1, 0, lambda done, steps: told.append((done, steps)))
-    assert told[-1][0] == told[-1][1] == found.steps == len(told)
+    reported: list[tuple[int, int]] = []
+    found = tune(tuning, 1, 0, lambda done, steps: reported.append((done, steps)))
+    assert reported[-1][0] == reported[-1][1] == found.steps == len(reported)
