@@ -29,10 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-i", "--input", type=Path, metavar="PATH", help=".jsonl, .csv or a folder of pictures")
-    add("-o", "--output", type=Path, metavar="FILE", help=".jsonl or .csv")
+    add(
+        "-i",
+        "--input",
+        type=Path,
+        metavar="PATH",
+        help="required: .jsonl, .csv or a folder of pictures",
+    )
+    add("-o", "--output", type=Path, metavar="FILE", help="required: .jsonl or .csv")
     add("--prompt", help="the question for every picture of a folder, or of a CSV file without one")
-    add("--max-tokens", type=int, metavar="N", help="for requests that do not say")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer of requests that do not say (vLLM's default)",
+    )
     add("--resume", action="store_true", help="skip what the output file already answers")
     add("--json", type=Path, metavar="FILE", help="write counts, tokens and seconds here")
     add("--quiet", action="store_true", help="print nothing but errors")
