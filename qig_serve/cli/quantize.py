@@ -154,6 +154,9 @@ def _run(args: argparse.Namespace) -> int:
     if not questions and not args.quiet:
         print("no evaluation was run (--evaluate SRC); on the calibration samples:")
         print("\n".join(calibration_figures(report)))
+    if not args.quiet:
+        server = "qig-serve" if recipe.format == "qig" else "vllm"
+        print(f"serve it: {server} serve {args.output}", file=sys.stderr)
     if args.json:
         record = report.model_dump(mode="json", exclude={"blocks", "recipe"})
         record |= {"output": str(args.output), "summary": report.summary(), "evaluation": results}
