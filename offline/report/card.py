@@ -86,9 +86,10 @@ def recovery_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[s
         return [label, _percent(a), _percent(b), kept]
 
     rows = [row(f"exact match ({own['n']} questions)", full["exact_match"], own["exact_match"])]
-    rows += [
-        row(f"- {kind}", full["by_type"].get(kind), share) for kind, share in own["by_type"].items()
-    ]
+    counts = own.get("n_by_type", {})
+    for kind, share in own["by_type"].items():
+        number = f" ({counts[kind]})" if kind in counts else ""
+        rows.append(row(f"- {kind}{number}", full["by_type"].get(kind), share))
     if paired := own.get("paired"):
         low, high = (100 * v for v in paired["interval"])
         rows.append(
@@ -300,7 +301,7 @@ def model_card(
     source = public_name(str(calibration.get("source", "nothing")))
     warnings = all_warnings(report)
     listed = "\n".join(f"- {line}" for line in warnings) if warnings else "None."
-    size = f"Size: {report.size()}. " if report.size() else ""
+    size = f"\n\nSize: {report.size()}." if report.size() else ""
     installed = ", ".join(f"{k} {v}" for k, v in metadata["quantization"]["versions"].items())
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     padded = ""
@@ -316,13 +317,13 @@ def model_card(
 # {title}
 
 `{name}` with the linears of its language model in {scheme.bits} bits ({activations}; one scale for
-{scales}), quantized by the method `{report.method}`. {_unchanged(report)}{padded}
+{scales}), quantized by the method `{report.method}`. {_unchanged(report)}{padded}{size}
 
 ## Serve
 
 {_serve(report, title)}
 
-{size}Devices: {", ".join(DEVICES)}. Tensor-parallel sizes: {parallel}.
+Devices: {", ".join(DEVICES)}. Tensor-parallel sizes: {parallel}.
 
 ## Recovery
 

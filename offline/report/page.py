@@ -113,9 +113,10 @@ def with_evaluation(page: str, evaluation: Mapping[str, Any]) -> str:
     return before + _evaluation(evaluation) + after
 
 
-def picture_page(picture: TokenPicture) -> str:
+def picture_page(picture: TokenPicture, model: str, scheme: str) -> str:
     """A page of one sample alone: what `qig-serve attribute` writes."""
-    return _page(html.escape(f"Token weights: {picture.name}"), [picture_html(picture)])
+    title = f"Token weights of {public_name(model)} for {scheme}"
+    return _page(html.escape(title), [picture_html(picture)])
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
@@ -301,7 +302,7 @@ def _attribution(report: QuantizationReport) -> str:
 def _special(report: QuantizationReport) -> str:
     number = (report.calibration.get("tokens") or {}).get("special")
     count = f" ({number} in these samples)" if number else ""
-    return f" Special and template tokens{count} take no part: their share is 0 throughout."
+    return f" Template tokens{count} take no part: their share is 0 throughout."
 
 
 def _clipped_tokens(report: QuantizationReport) -> str | None:

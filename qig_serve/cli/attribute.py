@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
         picture_png(picture, args.output)
     else:
-        args.output.write_text(picture_page(picture), encoding="utf-8")
+        args.output.write_text(picture_page(picture, args.model, args.scheme), encoding="utf-8")
     if args.json:
         from qig_serve.evaluate import write_json
 

@@ -5,8 +5,8 @@
 
 The input is OpenAI's batch JSONL, a CSV file with columns image, prompt and perhaps custom_id, or
 a folder of pictures with --prompt. Image paths are relative to the input; pictures are read when
-their request is sent. Rows are written as they come. A line that is wrong becomes an error row
-with its number. Exit status 1 if a row failed.
+their request is sent. Rows are written as they come. A line or picture that is wrong becomes an
+error row that names it. Exit status 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("say what to read with -i and where to write with -o")
     if args.json and not args.json.absolute().parent.is_dir():
         raise UserError(f"the folder of {args.json} does not exist")
+    # Its lines are no result.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if args.quiet:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     try:

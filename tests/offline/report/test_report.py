@@ -268,7 +268,7 @@ def test_card_says_how_large_the_checkpoint_is_and_how_to_ask_it(tmp_path: Path)
     size = "6.0 GiB of weights, 16.0 GiB before"
     assert size in (tmp_path / "report.html").read_text()
     card = (tmp_path / "README.md").read_text()
-    assert f"Size: {size}. Devices" in card
+    assert f"\n\nSize: {size}.\n\n## Serve" in card
     assert card.count("tiny-vlm-w3a16\n```") == 1
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
