@@ -164,7 +164,8 @@ def _quantize(
             canary = Canary.of(loaded, streams)
             shutil.rmtree(writer.directory / ACTIVATIONS, ignore_errors=True)
             publish(loaded, writer, report, recipe, kept, canary, plain)
-            progress.line(f"wrote {output} in {time.monotonic() - started:.0f} s")
+            took = f"{time.monotonic() - started:.0f} s"
+            progress.line(": ".join(filter(None, (f"wrote {output} in {took}", report.size()))))
     return report
 
 

@@ -104,7 +104,7 @@ class RunProgress:
         self._write(f"block {self._block + 1}/{self._blocks}: {text}")
         self._bar.update(
             self._task,
-            description=f"block {self._block}: {text}",
+            description=f"block {self._block + 1}/{self._blocks}: {text}",
             completed=self._block + done,
             memory=self.memory(),
         )

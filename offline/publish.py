@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from qig_serve import __version__, tensor_parallel
@@ -21,6 +22,7 @@ from qig_serve.offline.checkpoint.canary import Canary
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.processes import Ranks
 from qig_serve.offline.recipe import QuantRecipe
+from qig_serve.offline.report.card import public_name, published
 from qig_serve.offline.report.pictures import KeptWeights
 from qig_serve.offline.report.write import write_reports
 from qig_serve.offline.results import REPORT_FILE, QuantizationReport
@@ -37,18 +39,18 @@ def new_report(
 ) -> QuantizationReport:
     """The report of a run that begins: what is quantized, how, and on what."""
     info = CalibrationInfo(
-        source=recipe.calib,
+        source=public_name(recipe.calib),
         samples=len(samples),
         sha256=calibration_sha256(samples),
         seed=recipe.seed,
     )
     counts = token_counts(batches)
     return QuantizationReport(
-        model=str(loaded.directory),
+        model=public_name(str(loaded.directory)),
         family=loaded.arch.name,
         scheme=recipe.scheme,
         method=recipe.method,
-        recipe=recipe.recorded(),
+        recipe=published(recipe.recorded()),
         calibration={
             **info.model_dump(),
             "images": sum(len(s.images) for s in samples),
@@ -100,13 +102,6 @@ def publish(
     card = loaded.directory / "README.md"
     pictures = kept.pictures(loaded.config, loaded.processor)
     report.warnings += kept.unmapped
-    write_reports(
-        report,
-        writer.directory,
-        config.to_json(),
-        card if card.is_file() else None,
-        pictures,
-    )
     if recipe.format == "compressed-tensors":
         form = forms.compressed(config, loaded.arch, report.left_alone)
     else:
@@ -117,7 +112,15 @@ def publish(
     if missing := {k: v for k, v in loaded.arch.assumed if k not in (text or {})}:
         changed["text_config"] = {**(text or {}), **missing}
     form = replace(form, config={**changed, **form.config})
-    writer.publish(form, check)
+
+    def finish(directory: Path) -> None:
+        check(directory)
+        report.stored_bytes = sum(p.stat().st_size for p in directory.glob("model*.safetensors"))
+        report.source_bytes = loaded.source.nbytes
+        its_card = card if card.is_file() else None
+        write_reports(report, directory, config.to_json(), its_card, pictures)
+
+    writer.publish(form, finish)
 
 
 def quantization_config(
@@ -144,7 +147,7 @@ def quantization_config(
             **{name: report.calibration[name] for name in CalibrationInfo.model_fields}
         ),
         tensor_parallel_sizes=tensor_parallel.fitting_sizes(refused),
-        recipe=recipe.recorded(),
+        recipe=report.recipe,
         summary={
             **report.summary(),
             "tensor_parallel_refused": {str(size): why for size, why in refused.items()},

@@ -120,13 +120,20 @@ class QuantRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scheme: str = Field(default="w3a16", description="w3a16 or w4a8")
+    scheme: str = Field(
+        default="w3a16",
+        description="w3a16: 3-bit weights, 16-bit activations; w4a8: 4-bit weights, 8-bit ones",
+    )
     format: Literal["qig", "compressed-tensors"] = Field(
         default="qig",
         description="form of the checkpoint; compressed-tensors: the same numbers for vLLM as it "
         "comes, 3-bit codes in 4 bits",
     )
-    method: Method = Field(default="qig+", description="a set of defaults for the fields below")
+    method: Method = Field(
+        default="qig+",
+        description="a set of defaults for token weights, equalization and rounding; qig is the "
+        "paper's, qig+ ours",
+    )
 
     calib: str = Field(
         default=CAPTIONS,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qig_serve import sizes
 from qig_serve.family_row import any_expert
 
 if TYPE_CHECKING:
@@ -177,6 +178,10 @@ class QuantizationReport(_Data):
     """Where the MLP is stored with channels of zeros behind its own: how many there are in all,"""
     mlp_channels_of_source: int | None = None
     """and how many it was published with."""
+    stored_bytes: int = 0
+    """Of the checkpoint's weight files, and"""
+    source_bytes: int = 0
+    """of the source model's tensors; 0 before the checkpoint is complete."""
     warnings: list[str] = Field(default_factory=list)
     fallbacks: list[str] = Field(default_factory=list)
     """Steps that had to take a simpler way; a run with any fails unless allow_fallbacks."""
@@ -184,6 +189,13 @@ class QuantizationReport(_Data):
     """Estimated by the dry run: seconds, and peaks of host_bytes, disk_bytes, device_bytes."""
     seconds: float = 0.0
     producer: str = ""
+
+    def size(self) -> str:
+        """The checkpoint's and the source model's, for people; empty before it is complete."""
+        if not self.stored_bytes:
+            return ""
+        stored, before = sizes.in_words(self.stored_bytes), sizes.in_words(self.source_bytes)
+        return f"{stored} of weights, {before} before"
 
     def rare_experts(self) -> str:
         """A sentence about experts that saw too little of the calibration data; maybe empty."""

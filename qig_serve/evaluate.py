@@ -127,6 +127,11 @@ class EvaluationResult:
         return out
 
 
+def shown_name(name: str) -> str:
+    """A result's name for people, the reference's included."""
+    return "full precision" if name == REFERENCE else name
+
+
 def load_samples(source: str, n: int | None = None, seed: int = 0) -> list[Sample]:
     """Samples with answers from a JSONL file, or of the demonstration set.
 
@@ -252,10 +257,12 @@ def _answers(
         forced = forced_answers(full, jobs, samples, max_tokens, say)
     outputs: dict[str, list[str | None]] = {}
     for name, directory in jobs:
-        step = partial(say, f"{name}: answers ({engine})")
+        if name in forced:
+            outputs[name] = list(forced[name])
+            continue
+        step = partial(say, f"{shown_name(name)}: answers ({engine})")
         step(0, len(samples))
-        found = forced.get(name) or generate(directory, samples, engine, max_tokens, step)
-        outputs[name] = list(found)
+        outputs[name] = list(generate(directory, samples, engine, max_tokens, step))
     return outputs
 
 

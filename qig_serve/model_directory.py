@@ -46,7 +46,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} is a file: give the directory of the model, with all of it")
     if not directory.is_dir():
         hub = _HUB_NAME.fullmatch(str(directory))
-        way_out = f": download it first, with `hf download {directory} --local-dir DIR`"
+        way_out = f": `hf download {directory} --local-dir {directory}` fetches it"
         raise UserError(f"the model directory {directory} does not exist{way_out if hub else ''}")
     path = directory / CONFIG_FILE
     if not path.is_file():

@@ -129,6 +129,10 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
 
     from qig_serve.vllm_plugin import compat
 
+    if not args.headless and args.uds is None:
+        address = page_address(args.host, args.port, bool(args.ssl_certfile))
+        print(f"{'web page':16}  {address} when it has started", flush=True)
+
     compat.serve_command().cmd(args)
 
     from qig_serve.serving.engine_watch import THIS_PROCESS
@@ -136,4 +140,13 @@ def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
     if THIS_PROCESS.died:
         print("qig-serve serve: the engine died; its own messages are above", flush=True)
         return 1
+    print("qig-serve serve: stopped", flush=True)
     return 0
+
+
+def page_address(host: str | None, port: int, encrypted: bool) -> str:
+    """Where a browser on this machine finds the server that listens on `host`."""
+    if host in (None, "", "0.0.0.0", "::"):  # noqa: S104  read, not bound
+        host = "localhost"
+    named = f"[{host}]" if ":" in str(host) else host
+    return f"http{'s' if encrypted else ''}://{named}:{port}/"

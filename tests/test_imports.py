@@ -41,6 +41,16 @@ def test_rooms_stay_apart(statement: str, banned: tuple[str, ...]) -> None:
     assert _loaded(_modules_after(statement), *banned) == []
 
 
+def test_the_package_itself_gives_quantize_and_its_recipe() -> None:
+    import qig_serve
+    from qig_serve.offline.pipeline import quantize
+    from qig_serve.offline.recipe import QuantRecipe
+
+    assert (qig_serve.quantize, qig_serve.QuantRecipe) == (quantize, QuantRecipe)
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = qig_serve.quantise
+
+
 def test_help_needs_no_torch() -> None:
     modules = _modules_after(
         "from qig_serve.cli import main\n"

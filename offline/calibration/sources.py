@@ -173,9 +173,11 @@ def _captioned_folder(folder: Path) -> list[Sample]:
             name = str(path.relative_to(folder))
             samples.append(sample_from_parts(name, "caption", path, CAPTION_QUESTION, caption))
     if not samples:
+        meant = next(iter(sorted(folder.glob("*.json*"))), None)
         raise UserError(
-            f"{folder} holds no captioned images: put NAME.txt beside NAME.png, or a CSV with the "
-            "columns image and caption"
+            f"{folder} holds no captioned images: "
+            + (f"name the file itself, {meant}; or " if meant else "")
+            + "put NAME.txt beside NAME.png, or a CSV with the columns image and caption"
         )
     return samples
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from qig_serve import tensor_parallel
 from qig_serve.formats import get_scheme
 from qig_serve.manifest import PER_BLOCK
 from qig_serve.offline.results import QuantizationReport
-from qig_serve.tensor_parallel import in_words
+from qig_serve.vllm_plugin import SUPPORTED_VLLM
 
 DEVICES = ("cpu", "cuda")
 """Where the checkpoint can be served: vLLM's CPU kernels, or Triton kernels on NVIDIA GPUs."""
@@ -47,15 +48,26 @@ def versions() -> dict[str, str]:
 
 
 def public_name(model: str) -> str:
-    """What to call a model elsewhere: org/name of a hub snapshot, or a directory's last part.
+    """What to call a model or data elsewhere: org/name of the hub, or a path's last part.
 
-    The folders of the machine that quantized it are not published.
+    The folders of the machine that quantized it are not published. A hub name is that of a
+    snapshot, or of a folder org/name that `hf download` filled. `hf:` sources keep their options.
     """
+    if model.startswith("hf:"):
+        name, mark, options = model[3:].partition("?")
+        return f"hf:{public_name(name)}{mark}{options}"
     path = Path(model)
     for part in path.parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
-    return path.name if path.is_absolute() or path.is_dir() else model
+    if not path.is_absolute() and len(path.parts) == 2 and (path / ".cache/huggingface").is_dir():
+        return model
+    return path.name if path.is_absolute() or path.exists() else model
+
+
+def published(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields or the like, with what names a path as it is called elsewhere."""
+    return {k: public_name(v) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def _percent(value: float | None) -> str:
@@ -74,9 +86,10 @@ def recovery_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[s
         return [label, _percent(a), _percent(b), kept]
 
     rows = [row(f"exact match ({own['n']} questions)", full["exact_match"], own["exact_match"])]
-    rows += [
-        row(f"- {kind}", full["by_type"].get(kind), share) for kind, share in own["by_type"].items()
-    ]
+    counts = own.get("n_by_type", {})
+    for kind, share in own["by_type"].items():
+        number = f" ({counts[kind]})" if kind in counts else ""
+        rows.append(row(f"- {kind}{number}", full["by_type"].get(kind), share))
     if paired := own.get("paired"):
         low, high = (100 * v for v in paired["interval"])
         rows.append(
@@ -202,17 +215,43 @@ def calibration_figures(report: QuantizationReport) -> list[str]:
 
 
 def _serve(report: QuantizationReport, title: str) -> str:
+    ask = f"""and ask it about a picture:
+
+```python
+import base64
+from openai import OpenAI
+
+picture = base64.b64encode(open("picture.jpg", "rb").read()).decode()
+content = [
+    {{"type": "image_url", "image_url": {{"url": f"data:image/jpeg;base64,{{picture}}"}}}},
+    {{"type": "text", "text": "What is in this picture?"}},
+]
+client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
+answer = client.chat.completions.create(
+    model="{title}", messages=[{{"role": "user", "content": content}}]
+)
+print(answer.choices[0].message.content)
+```"""
     if report.recipe.get("format") == "compressed-tensors":
-        return f"""A checkpoint of compressed-tensors, which vLLM loads as it comes:
+        return f"""A checkpoint of compressed-tensors, which vLLM loads as it comes: start a server,
 
 ```bash
 vllm serve {title}
-```"""
-    return f"""```bash
-pip install "qig-serve[cuda]"          # or qig-serve[cpu]
+```
+
+{ask}"""
+    return f"""Start a server,
+
+```bash
+pip install "qig-serve[cuda]"  # or qig-serve[cpu]; beside {SUPPORTED_VLLM}
 qig-serve serve {title}
-vllm serve {title}                     # the same, where qig-serve is installed: no flag needed
-```"""
+# or plain vLLM, which finds qig-serve by itself: vllm serve {title}
+```
+
+{ask}
+
+In transformers, for evaluation rather than speed: `import qig_serve.transformers_plugin`, then
+`from_pretrained`, which dequantizes the weights."""
 
 
 def _unchanged(report: QuantizationReport) -> str:
@@ -257,11 +296,12 @@ def model_card(
     )
     scales = f"a group of {scheme.group_size}" if scheme.group_size else "an output channel"
     refused = quantization_config.get("summary", {}).get("tensor_parallel_refused", {})
-    sizes = in_words(metadata["quantization"]["tensor_parallel_sizes"], refused)
+    parallel = tensor_parallel.in_words(metadata["quantization"]["tensor_parallel_sizes"], refused)
     calibration = report.calibration
     source = public_name(str(calibration.get("source", "nothing")))
     warnings = all_warnings(report)
     listed = "\n".join(f"- {line}" for line in warnings) if warnings else "None."
+    size = f"\n\nSize: {report.size()}." if report.size() else ""
     installed = ", ".join(f"{k} {v}" for k, v in metadata["quantization"]["versions"].items())
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     padded = ""
@@ -277,13 +317,13 @@ def model_card(
 # {title}
 
 `{name}` with the linears of its language model in {scheme.bits} bits ({activations}; one scale for
-{scales}), quantized by the method `{report.method}`. {_unchanged(report)}{padded}
+{scales}), quantized by the method `{report.method}`. {_unchanged(report)}{padded}{size}
 
 ## Serve
 
 {_serve(report, title)}
 
-Devices: {", ".join(DEVICES)}. Tensor-parallel sizes: {sizes}.
+Devices: {", ".join(DEVICES)}. Tensor-parallel sizes: {parallel}.
 
 ## Recovery
 

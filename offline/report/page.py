@@ -10,7 +10,7 @@ import yaml
 
 from qig_serve.formats import get_scheme
 from qig_serve.offline.report import plots
-from qig_serve.offline.report.card import all_warnings, public_name, recovery_rows
+from qig_serve.offline.report.card import all_warnings, public_name, published, recovery_rows
 from qig_serve.offline.report.drawing import PICTURE_STYLE, picture_html
 from qig_serve.offline.report.pictures import TokenPicture
 from qig_serve.offline.results import QuantizationReport, experts_together
@@ -102,8 +102,7 @@ def render_html(
 
 
 def _recipe(report: QuantizationReport) -> str:
-    values = {k: public_name(v) if isinstance(v, str) else v for k, v in report.recipe.items()}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(published(report.recipe), sort_keys=False)
 
 
 def with_evaluation(page: str, evaluation: Mapping[str, Any]) -> str:
@@ -113,9 +112,10 @@ def with_evaluation(page: str, evaluation: Mapping[str, Any]) -> str:
     return before + _evaluation(evaluation) + after
 
 
-def picture_page(picture: TokenPicture) -> str:
+def picture_page(picture: TokenPicture, model: str, scheme: str) -> str:
     """A page of one sample alone: what `qig-serve attribute` writes."""
-    return _page(html.escape(f"Token weights: {picture.name}"), [picture_html(picture)])
+    title = f"Token weights of {public_name(model)} for {scheme}"
+    return _page(html.escape(title), [picture_html(picture)])
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
@@ -143,9 +143,12 @@ def _overview(report: QuantizationReport) -> str:
     facts = {
         "Model": f"{public_name(report.model)} ({report.family})",
         "Scheme, method": f"{report.scheme}, {report.method}",
+        "Size": report.size(),
         "Calibration": f"{calibration.get('samples', 0)} samples of {source}",
         "Calibration hash": calibration.get("sha256"),
-        "Tokens": ", ".join(f"{n} {kind}" for kind, n in tokens.items()) if tokens else None,
+        "Tokens": f"{tokens['image']} image, {tokens['text']} text, {tokens['special']} template"
+        if tokens
+        else None,
         "Seed": calibration.get("seed"),
         "Made by": report.producer,
     }
@@ -298,7 +301,7 @@ def _attribution(report: QuantizationReport) -> str:
 def _special(report: QuantizationReport) -> str:
     number = (report.calibration.get("tokens") or {}).get("special")
     count = f" ({number} in these samples)" if number else ""
-    return f" Special and template tokens{count} take no part: their share is 0 throughout."
+    return f" Template tokens{count} take no part: their share is 0 throughout."
 
 
 def _clipped_tokens(report: QuantizationReport) -> str | None:

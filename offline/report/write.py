@@ -13,7 +13,7 @@ from typing import Any
 
 from qig_serve.model_directory import read_config
 from qig_serve.offline.disk import replace_files, write_text
-from qig_serve.offline.report.card import front_matter, model_card
+from qig_serve.offline.report.card import front_matter, model_card, published
 from qig_serve.offline.report.page import render_html, with_evaluation
 from qig_serve.offline.report.pictures import TokenPicture
 from qig_serve.offline.results import REPORT_FILE, QuantizationReport
@@ -46,8 +46,10 @@ def add_evaluation(directory: Path, evaluation: Mapping[str, Any]) -> None:
 
     `evaluation` is {"data": where the questions came from, "results": {"fp": R, name: R}} with R
     as EvaluationResult.to_json gives it. UserError where the disk does not take it; the checkpoint
-    is then as it was.
+    is then as it was. What names a path there is put down by its last part.
     """
+    results = {name: published(result) for name, result in evaluation["results"].items()}
+    evaluation = {**published(evaluation), "results": results}
     data = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     data.pop("evaluation", None)
     report = QuantizationReport.model_validate(data)

@@ -102,6 +102,11 @@ class SourceCheckpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._file_of))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its header."""
         return self._entries[name].shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ exit statuses:
   1    done, but something failed: a hash, a line of a batch, a request to a server
   2    the input was wrong: one sentence on standard error says what, and what to do
   130  interrupted (143: terminated); `quantize --resume` and `generate --resume` go on from there
+  141  whatever read the output has closed it, as `| head` does
 
 for scripts: results go to standard output, everything else to standard error. --quiet leaves the
 errors alone, --json gives the figures. Colours and live bars are for terminals only (NO_COLOR
@@ -90,17 +92,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((w for w in words if not w.startswith("-")), None)
-    if command in ("compare", "demo", "evaluate"):  # they draw progress; vLLM binds memory aloud
+    if command in (
+        "compare",
+        "demo",
+        "evaluate",
+        "quantize",
+    ):  # they draw progress; vLLM binds memory aloud
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = make_parser(command).parse_args(words)
 
     from qig_serve.errors import UserError
 
     try:
-        return int(args.run(args) or 0)
+        status = int(args.run(args) or 0)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"qig-serve {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"qig-serve {args.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads_the_output():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
+        return 128 + signal.SIGPIPE
+
+
+def _nobody_reads_the_output() -> bool:
+    """Whether standard output is a pipe whose reader is gone, as of `| head`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(events & select.POLLERR for _, events in output.poll(0))

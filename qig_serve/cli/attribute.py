@@ -29,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", metavar="I,J,...", help="decoder layers (default: first, middle, last)"
     )
-    parser.add_argument("--scheme", default="w3a16", help="what the layers are rounded to")
     parser.add_argument(
-        "--steps", type=int, default=8, help="Gauss-Legendre nodes of the integral (default: 8)"
+        "--scheme", default="w3a16", help="what the layers are rounded to (default: w3a16)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8, metavar="N", help="nodes of the quadrature (default: 8)"
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".html or .png"
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
         picture_png(picture, args.output)
     else:
-        args.output.write_text(picture_page(picture), encoding="utf-8")
+        args.output.write_text(picture_page(picture, args.model, args.scheme), encoding="utf-8")
     if args.json:
         write_json(args.json, picture.to_json(errors))
     if not args.quiet:

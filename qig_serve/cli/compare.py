@@ -46,19 +46,36 @@ HELP = "quantize by several methods and compare them in one table"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", metavar="MODEL", help="full-precision model directory")
-    parser.add_argument("--schemes", default="w3a16,w4a8", metavar="A,B,...")
-    parser.add_argument("--methods", default="rtn,awq,mbq,qig", metavar="A,B,...")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
-    parser.add_argument("--calib", required=True, metavar="SRC", help="calibration samples")
+    parser.add_argument(
+        "--schemes", default="w3a16,w4a8", metavar="A,B,...", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--methods",
+        default="rtn,gptq,qig,qig+",
+        metavar="A,B,...",
+        help="of `quantize --method` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1; default 1"
+    )
+    parser.add_argument(
+        "--calib", required=True, metavar="SRC", help="calibration samples, as for quantize"
+    )
     parser.add_argument(
         "--text-only", action="store_true", help="allow calibration samples without images"
     )
-    parser.add_argument("--samples", type=int, default=128, help="calibration samples per seed")
+    parser.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="of these, per seed; default 128"
+    )
     parser.add_argument(
         "--data", required=True, metavar="SRC", help="questions: JSONL, or demo, or demo:dev"
     )
-    parser.add_argument("--n", type=int, help="questions per seed (demo: 2000)")
-    parser.add_argument("--kl-samples", type=int, default=500, help="questions for KL")
+    parser.add_argument(
+        "--n", type=int, metavar="N", help="use the first N questions (demo: 2000, of each seed)"
+    )
+    parser.add_argument(
+        "--kl-samples", type=int, default=500, metavar="N", help="questions for KL; default 500"
+    )
     parser.add_argument(
         "--engine",
         choices=("forced", "transformers", "vllm", "none"),
@@ -66,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how answers are found: by teacher forcing (default; the same exact match and "
         "agreement in a tenth of the time), or by generation; none: KL alone",
     )
-    parser.add_argument("--max-tokens", type=int, default=160, help="longest answer")
+    parser.add_argument(
+        "--max-tokens", type=int, default=160, metavar="N", help="longest answer; default 160"
+    )
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep the checkpoints here (default: deleted)"
     )

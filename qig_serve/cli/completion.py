@@ -46,5 +46,7 @@ def run(args: argparse.Namespace) -> int:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.metavar in _FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
+            action.choices = action.metavar[1:-1].split(",")  # of the recipe, which checks them
     print(shtab.complete(parser, args.shell))
     return 0

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     questions.add_argument(
         "--split", default="test", help="train, calibration, dev or test (default: test)"
     )
-    questions.add_argument("--n", type=int, default=200, help="how many (default: 200)")
+    questions.add_argument(
+        "--n", type=int, default=200, metavar="N", help="how many (default: 200)"
+    )
     training = parser.add_argument_group("train")
     training.add_argument("--minutes", type=float, default=65.0, help="time budget (default: 65)")
     training.add_argument("--processes", type=int, default=2, help="data-parallel processes (2)")
@@ -57,10 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--without-outliers", action="store_true", help="take the channel outliers out"
     )
     both = parser.add_argument_group("train and export")
-    both.add_argument("--model", default="llava", help="which demonstration model (llava)")
+    both.add_argument(
+        "--model", default="llava", metavar="NAME", help="llava, internvl or qwen2-vl (llava)"
+    )
     several = parser.add_argument_group("questions, train and export")
     several.add_argument("--output", type=Path, metavar="DIR", help="where the result goes")
-    several.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    several.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:

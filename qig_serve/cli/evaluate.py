@@ -38,13 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSONL of samples with answers, or 'demo' for the demonstration set's test split "
         "('demo:dev' for another)",
     )
-    parser.add_argument("--n", type=int, help="use the first N questions (demo: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="draw of the demonstration set")
+    parser.add_argument("--n", type=int, metavar="N", help="use the first N questions (demo: 2000)")
     parser.add_argument(
-        "--kl-samples", type=int, default=500, help="questions for KL; 0: none (default: 500)"
+        "--seed", type=int, default=0, metavar="N", help="draw of the demonstration set"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=160, help="longest answer generated (default: 160)"
+        "--kl-samples",
+        type=int,
+        default=500,
+        metavar="N",
+        help="questions for KL; 0: none (default: 500)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=160,
+        metavar="N",
+        help="longest answer generated (default: 160)",
     )
     parser.add_argument(
         "--engine",

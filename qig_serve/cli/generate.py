@@ -5,8 +5,8 @@
 
 The input is OpenAI's batch JSONL, a CSV file with columns image, prompt and perhaps custom_id, or
 a folder of pictures with --prompt. Image paths are relative to the input; pictures are read when
-their request is sent. Rows are written as they come. A line that is wrong becomes an error row
-with its number. Exit status 1 if a row failed.
+their request is sent. Rows are written as they come. A line or picture that is wrong becomes an
+error row that names it. Exit status 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-i", "--input", type=Path, metavar="PATH", help=".jsonl, .csv or a folder of pictures")
-    add("-o", "--output", type=Path, metavar="FILE", help=".jsonl or .csv")
+    add(
+        "-i",
+        "--input",
+        type=Path,
+        metavar="PATH",
+        help="required: .jsonl, .csv or a folder of pictures",
+    )
+    add("-o", "--output", type=Path, metavar="FILE", help="required: .jsonl or .csv")
     add("--prompt", help="the question for every picture of a folder, or of a CSV file without one")
-    add("--max-tokens", type=int, metavar="N", help="for requests that do not say")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer of requests that do not say (vLLM's default)",
+    )
     add("--resume", action="store_true", help="skip what the output file already answers")
     add("--json", type=Path, metavar="FILE", help="write counts, tokens and seconds here")
     add("--quiet", action="store_true", help="print nothing but errors")
@@ -55,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.input is None or args.output is None:
         raise UserError("say what to read with -i and where to write with -o")
     check_folder(args.json)
+    # Its lines are no result.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if args.quiet:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     try:

@@ -99,6 +99,7 @@ def _record(found: Inspection | None, wrong: list[str], verified: bool) -> dict[
 def _print_facts(console: Console, found: Inspection) -> None:
     from rich.table import Table
 
+    from qig_serve import sizes
     from qig_serve.tensor_parallel import in_words
 
     config, scheme = found.config, found.config.quant_scheme
@@ -113,8 +114,9 @@ def _print_facts(console: Console, found: Inspection) -> None:
         ("family", found.model_type),
         (
             "size",
-            f"{_size(found.nbytes)} of tensors, {found.bits_of_model:.2f} bits per weight over all "
-            f"of the model; {_size(found.bytes_in_16_bits)} with every weight in 16 bits",
+            f"{sizes.in_words(found.nbytes)} of tensors, {found.bits_of_model:.2f} bits per weight "
+            f"over all of the model; {sizes.in_words(found.bytes_in_16_bits)} with every weight in "
+            "16 bits",
         ),
         (
             "quantized",
@@ -146,15 +148,6 @@ def _print_facts(console: Console, found: Inspection) -> None:
     table.add_column("left in 16 bits")
     table.add_column("size", justify="right")
     for module, nbytes in found.left_alone().items():
-        table.add_row(module, _size(nbytes))
+        table.add_row(module, sizes.in_words(nbytes))
     console.print()
     console.print(table)
-
-
-def _size(nbytes: int) -> str:
-    value = float(nbytes)
-    for unit in ("B", "KB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"

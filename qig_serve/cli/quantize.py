@@ -10,8 +10,9 @@ model and samples and R from 0; machine 0 writes the checkpoint):
   torchrun --nproc-per-node N -m qig_serve quantize MODEL --calib calibration.jsonl --output DIR
   torchrun --nnodes K --node-rank R --master-addr HOST --nproc-per-node N -m qig_serve quantize ...
 
-Every option below --recipe is a field of the recipe: a recipe file holds the same names. Values
-on the command line win over the file, and both over the defaults of the method.
+Every option under "recipe" is a field of the recipe: a recipe file holds the same names, with _
+for -. Values on the command line win over the file, and both over the defaults of the method;
+--print-recipe shows what comes of all three.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ HELP = "quantize a model with QIG, or with one of the methods it is compared wit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from qig_serve.offline.recipe import PRESETS, QuantRecipe
+    from qig_serve.offline.recipe import METHODS, PRESETS, QuantRecipe
 
     parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face model")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="checkpoint to write")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="checkpoint to write; may not exist yet"
+    )
     parser.add_argument("--resume", action="store_true", help="go on after an interrupted run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument(
-        "--print-recipe", action="store_true", help="print the recipe as YAML, and do nothing"
+        "--print-recipe", action="store_true", help="print the recipe as YAML, and do nothing else"
     )
     parser.add_argument(
         "--recipe",
@@ -54,17 +57,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate-n", type=int, metavar="N", help="evaluate on the first N questions"
     )
     fields = parser.add_argument_group("recipe")
+    usual = QuantRecipe()
+    of_method = {name for values in METHODS.values() for name in values}
     for name, field in QuantRecipe.model_fields.items():
         flag = "--" + name.replace("_", "-")
-        default = "" if field.default in ("", None) else f" (default: {field.default})"
+        value, text = getattr(usual, name), field.description or ""
+        if value is not None and "(default" not in text:
+            its = f"the method's; {usual.method} has {value}" if name in of_method else value
+            text += f" (default: {its})"
         options: dict[str, Any] = {"dest": f"recipe_{name}", "default": argparse.SUPPRESS}
         if field.annotation in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["metavar"] = name.upper()
-            if get_origin(field.annotation) is Literal:
-                options["metavar"] = "{" + ",".join(map(str, get_args(field.annotation))) + "}"
-        fields.add_argument(flag, help=f"{field.description}{default}", **options)
+            options["metavar"] = _metavar(name, field.annotation)
+        fields.add_argument(flag, help=text, **options)
+
+
+def _metavar(name: str, annotation: Any) -> str:
+    """What stands for a field's value: the choices, or what kind of value it is."""
+    from qig_serve.formats import SCHEMES
+
+    if name == "scheme":
+        return "{" + ",".join(s.name for s in SCHEMES.values() if s.servable) + "}"
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    named = {"calib": "SRC", "image_folder": "DIR"}
+    return named.get(name) or {int: "N", float: "X"}.get(annotation, name.upper())
 
 
 def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,6 +155,9 @@ def _run(args: argparse.Namespace) -> int:
     if not questions and not args.quiet:
         print("no evaluation was run (--evaluate SRC); on the calibration samples:")
         print("\n".join(calibration_figures(report)))
+    if not args.quiet:
+        server = "qig-serve" if recipe.format == "qig" else "vllm"
+        print(f"serve it: {server} serve {args.output}", file=sys.stderr)
     if args.json:
         record = report.model_dump(mode="json", exclude={"blocks", "recipe"})
         record |= {"output": str(args.output), "summary": report.summary(), "evaluation": results}

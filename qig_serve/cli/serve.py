@@ -20,8 +20,11 @@ HELP = "serve a checkpoint over HTTP (OpenAI-compatible, vLLM)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; what is not ours is vLLM's."""
     parser.add_argument("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="flags")
-    parser.epilog = _own_options().format_help().partition("options:\n")[2] or None
+    parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="...", help="flags of vllm serve"
+    )
+    own = _own_options().format_help().partition("options:\n")[2]
+    parser.epilog = f"after DIR, beside the flags of vllm serve:\n{own}"
 
 
 def _own_options() -> argparse.ArgumentParser:

@@ -31,10 +31,12 @@ def results_table(results: Mapping[str, EvaluationResult]) -> Table:
     """Exact match overall and by type, transitions, KL and agreement, with a column per model."""
     from rich.table import Table
 
+    from qig_serve.evaluate import shown_name
+
     table = Table()
     table.add_column("")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(shown_name(name), justify="right")
     columns = list(results.values())
     kinds = sorted({kind for r in columns for kind in r.by_type()})
 
@@ -46,7 +48,8 @@ def results_table(results: Mapping[str, EvaluationResult]) -> Table:
     row("failed requests", [str(len(r.failures)) if r.failures else "-" for r in columns])
     row("exact match", [percent(r.exact_match) for r in columns])
     for kind in kinds:
-        row(f"  {kind}", [percent(r.by_type().get(kind, (0, None))[1]) for r in columns])
+        found = [r.by_type().get(kind, (0, None)) for r in columns]
+        row(f"  {kind} ({max(n for n, _ in found)})", [percent(share) for _, share in found])
     pairs = [r.paired for r in columns]
     row(
         "against full precision, points", [percent(p.difference, True) if p else "-" for p in pairs]
@@ -107,7 +110,10 @@ def progress_bars(
             if what not in seen:
                 seen[what] = int(bars.add_task(what, total=total))
                 if not console.is_terminal:
-                    console.print(f"{what}: {total} {unit}", highlight=False)
+                    console.print(
+                        f"{what}: {total} {unit.removesuffix('s') if total == 1 else unit}",
+                        highlight=False,
+                    )
             bars.update(seen[what], completed=done)  # type: ignore[arg-type]
 
         yield progress

@@ -16,7 +16,7 @@ import csv
 import json
 import mimetypes
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,13 @@ class Request:
     url: str = URL
     body: dict[str, Any] | None = None
     error: str | None = None
+    picture: str = ""
+    """Its path, where the input is a folder and has no lines."""
+
+    @property
+    def place(self) -> str:
+        """What a message about it begins with."""
+        return self.picture or f"line {self.line}"
 
 
 def read_requests(path: Path, prompt: str | None, body: dict[str, Any]) -> Iterator[Request]:
@@ -67,7 +74,7 @@ def read_requests(path: Path, prompt: str | None, body: dict[str, Any]) -> Itera
         if request.body is None:
             yield request
         else:
-            yield Request(request.line, request.custom_id, request.url, body | request.body)
+            yield replace(request, body=body | request.body)
 
 
 def count_requests(path: Path) -> int:
@@ -121,7 +128,7 @@ def _from_folder(folder: Path, prompt: str | None) -> Iterator[Request]:
         raise UserError(f"{folder}: no pictures there ({', '.join(IMAGE_SUFFIXES)})")
     for number, picture in enumerate(pictures, 1):
         name = picture.relative_to(folder).as_posix()
-        yield Request(number, name, body=_question(name, prompt))
+        yield Request(number, name, body=_question(name, prompt), picture=name)
 
 
 def _from_csv(path: Path, prompt: str | None) -> Iterator[Request]:
@@ -190,7 +197,7 @@ def result_row(request: Request, status: int, request_id: str, body: Any) -> dic
     if status != 200:
         inner = body.get("error", body) if isinstance(body, dict) else body
         message = inner.get("message", inner) if isinstance(inner, dict) else inner
-        error = {"code": str(status), "message": f"line {request.line}: {message}"}
+        error = {"code": str(status), "message": f"{request.place}: {message}"}
     return {
         "id": f"batch_req_{request.line}",
         "custom_id": request.custom_id,
@@ -207,7 +214,7 @@ def error_row(request: Request, message: str) -> dict[str, Any]:
         "custom_id": request.custom_id,
         "line": request.line,
         "response": None,
-        "error": {"code": "invalid_line", "message": f"line {request.line}: {message}"},
+        "error": {"code": "invalid_line", "message": f"{request.place}: {message}"},
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qig_serve import sizes
 from qig_serve.errors import UserError
 from qig_serve.formats import VOCABULARY_SCHEME, QuantScheme, tensor_specs
 from qig_serve.inspection import require_sound
@@ -93,20 +94,20 @@ class Report:
                 "--pipeline-parallel-size splits by layers instead"
             )
         if self.memory_bytes > self.device_bytes:
+            needed, there_is = map(sizes.in_words, (self.memory_bytes, self.device_bytes))
             problems.append(
-                f"the weights take {_gib(self.memory_bytes)} of each device's memory, and it has "
-                f"{_gib(self.device_bytes)}: use more devices (--tensor-parallel-size, "
-                "--pipeline-parallel-size)"
+                f"the weights take {needed} of each device's memory, and it has {there_is}: use "
+                "more devices (--tensor-parallel-size, --pipeline-parallel-size)"
             )
         return problems + [f"{x.name}: {x.problem}" for x in self.layers if x.problem]
 
     def lines(self) -> list[str]:
         """For people: device, versions, kernels, sizes, memory, and why not."""
         stored = (
-            f"{_gib(self.quantized_bytes)} in {len(self.layers)} quantized layers, "
-            f"{_gib(self.other_bytes)} in 16 bits"
+            f"{sizes.in_words(self.quantized_bytes)} in {len(self.layers)} quantized layers, "
+            f"{sizes.in_words(self.other_bytes)} in 16 bits"
         )
-        needed = f"{_gib(self.memory_bytes)} of weights"
+        needed = f"{sizes.in_words(self.memory_bytes)} of weights"
         if self.kv_bytes_per_token is not None:
             needed += f" and {self.kv_bytes_per_token / 1024:g} KiB of KV cache per token"
         rows = [
@@ -116,7 +117,7 @@ class Report:
             ("vLLM", f"{_vllm_version()} (supported: {SUPPORTED_VLLM})"),
             ("tensor parallel", in_words(self.tensor_parallel_sizes, self.tensor_parallel_refused)),
             ("weights stored", stored),
-            ("memory needed", f"{needed}; a device has {_gib(self.device_bytes)}"),
+            ("memory needed", f"{needed}; a device has {sizes.in_words(self.device_bytes)}"),
         ]
         rows += [("kernel", f"{kernel}: {count} layers") for kernel, count in self.kernels.items()]
         problems = self.problems
@@ -155,10 +156,6 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
             "problems": self.problems,
         }
-
-
-def _gib(size: int) -> str:
-    return f"{size / (1 << 30):.1f} GiB" if size >= 10 << 30 else f"{size / (1 << 20):.1f} MiB"
 
 
 def _vllm_version() -> str:

@@ -35,11 +35,15 @@ def test_bash_completes_commands_options_choices_and_directories(
     scripts: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "samples.jsonl").touch()
     lines = {
         "qig-serve ev": "evaluate",
         "qig-serve evaluate --eng": "--engine",
         "qig-serve evaluate --engine tr": "transformers",
         "qig-serve completion f": "fish",
+        "qig-serve quantize --method qi": "qig qig+",
+        "qig-serve quantize --scheme w3": "w3a16",
+        f"qig-serve quantize --calib {tmp_path}/sam": f"{tmp_path}/samples.jsonl",
         f"qig-serve inspect {tmp_path}/check": f"{tmp_path}/checkpoint",
     }
     for line, wanted in lines.items():

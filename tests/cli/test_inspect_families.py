@@ -36,7 +36,7 @@ def test_facts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "14 linears, 3.188 bits per weight" in out
     assert "verified: every file is as it was written" in out
     assert re.search(r"self_attn\.q_proj +2 +256 x 256 +3\.188", out)
-    assert re.search(r"vision_tower +\d+ KB", out)
+    assert re.search(r"vision_tower +\d+\.\d KiB", out)
 
 
 def test_facts_as_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

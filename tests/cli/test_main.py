@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from qig_serve import __version__
@@ -28,7 +32,13 @@ def test_help_documents_exit_statuses(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for status in ("0    done", "1    done, but", "2    the input was wrong", "130  interrupted"):
+    for status in (
+        "0    done",
+        "1    done, but",
+        "2    the input was wrong",
+        "130  interrupted",
+        "141",
+    ):
         assert f"\n  {status}" in out
 
 
@@ -41,6 +51,41 @@ def test_interruption_exits_130(
     monkeypatch.setattr("qig_serve.cli.families.run", interrupted)
     assert main(["families"]) == 130
     assert capsys.readouterr().err == "qig-serve families: interrupted\n"
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_in_silence() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "qig_serve", "families", "--json"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_no_closed_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> int:
+        raise BrokenPipeError("the engine's")
+
+    monkeypatch.setattr("qig_serve.cli.families.run", broken)
+    with pytest.raises(BrokenPipeError, match="the engine's"):
+        main(["families"])
+
+
+def test_help_of_quantize_has_the_defaults_that_a_run_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rounded (default: the method's; qig+ has qronos)" in text
+    assert "noise (default: the method's; qig+ has channels)" in text
+    assert "start of the integration path (default: zero, for w4a8 quantized) --" in text
+    assert "calibration samples (default: 128)" in text
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,14 @@ def test_quantize_prints_the_calibration_figures_where_nothing_was_evaluated(
 ) -> None:
     command = ["quantize", str(source), "--method", "awq", "--calib", "demo", "--samples", "2"]
     assert main([*command, "--grid", "2", "--output", str(tmp_path / "out")]) == 0
-    out = capfd.readouterr().out
+    out, told = capfd.readouterr()
+    assert re.search(r"wrote .*out in \d+ s: [\d.]+ MiB of weights, [\d.]+ MiB before\n", told)
+    assert told.endswith(f"serve it: qig-serve serve {tmp_path / 'out'}\n")
     assert out.startswith("no evaluation was run (--evaluate SRC); on the calibration samples:\n")
     assert "loss of the searched modules over round-to-nearest's: " in out
     card = (tmp_path / "out" / "README.md").read_text()
+    for path in (tmp_path / "out").glob("*.json"):  # that is published: no folders of this machine
+        assert str(tmp_path) not in path.read_text(), path
     assert "No evaluation was run" in card and out.splitlines()[1] in card
 
 

@@ -136,6 +136,9 @@ def test_command_writes_json(
     )
     shown = capsys.readouterr()
     assert status == 0 and "exact match" in shown.out and "KL on answer tokens" in shown.err
+    assert "full precision: answers (transformers): 16 questions" in shown.err
+    header, counts = shown.out.splitlines()[1], [f"  {t} (2) " for t in ("color", "caption")]
+    assert "full precision" in header and all(count in shown.out for count in counts)
     record = json.loads(out.read_text())
     assert record["n"] == 16 and record["kl_mean"] > 0 and record["kl"]["samples"] == 16
     assert set(record["by_type"]) == {"color", "shape", "count", "exist", "relation"} | {

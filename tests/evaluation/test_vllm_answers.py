@@ -47,7 +47,7 @@ def test_vllm_and_transformers_answer_alike(tmp_path: Path) -> None:
         for engine in ("vllm", "transformers")
     }
     assert (os.sched_getaffinity(0), torch.get_num_threads()) == before
-    assert {("fp: answers (vllm)", 24), ("noisy: answers (vllm)", 24)} <= reported
+    assert {("full precision: answers (vllm)", 24), ("noisy: answers (vllm)", 24)} <= reported
     for name in ("fp", "noisy"):
         pairs = zip(found["vllm"][name].answers, found["transformers"][name].answers, strict=True)
         same = sum(a.output == b.output for a, b in pairs)

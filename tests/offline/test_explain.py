@@ -101,6 +101,7 @@ def test_command_writes_page_and_png(
     base = ["attribute", str(planted), "--image", str(path), "--prompt", "What <color>?"]
     assert main([*base, "-o", str(tmp_path / "o.html"), "--layers", "0,-1"]) == 0
     page = (tmp_path / "o.html").read_text()
+    assert f"<h1>Token weights of {planted.name} for w3a16</h1>" in page
     assert "layer 1" in page and "&lt;color&gt;" in page and "<color>" not in page
     assert "% of the weight on the image" in capsys.readouterr().err
     record = tmp_path / "o.json"

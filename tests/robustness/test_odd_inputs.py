@@ -302,7 +302,10 @@ def test_models(model: Path, tmp_path: Path, name: str) -> None:
     [
         (f"model/{WEIGHTS}", "is a file: give the directory"),
         ("gone/model", "does not exist"),
-        ("llava-hf/llava-1.5-7b-hf", "`hf download llava-hf/llava-1.5-7b-hf --local-dir DIR`"),
+        (
+            "llava-hf/llava-1.5-7b-hf",
+            "exist: `hf download llava-hf/llava-1.5-7b-hf --local-dir llava-hf/",
+        ),
     ],
 )
 def test_no_model_directories(model: Path, path: str, wanted: str) -> None:

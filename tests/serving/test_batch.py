@@ -237,6 +237,7 @@ def test_generate_from_a_folder_to_csv(checkpoint: Path, tmp_path: Path) -> None
     folder.mkdir()
     for i in range(3):
         tiny_llava.picture(i).save(folder / f"{i}.png")
+    (folder / "broken.png").write_text("no picture")
     output = tmp_path / "out.csv"
     done = subprocess.run(
         command(checkpoint, "-i", folder, "--prompt", "What?", "--max-tokens", "5", "-o", output),
@@ -245,8 +246,11 @@ def test_generate_from_a_folder_to_csv(checkpoint: Path, tmp_path: Path) -> None
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert done.stdout == "" and "the first error: broken.png: " in done.stderr
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert sorted(row["custom_id"] for row in rows) == ["0.png", "1.png", "2.png"]
+    rows.sort(key=lambda row: row["custom_id"])
+    assert [row["custom_id"] for row in rows] == ["0.png", "1.png", "2.png", "broken.png"]
+    assert rows.pop()["error"].startswith("broken.png: ")
     assert all(row["answer"] and not row["error"] for row in rows)

@@ -86,6 +86,7 @@ def test_folder_of_pictures(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     requests = list(batch_io.read_requests(tmp_path, "What?", {}))
     assert [r.custom_id for r in requests] == ["a.jpg", "b.PNG", "sub/c.webp"]
+    assert batch_io.error_row(requests[2], "why")["error"]["message"] == "sub/c.webp: why"
     assert batch_io.count_requests(tmp_path) == 3
     with pytest.raises(UserError, match="--prompt"):
         next(batch_io.read_requests(tmp_path, None, {}))

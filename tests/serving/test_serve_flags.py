@@ -33,3 +33,17 @@ def test_cpu_cache_is_small_unless_asked_for(
     (tmp_path / "options.yaml").write_text("gpu-memory-utilization: 0.4\n")
     serve.parse_flags(Path("model"), flags)
     assert os.environ.get("VLLM_CPU_KVCACHE_SPACE") == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "encrypted", "wanted"),
+    [
+        (None, False, "http://localhost:8000/"),
+        ("0.0.0.0", True, "https://localhost:8000/"),
+        ("::1", False, "http://[::1]:8000/"),
+        ("gpu-box", False, "http://gpu-box:8000/"),
+    ],
+    ids=["default", "all", "six", "named"],
+)
+def test_the_address_of_the_web_page(host: str | None, encrypted: bool, wanted: str) -> None:
+    assert serve.page_address(host, 8000, encrypted) == wanted

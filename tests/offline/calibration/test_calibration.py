@@ -228,7 +228,11 @@ def test_demo_calibration_is_not_the_test_set() -> None:
         (lambda d: str(_write(d / "broken.json", "{")), "not JSON"),
         (lambda d: str(_write(d / "object.json", "{}")), "a list of conversations"),
         (lambda d: str(_write(d / "none.json", "[]")), "no samples"),
-        (lambda d: str(d), "no captioned images"),
+        (lambda d: str(d), "no captioned images: put NAME.txt"),
+        (
+            lambda d: str(_write(d / "s.jsonl", "{}").parent),
+            "no captioned images: name the file itself, .*s.jsonl; or put NAME.txt",
+        ),
         (
             lambda d: str(_write(d / "c.csv", "image,caption\nx.png,one, two\n").parent),
             "line 2: more fields than columns: quote",
@@ -244,7 +248,7 @@ def test_demo_calibration_is_not_the_test_set() -> None:
             "no calibration sample .* has an image",
         ),
     ],
-    ids=["none", "absent", "empty", "broken", "object", "no-record", "no-captions"]
+    ids=["none", "absent", "empty", "broken", "object", "no-record", "no-captions", "its-file"]
     + ["unquoted", "columns", "no-image"],
 )
 def test_refused_sources(tmp_path: Path, make: Any, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import json
@@ -21,6 +22,7 @@ from PIL import Image
 
 from qig_serve.inspection import verify
 from qig_serve.offline.disk import ResumableError, write_hashes
+from qig_serve.offline.report.card import public_name
 from qig_serve.offline.report.drawing import overlay, picture_png
 from qig_serve.offline.report.write import add_evaluation, write_reports
 from qig_serve.offline.results import (
@@ -240,6 +242,53 @@ def test_a_local_path_stays_out_of_the_card(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "/home/me" not in card and "base_model: secret-place" in card
     assert "/home/me" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_folder_that_hf_download_filled_is_called_by_the_hubs_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hf download acme/tiny --local-dir acme/tiny` leaves .cache/huggingface in it."""
+    (tmp_path / "acme" / "tiny" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "mine" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("acme/tiny") == "acme/tiny"
+    assert public_name("mine/tiny") == public_name(str(tmp_path / "acme" / "tiny")) == "tiny"
+
+
+def test_a_data_set_is_called_without_its_folder() -> None:
+    assert public_name("hf:/home/me/set?image=picture") == "hf:set?image=picture"
+    assert public_name("hf:acme/set?image=picture") == "hf:acme/set?image=picture"
+
+
+def test_an_evaluation_leaves_the_machines_folders_out(tmp_path: Path) -> None:
+    write_reports(make_report(), tmp_path, CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+    write_hashes(tmp_path)
+    found = copy.deepcopy(EVALUATION)
+    found["data"] = "/home/me/questions.jsonl"
+    for result in found["results"].values():
+        result["model"] = "/home/me/model"
+    add_evaluation(tmp_path, found)
+    for path in tmp_path.iterdir():
+        assert "/home/me" not in path.read_text(), path
+
+
+def test_card_says_how_large_the_checkpoint_is_and_how_to_ask_it(tmp_path: Path) -> None:
+    report = make_report(stored_bytes=6 << 30, source_bytes=16 << 30)
+    write_reports(report, tmp_path, CONFIG)
+    size = "6.0 GiB of weights, 16.0 GiB before"
+    assert size in (tmp_path / "report.html").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert f"\n\nSize: {size}.\n\n## Serve" in card
+    assert card.count("tiny-vlm-w3a16\n```") == 1
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert 'model="tiny-vlm-w3a16"' in code and "transformers_plugin" in card
+    report.recipe["format"] = "compressed-tensors"
+    write_reports(report, tmp_path, CONFIG)
+    card = (tmp_path / "README.md").read_text()
+    assert "\nvllm serve tiny-vlm-w3a16\n" in card and "qig-serve serve" not in card
+    assert "transformers_plugin" not in card
 
 
 def test_a_run_without_search_has_no_empty_plots(tmp_path: Path) -> None:
