@@ -25,7 +25,8 @@ from qig_serve.evaluation import Progress
 from qig_serve.evaluation.generation import Engine, ask_server, choose_engine, generate
 from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, normalize, paired
 from qig_serve.model_directory import quantization, read_config
-from qig_serve.samples import Sample, overlap, read_samples, sample_sha256, set_sha256
+from qig_serve.records import read_samples
+from qig_serve.samples import Sample, overlap, sample_sha256, set_sha256
 from qig_serve.text_files import read_json
 from qig_serve.weight_files import check_reference
 

@@ -18,7 +18,8 @@ from urllib.parse import parse_qsl
 from PIL import Image
 
 from qig_serve.errors import UserError
-from qig_serve.samples import ImageSource, Sample, load_image, picture_path
+from qig_serve.records import picture_path
+from qig_serve.samples import ImageSource, Sample, load_image
 
 CAPTION_QUESTION = "Describe the image."
 _OPTIONS = {"split": "train", "image": "image", "answer": "caption", "question": ""}

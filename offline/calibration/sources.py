@@ -1,8 +1,8 @@
 """Where calibration samples come from: one function per source, all giving `Sample`s.
 
 demo                            the demonstration set's calibration split
-samples.jsonl                   one JSON line per sample (qig_serve/samples.py)
-conversations.json              LLaVA / ShareGPT4V conversations, images in `image_folder`
+samples.jsonl, samples.json     one JSON line per sample, or a list of them, also as LLaVA and
+                                ShareGPT4V have them (records.py); images in `image_folder`
 folder                          images with captions: NAME.txt beside NAME.png, or one CSV with
                                 an image and a caption column
 hf:NAME?split=train&image=image&question=prompt&answer=caption
@@ -16,24 +16,13 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qig_serve import text_files
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration.hugging_face import CAPTION_QUESTION, hugging_face
-from qig_serve.samples import (
-    IMAGE_SUFFIXES,
-    ImageSource,
-    Sample,
-    check_files,
-    check_media,
-    parse_record,
-    read_samples,
-    resolve_picture,
-    sample_from_parts,
-    shown,
-    split_marks,
-)
+from qig_serve.records import MissingPicture, parse_record, records, resolve_picture, shown
+from qig_serve.samples import IMAGE_SUFFIXES, Sample, sample_from_parts
 
 CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
 """Pairs of an image and a caption, the paper's kind of calibration data."""
@@ -74,11 +63,8 @@ def load_calibration(
         elif not path.is_file():
             fault = "is no file" if os.path.lexists(path) else "does not exist"
             raise UserError(f"the calibration data {source} {fault}")
-        elif path.suffix == ".json":
-            folder = Path(image_folder) if image_folder is not None else path.parent
-            samples = _conversations(path, folder, n, seed)
         else:
-            samples = _choose(read_samples(path), n, seed)
+            samples = _from_file(path, n, seed, image_folder)
     if not samples:
         raise UserError(f"the calibration data {source} holds no samples")
     if not text_only and not any(s.images for s in samples):
@@ -106,56 +92,16 @@ def _demo(n: int, seed: int) -> list[Sample]:
     ]
 
 
-def _conversations(path: Path, folder: Path, n: int, seed: int) -> list[Sample]:
-    """LLaVA and ShareGPT4V: [{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]."""
-    records = text_files.read_json(path)
-    if not isinstance(records, list):
-        raise UserError(f"{path} must hold a list of conversations")
-    # Chosen before they are parsed: such files hold hundreds of thousands.
-    chosen = _choose(list(enumerate(records)), n, seed)
-    return [_conversation(record, f"{path}, record {i}", i, folder) for i, record in chosen]
-
-
-def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
-    if isinstance(record, dict) and "messages" in record:
-        return parse_record(record, where, folder, index)
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f'{where}: no "conversations" list')
-    check_media(record, where, read=("image", "images"))
-    if record.get("image") and record.get("images"):
-        raise UserError(f'{where}: "image" and "images": give the pictures in one of them')
-    named = record.get("image") or record.get("images") or []
-    files = named if isinstance(named, list) else [named]
-    images: list[ImageSource] = []
-    for name in files:
-        if not isinstance(name, str):
-            raise UserError(f"{where}: the image {str(name)[:80]!r} is not a path")
-        try:
-            images.append(resolve_picture(name, where, folder))
-        except UserError as error:
-            raise UserError(f"{error}; see --image-folder") from None
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    roles["system"] = "system"
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        role = roles.get(
-            str(turn.get("from", turn.get("role", ""))) if isinstance(turn, dict) else ""
-        )
-        value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if role is None or not isinstance(value, str):
-            raise UserError(f'{where}: a turn needs "from" (human or gpt) and "value"')
-        messages.append({"role": role, "content": split_marks(value, images, where)})
-    first = next((m for m in messages if m["role"] == "user"), None)
-    if first is None:
-        raise UserError(f"{where}: the conversation has no human turn")
-    first["content"][:0] = [{"type": "image", "image": image} for image in images]
-    if not files:
-        check_files(record, where)
-    answer = None
-    if messages[-1]["role"] == "assistant":
-        answer = " ".join(p["text"] for p in messages.pop()["content"] if p["type"] == "text")
-    return Sample(str(record.get("id", index)), "conversation", tuple(messages), answer)
+def _from_file(path: Path, n: int, seed: int, image_folder: str | Path | None) -> list[Sample]:
+    """JSON lines, or a JSON list: such files hold hundreds of thousands of records."""
+    folder = path.parent if image_folder is None else Path(image_folder)
+    if not folder.is_dir():
+        raise UserError(f"the image folder {folder} does not exist")
+    chosen = _choose(list(records(path)), n, seed)
+    try:
+        return [parse_record(record, where, folder, number) for where, number, record in chosen]
+    except MissingPicture as error:
+        raise UserError(f"{error}; see --image-folder") from None
 
 
 def _captioned_folder(folder: Path) -> list[Sample]:

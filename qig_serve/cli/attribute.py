@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qig_serve.cli import check_targets
 from qig_serve.errors import UserError
 
 HELP = "show on a picture which tokens the method weighs, without quantizing"
@@ -57,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Attribute and write the picture."""
     if args.output.suffix not in (".html", ".png"):
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
-    for path in (args.output, args.json):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist")
+    check_targets(args.output, args.json)
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
 

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qig_serve.cli import check_targets
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 
@@ -109,9 +110,7 @@ def run(args: argparse.Namespace) -> int:
     """Quantize everything, evaluate everything, print and write."""
     if args.seeds < 1 or args.samples < 1 or args.kl_samples < 0 or args.max_tokens < 1:
         raise UserError("--seeds, --samples and --max-tokens must be at least 1")
-    for path in (args.json, args.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist")
+    check_targets(args.json, args.plot)
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     # Wrong ones fail now.

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qig_serve.cli import check_targets
+
 HELP = "rewrite InternVL2 as published into a form that can be quantized"
 
 
@@ -28,13 +30,11 @@ def run(args: argparse.Namespace) -> int:
     """Convert."""
     from rich.console import Console
 
-    from qig_serve.errors import UserError
     from qig_serve.evaluate import write_json
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.source.internvl2 import convert
 
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"the folder of {args.json} does not exist")
+    check_targets(args.json)
     with progress_bars(Console(stderr=True), args.quiet, unit="tensors") as progress:
         convert(args.source, args.output, progress)
     if args.json:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qig_serve.cli import check_targets
 from qig_serve.errors import UserError
 
 HELP = "compare a model's answers with full precision on held-out questions"
@@ -63,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; exit status 1 when requests to a server failed."""
     if (args.model is None) == (args.server is None):
         raise UserError("give a model directory, or --server URL without one")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"the folder of {args.json} does not exist")
+    check_targets(args.json)
     if args.kl_samples < 0 or args.max_tokens < 1:
         raise UserError("--kl-samples must be at least 0 and --max-tokens at least 1")
 

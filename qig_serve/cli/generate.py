@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from qig_serve.cli import check_targets, expand_home
+
 HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
 
 
@@ -50,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     _add_options(after)
     after.set_defaults(**{k: v for k, v in vars(args).items() if v is not None})
     args, flags = after.parse_known_args(args.flags)
+    expand_home(args)
     if args.input is None or args.output is None:
         raise UserError("say what to read with -i and where to write with -o")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"the folder of {args.json} does not exist")
+    check_targets(args.json)
     if args.quiet:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     try:

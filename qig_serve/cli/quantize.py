@@ -23,6 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from qig_serve.cli import check_targets
+
 HELP = "quantize a model with QIG, or with one of the methods it is compared with"
 
 
@@ -106,8 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise UserError("say where the checkpoint goes: --output DIR")
 
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"the folder of {args.json} does not exist")
+    check_targets(args.json)
     if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qig_serve.errors import UserError
-from qig_serve.samples import IMAGE_SUFFIXES, picture_path, shown
+from qig_serve.records import picture_path, shown
+from qig_serve.samples import IMAGE_SUFFIXES
 from qig_serve.serving.json_faults import find_fault
 from qig_serve.text_files import csv_columns, csv_rows, lines, parse_json
 

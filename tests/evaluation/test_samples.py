@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from qig_serve.errors import UserError
+from qig_serve.records import read_samples
 from qig_serve.samples import (
     Sample,
     load_image,
     overlap,
-    read_samples,
     sample_from_parts,
     sample_sha256,
     set_sha256,

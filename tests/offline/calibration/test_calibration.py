@@ -225,7 +225,7 @@ def test_demo_calibration_is_not_the_test_set() -> None:
         (lambda d: str(d / "gone.jsonl"), "does not exist"),
         (lambda d: str(_write(d / "empty.jsonl", "")), "no samples"),
         (lambda d: str(_write(d / "broken.json", "{")), "not JSON"),
-        (lambda d: str(_write(d / "object.json", "{}")), "a list of conversations"),
+        (lambda d: str(_write(d / "object.json", "{}")), 'a list of "conversations"'),
         (lambda d: str(_write(d / "none.json", "[]")), "no samples"),
         (lambda d: str(d), "no captioned images"),
         (
