@@ -137,7 +137,7 @@ class QuantRecipe(BaseModel):
         "hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, or 'demo'",
     )
     image_folder: str | None = Field(
-        default=None, description="where the images of a LLaVA JSON lie"
+        default=None, description="where the images lie that the data name by path"
     )
     samples: int = Field(default=128, ge=1, description="calibration samples")
     seed: int = Field(

@@ -111,7 +111,11 @@ def _parse_line(number: int, text: str) -> Request:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    """Those of a folder, hidden ones apart: macOS leaves ._NAME beside NAME."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(
+        p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts)
+    )
 
 
 def _from_folder(folder: Path, prompt: str | None) -> Iterator[Request]:
