@@ -13,7 +13,7 @@ from qig_serve.errors import UserError
 from qig_serve.formats import VOCABULARY_SCHEME, WORD_INPUTS, QuantScheme, tensor_specs
 from qig_serve.hashes import HASHES_FILE, file_sha256
 from qig_serve.manifest import QuantizationConfig
-from qig_serve.model_directory import INDEX_FILE, read_config, read_json, read_manifest
+from qig_serve.model_directory import INDEX_FILE, damaged, read_config, read_json, read_manifest
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _SPEC_DTYPES = {"int32": ("I32",), "uint8": ("U8",), "float32": ("F32",)}
@@ -246,7 +246,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 tensor = shard.get_slice(name)
                 yield name, StoredTensor(path.name, tensor.get_dtype(), tuple(tensor.get_shape()))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None
+        raise damaged(path, error) from None
 
 
 def _check_index(found: Inspection) -> None:

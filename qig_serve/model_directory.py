@@ -28,6 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _COPY_AGAIN = "copy the published model's tokenizer and processor files there again"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
+_POINTER = b"version https://git-lfs"
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
 
@@ -189,4 +190,22 @@ def _stored_dtypes(directory: Path) -> Iterator[str]:
                     if dtype in _STORED and not name.endswith(".weight_scale"):
                         yield _STORED[dtype]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None
+            raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """For a safetensors file that cannot be read: damaged, or the pointer that Git fetched."""
+    if is_pointer(path):
+        return UserError(
+            f"{path} is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`"
+        )
+    return UserError(f"{path} is damaged: {str(error).rstrip('.')}")
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether of a file only Git LFS's pointer was fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False

@@ -75,8 +75,11 @@ def read_samples(path: Path, n: int | None = None, scored: bool = False) -> list
 
 def records(path: Path) -> Iterator[tuple[str, int, Any]]:
     """Of each record of a file: its place for messages, its number, its value."""
+    if str(path).startswith("hf:"):
+        raise UserError(f"{path}: datasets are for calibration: write the questions as JSON lines")
     if not path.is_file():
-        raise UserError(f"the sample file {path} does not exist")
+        fault = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"the sample file {path} {fault}")
     values = read_list(path)
     if values is not None:
         for index, value in enumerate(values):

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from qig_serve.errors import UserError
-from qig_serve.model_directory import CONFIG_FILE, INDEX_FILE, read_config, read_json
+from qig_serve.model_directory import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    damaged,
+    is_pointer,
+    read_config,
+    read_json,
+)
 
 SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -38,7 +45,6 @@ _COMPANION = re.compile(
 _ADAPTER = re.compile(r".*\.(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer)(\..*)?")
 _INTEGER_BUFFERS = ("position_ids", "num_batches_tracked", "relative_position_index")
 """Tables of numbers that are no weights: copied, if no one reads them."""
-_POINTER = b"version https://git-lfs"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -141,12 +147,8 @@ def check_index(directory: Path) -> None:
 def check_pointers(directory: Path, names: list[str]) -> None:
     """UserError for a file of which Git has only fetched the pointer."""
     for name in names:
-        with (directory / name).open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise UserError(
-                    f"{directory / name} is a pointer of Git LFS and not the weights: fetch them "
-                    "with `git lfs pull`"
-                )
+        if is_pointer(directory / name):
+            raise damaged(directory / name, ValueError())
 
 
 def check_full_precision(directory: Path) -> None:
@@ -223,4 +225,4 @@ def check_reference(directory: Path) -> None:
                 for name in shard.keys():  # noqa: SIM118 - not a dict
                     check_tensor(directory, file, name, shard.get_slice(name).get_dtype())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None
+            raise damaged(path, error) from None

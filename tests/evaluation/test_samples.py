@@ -115,6 +115,10 @@ def test_a_bad_line_is_named(folder: Path, line: str, says: str) -> None:
 def test_missing_empty_and_binary_files(folder: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_samples(folder / "none.jsonl")
+    with pytest.raises(UserError, match="images is no file"):
+        read_samples(folder / "images")
+    with pytest.raises(UserError, match="datasets are for calibration: write the questions as"):
+        read_samples(Path("hf:lmms-lab/x"))
     (folder / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="holds no samples"):
         read_samples(folder / "empty.jsonl")
