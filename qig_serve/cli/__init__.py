@@ -79,7 +79,10 @@ def check_targets(*paths: Path | None) -> None:
     """UserError for a file that cannot be written when the work is done; None is no file."""
     from qig_serve.errors import UserError
 
-    for path in filter(None, paths):
+    wanted = [path for path in paths if path is not None]
+    for path in wanted:
+        if wanted.count(path) > 1:
+            raise UserError(f"{path} is to be written twice: give two names")
         if path.is_dir():
             raise UserError(f"{path} is a folder: name a file in it")
         if not path.absolute().parent.is_dir():

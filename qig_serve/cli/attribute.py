@@ -71,12 +71,13 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.explain import explain_sample
     from qig_serve.offline.report.page import picture_page
+    from qig_serve.records import resolve_picture
 
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:
         picture, errors = explain_sample(
             Path(args.model),
-            [Path(image) for image in args.image],
+            [resolve_picture(image, "--image", Path()) for image in args.image],
             args.prompt,
             args.answer,
             lambda count: parse_layers(args.layers, count),

@@ -92,6 +92,8 @@ def test_targets_are_looked_at_before_the_work(
         check_targets(tmp_path)
     with pytest.raises(UserError, match=r"the folder of .*x\.json does not exist"):
         check_targets(tmp_path / "gone" / "x.json")
+    with pytest.raises(UserError, match=r"new\.json is to be written twice"):
+        check_targets(tmp_path / "new.json", tmp_path / "new.json")
     monkeypatch.setattr("os.access", lambda *_: False)  # of root, nothing is read-only
     with pytest.raises(UserError, match="cannot be written: its folder, or the file, is read-only"):
         check_targets(tmp_path / "new.json")
