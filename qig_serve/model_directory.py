@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
+_TEXTS = (
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""JSON objects, and a template."""
 _COPY_AGAIN = "copy the published model's tokenizer and processor files there again"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
@@ -53,13 +65,29 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
     config = read_json(path)
+    _check_mark(path)
+    return config
+
+
+def _check_mark(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             raise UserError(
                 f"{path} begins with a byte-order mark, which transformers and vLLM do not read: "
                 "save it as UTF-8 without one"
             )
-    return config
+
+
+def check_texts(directory: Path) -> None:
+    """UserError for a text file beside config.json that is damaged.
+
+    transformers and vLLM pass over some of them then, read others half, and name none.
+    """
+    for name in _TEXTS:
+        path = directory / name
+        if path.is_file():
+            read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
+            _check_mark(path)
 
 
 def load_config(directory: Path) -> Any:
@@ -90,6 +118,8 @@ def cannot_be_loaded(directory: Path, error: Exception) -> UserError:
 
 def load_processor(directory: Path) -> Any:
     """The processor; UserError when the directory has none, or none for images and chats."""
+    check_texts(directory)
+
     from transformers import AutoProcessor
 
     try:

@@ -279,7 +279,11 @@ def config(name: str = "config.json", **parts: Any) -> Spoil:
 
 
 def text(name: str, change: Callable[[bytes], bytes]) -> Spoil:
-    return lambda d: (d / name).write_bytes(change((d / name).read_bytes()))
+    def spoil(directory: Path) -> None:
+        path = directory / name
+        path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+
+    return spoil
 
 
 def replaced(make: Spoil, name: str = WEIGHTS) -> Spoil:
@@ -298,6 +302,16 @@ def sharded(index: dict[str, Any] | None) -> Spoil:
         (directory / INDEX).write_text(json.dumps(index or {"weight_map": names}))
 
     return spoil
+
+
+def two_shards(directory: Path) -> None:
+    """One has all the tensors, and the index says of one that it is in the other."""
+    sharded(None)(directory)
+    path, other = directory / INDEX, "model-00002-of-00002.safetensors"
+    index = {"metadata": {}, **json.loads(path.read_text())}
+    index["weight_map"][min(index["weight_map"])] = other
+    path.write_text(json.dumps(index))
+    save_file({}, directory / other)
 
 
 def wrapped(prefix: str) -> Spoil:
@@ -360,6 +374,24 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "tokenizer-cut": (text("tokenizer.json", lambda b: b[:500]), "no usable processor .*: copy"),
     "no-tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no usable processor .*: copy"),
     "no-processor": (lambda d: (d / "processor_config.json").unlink(), "no usable processor"),
+    **{
+        f"{kind}-{name}": (text(name, lambda _, raw=raw: raw), wanted)
+        for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json")
+        for kind, raw, wanted in (
+            ("cut", b'{"a": ', rf"{name} cannot be read: it is not JSON"),
+            ("list", b"[]", rf"{name} cannot be read: it is not a JSON object"),
+            ("mark", b"\xef\xbb\xbf{}", rf"{name} begins with a byte-order mark"),
+        )
+    },
+    "template-mark": (
+        text("chat_template.jinja", lambda b: b"\xef\xbb\xbf" + b),
+        r"chat_template\.jinja begins with a byte-order mark",
+    ),
+    "template-windows": (
+        text("chat_template.jinja", lambda b: b + b"{# \xe9 #}"),
+        r"chat_template\.jinja, line \d+, byte \d+: 0xE9 is not UTF-8",
+    ),
+    "index-wrong-shard": (two_shards, "names the tensor .*, which is not in model-00002-of-00002"),
     "template-no-text": (
         lambda d: (
             (d / "chat_template.jinja").unlink(),
