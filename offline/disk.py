@@ -22,6 +22,11 @@ from qig_serve.model_directory import INDEX_FILE
 if TYPE_CHECKING:
     import torch
 
+_NO_PLACE = (
+    *(errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
+"""What the system says where nothing may be written, and where there is no such place."""
 SHARD_BYTES = 2 << 30
 """Models are copied in shards of about this size, so that memory stays flat."""
 
@@ -38,7 +43,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(path) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in _NO_PLACE:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         raise
     except SafetensorError as error:

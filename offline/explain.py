@@ -36,7 +36,7 @@ from qig_serve.offline.passes.parts import inner_names
 from qig_serve.offline.report.pictures import TokenPicture, token_picture
 from qig_serve.offline.source import loaded_model
 from qig_serve.packing import fake_quantize, fake_quantize_activation, scale_dtype
-from qig_serve.samples import Sample, load_image
+from qig_serve.samples import ImageSource, Sample, load_image
 
 _MAX_LENGTH = 1 << 16
 
@@ -53,7 +53,7 @@ class LayerWeights:
 
 def explain_sample(
     directory: Path,
-    images: Sequence[Path],
+    images: Sequence[ImageSource],
     prompt: str,
     answer: str | None,
     choose_layers: Callable[[int], Sequence[int]],
@@ -81,7 +81,7 @@ def explain_sample(
         [sample], loaded.processor, loaded.image_token_id, max_length=_MAX_LENGTH
     )
     answered = batch.answer_mask[0].nonzero()
-    names = ", ".join(path.name for path in images)
+    names = ", ".join(i.name if isinstance(i, Path) else "a picture" for i in images)
     # Before the layers are run: tokens that cannot be mapped must not cost the time of all others.
     picture = token_picture(
         f"{names}: {prompt}",

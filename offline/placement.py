@@ -53,7 +53,7 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()  # which "meta" cannot
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name}: {str(error).splitlines()[0]}") from None
     return device

@@ -118,7 +118,7 @@ EXECUTION_FIELDS = frozenset({"device", "offload", "allow_fallbacks"})
 class QuantRecipe(BaseModel):
     """The settings of one run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     scheme: str = Field(
         default="w3a16",
@@ -141,11 +141,14 @@ class QuantRecipe(BaseModel):
         "hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, or 'demo'",
     )
     image_folder: str | None = Field(
-        default=None, description="where the images of a LLaVA JSON lie"
+        default=None, description="where the images lie that the data name by path"
     )
     samples: int = Field(default=128, ge=1, description="calibration samples")
     seed: int = Field(
-        default=0, ge=0, description="seed of the choice of samples and of everything else"
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="seed of the choice of samples and of everything else",
     )
     max_length: int = Field(
         default=2048, ge=1, description="longest sample in tokens; longer is an error"

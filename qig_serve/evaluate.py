@@ -23,8 +23,10 @@ from qig_serve.errors import UserError
 from qig_serve.evaluation import Progress
 from qig_serve.evaluation.generation import Engine, ask_server, choose_engine, generate
 from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, normalize, paired
+from qig_serve.http_clients import without_password
 from qig_serve.model_directory import quantization, read_config
-from qig_serve.samples import Sample, overlap, read_samples, sample_sha256, set_sha256
+from qig_serve.records import read_samples
+from qig_serve.samples import Sample, overlap, sample_sha256, set_sha256
 from qig_serve.text_files import read_json
 from qig_serve.weight_files import check_reference
 
@@ -280,11 +282,11 @@ def evaluate_server(
     set_hash = set_sha256([sample_sha256(s) for s in samples])
     wanted = None if reference is None else read_outputs(Path(reference), samples, set_hash)
     outputs, failures = ask_server(
-        url, samples, max_tokens, lambda a, b: say(f"asking {url}", a, b), model
+        url, samples, max_tokens, lambda a, b: say(f"asking {without_password(url)}", a, b), model
     )
     return _result(
         "server",
-        url,
+        without_password(url),
         "server",
         samples,
         outputs,

@@ -37,13 +37,24 @@ def open_loopback(url: str, timeout: float) -> Any:
 
 
 def openai_client(url: str, api_key: str, timeout: float, purpose: str) -> Any:
-    """openai's client of the server at `url`; UserError without the package, or a usable proxy.
+    """openai's client of the server at `url`; UserError without the package, or a usable proxy,
+    and for what is no address of a server, or no key.
 
     purpose: what needs it, as the beginning of a sentence.
     """
     require("openai", purpose)
     from openai import DefaultHttpxClient, OpenAI
 
+    if not _is_address(url):
+        raise UserError(
+            f"{without_password(url)!r} is no address of a server: write http://HOST:PORT or "
+            "https://HOST"
+        )
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise UserError(
+            "the key for the server (OPENAI_API_KEY) has characters that no request can carry: "
+            "set it to what the server was given, without line ends"
+        )
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else base + "/v1"
     try:
@@ -53,6 +64,16 @@ def openai_client(url: str, api_key: str, timeout: float, purpose: str) -> Any:
     return OpenAI(base_url=base, api_key=api_key, timeout=timeout, http_client=http)
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for one that is no number
+    except ValueError:
+        return False
+    known = parts.scheme in ("http", "https") and not parts.query and not parts.fragment
+    return known and bool(parts.hostname) and url.isprintable() and " " not in url
+
+
 def proxy_in_words(url: str) -> str:
     """The proxy that a request to `url` goes through, to follow "does not answer"; or nothing."""
     scheme = urlsplit(url).scheme
@@ -60,7 +81,7 @@ def proxy_in_words(url: str) -> str:
     if used is None or is_loopback(url) or urllib.request.proxy_bypass(urlsplit(url).netloc):
         return ""
     name, value = used
-    return f" through the proxy of {name}={_without_password(value)}"
+    return f" through the proxy of {name}={without_password(value)}"
 
 
 def _set_variables() -> dict[str, tuple[str, str]]:
@@ -82,12 +103,13 @@ def _unusable(error: Exception) -> str:
             DefaultHttpxClient(proxy=proxy, trust_env=False).close()
         except Exception as why:
             return (
-                f"the proxy of {name}={_without_password(value)} cannot be used ({why}): correct "
+                f"the proxy of {name}={without_password(value)} cannot be used ({why}): correct "
                 f"or unset {name}, or put the server's host into NO_PROXY"
             )
     return f"the proxy that the environment names cannot be used: {error}"
 
 
-def _without_password(proxy: str) -> str:
-    before, at, host = proxy.rpartition("@")
-    return proxy if not at else f"{before.partition('://')[0]}://...@{host}"
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
+    before, at, host = url.rpartition("@")
+    return url if not at else f"{before.partition('://')[0]}://...@{host}"

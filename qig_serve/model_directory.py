@@ -25,9 +25,22 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
+_TEXTS = (
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""JSON objects, and a template."""
 _COPY_AGAIN = "copy the published model's tokenizer and processor files there again"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
+_POINTER = b"version https://git-lfs"
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
 
@@ -52,13 +65,29 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
     config = read_json(path)
+    _check_mark(path)
+    return config
+
+
+def _check_mark(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             raise UserError(
                 f"{path} begins with a byte-order mark, which transformers and vLLM do not read: "
                 "save it as UTF-8 without one"
             )
-    return config
+
+
+def check_texts(directory: Path) -> None:
+    """UserError for a text file beside config.json that is damaged.
+
+    transformers and vLLM pass over some of them then, read others half, and name none.
+    """
+    for name in _TEXTS:
+        path = directory / name
+        if path.is_file():
+            read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
+            _check_mark(path)
 
 
 def load_config(directory: Path) -> Any:
@@ -89,6 +118,8 @@ def cannot_be_loaded(directory: Path, error: Exception) -> UserError:
 
 def load_processor(directory: Path) -> Any:
     """The processor; UserError when the directory has none, or none for images and chats."""
+    check_texts(directory)
+
     from transformers import AutoProcessor
 
     try:
@@ -199,4 +230,22 @@ def tensor_headers(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
                 tensor = shard.get_slice(name)
                 yield name, tensor.get_dtype(), tuple(tensor.get_shape())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {str(error).rstrip('.')}") from None
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """For a safetensors file that cannot be read: damaged, or the pointer that Git fetched."""
+    if is_pointer(path):
+        return UserError(
+            f"{path} is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`"
+        )
+    return UserError(f"{path} is damaged: {str(error).rstrip('.')}")
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether of a file only Git LFS's pointer was fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False

@@ -33,6 +33,12 @@ _MEDIA_TOKEN = re.compile(
     r"[<\[]\W*(start_of_|end_of_)?(image|img|vision|video|audio)", re.IGNORECASE
 )
 """Special tokens by their names."""
+_OTHER_MARKS = re.compile(
+    r"<\|?(image|img|video|audio)[ _-]?(\d+|here|pad|start|end|context|soft_token|placeholder)?\|?>"
+    r"|<\|vision_(start|end|pad)\|>|<(start|end)_of_image>",
+    re.IGNORECASE,
+)
+"""Those of other models and data sets: `<image 1>`, `<|image_1|>`, `<ImageHere>`, `<img>`."""
 
 
 def render(
@@ -87,13 +93,13 @@ def check_marks(sample: Sample, processor: Any, name: str) -> None:
     """UserError when a text holds what stands for a picture, beside pictures or without any."""
     texts = [p["text"] for m in sample.messages for p in m["content"] if p["type"] == "text"]
     texts.append(sample.answer or "")
-    for mark in image_marks(processor):
-        text = next((t for t in texts if mark in t), None)
-        if text is not None:
+    marks = "|".join(map(re.escape, image_marks(processor)))
+    for text in texts:
+        if found := re.search(marks, text) or _OTHER_MARKS.search(text):
             raise UserError(
-                f"{name}: its text holds the mark {mark!r} ({text[:40]!r}), which the model would "
-                "take for a picture: remove it, and give pictures as parts of the message or in "
-                '"images"'
+                f"{name}: its text holds the mark {found[0]!r} ({text[:40]!r}), which stands for a "
+                "picture, here or in other models: remove it, and give pictures as parts of the "
+                'message or in "images"'
             )
 
 

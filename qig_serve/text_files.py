@@ -104,6 +104,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: it is not JSON ({error})") from None
 
 
+def read_list(path: Path) -> list[Any] | None:
+    """The value of a JSON file that is a list; None for a file whose text does not begin as one."""
+    with _opened(path) as file:
+        first = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    value = read_json(path) if first == b"[" else None
+    return value if isinstance(value, list) else None
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text; ValueError if it is none, or RecursionError if it is too deep.
 

@@ -18,6 +18,8 @@ from qig_serve.errors import UserError
 from qig_serve.model_directory import (
     CONFIG_FILE,
     INDEX_FILE,
+    damaged,
+    is_pointer,
     read_config,
     read_json,
     tensor_headers,
@@ -44,7 +46,6 @@ _COMPANION = re.compile(
 _ADAPTER = re.compile(r".*\.(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer)(\..*)?")
 _INTEGER_BUFFERS = ("position_ids", "num_batches_tracked", "relative_position_index")
 """Tables of numbers that are no weights: copied, if no one reads them."""
-_POINTER = b"version https://git-lfs"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -147,12 +148,8 @@ def check_index(directory: Path) -> None:
 def check_pointers(directory: Path, names: list[str]) -> None:
     """UserError for a file of which Git has only fetched the pointer."""
     for name in names:
-        with (directory / name).open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise UserError(
-                    f"{directory / name} is a pointer of Git LFS and not the weights: fetch them "
-                    "with `git lfs pull`"
-                )
+        if is_pointer(directory / name):
+            raise damaged(directory / name, ValueError())
 
 
 def check_full_precision(directory: Path) -> None:

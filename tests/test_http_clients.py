@@ -1,13 +1,16 @@
-"""Loopback is never asked through a proxy, and a proxy that cannot be used is named."""
+"""Loopback is never asked through a proxy; proxies, addresses and servers of no use are named."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from qig_serve.errors import UserError
 from qig_serve.evaluation.generation import ask_server
@@ -25,17 +28,26 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.lower(), raising=False)
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    """An OpenAI-compatible server of one model, on loopback."""
+MODELS = {"object": "list", "data": [{"id": "m", "object": "model"}]}
+
+
+@contextmanager
+def answering(models: Any, answer: Any) -> Iterator[str]:
+    """A server on loopback that says this to every GET, and that to every POST: JSON, or text."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]})
+        def do_GET(self, value: Any = models) -> None:
+            is_text = isinstance(value, str)
+            body = (value if is_text else json.dumps(value)).encode()
             self.send_response(200)
-            self.send_header("content-type", "application/json")
+            self.send_header("content-type", "text/html" if is_text else "application/json")
+            self.send_header("content-length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.do_GET(answer)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -46,6 +58,13 @@ def server() -> Iterator[str]:
     yield f"http://127.0.0.1:{http.server_port}"
     http.shutdown()
     thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """An OpenAI-compatible server of one model, on loopback."""
+    with answering(MODELS, {}) as url:
+        yield url
 
 
 @pytest.mark.parametrize(
@@ -114,3 +133,50 @@ def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert proxy_in_words("http://localhost:1") == ""
     monkeypatch.setenv("NO_PROXY", "example.invalid")
     assert proxy_in_words("http://example.invalid") == ""
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["h:8000", "ftp://h", "http://", "http://[::1", "http://h:x", " http://h", "http://h?a=b", ""],
+)
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(UserError, match=r"is no address of a server: write http://HOST:PORT"):
+        openai_client(url, "none", timeout=5, purpose="the test")
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\n", "a\tb"])
+def test_what_is_no_key(key: str) -> None:
+    with pytest.raises(UserError, match="OPENAI_API_KEY.* characters that no request can carry"):
+        openai_client("http://h", key, timeout=5, purpose="the test")
+
+
+NO_MODELS: list[Any] = ["<html>", [], {}, {"data": []}, {"data": None}, {"data": [{}]}, 5]
+NO_ANSWERS: list[Any] = [
+    *("<html>", [], {}, {"choices": None}, {"choices": []}, {"choices": [{}]}),
+    {"choices": [{"message": None}]},
+    {"choices": [{"message": {"content": [{"type": "text", "text": "a"}]}}]},
+    {"error": {"message": "no"}},
+]
+
+
+@pytest.mark.parametrize("reply", NO_MODELS, ids=str)
+def test_a_server_of_another_kind(reply: Any) -> None:
+    sample = sample_from_parts("7", "all", Image.new("RGB", (4, 4)), "What?", "a")
+    wanted = r"does not answer \(what came is no answer"
+    with answering(reply, {}) as url, pytest.raises(UserError, match=wanted):
+        ask_server(url, [sample], 1, lambda *_: None)
+
+
+@pytest.mark.parametrize("reply", NO_ANSWERS, ids=str)
+def test_answers_that_are_none(reply: Any) -> None:
+    """Counted as failed requests, and not as answers."""
+    sample = sample_from_parts("7", "all", Image.new("RGB", (4, 4)), "What?", "a")
+    with answering(MODELS, reply) as url:
+        answers, failures = ask_server(url, [sample], 1, lambda *_: None)
+    assert answers == [None] and failures[0].startswith("sample 7: what came is no answer of")
+
+
+def test_a_url_with_a_password() -> None:
+    with pytest.raises(UserError, match=r"http://\.\.\.@127\.0\.0\.1:9 does not answer") as caught:
+        ask_server("http://me:secret@127.0.0.1:9", [], 1, lambda *_: None)
+    assert "secret" not in str(caught.value)

@@ -55,6 +55,19 @@ def test_marks_in_the_text(models: Path, family: str, picture: bool) -> None:
             check_samples(load_processor(directory), [sample])
 
 
+OTHER_MARKS = ["<image 1>", "<|image_1|>", "<ImageHere>", "<img>", "<IMAGE>", "<image_placeholder>"]
+OTHER_MARKS += ["<|vision_start|>", "<|image_pad|>", "<IMG_CONTEXT>", "<start_of_image>"]
+
+
+@pytest.mark.parametrize("mark", OTHER_MARKS)
+def test_marks_of_other_models(models: Path, mark: str) -> None:
+    sample = sample_from_parts("7", "all", RED, f"Compare {mark} with it.", "a star")
+    with pytest.raises(UserError, match="its text holds the mark '<.* here or in other models"):
+        calibrate(models / "llava", sample)
+    text = "If a < image and b > image, or <img src='a'>, [image 1] or <b>?"
+    calibrate(models / "llava", sample_from_parts("7", "all", RED, text, "a star"))
+
+
 def test_own_marks_are_known(models: Path) -> None:
     own = {"qwen2_vl": "<|image_pad|>", "internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
     for family, mark in own.items():
@@ -101,6 +114,13 @@ def test_a_template_without_pictures(models: Path) -> None:
     sample = sample_from_parts("7", "all", RED, "What?", "a star")
     with pytest.raises(UserError, match="^calibration sample 7: "):
         make_batches([sample], processor, processor.image_token_id)
+
+
+def test_an_image_token_of_another_model(models: Path) -> None:
+    processor = load_processor(models / "llava")
+    sample = sample_from_parts("7", "all", RED, "What?", "a star")
+    with pytest.raises(UserError, match="stands as '<image>' in the prompt, and config.json says"):
+        make_batches([sample], processor, 5)
 
 
 @pytest.mark.parametrize("form", ["text", "list"])

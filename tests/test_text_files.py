@@ -15,7 +15,8 @@ from PIL import Image
 from qig_serve import text_files
 from qig_serve.errors import UserError
 from qig_serve.evaluate import read_outputs
-from qig_serve.samples import read_samples, sample_from_parts
+from qig_serve.records import read_samples
+from qig_serve.samples import sample_from_parts
 from qig_serve.serving import batch_io
 
 MARK = b"\xef\xbb\xbf"

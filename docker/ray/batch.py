@@ -26,8 +26,9 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from qig_serve.errors import UserError
 from qig_serve.model_directory import load_processor
+from qig_serve.records import parse_record
 from qig_serve.rendering import render
-from qig_serve.samples import load_image, parse_record
+from qig_serve.samples import load_image
 from qig_serve.serving.batch_io import read_requests
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": None, "stop": None, "ignore_eos": False}

@@ -151,15 +151,24 @@ def _encode(sample: Sample, processor: Any, image_token_id: int | None) -> _Enco
     inputs = process(processor, name, text=[text], images=images or None)
     ids = inputs["input_ids"][0]
     if images and image_token_id is not None and not bool((ids == image_token_id).any()):
-        raise UserError(
-            f"{name}: the chat template leaves its images out; give the model's own template"
-        )
+        raise UserError(f"{name}: {_left_out(text, processor, image_token_id)}")
     with guarded(name, "the tokenizer cannot process it"):
         plain = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     modality, answer = _align(
         ids.tolist(), plain["input_ids"], plain["offset_mapping"], spans, image_token_id, sample.id
     )
     return _Encoded(dict(inputs), modality, answer, sample.id)
+
+
+def _left_out(text: str, processor: Any, image_token_id: int) -> str:
+    """Why the tokens of a rendered text have none of an image."""
+    token = getattr(processor, "image_token", None)
+    if isinstance(token, str) and token in text:
+        return (
+            f"its image stands as {token!r} in the prompt, and config.json says that an image's "
+            f"token is {image_token_id}: give the config.json and the tokenizer of one model"
+        )
+    return "the chat template leaves its images out; give the model's own template"
 
 
 def _render(

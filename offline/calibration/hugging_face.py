@@ -19,7 +19,8 @@ from PIL import Image
 
 from qig_serve.errors import UserError
 from qig_serve.extras import require
-from qig_serve.samples import ImageSource, Sample, load_image, picture_path
+from qig_serve.records import picture_path
+from qig_serve.samples import ImageSource, Sample, load_image
 
 CAPTION_QUESTION = "Describe the image."
 _OPTIONS = {"split": "train", "image": "image", "answer": "caption", "question": ""}

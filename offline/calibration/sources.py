@@ -1,10 +1,10 @@
 """Where calibration samples come from: one function per source, all giving `Sample`s.
 
 demo                            the demonstration set's calibration split
-samples.jsonl                   one JSON line per sample (qig_serve/samples.py)
-conversations.json              LLaVA / ShareGPT4V conversations, images in `image_folder`
-folder                          images with captions: NAME.txt beside NAME.png, or one CSV with
-                                an image and a caption column
+samples.jsonl, samples.json     one JSON line per sample, or a list of them, also as LLaVA and
+                                ShareGPT4V have them (records.py); images in `image_folder`
+folder                          images with captions: NAME.txt beside NAME.png, or one CSV
+captions.csv                    columns image and caption, and perhaps question
 hf:NAME?split=train&image=image&question=prompt&answer=caption
                                 a Hugging Face dataset and its columns (hugging_face.py); what
                                 CAPTIONS names is the default
@@ -16,29 +16,19 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qig_serve import text_files
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration.hugging_face import CAPTION_QUESTION, hugging_face
-from qig_serve.samples import (
-    IMAGE_SUFFIXES,
-    ImageSource,
-    Sample,
-    check_files,
-    check_media,
-    parse_record,
-    read_samples,
-    resolve_picture,
-    sample_from_parts,
-    shown,
-    split_marks,
-)
+from qig_serve.records import MissingPicture, parse_record, records, resolve_picture, shown
+from qig_serve.samples import IMAGE_SUFFIXES, Sample, sample_from_parts
 
 CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
 """Pairs of an image and a caption, the paper's kind of calibration data."""
 _IMAGE_COLUMNS = ("image", "file_name", "file", "path", "filename")
 _CAPTION_COLUMNS = ("caption", "text", "answer")
+_QUESTION_COLUMNS = ("question", "prompt")
 
 T = TypeVar("T")
 
@@ -63,22 +53,16 @@ def load_calibration(
             "no calibration data: give --calib with a JSONL file, a LLaVA JSON, a folder of "
             "captioned images, hf:DATASET, or 'demo'"
         )
+    notes = [] if notes is None else notes
+    if image_folder is not None and (source == "demo" or source.startswith("hf:")):
+        raise UserError(f"--image-folder is for files that name pictures, not for {source}")
     if source == "demo":
         samples = _demo(n, seed)
     elif source.startswith("hf:"):
-        samples = hugging_face(source, n, seed, text_only, [] if notes is None else notes)
+        samples = hugging_face(source, n, seed, text_only, notes)
     else:
-        path = Path(source)
-        if path.is_dir():
-            samples = _choose(_captioned_folder(path), n, seed)
-        elif not path.is_file():
-            fault = "is no file" if os.path.lexists(path) else "does not exist"
-            raise UserError(f"the calibration data {source} {fault}")
-        elif path.suffix == ".json":
-            folder = Path(image_folder) if image_folder is not None else path.parent
-            samples = _conversations(path, folder, n, seed)
-        else:
-            samples = _choose(read_samples(path), n, seed)
+        folder = None if image_folder is None else Path(image_folder)
+        samples = _from_path(Path(source), n, seed, folder, notes)
     if not samples:
         raise UserError(f"the calibration data {source} holds no samples")
     if not text_only and not any(s.images for s in samples):
@@ -106,72 +90,48 @@ def _demo(n: int, seed: int) -> list[Sample]:
     ]
 
 
-def _conversations(path: Path, folder: Path, n: int, seed: int) -> list[Sample]:
-    """LLaVA and ShareGPT4V: [{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]."""
-    records = text_files.read_json(path)
-    if not isinstance(records, list):
-        raise UserError(f"{path} must hold a list of conversations")
+def _from_path(
+    path: Path, n: int, seed: int, image_folder: Path | None, notes: list[str]
+) -> list[Sample]:
+    """A folder or a CSV file of captions, JSON lines, or a JSON list."""
+    if not path.is_dir() and not path.is_file():
+        fault = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"the calibration data {path} {fault}")
+    folder = image_folder or (path if path.is_dir() else path.parent)
+    if not folder.is_dir():
+        raise UserError(f"the image folder {folder} does not exist")
+    if path.is_dir():
+        found = _captioned_folder(path, image_folder)
+        return _choose(_captioned(found, str(path), notes), n, seed)
+    if path.suffix.lower() == ".csv":
+        return _choose(_captioned(_captions_csv(path, folder), str(path), notes), n, seed)
     # Chosen before they are parsed: such files hold hundreds of thousands.
-    chosen = _choose(list(enumerate(records)), n, seed)
-    return [_conversation(record, f"{path}, record {i}", i, folder) for i, record in chosen]
+    chosen = _choose(list(records(path)), n, seed)
+    try:
+        return [parse_record(record, where, folder, number) for where, number, record in chosen]
+    except MissingPicture as error:
+        raise UserError(f"{error}; see --image-folder") from None
 
 
-def _conversation(record: Any, where: str, index: int, folder: Path) -> Sample:
-    if isinstance(record, dict) and "messages" in record:
-        return parse_record(record, where, folder, index)
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f'{where}: no "conversations" list')
-    check_media(record, where, read=("image", "images"))
-    if record.get("image") and record.get("images"):
-        raise UserError(f'{where}: "image" and "images": give the pictures in one of them')
-    named = record.get("image") or record.get("images") or []
-    files = named if isinstance(named, list) else [named]
-    images: list[ImageSource] = []
-    for name in files:
-        if not isinstance(name, str):
-            raise UserError(f"{where}: the image {str(name)[:80]!r} is not a path")
-        try:
-            images.append(resolve_picture(name, where, folder))
-        except UserError as error:
-            raise UserError(f"{error}; see --image-folder") from None
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    roles["system"] = "system"
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        role = roles.get(
-            str(turn.get("from", turn.get("role", ""))) if isinstance(turn, dict) else ""
-        )
-        value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if role is None or not isinstance(value, str):
-            raise UserError(f'{where}: a turn needs "from" (human or gpt) and "value"')
-        messages.append({"role": role, "content": split_marks(value, images, where)})
-    first = next((m for m in messages if m["role"] == "user"), None)
-    if first is None:
-        raise UserError(f"{where}: the conversation has no human turn")
-    first["content"][:0] = [{"type": "image", "image": image} for image in images]
-    if not files:
-        check_files(record, where)
-    answer = None
-    if messages[-1]["role"] == "assistant":
-        answer = " ".join(p["text"] for p in messages.pop()["content"] if p["type"] == "text")
-    return Sample(str(record.get("id", index)), "conversation", tuple(messages), answer)
-
-
-def _captioned_folder(folder: Path) -> list[Sample]:
-    """Every captioned image below a folder."""
-    tables = sorted(folder.glob("*.csv"))
+def _captioned_folder(folder: Path, image_folder: Path | None) -> list[Sample]:
+    """Every captioned image below a folder, hidden ones apart; those with an empty caption too."""
+    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".csv" and p.name[0] != ".")
     if len(tables) > 1:
         raise UserError(f"{folder} holds {len(tables)} CSV files; keep the one with the captions")
     if tables:
-        return _captions_csv(tables[0])
+        return _captions_csv(tables[0], image_folder or folder)
+    if image_folder is not None:
+        raise UserError(f"--image-folder is for files that name pictures, not for {folder}")
     samples = []
     for path in sorted(folder.rglob("*")):
-        beside = path.with_suffix(".txt")
-        if path.suffix.lower() in IMAGE_SUFFIXES and beside.is_file():
+        name = path.relative_to(folder)
+        texts = [path.with_suffix(suffix) for suffix in (".txt", ".TXT")]
+        beside = next((p for p in texts if p.is_file()), None)
+        if path.suffix.lower() not in IMAGE_SUFFIXES or beside is None:
+            continue
+        if not any(part.startswith(".") for part in name.parts):  # macOS leaves ._NAME beside NAME
             caption = text_files.read_text(beside).strip()
-            name = str(path.relative_to(folder))
-            samples.append(sample_from_parts(name, "caption", path, CAPTION_QUESTION, caption))
+            samples.append(sample_from_parts(str(name), "caption", path, CAPTION_QUESTION, caption))
     if not samples:
         meant = next(iter(sorted(folder.glob("*.json*"))), None)
         raise UserError(
@@ -182,19 +142,33 @@ def _captioned_folder(folder: Path) -> list[Sample]:
     return samples
 
 
-def _captions_csv(path: Path) -> list[Sample]:
+def _captions_csv(path: Path, folder: Path) -> list[Sample]:
+    """The rows of a CSV file, also those with an empty caption."""
     samples = []
     columns = text_files.csv_columns(path)
     image = next((c for c in _IMAGE_COLUMNS if c in columns), None)
     caption = next((c for c in _CAPTION_COLUMNS if c in columns), None)
+    asked = next((c for c in _QUESTION_COLUMNS if c in columns), None)
     if image is None or caption is None:
         raise UserError(f"{path} needs the columns image and caption, and has {columns}")
     for row in text_files.csv_rows(path):
+        where = f"{path}, line {row.line}"
         if row.surplus:
-            raise UserError(
-                f"{path}, line {row.line}: more fields than columns: quote a caption with commas"
-            )
+            raise UserError(f"{where}: more fields than columns: quote a caption with commas")
         name, text = row.fields[image], row.fields[caption].strip()
-        picture = resolve_picture(name, f"{path}, line {row.line}", path.parent)
-        samples.append(sample_from_parts(shown(name), "caption", picture, CAPTION_QUESTION, text))
+        picture = resolve_picture(name, where, folder)
+        question = row.fields[asked].strip() if asked else CAPTION_QUESTION
+        if not question:
+            raise UserError(f"{where}: the column {asked} is empty")
+        samples.append(sample_from_parts(shown(name), "caption", picture, question, text))
     return samples
+
+
+def _captioned(samples: list[Sample], source: str, notes: list[str]) -> list[Sample]:
+    """Those that have a caption; `notes` is told how many have none."""
+    found = [s for s in samples if s.answer]
+    if samples and not found:
+        raise UserError(f"{source}: all of its {len(samples)} pictures are without a caption")
+    if empty := len(samples) - len(found):
+        notes.append(f"pictures of {source} were left out: {empty} without a caption")
+    return found

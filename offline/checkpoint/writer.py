@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -43,10 +44,14 @@ _STATE_FILE = ".state.json"
 _TUNED_FILE = "tuned.safetensors"
 _LOCK_FILE = ".lock"
 """Hidden: a run killed right after it was published leaves them in the finished checkpoint."""
-_WEIGHT_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", *PICKLE_SUFFIXES)
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite", ".pt2"),
+    *PICKLE_SUFFIXES,
+)
 _TRAINING_FILES = re.compile(
-    r"adapter_config\.json|(trainer_state|training_args|train_results|all_results|eval_results)\.\w+"
+    r"adapter_config\.json|(trainer|training|train|all|eval)_(state|args|log|loss|results)\.\w+"
     r"|(optimizer|scheduler|rng_state|scaler).*\.\w+|zero_to_fp32\.py|latest|events\.out\.tfevents.*"
+    r"|(checkpoint-|global_step)\d+|runs|wandb|llamaboard_config\.yaml|.*\.safetensors\..+"
     r"|(hf_quant|quantize|quant)_config\.json"
 )
 """What training leaves beside a model and no server reads; and other quantizers' own words."""
@@ -87,9 +92,10 @@ class CheckpointWriter:
         self._blocks: dict[int, dict[str, Any]] = {}
         self._tuned: str | None = None  # hash of the file that has the tuned scales
         self._published = False
-        if self.output.exists() or self.output.is_symlink():
+        with disk_errors(self.output):
+            taken, existed = os.path.lexists(self.output), self.directory.exists()
+        if taken:
             raise UserError(f"{self.output} exists already: choose another --output, or remove it")
-        existed = self.directory.exists()
         if existed and not resume:
             raise UserError(
                 f"an unfinished run lies in {self.directory}: continue it with --resume, or remove "
@@ -293,7 +299,10 @@ class CheckpointWriter:
 
     def _copy_other_files(self) -> None:
         root = self.source.directory
-        for path in sorted(root.rglob("*")):
+        found = sorted(root.rglob("*"))
+        # A folder with weights inside is another model: one saved in training, an export.
+        others = {p.parent for p in found if p.suffix in _WEIGHT_SUFFIXES} - {root}
+        for path in found:
             relative = path.relative_to(root)
             hidden = any(part.startswith(".") for part in relative.parts)
             weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
@@ -301,7 +310,7 @@ class CheckpointWriter:
             left_over = any(_TRAINING_FILES.fullmatch(p) for p in relative.parts)
             if hidden or weights or left_over or path.name in _OWN_FILES or not path.is_file():
                 continue
-            if target.exists():
+            if target.exists() or not others.isdisjoint(path.parents):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(target.name + ".tmp")

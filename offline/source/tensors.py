@@ -64,7 +64,7 @@ class SourceCheckpoint:
         found = weight_files(self.directory)
         for name in found.names:
             self._add_shard(name)
-        missing = [n for n in found.weight_map if n not in self._file_of]
+        missing = [n for n, file in found.weight_map.items() if self._file_of.get(n) != file]
         if missing:
             raise UserError(
                 f"{self.directory / INDEX_FILE} names the tensor {missing[0]}, which is not in "

@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = (
     "quantize",
@@ -79,6 +80,29 @@ def unwind_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
+def expand_home(args: argparse.Namespace) -> None:
+    """Has paths mean what they say: shells leave the ~ of --output=~/x, and it is no folder."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, Path(os.path.expanduser(value)))
+
+
+def check_targets(*paths: Path | None) -> None:
+    """UserError for a file that cannot be written when the work is done; None is no file."""
+    from qig_serve.errors import UserError
+
+    wanted = [path for path in paths if path is not None]
+    for path in wanted:
+        if wanted.count(path) > 1:
+            raise UserError(f"{path} is to be written twice: give two names")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise UserError(f"{path} cannot be written: its folder, or the file, is read-only")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     # No usage reports and no hub look-ups behind the user's back; both can be switched on.
@@ -100,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):  # they draw progress; vLLM binds memory aloud
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = make_parser(command).parse_args(words)
+    expand_home(args)
 
     from qig_serve.errors import UserError
 
@@ -109,6 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         print(f"qig-serve {args.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a path that nothing foresaw: too long, through a file, on a bad disk
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"qig-serve {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"qig-serve {args.command}: interrupted", file=sys.stderr)

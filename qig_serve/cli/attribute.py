@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qig_serve.cli import check_targets
 from qig_serve.errors import UserError
-from qig_serve.records import check_folder, write_json
+from qig_serve.json_output import write_json
 
 HELP = "show on a picture which tokens the method weighs, without quantizing"
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Attribute and write the picture."""
     if args.output.suffix not in (".html", ".png"):
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
-    check_folder(args.output, args.json)
+    check_targets(args.output, args.json)
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
 
@@ -73,12 +74,13 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.explain import explain_sample
     from qig_serve.offline.report.page import picture_page
+    from qig_serve.records import resolve_picture
 
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:
         picture, errors = explain_sample(
             Path(args.model),
-            [Path(image) for image in args.image],
+            [resolve_picture(image, "--image", Path()) for image in args.image],
             args.prompt,
             args.answer,
             lambda count: parse_layers(args.layers, count),

@@ -27,10 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qig_serve.cli import unwind_on_sigterm
+from qig_serve.cli import check_targets, unwind_on_sigterm
 from qig_serve.errors import UserError
 from qig_serve.extras import require
-from qig_serve.records import check_folder, write_json
+from qig_serve.json_output import write_json
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     """Quantize everything, evaluate everything, print and write."""
     if args.seeds < 1 or args.samples < 1 or args.kl_samples < 0 or args.max_tokens < 1:
         raise UserError("--seeds, --samples and --max-tokens must be at least 1")
-    check_folder(args.json, args.plot)
+    check_targets(args.json, args.plot)
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     # Wrong ones fail now.

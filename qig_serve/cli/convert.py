@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.records import check_folder, write_json
+from qig_serve.cli import check_targets
+from qig_serve.json_output import write_json
 
 HELP = "rewrite InternVL2 as published into a form that can be quantized"
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.source.internvl2 import convert
 
-    check_folder(args.json)
+    check_targets(args.json)
     with progress_bars(Console(stderr=True), args.quiet, unit="tensors") as progress:
         convert(args.source, args.output, progress)
     if args.json:

@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qig_serve.cli import check_targets
 from qig_serve.errors import UserError
-from qig_serve.records import check_folder, write_json
+from qig_serve.json_output import write_json
 
 HELP = "compare a model's answers with full precision on held-out questions"
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; exit status 1 when requests to a server failed."""
     if (args.model is None) == (args.server is None):
         raise UserError("give a model directory, or --server URL without one")
-    check_folder(args.json)
+    check_targets(args.json)
     if args.kl_samples < 0 or args.max_tokens < 1:
         raise UserError("--kl-samples must be at least 0 and --max-tokens at least 1")
 

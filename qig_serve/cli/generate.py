@@ -15,7 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from qig_serve.records import check_folder, write_json
+from qig_serve.cli import check_targets, expand_home
+from qig_serve.json_output import write_json
 
 HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
 
@@ -63,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     _add_options(after)
     after.set_defaults(**{k: v for k, v in vars(args).items() if v is not None})
     args, flags = after.parse_known_args(args.flags)
+    expand_home(args)
     if args.input is None or args.output is None:
         raise UserError("say what to read with -i and where to write with -o")
-    check_folder(args.json)
+    check_targets(args.json)
     # Its lines are no result.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if args.quiet:

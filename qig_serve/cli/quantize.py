@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from qig_serve.records import check_folder, write_json
+from qig_serve.cli import check_targets
+from qig_serve.json_output import write_json
 
 HELP = "quantize a model with QIG, or with one of the methods it is compared with"
 
@@ -126,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise UserError("say where the checkpoint goes: --output DIR")
 
-    check_folder(args.json)
+    check_targets(args.json)
     if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 

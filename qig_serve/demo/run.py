@@ -22,7 +22,7 @@ from typing import Any
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.http_clients import open_loopback, openai_client
-from qig_serve.records import write_json
+from qig_serve.json_output import write_json
 
 SCHEMES = ("w3a16", "w4a8")
 METHODS = ("rtn", "qig", "qig+")

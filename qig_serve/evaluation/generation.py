@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
-from qig_serve.http_clients import openai_client, proxy_in_words
+from qig_serve.http_clients import openai_client, proxy_in_words, without_password
 from qig_serve.model_directory import load_processor, model_dtype, read_config, text_config
 from qig_serve.rendering import check_samples
 from qig_serve.samples import Sample, data_url, load_image
@@ -212,6 +212,23 @@ def generate_with(
     return answers
 
 
+def _text(value: Any) -> str:
+    """What should be text in a server's answer; TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"text is wanted, not {type(value).__name__}")
+    return value
+
+
+def _in_words(error: Exception) -> str:
+    """Why a request failed; openai's client raises anything at what is no answer of this API."""
+    from openai import OpenAIError
+
+    reason = " ".join(str(error).split())[:400]
+    if isinstance(error, OpenAIError):
+        return reason or type(error).__name__
+    return f"what came is no answer of OpenAI's API: {type(error).__name__}: {reason}"
+
+
 def ask_server(
     url: str,
     samples: Sequence[Sample],
@@ -225,27 +242,26 @@ def ask_server(
     """
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai_client(url, key, timeout=600, purpose="--server")
-    from openai import OpenAIError
-
     try:
-        model = model or next(iter(client.models.list())).id
-    except (OpenAIError, StopIteration) as error:
+        model = model or _text(client.models.list().data[0].id)
+    except Exception as error:
         raise UserError(
-            f"the server at {url} does not answer{proxy_in_words(url)} ({error}): is it running?"
+            f"the server at {without_password(url)} does not answer{proxy_in_words(url)} "
+            f"({_in_words(error)}): is it running, at this address and with this key?"
         ) from None
 
     def ask(sample: Sample) -> tuple[str | None, str]:
         messages = _chat(sample, lambda i: {"type": "image_url", "image_url": {"url": data_url(i)}})
         try:
-            reply = client.chat.completions.create(
+            reply: Any = client.chat.completions.create(
                 model=str(model),
                 messages=cast(Any, messages),
                 temperature=0,
                 max_tokens=max_tokens,
             )
-        except OpenAIError as error:
-            return None, f"sample {sample.id}: {error}"
-        return reply.choices[0].message.content or "", ""
+            return _text(reply.choices[0].message.content or ""), ""
+        except Exception as error:
+            return None, f"sample {sample.id}: {_in_words(error)}"
 
     answers: list[str | None] = []
     failures = []

@@ -15,15 +15,17 @@ import base64
 import csv
 import json
 import mimetypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from qig_serve.errors import UserError
-from qig_serve.samples import IMAGE_SUFFIXES, picture_path, shown
+from qig_serve.records import picture_path, shown
+from qig_serve.samples import IMAGE_SUFFIXES
 from qig_serve.serving.json_faults import find_fault
-from qig_serve.text_files import csv_columns, csv_rows, lines, parse_json
+from qig_serve.text_files import csv_columns, csv_rows, lines, parse_json, read_list
 
 URL = "/v1/chat/completions"
 CSV_COLUMNS = ("custom_id", "line", "answer", "error")
@@ -61,6 +63,8 @@ def read_requests(path: Path, prompt: str | None, body: dict[str, Any]) -> Itera
         requests = _from_folder(path, prompt)
     elif path.suffix.lower() == ".csv":
         requests = _from_csv(path, prompt)
+    elif read_list(path) is not None:
+        raise UserError(f"{path} is one JSON list: write one request per line")
     else:
         requests = _from_jsonl(path)
     seen: set[str] = set()
@@ -117,7 +121,11 @@ def _parse_line(number: int, text: str) -> Request:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    """Those of a folder, hidden ones apart: macOS leaves ._NAME beside NAME."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(
+        p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts)
+    )
 
 
 def _from_folder(folder: Path, prompt: str | None) -> Iterator[Request]:
@@ -176,18 +184,23 @@ def _embed_message(message: Any, folder: Path) -> Any:
 def _embed_part(part: Any, folder: Path) -> Any:
     image = part.get("image_url") if isinstance(part, dict) else None
     url = image.get("url") if isinstance(image, dict) else image
-    if not isinstance(url, str) or url[:5].lower() == "data:":
+    if not isinstance(url, str):
         return part
     path = picture_path(url, folder)
-    if path is None:  # on a network: the server says whether it may
+    if url[:5].lower() == "data:":
+        embedded = "".join(url.split())  # some programs break long base64 into lines
+    elif path is None:  # on a network: the server says whether it may
         return part
-    try:
-        data = base64.b64encode(path.read_bytes()).decode()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"cannot read the picture {shown(path)}: {reason}") from None
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    embedded = f"data:{kind};base64,{data}"
+    elif os.path.lexists(path) and not os.path.isfile(path):  # a device might have no end
+        raise ValueError(f"cannot read the picture {shown(path)}: it is no file")
+    else:
+        try:
+            data = base64.b64encode(path.read_bytes()).decode()
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"cannot read the picture {shown(path)}: {reason}") from None
+        kind = mimetypes.guess_type(path.name)[0] or "image/png"
+        embedded = f"data:{kind};base64,{data}"
     return part | {"image_url": image | {"url": embedded} if isinstance(image, dict) else embedded}
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["qig_serve"]):
-    from qig_serve import inspection, model_directory, samples
+    from qig_serve import inspection, model_directory, records
     from qig_serve.errors import UserError
     from qig_serve.offline import recipe
     from qig_serve.offline.calibration import sources
@@ -154,7 +154,7 @@ def make_readers(folder: Path) -> dict[str, tuple[Path, Any, Callable[[], Any]]]
             lambda: tensors.SourceCheckpoint(fresh["model-index"]).close(),
         ),
         "recipe": (recipe_file, RECIPE, lambda: read_recipe(recipe_file)),
-        "samples": (lines, SAMPLE, lambda: samples.read_samples(lines)),
+        "samples": (lines, SAMPLE, lambda: records.read_samples(lines)),
         "talks": (talks, TALKS, lambda: sources.load_calibration(str(talks), 4)),
     }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from qig_serve import __version__
-from qig_serve.cli import COMMANDS, main
+from qig_serve.cli import COMMANDS, check_targets, main
+from qig_serve.errors import UserError
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,3 +110,34 @@ def test_a_mistake_is_one_sentence_and_exit_2(capsys: pytest.CaptureFixture[str]
     assert main(["demo", "train"]) == 2
     error = capsys.readouterr().err
     assert error == "qig-serve demo: demo train needs --output DIR\n"
+
+
+def test_a_path_that_nothing_foresaw(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qig_serve.cli.families.run", lambda _: Path("n" * 300).read_text())
+    assert main(["families"]) == 2
+    assert capsys.readouterr().err == f"qig-serve families: {'n' * 300}: File name too long\n"
+
+
+def test_a_home_that_the_shell_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["inspect", "~/model"]) == 2
+    assert f"{tmp_path}/model does not exist" in capsys.readouterr().err
+
+
+def test_targets_are_looked_at_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check_targets(None, tmp_path / "new.json")
+    with pytest.raises(UserError, match="is a folder: name a file in it"):
+        check_targets(tmp_path)
+    with pytest.raises(UserError, match=r"the folder of .*x\.json does not exist"):
+        check_targets(tmp_path / "gone" / "x.json")
+    with pytest.raises(UserError, match=r"new\.json is to be written twice"):
+        check_targets(tmp_path / "new.json", tmp_path / "new.json")
+    monkeypatch.setattr("os.access", lambda *_: False)  # of root, nothing is read-only
+    with pytest.raises(UserError, match="cannot be written: its folder, or the file, is read-only"):
+        check_targets(tmp_path / "new.json")

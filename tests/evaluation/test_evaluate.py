@@ -20,8 +20,8 @@ from qig_serve.errors import UserError
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model
 from qig_serve.evaluation.statistics import exact_match
+from qig_serve.json_output import write_json
 from qig_serve.model_directory import load_processor, model_dtype
-from qig_serve.records import write_json
 from qig_serve.samples import Sample, data_url, sample_from_parts, sample_sha256
 
 

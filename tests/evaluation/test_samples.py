@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 from PIL import Image
 
 from qig_serve.errors import UserError
+from qig_serve.json_output import write_json
+from qig_serve.records import read_samples
 from qig_serve.samples import (
     Sample,
     load_image,
     overlap,
-    read_samples,
     sample_from_parts,
     sample_sha256,
     set_sha256,
@@ -115,6 +117,10 @@ def test_a_bad_line_is_named(folder: Path, line: str, says: str) -> None:
 def test_missing_empty_and_binary_files(folder: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_samples(folder / "none.jsonl")
+    with pytest.raises(UserError, match="images is no file"):
+        read_samples(folder / "images")
+    with pytest.raises(UserError, match="datasets are for calibration: write the questions as"):
+        read_samples(Path("hf:lmms-lab/x"))
     (folder / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="holds no samples"):
         read_samples(folder / "empty.jsonl")
@@ -200,3 +206,16 @@ def test_media_that_is_not_read(folder: Path, line: str, message: str) -> None:
     with pytest.raises(UserError, match=r"q\.jsonl, line 2: " + message) as caught:
         read_samples(folder / "q.jsonl")
     assert "\n" not in str(caught.value)
+
+
+def test_json_into_what_is_no_file(tmp_path: Path) -> None:
+    """/dev/stdout is a link, and would be replaced by a file where the user may."""
+    (tmp_path / "link.json").symlink_to("real.json")
+    read, write = os.pipe()
+    for name in (tmp_path / "link.json", Path(f"/proc/self/fd/{write}")):
+        write_json(name, {"a": 1})
+        assert name.is_symlink()
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert json.load(pipe) == json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]

@@ -6,6 +6,7 @@ damages what the bright cell says far more than anything else.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Callable
@@ -126,6 +127,25 @@ def test_command_writes_page_and_png(
         assert main([*base, *words]) == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_pictures_are_named_as_in_samples(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _picture(tmp_path / "p.png", 2, 2)
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    command = ["attribute", str(planted), "--prompt", "What?", "--layers", "0", "--quiet"]
+    for name in (str(path), f"file://{path}", url):
+        assert main([*command, "--image", name, "-o", str(tmp_path / "o.html")]) == 0
+    for name, says in (
+        ("https://a/p.png", "is on a network"),
+        (str(tmp_path), "is no file"),
+        ("x" * 5000, "does not exist"),
+        ("a\0b", "does not exist"),
+    ):
+        assert main([*command, "--image", name, "-o", str(tmp_path / "x.html")]) == 2
+        assert says in (error := capsys.readouterr().err) and len(error) < 500
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_a_missing_picture_is_named(planted: Path, tmp_path: Path) -> None:

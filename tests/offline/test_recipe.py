@@ -12,6 +12,7 @@ import yaml
 from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.offline.importance.weights import SOURCES
+from qig_serve.offline.placement import pick_device
 from qig_serve.offline.recipe import (
     METHODS,
     PRESETS,
@@ -91,8 +92,10 @@ def test_presets(preset: str) -> None:
         ({"colour": 1}, "unknown field 'colour'"),
         ({"samples": 0}, "samples"),
         ({"method": "magic"}, "method"),
+        ({"seed": 2**63}, "seed: Input should be less than"),
+        ({"damp": float("inf")}, "damp: Input should be a finite number"),
     ],
-    ids=["scheme", "field", "samples", "method"],
+    ids=["scheme", "field", "samples", "method", "long-seed", "infinite-damping"],
 )
 def test_wrong_values_name_the_field(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -127,3 +130,9 @@ def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     path.write_text("scheme: w3a16\nsamples: 4\nscheme: w4a8\n")
     with pytest.raises(UserError, match="'scheme' stands twice"):
         load_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(UserError, match=f"device {name}: "):
+        pick_device(name)

@@ -141,6 +141,13 @@ def test_turned_pictures_lie_as_the_server_turns_them() -> None:
     assert image.getpixel((29, 0)) == RED and image.getpixel((0, 39)) == WHITE
 
 
+def test_a_turn_that_cannot_be_noted() -> None:
+    """EXIF data with a tag of a wrong type: Pillow cannot write them again, vLLM goes on."""
+    tags = b"\x00\x01\x02\0\x04\0\0\0abc\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tags + bytes(4)
+    assert load_image(encoded(Image.new("RGB", (40, 30), RED), "JPEG", exif=exif)).size == (40, 30)
+
+
 def test_a_sixteen_bit_ramp_keeps_its_middle() -> None:
     """Pillow's conversion, and vLLM's, would make all but the first 256 of 65536 greys white."""
     values = np.asarray(load_image(sixteen_bits("PNG")))
@@ -160,6 +167,8 @@ def test_a_sixteen_bit_ramp_keeps_its_middle() -> None:
         (lambda: png(65535, 1), "65535 x 1 pixels"),
         (lambda: png(40_000, 40_000, rows=b""), "1600000000 pixels"),
         (lambda: encoded(Image.new("F", (40, 30)), "TIFF"), "float pixels"),
+        (lambda: encoded(Image.new("RGB", (40, 30)), "EPS"), "is EPS: convert it to PNG"),
+        (lambda: b"<!DOCTYPE html>", "its bytes are of no known format"),
     ],
     ids=[
         "empty",
@@ -172,6 +181,8 @@ def test_a_sixteen_bit_ramp_keeps_its_middle() -> None:
         "65535x1",
         "1600-megapixels",
         "float",
+        "eps",
+        "web-page",
     ],
 )
 def test_refused_by_the_name_of_the_sample(

@@ -248,6 +248,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index-deep": (lambda d: (d / INDEX_FILE).write_text("[" * 100_000), "nested too deeply"),
     "two-shards": (twice, "in two shards"),
     "no-shard": (lambda d: (d / SHARD).unlink(), "no .safetensors files"),
+    "git-lfs": (
+        lambda d: (d / SHARD).write_text("version https://git-lfs.github.com/spec/v1\noid x\n"),
+        rf"{SHARD} is a pointer of Git LFS .*`git lfs pull`",
+    ),
     "empty-shard": (lambda d: (d / SHARD).write_bytes(b""), f"{SHARD} is damaged"),
     "cut-shard": (
         lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes()[:-100]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration.sources import load_calibration
 from qig_serve.offline.source import loaded_model
+from qig_serve.records import read_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,7 +41,12 @@ def picture(url: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def conversation(speakers: list[str], text: str = "What?") -> dict[str, Any]:
+    return {"conversations": [{"from": speaker, "value": text} for speaker in speakers]}
+
+
 WHAT = {"type": "text", "text": "What?"}
+PICTURE = picture("0.png")
 MEDIA: dict[str, Any] = {
     "input_audio": {"data": "UklGRg==", "format": "wav"},
     "img": "0.png",
@@ -85,6 +92,38 @@ RECORDS: dict[str, tuple[Any, str]] = {
     "link-to-itself": (message([picture("link.png"), WHAT]), "link.png is no file"),
     "svg-data-url": (message([picture("data:image/svg+xml,<svg/>"), WHAT]), "not valid base64"),
     "number-as-url": (message([picture(5), WHAT]), "a part must be"),
+    "empty-path": (message([picture(" "), WHAT]), "path of an image is empty"),
+    "two-urls": (message([{"type": "image", "url": "0.png", "path": "0.png"}]), "a part must be"),
+    "empty-turn": (message([]), "the last user turn is empty"),
+    "blank-turn": (message(" \n"), "the last user turn is empty"),
+    "thoughts": (
+        {"messages": [{"role": "user", "content": "x", "reasoning_content": "hm"}]},
+        '"reasoning_content" of a message is not read',
+    ),
+    "tools": (message("What?", tools='[{"name": "f"}]'), "definitions of tools are not read"),
+    "two-systems": (
+        {
+            "messages": [{"role": "system", "content": "a"}, *message("x")["messages"]],
+            "system": "b",
+        },
+        '"system" and a system turn',
+    ),
+    "picture-as-answer": (
+        {"messages": [*message("x")["messages"], {"role": "assistant", "content": [PICTURE]}]},
+        "the answer holds a picture",
+    ),
+    "two-answers": (
+        conversation(["human", "gpt", "gpt"]),
+        "the turn before the answer must be the user's",
+    ),
+    "picture-in-a-turn": (
+        {"conversations": [{"from": "human", "value": "What?", "image": "0.png"}]},
+        'the key "image" is not read',
+    ),
+    "a-mark-too-few": (
+        {**conversation(["human"], "<image> and what?"), "images": ["0.png", "0.png"]},
+        "2 images, and 1 marks",
+    ),
 }
 
 
@@ -96,6 +135,57 @@ def test_records(folder: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"c\.jsonl, line 1: .*{wanted}") as caught:
         load_calibration(str(path), 8, text_only=True)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+PARTS: dict[str, Any] = {
+    "string": {"type": "image_url", "image_url": "0.png"},
+    "detail": {"type": "image_url", "image_url": {"url": "0.png", "detail": "low"}},
+    "typeless": {"image_url": {"url": "0.png"}},
+    "responses": {"type": "input_image", "image_url": "0.png"},
+    "qwen": {"type": "image", "image": "0.png"},
+    "transformers-path": {"type": "image", "path": "0.png"},
+    "transformers-url": {"type": "image", "url": "0.png", "text": None},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_forms_of_a_picture(folder: Path, name: str) -> None:
+    path = folder / "c.jsonl"
+    path.write_text(json.dumps(message([PARTS[name], {"type": "input_text", "text": "What?"}])))
+    (sample,) = load_calibration(str(path), 1)
+    assert sample.images == [folder / "0.png"] and sample.question == "What?"
+
+
+def test_data_urls_in_lines(folder: Path) -> None:
+    url = "data:image/png;base64, " + base64.encodebytes((folder / "0.png").read_bytes()).decode()
+    (folder / "c.jsonl").write_text(json.dumps(message([picture(url), WHAT])))
+    assert load_calibration(str(folder / "c.jsonl"), 1)[0].images == [
+        (folder / "0.png").read_bytes()
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.JSON", "a.txt"])
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_files_are_what_they_hold(folder: Path, name: str, form: str) -> None:
+    """Lists and lines of both forms under any name, to calibrate and to score."""
+    records = [
+        {**conversation(["human", "gpt"]), "image": "0.png", "system": "Be brief."},
+        message([PICTURE, WHAT], system="Be brief.", tools="[]", id=None, type=None),
+    ]
+    lines = map(json.dumps, records)
+    text = json.dumps(records, indent=1) if form == "list" else "\n".join(lines)
+    (folder / "d").mkdir()
+    (folder / "d" / name).write_text("\ufeff" + text)
+    (folder / "d" / "0.png").symlink_to("../0.png")
+    samples = load_calibration(str(folder / "d" / name), 8)
+    assert samples == read_samples(folder / "d" / name, scored=True)
+    assert [[m["role"] for m in s.messages] for s in samples] == [["system", "user"]] * 2
+    assert [s.type for s in samples] == ["conversation", "all"]
+    assert [s.id for s in samples] == (["0", "1"] if form == "list" else ["1", "2"])
+    moved = load_calibration(str(folder / "d" / name), 8, image_folder=folder)
+    assert [s.images for s in moved] == [[folder / "0.png"]] * 2
+    with pytest.raises(UserError, match="the image folder .*gone does not exist"):
+        load_calibration(str(folder / "d" / name), 8, image_folder=folder / "gone")
 
 
 LINE = json.dumps(message([picture("0.png"), WHAT]))
@@ -189,7 +279,11 @@ def config(name: str = "config.json", **parts: Any) -> Spoil:
 
 
 def text(name: str, change: Callable[[bytes], bytes]) -> Spoil:
-    return lambda d: (d / name).write_bytes(change((d / name).read_bytes()))
+    def spoil(directory: Path) -> None:
+        path = directory / name
+        path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+
+    return spoil
 
 
 def replaced(make: Spoil, name: str = WEIGHTS) -> Spoil:
@@ -208,6 +302,16 @@ def sharded(index: dict[str, Any] | None) -> Spoil:
         (directory / INDEX).write_text(json.dumps(index or {"weight_map": names}))
 
     return spoil
+
+
+def two_shards(directory: Path) -> None:
+    """One has all the tensors, and the index says of one that it is in the other."""
+    sharded(None)(directory)
+    path, other = directory / INDEX, "model-00002-of-00002.safetensors"
+    index = {"metadata": {}, **json.loads(path.read_text())}
+    index["weight_map"][min(index["weight_map"])] = other
+    path.write_text(json.dumps(index))
+    save_file({}, directory / other)
 
 
 def wrapped(prefix: str) -> Spoil:
@@ -270,6 +374,24 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "tokenizer-cut": (text("tokenizer.json", lambda b: b[:500]), "no usable processor .*: copy"),
     "no-tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no usable processor .*: copy"),
     "no-processor": (lambda d: (d / "processor_config.json").unlink(), "no usable processor"),
+    **{
+        f"{kind}-{name}": (text(name, lambda _, raw=raw: raw), wanted)
+        for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json")
+        for kind, raw, wanted in (
+            ("cut", b'{"a": ', rf"{name} cannot be read: it is not JSON"),
+            ("list", b"[]", rf"{name} cannot be read: it is not a JSON object"),
+            ("mark", b"\xef\xbb\xbf{}", rf"{name} begins with a byte-order mark"),
+        )
+    },
+    "template-mark": (
+        text("chat_template.jinja", lambda b: b"\xef\xbb\xbf" + b),
+        r"chat_template\.jinja begins with a byte-order mark",
+    ),
+    "template-windows": (
+        text("chat_template.jinja", lambda b: b + b"{# \xe9 #}"),
+        r"chat_template\.jinja, line \d+, byte \d+: 0xE9 is not UTF-8",
+    ),
+    "index-wrong-shard": (two_shards, "names the tensor .*, which is not in model-00002-of-00002"),
     "template-no-text": (
         lambda d: (
             (d / "chat_template.jinja").unlink(),

@@ -65,6 +65,32 @@ def test_bytes_that_are_no_text_are_refused_before_the_work(tmp_path: Path) -> N
         next(batch_io.read_requests(path, None, {}))
 
 
+def test_a_list_of_requests_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(json.dumps([{"custom_id": "a", "body": {}}], indent=1))
+    with pytest.raises(UserError, match=r"r\.jsonl is one JSON list: write one request per line"):
+        next(batch_io.read_requests(tmp_path / "r.jsonl", None, {}))
+
+
+def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", ".trash/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [r.custom_id for r in batch_io.read_requests(tmp_path, "What?", {})] == ["a.png"]
+    assert batch_io.count_requests(tmp_path) == 1
+
+
+def test_what_is_no_picture_file(tmp_path: Path) -> None:
+    """A device has no end."""
+    for name in ("/dev/zero", ".", ""):
+        with pytest.raises(ValueError, match="cannot read the picture .*: it is no file"):
+            batch_io.embed_pictures(body(name), tmp_path)
+
+
+def test_base64_in_lines(tmp_path: Path) -> None:
+    whole, broken = body("data:image/png;base64,AAAA"), body("data:image/png;base64, AA\r\nAA\n")
+    assert batch_io.embed_pictures(broken, tmp_path) == whole
+
+
 def test_repeated_custom_id_is_an_error(tmp_path: Path) -> None:
     path = lines(tmp_path / "in.jsonl", GOOD, GOOD, GOOD | {"method": "GET"})
     first, *others = batch_io.read_requests(path, None, {})

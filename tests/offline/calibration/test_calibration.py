@@ -207,6 +207,39 @@ def test_folder_with_csv(tmp_path: Path) -> None:
         load_calibration(str(tmp_path), 4)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_csv_with_questions(tmp_path: Path, direct: bool) -> None:
+    """Rows without a caption are left out and counted, as of `hf:`."""
+    (tmp_path / "images").mkdir()
+    _image(tmp_path / "images" / "a.png")
+    path = _write(tmp_path / "c.CSV", "image,prompt,answer\na.png,What?,a star\na.png,Why?,\n")
+    notes: list[str] = []
+    source = str(path if direct else tmp_path)
+    (sample,) = load_calibration(source, 4, image_folder=tmp_path / "images", notes=notes)
+    assert (sample.question, sample.answer) == ("What?", "a star")
+    assert [n.endswith("were left out: 1 without a caption") for n in notes] == [True]
+    _write(path, "image,prompt,answer\na.png,,a star\n")
+    with pytest.raises(UserError, match="line 2: the column prompt is empty"):
+        load_calibration(source, 4, image_folder=tmp_path / "images")
+
+
+def test_what_a_folder_has_beside_its_pictures(tmp_path: Path) -> None:
+    """macOS leaves ._NAME; an empty caption is none."""
+    for name in ("a", "b", "._a"):
+        _image(tmp_path / f"{name}.png")
+    for name, text in (("a.TXT", "red"), ("b.txt", " \n"), ("._a.txt", "\0")):
+        _write(tmp_path / name, text)
+    notes: list[str] = []
+    assert [s.id for s in load_calibration(str(tmp_path), 4, notes=notes)] == ["a.png"]
+    assert len(notes) == 1
+    (tmp_path / "a.TXT").unlink()
+    with pytest.raises(UserError, match="all of its 1 pictures are without a caption"):
+        load_calibration(str(tmp_path), 4)
+    for source in ("demo", "hf:x/y", str(tmp_path)):
+        with pytest.raises(UserError, match="--image-folder is for files that name pictures"):
+            load_calibration(source, 4, image_folder=tmp_path)
+
+
 def test_demo_calibration_is_not_the_test_set() -> None:
     from qig_serve.demo.questions import samples as draw
     from qig_serve.samples import sample_sha256
@@ -226,7 +259,7 @@ def test_demo_calibration_is_not_the_test_set() -> None:
         (lambda d: str(d / "gone.jsonl"), "does not exist"),
         (lambda d: str(_write(d / "empty.jsonl", "")), "no samples"),
         (lambda d: str(_write(d / "broken.json", "{")), "not JSON"),
-        (lambda d: str(_write(d / "object.json", "{}")), "a list of conversations"),
+        (lambda d: str(_write(d / "object.json", "{}")), 'a list of "conversations"'),
         (lambda d: str(_write(d / "none.json", "[]")), "no samples"),
         (lambda d: str(d), "no captioned images: put NAME.txt"),
         (

@@ -278,7 +278,22 @@ def test_shards_are_cut_and_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_leftovers_of_training_are_not_copied(source_dir: Path, tmp_path: Path) -> None:
     left = ["adapter_config.json", "trainer_state.json", "training_args.bin", "optimizer.pt"]
     left += ["scheduler.pt", "rng_state_0.pth", "hf_quant_config.json", "latest", "zero_to_fp32.py"]
-    for name in left:
+    left += ["trainer_log.jsonl", "training_loss.png", "llamaboard_config.yaml"]
+    left += ["model.safetensors.bak", "wandb/run/x.yaml", "checkpoint-500/tokenizer.json"]
+    # Other models: an export, one saved meanwhile, what `quantize` wrote there before.
+    left += ["onnx/model.onnx_data", "onnx/config.json", "old/model.safetensors", "old/merges.txt"]
+    kept = ["chat_template.jinja", "assets/logo.png"]
+    for name in (*left, *kept[1:]):
+        (source_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (source_dir / name).write_text("{}")
-    names = {p.name for p in _quantize(source_dir, tmp_path / "out").iterdir()}
-    assert "chat_template.jinja" in names and not names & set(left)
+    out = _quantize(source_dir, tmp_path / "out")
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*")}
+    assert names >= set(kept) and not names & set(left)
+
+
+@pytest.mark.parametrize("place", ["file/out", "n" * 300, "n" * 250, "/proc/out", "loop/out"])
+def test_where_nothing_can_be(source_dir: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="out|nnn.* cannot be written: "):
+        _quantize(source_dir, tmp_path / place)
