@@ -76,9 +76,7 @@ class Validated:
 
 
 def validated_target(
-    weight: torch.Tensor,
-    halves: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    damps: Sequence[float] = SHIFT_DAMPS,
+    weight: torch.Tensor, halves: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, Validated]:
     """The shifted target T [N, K], as much of it as holds on samples left out.
 
@@ -99,8 +97,8 @@ def validated_target(
         lower = torch.linalg.cholesky(damped + torch.diag(ridge))
         return torch.cholesky_solve(cross.T, lower).T
 
-    best = Validated(0.0, damps[0], 0.0)
-    for damp in damps:
+    best = Validated(0.0, SHIFT_DAMPS[0], 0.0)
+    for damp in SHIFT_DAMPS:
         along = across = 0.0
         for fitted, judge in ((0, 1), (1, 0)):
             s = shift(halves[fitted][0], crosses[fitted], damp)

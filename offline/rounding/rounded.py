@@ -24,7 +24,7 @@ class RoundingTask:
     stored: torch.dtype
     """In which the scheme stores scales."""
     method: Rounding
-    """The row of the rounding method, with the recipe's damping."""
+    """The row of the rounding method."""
     stats: LinearStats | None = None
     """Of the linear's inputs; None unless the row asks for them."""
 

@@ -116,12 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((w for w in words if not w.startswith("-")), None)
-    if command in (
-        "compare",
-        "demo",
-        "evaluate",
-        "quantize",
-    ):  # they draw progress; vLLM binds memory aloud
+    # Those that draw progress: vLLM binds memory aloud.
+    if command in ("compare", "demo", "evaluate", "quantize"):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = make_parser(command).parse_args(words)
     expand_home(args)
