@@ -105,7 +105,7 @@ class EvaluationResult:
             "engine": self.engine,
             "n": len(self.scored),
             "failed": len(self.failures),
-            "exact_match": self.exact_match,
+            "exact_match": self.exact_match if self.scored else None,
             "by_type": {kind: share for kind, (_, share) in kinds.items()},
             "n_by_type": {kind: n for kind, (n, _) in kinds.items()},
             "empty": sum(not (a.output or "").strip() for a in self.scored),

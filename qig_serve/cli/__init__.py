@@ -131,6 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"qig-serve {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _nobody_reads_the_output():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a path that nothing foresaw: too long, through a file, on a bad disk
         if error.filename is None or error.strerror is None:
             raise
@@ -139,11 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"qig-serve {args.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        if not _nobody_reads_the_output():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
-        return 128 + signal.SIGPIPE
 
 
 def _nobody_reads_the_output() -> bool:

@@ -43,9 +43,10 @@ class Summary:
     scheme: str
     method: str
     seeds: int
-    exact_match: float
+    exact_match: float | None
+    """None, as are the types and the test, where nothing was asked."""
     by_type: dict[str, float]
-    against_full: Paired
+    against_full: Paired | None
     kl_mean: float | None
     kl_se: float | None
     """Standard error of the mean over seeds where there are several, else over answers."""
@@ -86,16 +87,18 @@ def summarize(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> list
     for scheme, method in dict.fromkeys((r.scheme, r.method) for r in runs):
         own = [r for r in runs if (r.scheme, r.method) == (scheme, method)]
         results = [r.result for r in own]
-        kinds = results[0].by_type()
+        kinds = results[0].by_type() if asked(own) else ()
         divergence = [r.divergence for r in results]
         out.append(
             Summary(
                 scheme,
                 method,
                 len(own),
-                sum(r.exact_match for r in results) / len(results),
+                sum(r.exact_match for r in results) / len(results) if asked(own) else None,
                 {k: _mean([r.by_type()[k][1] for r in results]) or 0.0 for k in kinds},
-                paired(_correct([full[r.seed] for r in own]), _correct(results)),
+                paired(_correct([full[r.seed] for r in own]), _correct(results))
+                if asked(own)
+                else None,
                 _mean([d.kl_mean if d else None for d in divergence]),
                 _error(results),
                 _mean([d.kl_p99 if d else None for d in divergence]),
@@ -132,7 +135,7 @@ def to_json(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> dict[s
         "summary": [dataclasses.asdict(s) for s in summarize(runs, full)],
         "pairwise": [
             {"scheme": scheme, "first": a, "second": b, **dataclasses.asdict(test)}
-            for scheme in dict.fromkeys(r.scheme for r in runs)
+            for scheme in dict.fromkeys(r.scheme for r in runs if asked(runs))
             for (a, b), test in pairwise(runs, scheme).items()
         ],
         "runs": [
@@ -180,7 +183,7 @@ def summary_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> 
                     f"{100 * test.interval[0]:+.1f}..{100 * test.interval[1]:+.1f}",
                     small(test.p_value),
                 )
-                if asked(runs)
+                if test
                 else "----"
             ),
             small(s.kl_mean),

@@ -31,22 +31,28 @@ def tests_of(run: dict[str, Any], ours: str) -> dict[tuple[str, str], dict[str, 
     return {(t["scheme"], t["first"]): t for t in run["pairwise"] if t["second"] == ours}
 
 
+def percent(share: float | None) -> str:
+    """Of questions; "-" where none was asked."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
 def table(name: str, scheme: str, run: dict[str, Any], ours: str) -> str:
     """Markdown; a row per method."""
     rows = [s for s in run["summary"] if s["scheme"] == scheme]
-    full = run["full_precision"].values()
-    exact = 100 * sum(f["exact_match"] for f in full) / len(full)
+    full = [f["exact_match"] for f in run["full_precision"].values()]
+    exact = percent(None if None in full else sum(full) / len(full))
     own = next(s for s in rows if s["method"] == ours)
     rtn = next((s["kl_mean"] for s in rows if s["method"] == "rtn"), None)
     tests = tests_of(run, ours)
-    lines = [f"{name}, {scheme} (full precision {exact:.1f}):", ""]
+    lines = [f"{name}, {scheme} (full precision {exact}):", ""]
     lines += ["| method | exact | KL | same | ours / its KL | p | seconds |", "|---|" + "---|" * 6]
     for s in rows:
         test = tests.get((scheme, s["method"]))
-        ratio = f"{own['kl_mean'] / s['kl_mean']:.2f} | {test['p_value']:.2g}" if test else "- | -"
+        ratio = "-" if s is own else f"{own['kl_mean'] / s['kl_mean']:.2f}"
+        p = f"{test['p_value']:.2g}" if test else "-"
         lines.append(
-            f"| `{s['method']}` | {100 * s['exact_match']:.1f} | {s['kl_mean']:.5f} | "
-            f"{100 * s['agreement']:.1f} | {ratio} | {s['seconds']:.0f} |"
+            f"| `{s['method']}` | {percent(s['exact_match'])} | {s['kl_mean']:.5f} | "
+            f"{percent(s['agreement'])} | {ratio} | {p} | {s['seconds']:.0f} |"
         )
     others = [s["kl_mean"] for s in rows if s["method"] != ours]
     lines += ["", f"{ours}: {own['kl_mean'] / min(others):.2f} of the best other method's KL"]

@@ -116,6 +116,8 @@ def test_kl_alone(
         assert row[2:6] == ["-"] * 4 and float(row[6]) > 0
     record = json.loads((tmp_path / "c.json").read_text())
     assert [run["n"] for run in record["runs"]] == [0, 0]
+    assert {s["exact_match"] for s in (*record["summary"], *record["runs"])} == {None}
+    assert not record["pairwise"] and not any(s["against_full"] for s in record["summary"])
     assert record["settings"]["text_only"] and (tmp_path / "c.png").exists()
 
 
