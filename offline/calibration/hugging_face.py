@@ -238,8 +238,10 @@ def _conversation(
 
 def _list_of_turns(value: Any) -> Any:
     """Turns that datasets stores as lists of their fields, as a list of turns."""
-    fields = list(value.values()) if isinstance(value, dict) else [None]
-    if not all(isinstance(field, list) for field in fields) or len(set(map(len, fields))) != 1:
+    if not isinstance(value, dict):
+        return value
+    fields = [field for field in value.values() if isinstance(field, list)]
+    if len(fields) < len(value) or len({len(field) for field in fields}) != 1:
         return value
     return [dict(zip(value, turn, strict=True)) for turn in zip(*fields, strict=True)]
 
