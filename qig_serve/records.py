@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from PIL import Image
+
 from qig_serve.errors import UserError
 from qig_serve.samples import ImageSource, Sample
 from qig_serve.text_files import lines, parse_json, read_list
@@ -41,7 +43,7 @@ _NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "t
 """Keys of a message that a model says as text of its own form."""
 _TOOLS = ("tools", "functions")
 _PICTURE_PARTS = ("image", "image_url", "input_image", None)
-_PICTURE_KEYS = ("image_url", "image", "url", "path")
+PICTURE_KEYS = ("image_url", "image", "url", "path")
 """Types of a part that holds a picture, and where: OpenAI's, vLLM's, transformers', Qwen's."""
 _SHOWN = 300  # characters of a name
 
@@ -96,44 +98,65 @@ def records(path: Path) -> Iterator[tuple[str, int, Any]]:
         yield where, number, value
 
 
-def parse_record(record: Any, where: str, folder: Path, number: int) -> Sample:
+def parse_record(
+    record: Any,
+    where: str,
+    folder: Path,
+    number: int,
+    pictures: Sequence[ImageSource] | None = None,
+) -> Sample:
     """A sample from the value of its JSON; `number` names it if it has no id.
 
     Pictures are parts of the messages, or paths in "images" beside them, which take the places of
     the marks `<image>` in the texts (LLaMA-Factory) or of parts without a path (TRL). Those of
     conversations may be "image" as well, and stand before the first question without a mark.
+    `pictures`: those of a dataset's row, whose columns hold pictures instead of paths; without a
+    mark they stand before the first question, as TRL has it.
     """
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         if record.get("conversations"):
             raise UserError(
                 f'{where}: "messages" and "conversations": give the turns in one of them'
             )
-        return _from_messages(record, where, folder, number)
+        return _from_messages(record, where, folder, number, pictures)
     if isinstance(record, dict) and isinstance(record.get("conversations"), list):
-        return _from_conversations(record, where, folder, number)
+        return _from_conversations(record, where, folder, number, pictures)
     raise UserError(
         f'{where}: a sample needs a "messages" list in OpenAI chat form, or a list of '
         '"conversations" as LLaVA has it'
     )
 
 
-def _from_messages(record: dict[str, Any], where: str, folder: Path, number: int) -> Sample:
+def _from_messages(
+    record: dict[str, Any],
+    where: str,
+    folder: Path,
+    number: int,
+    pictures: Sequence[ImageSource] | None,
+) -> Sample:
     answer = record.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise UserError(f'{where}: "answer" must be text, not {type(answer).__name__}')
     check_media(record, where, read=("images",))
-    images = _beside(record, where, folder) or None
+    images = _beside(record, where, folder) or None if pictures is None else list(pictures)
     count = len(images or ())
     messages = [_parse_message(m, where, folder, images) for m in record["messages"]]
-    if images:
+    if images and pictures is None:
         raise _unequal(where, count, count - len(images))
+    _place_unmarked(messages, images or [], count, where)
     return _sample(record, messages, where, number, "all", answer)
 
 
-def _from_conversations(record: dict[str, Any], where: str, folder: Path, number: int) -> Sample:
+def _from_conversations(
+    record: dict[str, Any],
+    where: str,
+    folder: Path,
+    number: int,
+    pictures: Sequence[ImageSource] | None,
+) -> Sample:
     """[{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a star"}]."""
     check_media(record, where, read=("image", "images"))
-    images = _beside(record, where, folder)
+    images = _beside(record, where, folder) if pictures is None else list(pictures)
     count = len(images)
     messages = []
     for turn in record["conversations"]:
@@ -143,13 +166,19 @@ def _from_conversations(record: dict[str, Any], where: str, folder: Path, number
             raise UserError(f'{where}: a turn needs "from" (human or gpt) and "value"')
         message = {**said, "role": _SPEAKERS[str(speaker)], "content": value}
         messages.append(_parse_message(message, where, folder, images))
+    _place_unmarked(messages, images, count, where)
+    return _sample(record, messages, where, number, "conversation", None)
+
+
+def _place_unmarked(
+    messages: list[dict[str, Any]], images: list[ImageSource], count: int, where: str
+) -> None:
+    """Puts pictures before the first question where none of the `count` has a mark."""
     if 0 < len(images) < count:
         raise _unequal(where, count, count - len(images))
     first = next((m for m in messages if m["role"] == "user"), None)
-    if first is None:
-        raise UserError(f"{where}: the conversation has no human turn")
-    first["content"][:0] = [{"type": "image", "image": image} for image in images]
-    return _sample(record, messages, where, number, "conversation", None)
+    if first is not None:  # _sample refuses a conversation without one
+        first["content"][:0] = [{"type": "image", "image": image} for image in images]
 
 
 def _sample(
@@ -291,7 +320,7 @@ def _parse_message(
 
 
 def _picture_urls(part: dict[str, Any]) -> list[Any]:
-    return [part[key] for key in _PICTURE_KEYS if part.get(key)]
+    return [part[key] for key in PICTURE_KEYS if part.get(key)]
 
 
 def _parse_part(part: Any, where: str, folder: Path) -> dict[str, Any]:
@@ -303,6 +332,8 @@ def _parse_part(part: Any, where: str, folder: Path) -> dict[str, Any]:
         url = urls[0].get("url") if isinstance(urls[0], dict) else urls[0]
         if isinstance(url, str):
             return {"type": "image", "image": resolve_picture(url, where, folder)}
+        if isinstance(url, (bytes, Image.Image)):  # of a dataset's row
+            return {"type": "image", "image": url}
     raise UserError(
         f"{where}: a part must be {{'type': 'text', 'text': ...}} or "
         "{'type': 'image_url', 'image_url': {'url': ...}}"

@@ -7,7 +7,8 @@ folder                          images with captions: NAME.txt beside NAME.png, 
 captions.csv                    columns image and caption, and perhaps question
 hf:NAME?split=train&image=image&question=prompt&answer=caption
                                 a Hugging Face dataset and its columns (hugging_face.py); what
-                                CAPTIONS names is the default
+                                CAPTIONS names is the default; without those columns the turns
+                                of messages or conversations
 """
 
 from __future__ import annotations

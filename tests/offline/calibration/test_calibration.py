@@ -297,6 +297,8 @@ def test_text_only_on_request(tmp_path: Path) -> None:
 class _Rows(list[dict[str, Any]]):
     """Enough of an iterable dataset."""
 
+    features = None
+
     def shuffle(self, seed: int, buffer_size: int) -> _Rows:
         assert buffer_size >= 1000
         return _Rows(self[seed:] + self[:seed])

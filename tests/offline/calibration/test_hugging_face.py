@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ CELLS: dict[str, tuple[Any, list[Any], list[int]]] = {
     "lists-of-bytes": (datasets.List(datasets.Value("binary")), [[png(), png()]], [2]),
     "structs": (STRUCT, [{"bytes": png(), "path": "a.png"}, {"bytes": None, "path": None}], [1]),
     "paths": (TEXT, ["red.png", "file://red.png", "", None], [1, 1]),
+    "base64": (TEXT, [base64.b64encode(png()).decode()], [1]),
+    "data-urls": (TEXT, ["data:image/png;base64," + base64.b64encode(png()).decode()], [1]),
     "structs-of-paths": (STRUCT, [{"bytes": None, "path": "red.png"}], [1]),
 }
 CAPTIONS: dict[str, tuple[Any, list[Any], list[str]]] = {
@@ -126,6 +130,7 @@ CONVERSATION = {"from": TEXT, "value": TEXT}
         ({"image": (TEXT, ["gone.png"] * 2)}, "row 0 .* column image: 'gone.png' is no picture"),
         ({"image": (TEXT, ["https://a.b/c.png"] * 2)}, "'https://a.b/c.png' is no picture"),
         ({"image": (datasets.Value("int64"), [1, 2])}, "a picture is wanted, .* not int"),
+        ({"image": (datasets.Array3D((1, 1, 3), "uint8"), [[[[0, 0, 0]]]] * 2)}, "of arrays with"),
         ({"image": (datasets.Value("binary"), [b"no"] * 2)}, "column image: .* cannot be read"),
         ({"image": (PICTURES, [{"bytes": b"no", "path": None}] * 2)}, "cannot be read .cannot"),
     ],
@@ -208,3 +213,206 @@ def test_the_whole_command_tells_what_it_left_out(
     assert "2 samples with 3 images" in said.out + said.err
     assert "1 without a picture" in said.out + said.err
     assert "1 without a picture" in (out / "report.html").read_text()
+
+
+SAID = datasets.List({"from": TEXT, "value": TEXT})
+CHAT = datasets.List({"role": TEXT, "content": TEXT})
+URL = {"url": TEXT}
+PARTS = {"index": datasets.Value("int64"), "text": TEXT, "type": TEXT}
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+
+
+def chat(question: Any, answer: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def chat_of(**keys: Any) -> Any:
+    return datasets.List({"role": TEXT, "content": datasets.List(PARTS | keys)})
+
+
+def part(**keys: Any) -> dict[str, Any]:
+    return {"index": None, "text": None, "image": None, "image_url": None} | keys
+
+
+RED_ONE, BLUE_ONE = (40, 30), (20, 30)
+TEXT_PART = {"index": None, "text": "What?", "type": "text"}
+ANSWER = [TEXT_PART | {"text": "a star"}]
+MARKED = [TEXT_PART, {"index": 0, "text": None, "type": "image"}]
+TWO_OF_PATHS = [{"bytes": png(BLUE), "path": None}, {"bytes": None, "path": "red.png"}]
+
+# Name: (columns, options, what the parts of the turns before the answer then are).
+TURNS: dict[str, tuple[dict[str, tuple[Any, Any]], str, list[Any]]] = {
+    "vsft": (
+        {"messages": (chat_of(), chat(MARKED, ANSWER)), "images": (datasets.List(PICTURES), [RED])},
+        "",
+        ["What?", RED_ONE],
+    ),
+    "llava": (
+        {"conversations": (SAID, said("<image>\nWhat?", "a", "And?", "a star"))}
+        | {"image": (PICTURES, RED), "image_path": (TEXT, "a.png")},
+        "",
+        [RED_ONE, "What?", "a", "And?"],
+    ),
+    "fields-of-lists": (
+        {
+            "conversations": (
+                {"from": datasets.List(TEXT), "value": datasets.List(TEXT)},
+                {"from": ["human", "gpt"], "value": ["What?", "a star"]},
+            ),
+            "image": (TEXT, "red.png"),
+        },
+        "",
+        [RED_ONE, "What?"],
+    ),
+    "llama-factory": (
+        {"messages": (CHAT, chat("<image>A<image>B", "a star"))}
+        | {"images": (datasets.List(STRUCT), TWO_OF_PATHS)},
+        "",
+        [BLUE_ONE, "A", RED_ONE, "B"],
+    ),
+    "trl-unmarked": (
+        {"messages": (CHAT, chat("What?", "a star"))}
+        | {"images": (datasets.List(PICTURES), [RED, BLUE])},
+        "",
+        [RED_ONE, BLUE_ONE, "What?"],
+    ),
+    "named-column": (
+        {"messages": (CHAT, chat("What?", "a star")), "img": (PICTURES, BLUE)}
+        | {"image": (PICTURES, RED)},
+        "?image=img",
+        [BLUE_ONE, "What?"],
+    ),
+    "in-parts": (
+        {
+            "messages": (
+                chat_of(image=STORED, image_url=URL),
+                chat(
+                    [
+                        part(type="image", image={"bytes": png(), "path": None}),
+                        part(type="image_url", image_url={"url": "red.png"}),
+                        part(type="text", text="What?"),
+                    ],
+                    [part(type="text", text="a star")],
+                ),
+            )
+        },
+        "",
+        [RED_ONE, RED_ONE, "What?"],
+    ),
+    "named-answer": (
+        {"messages": (CHAT, chat("What?", "b")), "image": (PICTURES, RED), "a": (TEXT, "a star")},
+        "?answer=a",
+        [RED_ONE, "Describe the image."],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns(name: str, tmp_path: Path) -> None:
+    columns, options, parts = TURNS[name]
+    rows = {column: (kind, [cell]) for column, (kind, cell) in columns.items()}
+    (sample,) = load_calibration(write(tmp_path, "folder", rows) + options, 4)
+    found = [p for m in sample.messages for p in m["content"]]
+    assert [p["text"] if p["type"] == "text" else p["image"].size for p in found] == parts
+    assert sample.answer == "a star"
+
+
+def test_rows_without_picture_or_turns_are_counted(tmp_path: Path) -> None:
+    turns = [said("<image>A?", "a"), said("<image>B?", "b"), said("C?", "c"), [], None]
+    columns = {"conversations": (SAID, turns), "image": (PICTURES, [RED, None, None, RED, RED])}
+    source = write(tmp_path, "saved", columns)
+    notes: list[str] = []
+    (sample,) = load_calibration(source, 8, notes=notes)
+    assert sample.answer == "a"
+    assert notes == [f"rows of {source} were left out: 2 without a picture, 2 without turns"]
+
+
+ONE_CHAT = (CHAT, [chat("What?", "a star")])
+BOTH = {"image": (PICTURES, [RED]), "images": (datasets.List(PICTURES), [[RED]])}
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"img": (PICTURES, [RED])}, "", "row 0 .*: the column img is not read: .*image=img"),
+        (BOTH, "", "row 0 .*: pictures in the columns image and images: name one"),
+        (BOTH, "?image=gone", "row 0 .*: no column 'gone'; the columns are"),
+        (BOTH, "?answer=messages", "row 0 .*column messages: .* are read without answer="),
+        ({"images": BOTH["images"], "video": (TEXT, ["a.mp4"])}, "", 'row 0 .*"video" is not read'),
+        ({"image": (TEXT, ["gone.png"])}, "", "row 0 .*column image: 'gone.png' is no picture"),
+        (
+            {"messages": (CHAT, [chat("<image>", "b")])}
+            | {"images": (BOTH["images"][0], [[RED] * 2])},
+            "",
+            "row 0 .*: 2 images, and 1 marks",
+        ),
+        ({"messages": (TEXT, ["[]"])}, "", 'row 0 .*: a sample needs a "messages" list'),
+        (
+            {
+                "messages": (
+                    {"role": datasets.List(TEXT)} | {"content": datasets.List(TEXT)},
+                    [{"role": ["user"], "content": []}],
+                )
+            },
+            "",
+            'row 0 .*: a sample needs a "messages" list',
+        ),
+    ],
+)
+def test_turns_that_cannot_be_used(
+    columns: dict[str, Any], options: str, message: str, tmp_path: Path
+) -> None:
+    source = write(tmp_path, "saved", {"messages": ONE_CHAT} | columns) + options
+    with pytest.raises(UserError, match=message) as raised:
+        load_calibration(source, 4)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "message"),
+    [
+        ("saved", "?split=test", "is one dataset without splits: leave out split=test"),
+        ("saved", "?config=a", "has no configurations: leave out config=a"),
+        ("parquet", "?config=a", "has no configurations: leave out config=a"),
+        ("saved", "?image=a&image=b", "'image' is given twice: give it once"),
+    ],
+)
+def test_options_without_a_meaning(form: str, options: str, message: str, tmp_path: Path) -> None:
+    source = write(tmp_path, form, {"image": (PICTURES, [RED]), "caption": (TEXT, ["a"])})
+    with pytest.raises(UserError, match=message):
+        load_calibration(source + options, 4)
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_empty_datasets(form: str, tmp_path: Path) -> None:
+    source = write(tmp_path, form, {"image": (PICTURES, []), "caption": (TEXT, [])})
+    with pytest.raises(UserError, match="holds (an empty dataset|no samples)"):
+        load_calibration(source, 4)
+
+
+def test_names_of_labels_and_a_saved_format(tmp_path: Path) -> None:
+    rows = {"image": [RED, RED], "label": [1, -1], "words": [["a"], ["b"]]}
+    kinds = {"image": PICTURES, "label": datasets.ClassLabel(names=["cat", "dog"])}
+    features = datasets.Features(kinds | {"words": datasets.List(TEXT)})
+    made = datasets.Dataset.from_dict(rows, features=features).with_format("numpy")
+    made.save_to_disk(tmp_path / "data")
+    (sample,) = load_calibration(f"hf:{tmp_path / 'data'}?answer=label&split=train", 4)
+    assert sample.answer == "dog"
+    samples = load_calibration(f"hf:{tmp_path / 'data'}?answer=words", 4)
+    assert sorted(s.answer or "" for s in samples) == ["a", "b"]
+
+
+def test_a_folder_of_json_lines_from_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RED.save(tmp_path / "red.png")
+    row = {"image": "red.png", "conversations": said("<image>What?", "a star")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    (sample,) = load_calibration("hf:.", 4)
+    assert [image.size for image in sample.images] == [RED_ONE]
+    with pytest.raises(UserError, match="of single files only parquet is read"):
+        load_calibration("hf:rows.jsonl", 4)
