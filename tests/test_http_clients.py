@@ -164,7 +164,7 @@ def test_a_server_of_another_kind(reply: Any) -> None:
     sample = sample_from_parts("7", "all", Image.new("RGB", (4, 4)), "What?", "a")
     wanted = r"does not answer \(what came is no answer"
     with answering(reply, {}) as url, pytest.raises(UserError, match=wanted):
-        ask_server(url, [sample], 1, lambda *_: None)
+        ask_server(url, [sample], 1, lambda *_: None, None)
 
 
 @pytest.mark.parametrize("reply", NO_ANSWERS, ids=str)
@@ -172,11 +172,11 @@ def test_answers_that_are_none(reply: Any) -> None:
     """Counted as failed requests, and not as answers."""
     sample = sample_from_parts("7", "all", Image.new("RGB", (4, 4)), "What?", "a")
     with answering(MODELS, reply) as url:
-        answers, failures = ask_server(url, [sample], 1, lambda *_: None)
+        answers, failures = ask_server(url, [sample], 1, lambda *_: None, None)
     assert answers == [None] and failures[0].startswith("sample 7: what came is no answer of")
 
 
 def test_a_url_with_a_password() -> None:
     with pytest.raises(UserError, match=r"http://\.\.\.@127\.0\.0\.1:9 does not answer") as caught:
-        ask_server("http://me:secret@127.0.0.1:9", [], 1, lambda *_: None)
+        ask_server("http://me:secret@127.0.0.1:9", [], 1, lambda *_: None, None)
     assert "secret" not in str(caught.value)

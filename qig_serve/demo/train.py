@@ -270,7 +270,7 @@ def export(folder: Path | str, model_name: str, outliers: Outliers | None = None
     """Puts the channel outliers into the last plain model of a training folder."""
     folder = Path(folder)
     model, processor = load_model(folder / "plain")
-    add_outliers(model, outliers, keep=(get_spec(model_name).sink_channel,))
+    add_outliers(model, outliers or Outliers(), keep=(get_spec(model_name).sink_channel,))
     save_model(model, processor, folder / "model")
     return folder / "model"
 

@@ -93,9 +93,8 @@ def test_presets(preset: str) -> None:
         ({"samples": 0}, "samples"),
         ({"method": "magic"}, "method"),
         ({"seed": 2**63}, "seed: Input should be less than"),
-        ({"damp": float("inf")}, "damp: Input should be a finite number"),
     ],
-    ids=["scheme", "field", "samples", "method", "long-seed", "infinite-damping"],
+    ids=["scheme", "field", "samples", "method", "long-seed"],
 )
 def test_wrong_values_name_the_field(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -81,6 +81,8 @@ def write(folder: Path, form: str, columns: dict[str, tuple[Any, list[Any]]]) ->
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # After each shuffle it sleeps five seconds, for threads of a process that is about to end.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     datasets.disable_progress_bars()
 
 
