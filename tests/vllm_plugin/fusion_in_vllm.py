@@ -115,7 +115,7 @@ def main(scheme: str, dtype: str) -> None:
     for one, other in zip(fused, unfused, strict=True):
         assert bool(one.isfinite().all()) and float(one.float().norm()) > 0
         apart = float((one != other).float().mean())
-        assert apart < 0.02, f"{apart:.2%} of {list(one.shape)} differ"
+        assert apart < 0.03, f"{apart:.2%} of {list(one.shape)} differ"
         print(f"{list(one.shape)}: {apart:.2%} differ")
 
 
