@@ -81,7 +81,7 @@ _ROWS = 2048
 def validated_damping(halves: Sequence[tuple[torch.Tensor, torch.Tensor]], least: Damping) -> float:
     """The fraction, not below the least, that suits tokens which compensation has not seen.
 
-    Compensation fits the tokens it has seen; on others it leaves up to ten times the error, where
+    Compensation fits the tokens it has seen; on others it leaves several times the error, where
     inputs are many or tokens of few kinds. Rounding noise d of one variance in all columns becomes
     the weight's error d M, M = diag(U)^-1 U, of which each half's factor is judged by the other
     half's H: sum_k (M H M^T)_kk. Of MULTIPLES of the least the best is halved, for the factor to

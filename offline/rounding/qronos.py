@@ -5,7 +5,7 @@ model. T = W + W C H_d^-1 makes up for that: it minimizes sum_t lambda_t |W x_fp
 (what Qronos, arXiv 2505.11695, starts from), as far as it holds on samples it was not fitted to.
 
 Damping. As much as suits samples left out (hessian.validated_damping): on a real decoder with 64
-texts GPTQ's 1% left up to ten times the error on texts that it had not seen.
+texts GPTQ's 1% left several times the error on texts that it had not seen.
 
 Ranges. Between a group's extremes and the range of least error lie candidates; each row is rounded
 by GPTQ (gptq.py) with all of them and keeps the one that leaves least of its output error.
