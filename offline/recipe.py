@@ -31,7 +31,8 @@ class Damping:
     diagonal's mean, as in GPTQ."""
     validated: bool = False
     """Whether `fraction` is the least, and as many times more is added as lowers the error on
-    samples left out."""
+    samples left out: for rounding that has two halves of them (`shifted`). Equalization's noise
+    model takes the least."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ EXECUTION_FIELDS = frozenset({"device", "offload", "allow_fallbacks"})
 class QuantRecipe(BaseModel):
     """The settings of one run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     scheme: str = Field(
         default="w3a16",

@@ -166,7 +166,7 @@ def _captions_csv(path: Path, folder: Path) -> list[Sample]:
 
 
 def _captioned(samples: list[Sample], source: str, notes: list[str]) -> list[Sample]:
-    """Those that have a caption; `notes` is told how many have none."""
+    """Those that have a caption; `notes` gets how many have none."""
     found = [s for s in samples if s.answer]
     if samples and not found:
         raise UserError(f"{source}: all of its {len(samples)} pictures are without a caption")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -126,6 +127,7 @@ def _quantize(model: str, output: str, recipe: QuantRecipe, sender: Connection) 
     from qig_serve.offline.pipeline import quantize
     from qig_serve.offline.progress import host_bytes
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this
     threading.Thread(target=_end_with_parent, daemon=True).start()
     plain = not recipe.quant_scheme.servable
     try:
@@ -156,8 +158,9 @@ def _quantize_apart(model: str, output: str, recipe: QuantRecipe) -> Outcome:
         return outcome
     except EOFError:
         process.join()
-        why = f"its process ended with status {process.exitcode}"
-        return 0.0, 0, f"{why} (-9: killed, as when memory runs out)"
+        killed = process.exitcode == -signal.SIGKILL
+        why = "was killed, as when memory runs out" if killed else "failed, as said above"
+        return 0.0, 0, f"its process {why} (status {process.exitcode})"
     finally:
         process.terminate()
         process.join()

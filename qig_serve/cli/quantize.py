@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from qig_serve.cli import check_targets
+from qig_serve.cli import check_targets, unwind_on_sigterm
 from qig_serve.json_output import write_json
 
 HELP = "quantize a model with QIG, or with one of the methods it is compared with"
@@ -83,7 +83,7 @@ def _metavar(name: str, annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
     named = {"calib": "SRC", "image_folder": "DIR"}
-    return named.get(name) or {int: "N", float: "X"}.get(annotation, name.upper())
+    return named.get(name) or ("N" if annotation is int else name.upper())
 
 
 def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from qig_serve.cli import unwind_on_sigterm
     from qig_serve.errors import UserError
     from qig_serve.offline.recipe import make_recipe
 

@@ -87,17 +87,18 @@ def summarize(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> list
     for scheme, method in dict.fromkeys((r.scheme, r.method) for r in runs):
         own = [r for r in runs if (r.scheme, r.method) == (scheme, method)]
         results = [r.result for r in own]
-        kinds = results[0].by_type() if asked(own) else ()
+        were_asked = asked(own)
+        kinds = results[0].by_type()  # none where nothing was asked
         divergence = [r.divergence for r in results]
         out.append(
             Summary(
                 scheme,
                 method,
                 len(own),
-                sum(r.exact_match for r in results) / len(results) if asked(own) else None,
+                sum(r.exact_match for r in results) / len(results) if were_asked else None,
                 {k: _mean([r.by_type()[k][1] for r in results]) or 0.0 for k in kinds},
                 paired(_correct([full[r.seed] for r in own]), _correct(results))
-                if asked(own)
+                if were_asked
                 else None,
                 _mean([d.kl_mean if d else None for d in divergence]),
                 _error(results),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,15 +122,20 @@ def test_kl_alone(
     assert record["settings"]["text_only"] and (tmp_path / "c.png").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGKILL", "SIGINT"],
+)
 def test_ended_from_outside_nothing_goes_on(
-    twins: tuple[Path, Path], tmp_path: Path, number: int
+    twins: tuple[Path, Path], tmp_path: Path, number: int, status: int
 ) -> None:
     """The process that quantizes ends with the command, and what it wrote goes if that may be."""
     words = ["compare", str(twins[0]), "--methods", "qig", "--calib", "demo", "--data", "demo"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "qig_serve", *words]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env=environment, **options) as run:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
 
         def quantizing() -> list[int]:
@@ -138,16 +144,19 @@ def test_ended_from_outside_nothing_goes_on(
 
         while not (found := quantizing()) and run.poll() is None:
             time.sleep(0.05)
-        time.sleep(1)
-        run.send_signal(number)
+        time.sleep(3)
+        if number == signal.SIGINT:
+            os.killpg(run.pid, number)  # as a terminal does
+        else:
+            run.send_signal(number)
         _, said = run.communicate(timeout=120)
-    assert run.returncode == (143 if number == signal.SIGTERM else -number)
+    assert run.returncode == status
     assert "Traceback" not in said
     end = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in found):
         assert time.monotonic() < end
         time.sleep(0.1)
-    if number == signal.SIGTERM:
+    if number != signal.SIGKILL:
         assert not list(tmp_path.glob("qig-compare-*"))
 
 

@@ -112,10 +112,11 @@ def main(scheme: str, dtype: str) -> None:
     print("left:", *left)
     unfused = run(SCHEMES[scheme], getattr(torch, dtype), False)
     assert len(Recorded.left) == 1, "fused in spite of the switch"
+    most = 0.03 if dtype == "float16" else 0.02  # AVX512: 2.2% of fp16
     for one, other in zip(fused, unfused, strict=True):
         assert bool(one.isfinite().all()) and float(one.float().norm()) > 0
         apart = float((one != other).float().mean())
-        assert apart < 0.03, f"{apart:.2%} of {list(one.shape)} differ"
+        assert apart < most, f"{apart:.2%} of {list(one.shape)} differ"
         print(f"{list(one.shape)}: {apart:.2%} differ")
 
 
