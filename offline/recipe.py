@@ -171,7 +171,7 @@ class QuantRecipe(BaseModel):
     )
     # The cheapest that holds on trained models: completeness within 1% and a mean rank correlation
     # of 0.994 with 128 equal steps; 4 nodes miss 2%, and so do the paper's 32 equal steps
-    # (tests/benchmarks/quadrature.py). With 2, which take 0.4 of the time, qig+'s scales are as good.
+    # (tests/benchmarks/quadrature.py). qig+'s scales are as good with 2, in 0.4 of the time.
     steps: int = Field(
         default=6,
         ge=1,
