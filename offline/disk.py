@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION
 from qig_serve.hashes import HASHES_FILE, file_sha256
@@ -27,6 +25,7 @@ _NO_PLACE = (
     *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 )
 """What the system says where nothing may be written, and where there is no such place."""
+_AGAIN = "run again, with --resume if a block was finished"
 SHARD_BYTES = 2 << 30
 """Models are copied in shards of about this size, so that memory stays flat."""
 
@@ -36,28 +35,28 @@ class ResumableError(UserError):
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Inside, `path` is written: ResumableError on a full disk, UserError where it may not be."""
+def disk_errors(path: Path, again: str = _AGAIN) -> Iterator[None]:
+    """Inside, `path` is written: ResumableError on a full disk, UserError where it may not be.
+
+    again: what is to be done when there is space.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(path) from None
+            raise _full(path, again) from None
         if error.errno in _NO_PLACE:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         raise
-    except SafetensorError as error:
-        # It reports what the system said in words of its own.
+    except Exception as error:
+        # safetensors and tokenizers report what the system said in words of their own.
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise _full(path) from None
+            raise _full(path, again) from None
         raise
 
 
-def _full(path: Path) -> ResumableError:
-    return ResumableError(
-        f"the disk is full ({path}): free some space and run again, with --resume if a block was "
-        "finished"
-    )
+def _full(path: Path, again: str) -> ResumableError:
+    return ResumableError(f"the disk is full ({path}): free some space and {again}")
 
 
 def sync(path: Path) -> None:
