@@ -25,7 +25,6 @@ _NO_PLACE = (
     *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 )
 """What the system says where nothing may be written, and where there is no such place."""
-_AGAIN = "run again, with --resume if a block was finished"
 SHARD_BYTES = 2 << 30
 """Models are copied in shards of about this size, so that memory stays flat."""
 
@@ -35,28 +34,28 @@ class ResumableError(UserError):
 
 
 @contextmanager
-def disk_errors(path: Path, again: str = _AGAIN) -> Iterator[None]:
-    """Inside, `path` is written: ResumableError on a full disk, UserError where it may not be.
-
-    again: what is to be done when there is space.
-    """
+def disk_errors(path: Path) -> Iterator[None]:
+    """Inside, `path` is written: ResumableError on a full disk, UserError where it may not be."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(path, again) from None
+            raise _full(path) from None
         if error.errno in _NO_PLACE:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         raise
     except Exception as error:
         # safetensors and tokenizers report what the system said in words of their own.
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise _full(path, again) from None
+            raise _full(path) from None
         raise
 
 
-def _full(path: Path, again: str) -> ResumableError:
-    return ResumableError(f"the disk is full ({path}): free some space and {again}")
+def _full(path: Path) -> ResumableError:
+    return ResumableError(
+        f"the disk is full ({path}): free some space and run the command again (quantize goes on "
+        "with --resume if a block was finished)"
+    )
 
 
 def sync(path: Path) -> None:

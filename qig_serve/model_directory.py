@@ -67,11 +67,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
     config = read_json(path)
-    _check_mark(path)
+    check_mark(path)
     return config
 
 
-def _check_mark(path: Path) -> None:
+def check_mark(path: Path) -> None:
+    """UserError for a file that begins with a byte-order mark."""
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             raise UserError(
@@ -89,7 +90,7 @@ def check_texts(directory: Path) -> None:
         path = directory / name
         if path.is_file():
             read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
-            _check_mark(path)
+            check_mark(path)
 
 
 def load_config(directory: Path) -> Any:

@@ -224,7 +224,7 @@ def convert(
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         try:
-            with disk_errors(output, "run again"):
+            with disk_errors(output):
                 tensors = _converted(source, config["text_config"], progress)
                 number_shards(save_shards(tensors, partial, "part"))
                 _write_configs(partial, config, images, tokenizer)

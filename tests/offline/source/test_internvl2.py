@@ -424,7 +424,7 @@ def test_what_is_stopped_leaves_nothing(
         else:
             assert main(words) == 2
             (line,) = capsys.readouterr().err.splitlines()
-            assert "the disk is full" in line and "--resume" not in line
+            assert "the disk is full" in line and "run the command again" in line
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not list(tmp_path.iterdir())
