@@ -113,7 +113,7 @@ def remember_only_sent_pictures(client: Any) -> None:
     a setting, the next one about the picture comes without it, and gets a 500. Caches that the
     engine does not mirror are left as they are.
     """
-    cache = getattr(getattr(client, "renderer", None), "mm_processor_cache", None)
+    cache: Any = getattr(getattr(client, "renderer", None), "mm_processor_cache", None)
     if "invalidate" not in vars(type(cache)):
         return
     known, update, send = (
