@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
 from qig_serve.errors import UserError
 from qig_serve.formats import FORMAT_VERSION
 from qig_serve.hashes import HASHES_FILE, file_sha256
@@ -46,8 +44,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in _NO_PLACE:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         raise
-    except SafetensorError as error:
-        # It reports what the system said in words of its own.
+    except Exception as error:
+        # safetensors and tokenizers report what the system said in words of their own.
         if "No space left" in str(error) or "os error 28" in str(error):
             raise _full(path) from None
         raise
@@ -55,8 +53,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _full(path: Path) -> ResumableError:
     return ResumableError(
-        f"the disk is full ({path}): free some space and run again, with --resume if a block was "
-        "finished"
+        f"the disk is full ({path}): free some space and run the command again (quantize goes on "
+        "with --resume if a block was finished)"
     )
 
 

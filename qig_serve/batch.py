@@ -73,6 +73,8 @@ def generate(
     from qig_serve.serving.adapter_tensors import check_adapter_tensors
     from qig_serve.serving.adapters import check_adapters
 
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"--max-tokens is {max_tokens}: an answer has at least one token")
     manifest = read_manifest(directory)
     require_sound(directory)
     defaults: dict[str, Any] = {"max_tokens": max_tokens} if max_tokens else {}
@@ -110,6 +112,7 @@ async def _run(
         await compat.app_state_initializer()(engine, app.state, args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM stops it if the engine dies
         patches.drop_middlewares(app)
+        patches.remember_only_sent_pictures(engine)
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
             folder = source if source.is_dir() else source.parent

@@ -47,6 +47,8 @@ _BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError that names the file for anything else."""
+    if is_pointer(path):
+        raise pointer(path)
     value = text_files.read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it is not a JSON object")
@@ -65,11 +67,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
     config = read_json(path)
-    _check_mark(path)
+    check_mark(path)
     return config
 
 
-def _check_mark(path: Path) -> None:
+def check_mark(path: Path) -> None:
+    """UserError for a file that begins with a byte-order mark."""
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             raise UserError(
@@ -87,7 +90,7 @@ def check_texts(directory: Path) -> None:
         path = directory / name
         if path.is_file():
             read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
-            _check_mark(path)
+            check_mark(path)
 
 
 def load_config(directory: Path) -> Any:
@@ -236,10 +239,15 @@ def tensor_headers(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 def damaged(path: Path, error: Exception) -> UserError:
     """For a safetensors file that cannot be read: damaged, or the pointer that Git fetched."""
     if is_pointer(path):
-        return UserError(
-            f"{path} is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`"
-        )
+        return pointer(path)
     return UserError(f"{path} is damaged: {str(error).rstrip('.')}")
+
+
+def pointer(path: Path) -> UserError:
+    """For a file of which only Git LFS's pointer was fetched."""
+    return UserError(
+        f"{path} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`"
+    )
 
 
 def is_pointer(path: Path) -> bool:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qig_serve.errors import UserError
 from qig_serve.family_row import Architecture
+
+_MOST_BLOCKS = 10_000  # transformers makes a list as long as what a stranger's file says
+
+
+def check_block_count(config: Mapping[str, Any], path: Path) -> None:
+    """UserError where config.json, or a part of it, asks for blocks without end."""
+    for name, part in (("", config), *config.items()):
+        for key in ("num_hidden_layers", "depth") if isinstance(part, Mapping) else ():
+            blocks = part.get(key)
+            if isinstance(blocks, int) and blocks > _MOST_BLOCKS:
+                place = f"{name}.{key}".lstrip(".")
+                raise UserError(
+                    f"{path}: {place} is {blocks}, and no model has so many blocks: it is damaged; "
+                    "copy the published model's file there again"
+                )
 
 
 def check_decoder(directory: Path, arch: Architecture, text: Any) -> None:

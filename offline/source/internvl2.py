@@ -8,7 +8,7 @@ q, k and v in one matrix too. Not converted: video, which InternVL2's own code t
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,9 +18,18 @@ from typing import Any
 import torch
 
 from qig_serve.errors import UserError
-from qig_serve.offline.disk import number_shards, save_shards
+from qig_serve.model_directory import (
+    CONFIG_FILE,
+    model_dtype,
+    read_config,
+    read_json,
+)
+from qig_serve.offline.disk import disk_errors, number_shards, save_shards
+from qig_serve.offline.source.decoder_config import check_block_count
+from qig_serve.offline.source.internvl2_tensors import check_tensors, convert_tensor
 from qig_serve.offline.source.sentencepiece_tokenizer import build
 from qig_serve.offline.source.tensors import SourceCheckpoint, check_values
+from qig_serve.weight_files import check_full_precision
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -39,51 +48,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_DECODER = "language_model.model."
-_TOWER = "vision_tower."
-_PLACES = {
-    "BLOCK": (r"language_model.model.layers.(\d+)", r"language_model.model.layers.\1"),
-    "LAYER": (r"vision_model.encoder.layers.(\d+)", r"vision_tower.encoder.layer.\1"),
-    "EMBEDDINGS": ("vision_model.embeddings", "vision_tower.embeddings"),
-}
-# Name in the source, name in the port; what is not here nor split below is refused.
-_TABLE = r"""
-language_model.model.tok_embeddings.weight   language_model.model.embed_tokens.weight
-language_model.model.norm.weight             language_model.model.norm.weight
-language_model.output.weight                 language_model.lm_head.weight
-BLOCK.attention.wo.(weight|bias)             BLOCK.self_attn.o_proj.\2
-BLOCK.feed_forward.w1.weight                 BLOCK.mlp.gate_proj.weight
-BLOCK.feed_forward.w3.weight                 BLOCK.mlp.up_proj.weight
-BLOCK.feed_forward.w2.weight                 BLOCK.mlp.down_proj.weight
-BLOCK.attention_norm.weight                  BLOCK.input_layernorm.weight
-BLOCK.ffn_norm.weight                        BLOCK.post_attention_layernorm.weight
-EMBEDDINGS.class_embedding                   EMBEDDINGS.cls_token
-EMBEDDINGS.position_embedding                EMBEDDINGS.position_embeddings
-EMBEDDINGS.patch_embedding.(weight|bias)     EMBEDDINGS.patch_embeddings.projection.\1
-LAYER.attn.proj.(weight|bias)                LAYER.attention.projection_layer.\2
-LAYER.attn.([qk])_norm.weight                LAYER.attention.\2_norm.weight
-LAYER.ls([12])                               LAYER.lambda_\2
-LAYER.mlp.(fc[12]).(weight|bias)             LAYER.mlp.\2.\3
-LAYER.norm1.(weight|bias)                    LAYER.layernorm_before.\2
-LAYER.norm2.(weight|bias)                    LAYER.layernorm_after.\2
-mlp1.0.(weight|bias)                         multi_modal_projector.layer_norm.\1
-mlp1.1.(weight|bias)                         multi_modal_projector.linear_1.\1
-mlp1.3.(weight|bias)                         multi_modal_projector.linear_2.\1
-"""
-
-
-def _renames() -> Iterator[tuple[re.Pattern[str], str]]:
-    """(pattern of source names, name in the port) of each line of the table."""
-    for line in _TABLE.strip().splitlines():
-        source, target = line.split()
-        for place, (old, new) in _PLACES.items():
-            source, target = source.replace(place, old), target.replace(place, new)
-        yield re.compile(source.replace(".", r"\.") + "$"), target
-
-
-_RENAMES = tuple(_renames())
-_WQKV = re.compile(r"language_model\.model\.layers\.(\d+)\.attention\.wqkv\.(weight|bias)$")
-_VISION_QKV = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)$")
+_TEMPLATE = "internlm2-chat"
+"""The name that config.json of InternVL 1.5 and InternVL2 gives to CHAT_TEMPLATE."""
+_COPY_AGAIN = "copy the published model's file there again"
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
 _DECODER_FIELDS = (
@@ -96,36 +63,8 @@ _DECODER_FIELDS = (
 )
 
 
-def convert_tensor(
-    name: str, tensor: torch.Tensor, heads: int, kv_heads: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs of the port that one source tensor becomes.
-
-    wqkv [(heads + 2 kv_heads) * D, C]: for every key/value head its query heads, its key, its
-    value. The tower's qkv [3 C, C]: all queries, all keys, all values. UserError for other names.
-    """
-    if match := _WQKV.match(name):
-        groups = heads // kv_heads
-        split = tensor.unflatten(0, (kv_heads, groups + 2, -1))
-        parts = (split[:, :groups], split[:, groups], split[:, groups + 1])
-        for letter, part in zip("qkv", parts, strict=True):
-            target = f"{_DECODER}layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"
-            yield target, part.reshape(-1, *tensor.shape[1:]).contiguous()
-        return
-    if match := _VISION_QKV.match(name):
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            target = f"{_TOWER}encoder.layer.{match[1]}.attention.{letter}_proj.{match[2]}"
-            yield target, part.contiguous()
-        return
-    for pattern, target in _RENAMES:
-        if pattern.match(name):
-            yield pattern.sub(target, name), tensor
-            return
-    raise UserError(f"tensor {name} belongs to no InternVL2 model that can be converted")
-
-
 def convert_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """config.json of the port, without token ids; UserError for other models."""
+    """config.json of the port, without token ids and dtype; UserError for other models."""
     if config.get("model_type") != "internvl_chat":
         raise UserError(
             f"{where}: model_type {config.get('model_type')!r}: only internvl_chat checkpoints "
@@ -139,8 +78,31 @@ def convert_config(config: dict[str, Any], where: str) -> dict[str, Any]:
         )
     if config.get("ps_version", "v2") != "v2":
         raise UserError(f"{where}: pixel shuffle {config['ps_version']!r} is not that of the port")
+    if config.get("template") != _TEMPLATE:
+        raise UserError(
+            f"{where}: template {config.get('template')!r}: prompts are written for that of "
+            f"InternVL2, {_TEMPLATE!r}; for InternVL 2.5 and later give the model in the form of "
+            "transformers (names that end in -hf)"
+        )
+    if config.get("dynamic_image_size") and config.get("use_thumbnail") is False:
+        raise UserError(
+            f"{where}: use_thumbnail is false, and the port adds a thumbnail to every picture "
+            "that it cuts: only models trained with thumbnails are converted"
+        )
     ratio = float(config.get("downsample_ratio", 0.5))
     size, patch = int(config.get("force_image_size") or vision["image_size"]), vision["patch_size"]
+    tokens = size / patch * ratio  # along a side
+    if tokens < 1 or tokens % 1:
+        raise UserError(
+            f"{where}: a picture of {size} pixels in patches of {patch}, shrunk by {ratio}, has no "
+            f"whole number of tokens: {_COPY_AGAIN}"
+        )
+    layer = int(config.get("select_layer", -1))
+    if abs(layer) > vision["num_hidden_layers"]:
+        raise UserError(
+            f"{where}: select_layer is {layer}, and the vision tower has "
+            f"{vision['num_hidden_layers']} layers: {_COPY_AGAIN}"
+        )
     text = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -154,11 +116,10 @@ def convert_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     return {
         "model_type": "internvl",
         "architectures": ["InternVLForConditionalGeneration"],
-        "dtype": config.get("torch_dtype", "bfloat16"),
         "downsample_ratio": ratio,
-        "image_seq_length": int((size // patch * ratio) ** 2),
+        "image_seq_length": int(tokens**2),
         "projector_hidden_act": "gelu",
-        "vision_feature_layer": int(config.get("select_layer", -1)),
+        "vision_feature_layer": layer,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": text["tie_word_embeddings"],
         "text_config": text,
@@ -182,23 +143,27 @@ def convert_tokenizer(directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if not (directory / "tokenizer.model").is_file():
-        raise UserError(f"{directory} has no tokenizer.model")
+        raise UserError(f"{directory} has no tokenizer.model: {_COPY_AGAIN}")
     tokenizer = build(directory / "tokenizer.model")
     added: dict[str, int] = {}
     path = directory / "added_tokens.json"
     if path.is_file():
-        try:
-            added = {str(k): int(v) for k, v in json.loads(path.read_text("utf-8")).items()}
-        except (ValueError, AttributeError, TypeError):
-            raise UserError(f"{path} is not a table of tokens and ids") from None
+        added = read_json(path)
+        if not all(type(number) is int for number in added.values()):
+            raise UserError(f"{path} is not a table of tokens and ids: {_COPY_AGAIN}")
     for token, number in sorted(added.items(), key=lambda item: item[1]):
         tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
         if tokenizer.token_to_id(token) != number:
-            raise UserError(f"{path}: {token} has id {number}, which does not follow the others")
+            raise UserError(
+                f"{path}: {token} has id {number}, which does not follow the others: {_COPY_AGAIN}"
+            )
     known = tokenizer.get_vocab()
     missing = [t for t in (CONTEXT, START, END, "<|im_start|>", "<|im_end|>") if t not in known]
     if missing:
-        raise UserError(f"{directory}: the tokenizer has no token {missing[0]}")
+        raise UserError(
+            f"{directory}: the tokenizer has no token {missing[0]}, of tokenizer.model and "
+            f"added_tokens.json: {_COPY_AGAIN}"
+        )
     # The port's processor must know a video token. One that no text holds, so nothing is a video.
     unused = [t for t in known if t.startswith("[UNUSED_TOKEN_")]
     video = "<video>" if "<video>" in known else max(unused, default="<quad>")
@@ -231,32 +196,47 @@ def convert(
     the source is no such model or the output exists; nothing is left behind then.
     """
     source_dir, output = Path(source_dir), Path(output)
-    path = source_dir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{source_dir} is not a model directory: it has no config.json")
-    if output.exists():
+    original = read_config(source_dir)
+    if os.path.lexists(output):
         raise UserError(f"{output} exists already: choose another directory, or remove it")
+    path = source_dir / CONFIG_FILE
     try:
-        original = json.loads(path.read_text(encoding="utf-8"))
         config = convert_config(original, str(path))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as an InternVL2 configuration: {error}") from None
+        images = _image_settings(original, config)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} cannot be read as an InternVL2 configuration ({type(error).__name__}: "
+            f"{error}): {_COPY_AGAIN}"
+        ) from None
+    check_block_count(config, path)
+    config["dtype"] = str(model_dtype(source_dir)).removeprefix("torch.")
+    check_full_precision(source_dir)
     source = SourceCheckpoint(source_dir)
-    tokenizer = convert_tokenizer(source_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        tensors = _converted(source, config["text_config"], progress)
-        number_shards(save_shards(tensors, partial, "part"))
-        _write_configs(partial, config, original, tokenizer)
-        for name in ("LICENSE", "README.md"):
-            if (source_dir / name).is_file():
-                shutil.copyfile(source_dir / name, partial / name)
-        partial.chmod(0o755)
-        partial.rename(output)
+        source.check_full_precision()
+        check_tensors(source, config)
+        tokenizer = convert_tokenizer(source_dir)
+        if len(tokenizer) > (rows := config["text_config"]["vocab_size"]):
+            raise UserError(
+                f"{source_dir}: its tokenizer has {len(tokenizer)} tokens, and its embedding only "
+                f"{rows} rows: {_COPY_AGAIN} (tokenizer.model, added_tokens.json)"
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            with disk_errors(output):
+                tensors = _converted(source, config["text_config"], progress)
+                number_shards(save_shards(tensors, partial, "part"))
+                _write_configs(partial, config, images, tokenizer)
+                for name in ("LICENSE", "README.md"):
+                    if (source_dir / name).is_file():
+                        shutil.copyfile(source_dir / name, partial / name)
+                partial.chmod(0o755)
+                partial.rename(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     finally:
         source.close()
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 
@@ -277,21 +257,17 @@ def _converted(
         )
 
 
-def _write_configs(
-    directory: Path, config: dict[str, Any], original: dict[str, Any], tokenizer: Any
-) -> None:
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (CONTEXT, "<|im_start|>", "<|im_end|>")}
-    # InternVL2 stops at each of these.
-    eos = [ids["<|im_end|>"], tokenizer.convert_tokens_to_ids("</s>"), ids["<|im_start|>"]]
-    config = {**config, "image_token_id": ids[CONTEXT]}
-    config["text_config"] |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
-    generation["pad_token_id"] = tokenizer.pad_token_id
+def _image_settings(original: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Those of the port's image processor, from the published config.json and the port's."""
     side = config["vision_config"]["image_size"][0]
-    images = {
+    fewest = int(original.get("min_dynamic_patch", 1))
+    most = int(original.get("max_dynamic_patch", 12))
+    if not 1 <= fewest <= most:
+        raise ValueError(f"min_dynamic_patch is {fewest} and max_dynamic_patch {most}")
+    return {
         "crop_to_patches": bool(original.get("dynamic_image_size", True)),
-        "min_patches": int(original.get("min_dynamic_patch", 1)),
-        "max_patches": int(original.get("max_dynamic_patch", 12)),
+        "min_patches": fewest,
+        "max_patches": most,
         "size": {"height": side, "width": side},
         "do_resize": True,
         "do_rescale": True,
@@ -302,6 +278,18 @@ def _write_configs(
         "image_std": IMAGENET_STD,
         "do_convert_rgb": True,
     }
+
+
+def _write_configs(
+    directory: Path, config: dict[str, Any], images: dict[str, Any], tokenizer: Any
+) -> None:
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (CONTEXT, "<|im_start|>", "<|im_end|>")}
+    # InternVL2 stops at each of these.
+    eos = [ids["<|im_end|>"], tokenizer.convert_tokens_to_ids("</s>"), ids["<|im_start|>"]]
+    config = {**config, "image_token_id": ids[CONTEXT]}
+    config["text_config"] |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
+    generation["pad_token_id"] = tokenizer.pad_token_id
     videos = {k: v for k, v in images.items() if not k.endswith("_patches")}
     processor = {
         "processor_class": "InternVLProcessor",

@@ -19,7 +19,7 @@ from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
 from qig_serve.family_row import Architecture, SmoothingGroup
-from qig_serve.offline.source.decoder_config import check_decoder
+from qig_serve.offline.source.decoder_config import check_block_count, check_decoder
 from qig_serve.offline.source.experts import unfuse as unfuse_files
 from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (
@@ -293,18 +293,11 @@ class LoadedModel:
         return logits
 
 
-_MOST_BLOCKS = 10_000  # transformers makes a list as long as what a stranger's file says
-
-
 def read_config(directory: Path) -> Any:
     """The Hugging Face configuration of a model that can be quantized; UserError for others."""
     raw = model_directory.read_config(directory)
     check_full_precision(directory)
-    for part in (raw, raw.get("text_config")):
-        blocks = part.get("num_hidden_layers") if isinstance(part, dict) else None
-        if isinstance(blocks, int) and blocks > _MOST_BLOCKS:
-            path = directory / model_directory.CONFIG_FILE
-            raise UserError(f"{path} asks for {blocks} decoder blocks: it is damaged")
+    check_block_count(raw, directory / model_directory.CONFIG_FILE)
     # Before transformers, whose message is about remote code.
     get_architecture(str(raw.get("model_type")))
     return model_directory.load_config(directory)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from qig_serve.errors import UserError
+from qig_serve.model_directory import is_pointer, pointer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 _BPE = 2
 SPACE = "\u2581"
+_COPY_AGAIN = ": copy the published model's there again"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 def read_model(path: Path) -> SentencePieceModel:
     """Parse a tokenizer.model; UserError that names the file when it is none, or no BPE."""
+    if is_pointer(path):
+        raise pointer(path)
     pieces: list[tuple[str, float, int]] = []
     dummy_prefix, model_type = True, 1
     try:
@@ -75,9 +79,9 @@ def read_model(path: Path) -> SentencePieceModel:
             elif number == 3:
                 dummy_prefix = bool(dict(_fields(value)).get(3, 1))
     except (ValueError, IndexError, KeyError, AttributeError, TypeError, struct.error):
-        raise UserError(f"{path} is not a SentencePiece model") from None
+        raise UserError(f"{path} is not a SentencePiece model{_COPY_AGAIN}") from None
     if model_type != _BPE or not pieces:
-        raise UserError(f"{path} is not a SentencePiece model of the BPE kind")
+        raise UserError(f"{path} is not a SentencePiece model of the BPE kind{_COPY_AGAIN}")
     return SentencePieceModel(pieces, dummy_prefix)
 
 

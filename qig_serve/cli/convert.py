@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import check_targets
+from qig_serve.cli import check_targets, unwind_on_sigterm
 from qig_serve.json_output import write_json
 
 HELP = "rewrite InternVL2 as published into a form that can be quantized"
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.offline.source.internvl2 import convert
 
     check_targets(args.json)
+    unwind_on_sigterm()
     with progress_bars(Console(stderr=True), args.quiet, unit="tensors") as progress:
         convert(args.source, args.output, progress)
     if args.json:

@@ -14,7 +14,9 @@ from typing import Any
 
 from qig_serve.errors import UserError
 from qig_serve.inspection import Inspection, inspect
-from qig_serve.model_directory import read_config, text_config
+from qig_serve.model_directory import read_config, read_json, text_config
+from qig_serve.serving.adapters import CONFIG_FILE, named_adapters
+from qig_serve.weight_files import check_pointers
 
 TENSORS_FILE = "adapter_model.safetensors"
 _SAVED_TABLES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
@@ -58,7 +60,8 @@ def check_adapter_tensors(directory: Path, args: argparse.Namespace) -> None:
 
     args: of vLLM's server.
     """
-    folders = [(a.name, Path(a.path)) for a in args.lora_modules or () if Path(a.path).exists()]
+    named = ((name, Path(path).expanduser()) for name, path in named_adapters(args))
+    folders = [(name, folder) for name, folder in named if folder.exists()]
     if not args.enable_lora or not folders:
         return
     from qig_serve.vllm_plugin import compat
@@ -70,7 +73,8 @@ def check_adapter_tensors(directory: Path, args: argparse.Namespace) -> None:
     tables = compat.adapted_tables(model, str(text_config(config).get("model_type")))
     found = adaptable(inspect(directory), to_vllm, tables, args.enable_tower_connector_lora)
     for name, folder in folders:
-        check_tensors(folder, found, names, f"the adapter {name}")
+        rank_of = compat.adapter_ranks(read_json(folder / CONFIG_FILE))
+        check_tensors(folder, found, names, rank_of, f"the adapter {name}")
 
 
 def adaptable(
@@ -100,10 +104,13 @@ def adaptable(
     return Adaptable(linears, eight_bit, in_16_bits, frozenset(others), tower)
 
 
-def check_tensors(folder: Path, model: Adaptable, names: Names, where: str) -> None:
+def check_tensors(
+    folder: Path, model: Adaptable, names: Names, rank_of: Callable[[str], int], where: str
+) -> None:
     """UserError, which `where` begins, for tensors that would not be applied as they were trained.
 
-    Reads the whole file. Adapters in pickle form are refused.
+    rank_of: by the adapter's configuration, of a tensor. Reads the whole file. Adapters in pickle
+    form are refused.
     """
     path = folder / TENSORS_FILE
     pickled = next((n for n in _PICKLES if (folder / n).is_file()), None)
@@ -117,7 +124,7 @@ def check_tensors(folder: Path, model: Adaptable, names: Names, where: str) -> N
     shapes = _finite_shapes(path, where)
     if not shapes:
         raise UserError(f"{where}: {path} holds no tensors: save the trained adapter again")
-    ranks: dict[str, dict[bool, int]] = {}
+    first: dict[tuple[str, bool], str] = {}
     for name, shape in shapes.items():
         if name.endswith(_SAVED_TABLES):
             _check_saved_table(path, name, model, names, where)
@@ -130,16 +137,25 @@ def check_tensors(folder: Path, model: Adaptable, names: Names, where: str) -> N
                 "adapter into the full-precision model (PEFT's merge_and_unload) and quantize that"
             ) from None
         _check_module(module, model, f"{where}: {name} in {path}")
+        if (other := first.setdefault((module, is_a), name)) != name:
+            raise UserError(
+                f"{where}: {path} has one tensor by two names, {other} and {name}: leave one out"
+            )
         wanted = model.linears.get(module)
         if wanted is None and module in model.tables:
             wanted = model.tables[module].shape
         if wanted is not None:
             _check_shape(shape, wanted, is_a, f"{where}: {name} in {path}")
-        ranks.setdefault(module, {})[is_a] = shape[0] if is_a else shape[-1]
-    for module, found in sorted(ranks.items()):
-        if len(found) != 2 or found[True] != found[False]:
+        rank = shape[0] if is_a else shape[-1]
+        if rank != rank_of(name):
             raise UserError(
-                f"{where}: the A and B of {module} in {path} are not a pair of one rank: save the "
+                f"{where}: {name} in {path} has rank {rank}, and {CONFIG_FILE} says "
+                f"{rank_of(name)}: give tensors and configuration of one adapter"
+            )
+    for (module, is_a), name in first.items():
+        if (module, not is_a) not in first:
+            raise UserError(
+                f"{where}: {name} in {path} has no {'B' if is_a else 'A'} beside it: save the "
                 "adapter again"
             )
 
@@ -149,11 +165,17 @@ def _finite_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
+    check_pointers(path.parent, [path.name])
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 tensor: Any = file.get_tensor(name)
                 shapes[name] = tuple(tensor.shape)
+                if not tensor.is_floating_point() or tensor.element_size() < 2:
+                    raise UserError(
+                        f"{where}: {name} in {path} is {str(tensor.dtype).removeprefix('torch.')}, "
+                        "and adapters are floating point of 16 or 32 bits: save it again so"
+                    )
                 if not torch.isfinite(tensor.float()).all():
                     raise UserError(
                         f"{where}: {name} in {path} holds NaN or infinity: its training failed; "

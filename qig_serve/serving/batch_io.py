@@ -12,12 +12,15 @@ Output rows have OpenAI's form, and the line they answer:
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
+import io
 import json
 import mimetypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +31,7 @@ from qig_serve.serving.json_faults import find_fault
 from qig_serve.text_files import csv_columns, csv_rows, lines, parse_json, read_list
 
 URL = "/v1/chat/completions"
+_TURNS = ("messages", "input")  # the latter of /v1/responses
 CSV_COLUMNS = ("custom_id", "line", "answer", "error")
 
 
@@ -63,6 +67,11 @@ def read_requests(path: Path, prompt: str | None, body: dict[str, Any]) -> Itera
         requests = _from_folder(path, prompt)
     elif path.suffix.lower() == ".csv":
         requests = _from_csv(path, prompt)
+    elif prompt is not None:
+        raise UserError(
+            f"{path}: --prompt is for a CSV file or a folder of pictures: the requests of JSONL "
+            "say themselves what they ask"
+        )
     elif read_list(path) is not None:
         raise UserError(f"{path} is one JSON list: write one request per line")
     else:
@@ -169,10 +178,8 @@ def embed_pictures(body: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     ValueError, with a sentence, if one cannot be read.
     """
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return body
-    return body | {"messages": [_embed_message(m, folder) for m in messages]}
+    turns = {key: body[key] for key in _TURNS if isinstance(body.get(key), list)}
+    return body | {k: [_embed_message(m, folder) for m in found] for k, found in turns.items()}
 
 
 def _embed_message(message: Any, folder: Path) -> Any:
@@ -209,7 +216,9 @@ def result_row(request: Request, status: int, request_id: str, body: Any) -> dic
     error = None
     if status != 200:
         inner = body.get("error", body) if isinstance(body, dict) else body
-        message = inner.get("message", inner) if isinstance(inner, dict) else inner
+        message = inner.get("message") if isinstance(inner, dict) else inner
+        if not message:  # of the router, before vLLM
+            message = f"POST {request.url} is answered with {status} {_phrase(status)}"
         error = {"code": str(status), "message": f"{request.place}: {message}"}
     return {
         "id": f"batch_req_{request.line}",
@@ -218,6 +227,13 @@ def result_row(request: Request, status: int, request_id: str, body: Any) -> dic
         "response": {"status_code": status, "request_id": request_id, "body": body},
         "error": error,
     }
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""
 
 
 def error_row(request: Request, message: str) -> dict[str, Any]:
@@ -237,14 +253,28 @@ def _answer_body(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer_text(row: dict[str, Any]) -> str:
-    """The first choice's text, or nothing."""
-    choice = (_answer_body(row).get("choices") or [{}])[0]
-    return (choice.get("message") or {}).get("content") or choice.get("text") or ""
+    """The answer's text; of several choices a JSON list, of tool calls their JSON."""
+    body = _answer_body(row)
+    choices = [_choice_text(choice) for choice in body.get("choices") or ()]
+    if len(choices) > 1:
+        return json.dumps(choices, ensure_ascii=False)
+    parts = body.get("content") or [  # of /v1/messages, or else of /v1/responses
+        part for item in body.get("output") or () for part in item.get("content") or ()
+    ]
+    return choices[0] if choices else "".join(part.get("text") or "" for part in parts)
+
+
+def _choice_text(choice: dict[str, Any]) -> str:
+    message = choice.get("message") or {}
+    text = message.get("content") or choice.get("text") or ""
+    calls = message.get("tool_calls")
+    return text or (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 def completion_tokens(row: dict[str, Any]) -> int:
     """How many tokens were generated for the row."""
-    return (_answer_body(row).get("usage") or {}).get("completion_tokens") or 0
+    usage = _answer_body(row).get("usage") or {}
+    return usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
 
 class Results:
@@ -261,13 +291,11 @@ class Results:
         try:
             if path.exists():
                 self._take_up()
-            self._file = path.open("a", newline="", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-        self._csv = csv.writer(self._file)
         if self.kind == "csv" and self._file.tell() == 0:
-            self._csv.writerow(CSV_COLUMNS)
-            self._file.flush()
+            self._append(_csv_line(CSV_COLUMNS))
 
     def has(self, request: Request) -> bool:
         """Whether a run before this one wrote the request's row."""
@@ -325,14 +353,36 @@ class Results:
         return whole
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; it is the operating system's when this returns, and survives a kill."""
+        """Append a row; it is the operating system's when this returns, and survives a kill.
+
+        UserError if it cannot be written; rows before it are whole then.
+        """
         if self.kind == "csv":
             error = row["error"]["message"] if row["error"] else ""
-            self._csv.writerow([row["custom_id"], row["line"], answer_text(row), error])
+            self._append(_csv_line([row["custom_id"], row["line"], answer_text(row), error]))
         else:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+            self._append(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _append(self, text: str) -> None:
+        left = memoryview(text.encode())
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._file.fileno(), whole)
+            raise UserError(
+                f"{self.path} cannot be written further: {error.strerror}; its rows are whole: "
+                "make room, and run it again with --resume"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _csv_line(fields: Sequence[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line).writerow(fields)
+    return line.getvalue()

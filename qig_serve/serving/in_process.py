@@ -8,6 +8,7 @@ application itself a quarter of what was left.
 from __future__ import annotations
 
 import asyncio
+import json
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -89,7 +90,11 @@ async def post(app: Any, path: str, body: bytes, request_id: str) -> tuple[int, 
 
     try:
         await app(scope, receive, send)
-    except Exception:
+    except Exception as error:
+        from qig_serve.serving.request_faults import request_fault
+
+        if (fault := request_fault(error)) is not None:
+            return 400, json.dumps({"error": {"message": fault, "code": 400}}).encode()
         if status is None or status < 500:
             raise
     finally:

@@ -21,7 +21,7 @@ from qig_serve.serving import media  # noqa: F401  registers the media connector
 from qig_serve.serving.engine_watch import THIS_PROCESS, EngineWatch
 from qig_serve.serving.json_faults import find_fault
 from qig_serve.serving.limits import Limits
-from qig_serve.vllm_plugin import patches
+from qig_serve.serving.request_faults import request_fault
 
 HEALTH = "/health"
 RETRY_AFTER_SECONDS = 5
@@ -85,7 +85,8 @@ class Safeguards:
             await _own(self._too_large(), scope)(scope, receive, send)
             return
         if fault := find_fault(body):
-            await _own(_invalid(fault), scope)(scope, receive, send)
+            invalid = _error(400, f"the request body is not valid: {fault}")
+            await _own(invalid, scope)(scope, receive, send)
             return
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -96,10 +97,11 @@ class Safeguards:
         try:
             await self.app(scope, read, answer.send)
         except Exception as error:
-            if not patches.failed_in_validation(error):
+            fault = request_fault(error)
+            if fault is None:
                 await answer.release()
                 raise
-            await _own(_invalid(error), scope)(scope, receive, send)
+            await _own(_error(400, fault), scope)(scope, receive, send)
         else:
             await answer.release()
 
@@ -166,10 +168,6 @@ def _error(status: int, message: str) -> JSONResponse:
     kinds = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}
     error = {"message": message, "type": kinds[status], "param": None, "code": status}
     return JSONResponse({"error": error}, status)
-
-
-def _invalid(fault: object) -> JSONResponse:
-    return _error(400, f"the request body is not valid: {fault}")
 
 
 def _busy(reason: str) -> JSONResponse:

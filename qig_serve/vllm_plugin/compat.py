@@ -138,6 +138,14 @@ def adapter_config() -> Any:
     return find("PEFTHelper", "vllm.lora.peft_helper")
 
 
+def adapter_ranks(config: dict[str, Any]) -> Any:
+    """Of an adapter's configuration: an adapter's tensor -> the rank that vLLM takes for it."""
+    helper = adapter_config().from_dict(config)
+    of_module = getattr(helper, "get_rank_and_scaling", None)  # 0.32: a pattern's for some modules
+    parse = find("parse_fine_tuned_lora_name", "vllm.lora.utils")
+    return lambda name: of_module(parse(name)[0])[0] if of_module else helper.r
+
+
 def adapted_tables(model: Any, decoder: str) -> frozenset[str]:
     """Which of `lm_head` and `embed_tokens` vLLM adapts of a model class.
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from qig_serve.vllm_plugin import OLDEST_VLLM, TOO_NEW_VLLM
 
+_MOST_UNSENT = 4096
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -87,6 +88,62 @@ def failed_in_validation(error: BaseException) -> bool:
         and frame.f_globals["__name__"] == "fastapi.dependencies.utils"
         for frame, _ in traceback.walk_tb(error.__traceback__)
     )
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def failed_in_rendering(error: BaseException) -> bool:
+    """Whether an error came up while vLLM made a prompt of a request, before the engine had it.
+
+    Parts of messages are no more checked than that a field is there: what they hold is at fault.
+    """
+    if isinstance(error, (MemoryError, OSError)):
+        return False
+    return any(
+        frame.f_globals.get("__name__", "").startswith(("vllm.renderers.", "vllm.entrypoints.chat"))
+        or frame.f_code.co_name == "_get_message_types"
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def remember_only_sent_pictures(client: Any) -> None:
+    """Have an engine client count a picture as known to the engine when it has been sent there.
+
+    vLLM's front end notes it when it has been prepared. If the request is refused after that, for
+    a setting, the next one about the picture comes without it, and gets a 500. Caches that the
+    engine does not mirror are left as they are.
+    """
+    cache: Any = getattr(getattr(client, "renderer", None), "mm_processor_cache", None)
+    if "invalidate" not in vars(type(cache)):
+        return
+    known, update, send = (
+        cache.is_cached_item,
+        cache.get_and_update_item,
+        client.engine_core.add_request_async,
+    )
+    unsent: set[str] = set()
+
+    def is_cached_item(name: str) -> bool:
+        return name not in unsent and bool(known(name))
+
+    def get_and_update_item(item: Any, name: str) -> Any:
+        if name in unsent and item is not None:
+            cache.invalidate(name)
+        found = update(item, name)
+        if found[0] is not None:
+            unsent.add(name)
+            if len(unsent) > _MOST_UNSENT:  # of refused requests, and long gone from the cache
+                unsent.intersection_update([n for n in list(unsent) if known(n)])
+        return found
+
+    async def add_request_async(request: Any) -> Any:
+        sent = await send(request)
+        for feature in request.mm_features or ():
+            unsent.difference_update((feature.mm_hash, feature.identifier))
+        return sent
+
+    cache.is_cached_item, cache.get_and_update_item = is_cached_item, get_and_update_item
+    client.engine_core.add_request_async = add_request_async
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)

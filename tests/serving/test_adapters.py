@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,13 +59,20 @@ def arguments(folder: Path | str, **changes: Any) -> Namespace:
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | changes))
     modules = [SimpleNamespace(name="mine", path=str(folder))]
-    return Namespace(enable_lora=True, lora_modules=modules, max_lora_rank=16)
+    return given(modules)
+
+
+def given(modules: list[SimpleNamespace], **changes: Any) -> Namespace:
+    """What adapters look at of vLLM's arguments."""
+    usual = {"enable_lora": True, "max_lora_rank": 16, "default_mm_loras": None}
+    usual |= {"served_model_name": ["model"], "model": "/models/model"}
+    return Namespace(lora_modules=modules, **usual | changes)
 
 
 def test_an_adapter_that_fits(checkpoint: Path, tmp_path: Path) -> None:
     assert check_adapters(checkpoint, manifest(), arguments(tmp_path / "a")) is None
     assert check_adapters(checkpoint, manifest(), arguments("someone/adapter")) is None
-    off = Namespace(enable_lora=False)
+    off = given([], enable_lora=False)
     assert check_adapters(checkpoint, manifest("qig+"), off) is None
 
 
@@ -74,9 +83,19 @@ def test_an_adapter_that_fits(checkpoint: Path, tmp_path: Path) -> None:
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "Adapter bias is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"r": "x"}, "adapter_config"),
+        ({"r": "x"}, "a rank is 'x', and no whole number: save"),
+        ({"r": 8.0}, "a rank is 8.0"),
+        ({"lora_alpha": float("nan")}, "an alpha is nan, and no number: save"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', neither true nor false"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', .*: merge"),
+        ({"rank_pattern": [8]}, "rank_pattern is not a table"),
+        ({"rank_pattern": {"q_proj(": 8}}, "rank_pattern is not a table"),
+        ({"rank_pattern": {"q_proj": "8"}}, "a rank is '8'"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "an alpha is '8'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config is .*passes over: merge"),
     ],
-    ids=["rank", "dora", "bias", "modules-to-save", "no-number"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_vllm_refuses_is_refused_at_once(
     checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str
@@ -85,12 +104,57 @@ def test_what_vllm_refuses_is_refused_at_once(
         check_adapters(checkpoint, manifest(), arguments(tmp_path / "a", **changes))
 
 
+def test_what_an_older_vllm_passes_over(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.26 reads no patterns: it would scale a module of another rank by the usual one."""
+    from qig_serve.vllm_plugin import compat
+
+    @dataclass
+    class Helper:
+        r: int = 8
+
+    monkeypatch.setattr(compat, "adapter_config", lambda: Helper)
+    for changes in ({"alpha_pattern": {"q_proj": 32}}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(UserError, match="which this vLLM passes over: merge"):
+            check_adapters(checkpoint, manifest(), arguments(tmp_path / "a", **changes))
+
+
+def test_a_mark_in_the_configuration(checkpoint: Path, tmp_path: Path) -> None:
+    args = arguments(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    with pytest.raises(UserError, match="begins with a byte-order mark"):
+        check_adapters(checkpoint, manifest(), args)
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (["model"], {}, "the adapter model has the name of the model itself"),
+        (["/models/model"], {"served_model_name": None}, "has the name of the model itself"),
+        (["mine", "mine"], {}, "two adapters have the name mine"),
+        (["image"], {"default_mm_loras": {"image": "/a"}}, "two adapters have the name image"),
+        ([""], {}, "an adapter has no name: write NAME=DIR"),
+        (["mine"], {"enable_lora": False}, "the adapter mine: .* without --enable-lora"),
+        ([], {"enable_lora": False, "default_mm_loras": {"image": "/a"}}, "without --enable-lora"),
+        ([], {"default_mm_loras": {"image": "/a"}}, "the adapter image: /a has no adapter_config"),
+    ],
+)
+def test_names_of_adapters(
+    checkpoint: Path, names: list[str], changes: dict[str, Any], message: str
+) -> None:
+    """vLLM says so after the engine's minutes, or answers with another adapter or none."""
+    args = given([SimpleNamespace(name=name, path="/a/b/c") for name in names], **changes)
+    with pytest.raises(UserError, match=message):
+        check_adapters(checkpoint, manifest(), args)
+
+
 def test_no_adapter_there(checkpoint: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", checkpoint):
         modules = [SimpleNamespace(name="mine", path=str(path))]
-        args = Namespace(enable_lora=True, lora_modules=modules, max_lora_rank=16)
         with pytest.raises(UserError, match=r"the adapter mine: .* has no adapter_config\.json"):
-            check_adapters(checkpoint, manifest(), args)
+            check_adapters(checkpoint, manifest(), given(modules))
 
 
 def test_a_model_that_takes_none(checkpoint: Path, tmp_path: Path) -> None:
@@ -130,10 +194,10 @@ def test_an_adapter_of_the_mlp_needs_the_mlp_it_was_trained_on(
     padded = manifest("gptq").model_copy(update={"summary": {"mlp_channels": 29696}})
     assert check_adapters(checkpoint, padded, arguments(tmp_path / "a")) is None
     for targets in (["q_proj", "mlp.up_proj"], "all-linear"):
-        given = arguments(tmp_path / "a", target_modules=targets)
-        assert check_adapters(checkpoint, manifest("gptq"), given) is None
+        args = arguments(tmp_path / "a", target_modules=targets)
+        assert check_adapters(checkpoint, manifest("gptq"), args) is None
         with pytest.raises(UserError, match="29696 in all, .* --no-pad-mlp"):
-            check_adapters(checkpoint, padded, given)
+            check_adapters(checkpoint, padded, args)
 
 
 LAYER = "base_model.model.model.language_model.layers.1"
@@ -176,6 +240,12 @@ def changed(**shapes: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
     return out
 
 
+def rank(config: dict[str, Any] | None = None) -> Any:
+    from qig_serve.vllm_plugin import compat
+
+    return compat.adapter_ranks(ADAPTER | (config or {}))
+
+
 def moved(old: str, new: str) -> dict[str, tuple[int, ...]]:
     return {name.replace(old, new): shape for name, shape in GOOD.items()}
 
@@ -186,8 +256,8 @@ TENSORS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         r"is \[8, 512\], and the linear needs \[rank, 256\]",
     ),
     "other-outputs": (changed(lora_B=(512, 8)), r"is \[512, 8\], and .* needs \[256, rank\]"),
-    "two-ranks": (changed(lora_B=(256, 4)), "not a pair of one rank"),
-    "half": (changed(lora_B=None), "not a pair of one rank"),
+    "two-ranks": (changed(lora_B=(256, 4)), "has rank 4, and .* says 8"),
+    "half": (changed(lora_B=None), "has no B beside it: save"),
     "flat": (changed(lora_A=(2048,)), r"is \[2048\], and the linear needs"),
     "further-layer": (moved("layers.1", "layers.9"), "which this checkpoint does not have"),
     "text-model": (moved("model.language_model.", ""), "which this checkpoint does not have"),
@@ -212,6 +282,12 @@ TENSORS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "adalora": (changed(lora_E=(8, 1)), "no tensor of a plain LoRA adapter: merge"),
     "dora": (changed(lora_magnitude_vector=(256,)), "no tensor of a plain LoRA adapter: merge"),
     "saved-module": (moved("lora_A", "original_module"), "no tensor of a plain LoRA"),
+    "of-other-rank": (changed(lora_A=(4, 256), lora_B=(256, 4)), "has rank 4, and .* says 8"),
+    "of-no-rank": (changed(lora_A=(0, 256), lora_B=(256, 0)), "has rank 0, and .* says 8"),
+    "by-two-names": (
+        GOOD | moved("model.language_model.layers", "language_model.model.layers"),
+        "one tensor by two names",
+    ),
     "nothing": ({}, "holds no tensors"),
 }
 
@@ -227,7 +303,7 @@ def test_tensors_that_vllm_would_leave_out(
 ) -> None:
     shapes, message = TENSORS[case]
     with pytest.raises(UserError, match=f"the adapter mine: .*{message}") as caught:
-        check_tensors(write(tmp_path, shapes), base(names), names[1], "the adapter mine")
+        check_tensors(write(tmp_path, shapes), base(names), names[1], rank(), "the adapter mine")
     assert "\n" not in str(caught.value)
 
 
@@ -237,23 +313,33 @@ def test_tensors_that_vllm_would_leave_out(
     ids=["transformers-5", "transformers-4"],
 )
 def test_tensors_that_fit(tmp_path: Path, names: tuple[Any, Any], shapes: Any) -> None:
-    check_tensors(write(tmp_path, shapes), base(names), names[1], "the adapter mine")
+    check_tensors(write(tmp_path, shapes), base(names), names[1], rank(), "the adapter mine")
+
+
+def test_ranks_by_pattern(tmp_path: Path, names: tuple[Any, Any]) -> None:
+    folder = write(tmp_path, changed(lora_A=(4, 256), lora_B=(256, 4)))
+    check_tensors(folder, base(names), names[1], rank({"rank_pattern": {"q_proj": 4}}), "mine")
 
 
 def test_the_tower_on_request(tmp_path: Path, names: tuple[Any, Any]) -> None:
-    check_tensors(write(tmp_path, TENSORS["tower"][0]), base(names, True), names[1], "mine")
+    check_tensors(write(tmp_path, TENSORS["tower"][0]), base(names, True), names[1], rank(), "mine")
 
 
 def test_files_of_tensors(tmp_path: Path, names: tuple[Any, Any]) -> None:
     def refused(message: str) -> None:
         with pytest.raises(UserError, match=message):
-            check_tensors(tmp_path, base(names), names[1], "mine")
+            check_tensors(tmp_path, base(names), names[1], rank(), "mine")
 
     refused("has no adapter_model.safetensors: copy it")
     (tmp_path / "adapter_model.bin").touch()
     refused("pickle form .adapter_model.bin.*save_pretrained")
     (tmp_path / TENSORS_FILE).write_bytes(b"\0" * 20)
     refused("is damaged .*: copy it again")
+    (tmp_path / TENSORS_FILE).write_text("version https://git-lfs.github.com/spec/v1")
+    refused("is a pointer of Git LFS")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file({n: torch.ones(s).to(dtype) for n, s in GOOD.items()}, tmp_path / TENSORS_FILE)
+        refused(f"is {str(dtype)[6:]}, and adapters are floating point of 16 or 32 bits")
     write(tmp_path, GOOD, float("nan"))
     refused("holds NaN or infinity: its training failed")
 
@@ -294,11 +380,11 @@ def test_adapters_of_head_and_embedding(
     model = adaptable(found, names[0], ("lm_head", "embed_tokens") if adapted else (), False)
     write(tmp_path, ON_TABLES | changes)
     if message is None:
-        check_tensors(tmp_path, model, names[1], "mine")
+        check_tensors(tmp_path, model, names[1], rank(), "mine")
         write(tmp_path, ON_TABLES, 2.0)
         message = "base_layer.weight in .* is not the one of this checkpoint"
     with pytest.raises(UserError, match=message):
-        check_tensors(tmp_path, model, names[1], "mine")
+        check_tensors(tmp_path, model, names[1], rank(), "mine")
 
 
 @pytest.mark.parametrize(

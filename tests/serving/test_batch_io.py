@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.serving import batch_io
 from qig_serve.serving.batch_io import Request, Results
@@ -207,6 +209,61 @@ def test_csv_output(tmp_path: Path) -> None:
     assert rows[1]["error"] == "line 2: no"
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path, suffix: str) -> None:
+    """What was written of the row without room is taken back."""
+    results = Results(tmp_path / f"out.{suffix}", resume=False)
+    results.write(row(1))
+    whole = results.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written further: .* --resume"):
+            results.write(row(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    results.close()
+    assert results.path.read_bytes() == whole
+
+
+def test_prompt_beside_requests_that_say_theirs(tmp_path: Path) -> None:
+    path = lines(tmp_path / "in.jsonl", GOOD)
+    with pytest.raises(UserError, match="--prompt is for a CSV file or a folder"):
+        next(batch_io.read_requests(path, "What?", {}))
+
+
+def test_no_tokens_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(tmp_path), "-i", "in.jsonl", "-o", "out.jsonl", "--max-tokens", "0"]
+    assert main(words) == 2
+    assert "--max-tokens is 0: an answer has at least one token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"choices": [{"message": {"content": "a"}}, {"text": "b"}]}, '["a", "b"]'),
+        ({"choices": [{"message": {"content": None, "tool_calls": [{"id": 1}]}}]}, '[{"id": 1}]'),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "tool_use"}]}, "a"),
+        ({"output": [{"type": "reasoning"}, {"content": [{"text": "a"}]}]}, "a"),
+        ({"choices": []}, ""),
+    ],
+    ids=["two-choices", "tool-calls", "messages", "responses", "none"],
+)
+def test_text_of_other_answers(body: dict[str, Any], text: str) -> None:
+    """In a CSV file an answer that is not found would look like an empty one."""
+    answered = batch_io.result_row(Request(1, "a"), 200, "r", body)
+    assert batch_io.answer_text(answered) == text
+
+
+def test_pictures_of_responses_are_embedded(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    part = {"type": "input_image", "image_url": "a.jpg"}
+    asked = {"input": [{"role": "user", "content": [part]}]}
+    (turn,) = batch_io.embed_pictures(asked, tmp_path)["input"]
+    assert turn["content"][0]["image_url"].startswith("data:image/jpeg;base64,")
+    assert batch_io.embed_pictures({"input": "words"}, tmp_path) == {"input": "words"}
+
+
 def test_existing_output_is_not_overwritten(tmp_path: Path) -> None:
     path = lines(tmp_path / "out.jsonl", row(1))
     with pytest.raises(UserError, match="--resume"):
@@ -221,3 +278,10 @@ def test_refused_request_says_why() -> None:
     refused = batch_io.result_row(Request(5, "x"), 400, "r", {"error": {"message": "too long"}})
     assert refused["error"] == {"code": "400", "message": "line 5: too long"}
     assert refused["response"]["status_code"] == 400
+
+
+@pytest.mark.parametrize("body", ["", {"detail": "Not Found"}])
+def test_what_the_router_refuses(body: Any) -> None:
+    refused = batch_io.result_row(Request(5, "x", "/v1/nothing"), 404, "r", body)
+    message = "line 5: POST /v1/nothing is answered with 404 Not Found"
+    assert refused["error"] == {"code": "404", "message": message}

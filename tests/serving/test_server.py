@@ -66,6 +66,55 @@ def test_several_pictures_and_one_too_many(client: openai.OpenAI) -> None:
         ask(client, pictures=3)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"stop_token_ids": [10**9]}, {"structured_outputs": {"regex": "("}}],
+    ids=lambda wrong: "-".join(wrong),
+)
+def test_a_picture_after_a_request_about_it_was_refused(
+    server: Server, wrong: dict[str, Any], stream: bool
+) -> None:
+    """vLLM took it for one that the engine has, and answered 500 or broke the stream off."""
+    picture = tiny_llava.picture(100 + 10 * stream + len(str(wrong)))
+    url = {"image_url": {"url": tiny_llava.data_url(picture)}}
+    question = [{"type": "image_url", **url}, {"type": "text", "text": "What?"}]
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 2,
+        "ignore_eos": True,
+    }
+    chat = f"{server.url}/v1/chat/completions"
+    assert httpx.post(chat, json=body | wrong, timeout=60).status_code == 400
+    answer = httpx.post(chat, json=body | {"stream": stream}, timeout=60)
+    assert answer.status_code == 200 and '"finish_reason":"length"' in answer.text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": None, "image_url": {"url": "data:,"}},
+        {"type": 3},
+        {"type": "input_audio", "input_audio": 3},
+        {"input_audio": 3},
+    ],
+    ids=["no-type", "a-number", "audio", "audio-without-type"],
+)
+def test_parts_that_hold_something_else(server: Server, part: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 2}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_a_prompt_cut_into_its_picture(server: Server) -> None:
+    url = {"image_url": {"url": tiny_llava.data_url(tiny_llava.picture(99))}}
+    question = [{"type": "image_url", **url}, {"type": "text", "text": "What?"}]
+    body = {"messages": [{"role": "user", "content": question}], "truncate_prompt_tokens": 3}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "no prompt can be made of the request" in answer.json()["error"]["message"]
+
+
 def test_picture_decides_the_answer(client: openai.OpenAI) -> None:
     """Log-probabilities differ between two pictures: the vision tower is in use."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.metadata
 import inspect
@@ -55,6 +56,62 @@ def test_shutdown_is_noted_and_done() -> None:
     patches.call_before_shutdown(client, lambda: calls.append("noted"))
     client.shutdown(timeout=3)
     assert calls == ["noted", 3]
+
+
+def test_a_picture_is_known_to_the_engine_when_it_was_sent() -> None:
+    """vLLM's own caches of both sides: a refused request leaves the picture to the next."""
+    from vllm.multimodal.cache.lru import (
+        LruKeyReplicatedReceiverCache,
+        LruKeyReplicatedSenderCache,
+    )
+    from vllm.multimodal.inputs import MultiModalKwargsItem
+
+    settings: Any = SimpleNamespace(
+        get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=1)
+    )
+    front, engine = LruKeyReplicatedSenderCache(settings), LruKeyReplicatedReceiverCache(settings)
+
+    async def send(request: Any) -> None:
+        for feature in request.mm_features:
+            engine.get_and_update_item(feature.data, feature.mm_hash)
+
+    client: Any = SimpleNamespace(
+        renderer=SimpleNamespace(mm_processor_cache=front),
+        engine_core=SimpleNamespace(add_request_async=send),
+    )
+    patches.remember_only_sent_pictures(client)
+
+    def prepare() -> Any:
+        whole = None if front.is_cached(["a"])[0] else (MultiModalKwargsItem.dummy(), ())
+        item, _ = front.get_and_update_item(whole, "a")
+        return SimpleNamespace(data=item, mm_hash="a", identifier="a")
+
+    assert prepare().data is not None  # and its request is refused
+    for again in (True, False):
+        feature = prepare()
+        assert (feature.data is not None) is again
+        asyncio.run(client.engine_core.add_request_async(SimpleNamespace(mm_features=[feature])))
+
+
+def test_a_cache_without_another_side_is_left_alone() -> None:
+    for renderer in (None, SimpleNamespace(mm_processor_cache=None)):
+        client = SimpleNamespace(renderer=renderer)
+        patches.remember_only_sent_pictures(client)
+        assert vars(client) == {"renderer": renderer}
+
+
+def test_what_is_raised_while_a_prompt_is_made_is_the_requests_fault() -> None:
+    from vllm.renderers import chat_utils
+
+    from qig_serve.serving.request_faults import request_fault
+
+    try:
+        chat_utils.AsyncMultiModalContentParser.parse_input_audio(None, 3)  # type: ignore[arg-type]
+    except AttributeError as error:
+        caught = error
+    message = request_fault(caught)
+    assert message and "no prompt can be made of the request (AttributeError: " in message
+    assert request_fault(AttributeError("of the engine")) is None
 
 
 def test_vllm_reads_pictures_through_load_bytes(tmp_path: Path) -> None:

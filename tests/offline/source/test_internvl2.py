@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import re
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,8 @@ from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration.batches import make_batches
 from qig_serve.offline.source import loaded_model
-from qig_serve.offline.source.internvl2 import convert, convert_config, convert_tensor
+from qig_serve.offline.source.internvl2 import convert, convert_config
+from qig_serve.offline.source.internvl2_tensors import convert_tensor
 from qig_serve.offline.source.sentencepiece_tokenizer import build
 from qig_serve.samples import sample_from_parts
 
@@ -258,6 +265,175 @@ def test_an_unknown_tensor_leaves_nothing(published: tuple[Path, Any], tmp_path:
     with pytest.raises(UserError, match=r"layers\.0\.attention\.lora\.weight belongs to no"):
         convert(source, tmp_path / "port")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+Tensors = dict[str, torch.Tensor]
+LAYER = "language_model.model.layers.1."
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+
+
+def text_of(name: str, text: str | bytes) -> Callable[[Path], object]:
+    data = text.encode() if isinstance(text, str) else text
+    return lambda directory: (directory / name).write_bytes(data)
+
+
+def setting(**changes: Any) -> Callable[[Path], object]:
+    """Other values in config.json; `llm_` and `vision_` before a key of theirs."""
+
+    def change(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        for key, value in changes.items():
+            part, _, inner = key.partition("__")
+            if inner:
+                config[part][inner] = value
+            else:
+                config[key] = value
+        (directory / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def tensors(change: Callable[[Tensors], object]) -> Callable[[Path], object]:
+    def apply(directory: Path) -> None:
+        found = load_file(directory / "model.safetensors")
+        change(found)
+        save_file(found, directory / "model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+def put(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[Path], object]:
+    """Zeros of another shape or type."""
+    return tensors(lambda found: found.update({name: torch.zeros(shape).to(dtype)}))
+
+
+def token(name: str, number: int | None) -> Callable[[Path], object]:
+    def add(directory: Path) -> None:
+        path = directory / "added_tokens.json"
+        added = json.loads(path.read_text())
+        last = max(added.values())
+        path.write_text(json.dumps(added | {name: number and last + number}))
+
+    return add
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pointer-of-config": (text_of("config.json", POINTER), "config.json is a pointer of Git LFS"),
+    "pointer-of-tokenizer": (text_of("tokenizer.model", POINTER), "model is a pointer of Git LFS"),
+    "pointer-of-tokens": (text_of("added_tokens.json", POINTER), "json is a pointer of Git LFS"),
+    "config-nested": (text_of("config.json", "[" * 100_000), "nested too deeply"),
+    "config-utf16": (text_of("config.json", "{}".encode("utf-16")), "is text in UTF-16"),
+    "no-tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer.model: copy"),
+    "tokens-without-ids": (token("<quad>", None), "is not a table of tokens and ids: copy"),
+    "token-too-far": (token("<quad>", 9), "does not follow the others: copy"),
+    "more-tokens-than-rows": (token("<more>", 1), "has 427 tokens, .* only 426 rows: copy"),
+    "internvl2.5": (setting(template="internvl2_5"), "template 'internvl2_5': .* -hf"),
+    "no-template": (setting(template=None), "template None: "),
+    "no-thumbnail": (setting(dynamic_image_size=True, use_thumbnail=False), "use_thumbnail"),
+    "awq": (setting(llm_config__quantization_config={"quant_method": "awq"}), "already with awq"),
+    "quant_config": (text_of("quant_config.json", '{"bits": 4}'), "quantized already"),
+    "int8": (
+        tensors(lambda t: t.update({LAYER + "wo": torch.zeros(2, 2, dtype=torch.int8)})),
+        "I8",
+    ),
+    "float8": (put(LAYER + "wo", 2, dtype=torch.float8_e4m3fn), "is stored in F8_E4M3"),
+    "block-lost": (
+        tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith(LAYER)]),
+        "no tensor for language_model.model.layers.1.input_layernorm.weight: .* incomplete",
+    ),
+    "bias-lost": (tensors(lambda t: t.pop("mlp1.3.bias")), "no tensor for multi_modal_projector"),
+    "head-lost": (
+        tensors(lambda t: t.pop("language_model.output.weight")),
+        "no tensor for .*lm_head",
+    ),
+    "nothing": (tensors(lambda t: t.clear()), "has no tensor for"),
+    "more-blocks": (setting(llm_config__num_hidden_layers=3), "no tensor for .*layers.2"),
+    "fewer-blocks": (
+        setting(llm_config__num_hidden_layers=1),
+        "layers.1.* not known to config.json",
+    ),
+    "blocks-without-end": (setting(llm_config__num_hidden_layers=10**9), "text_config.num_hidden"),
+    "tower-without-end": (setting(vision_config__num_hidden_layers=10**9), "vision_config.num_hid"),
+    "other-vocabulary": (setting(llm_config__vocab_size=430), r"\[426, 256\], and .* \[430, 256\]"),
+    "rows-of-no-head": (
+        put(LAYER + "attention.wqkv.weight", 511, 256),
+        r"\[511, 256\], cannot be cut into queries, keys and values",
+    ),
+    "rows-of-other-heads": (
+        put(LAYER + "attention.wqkv.weight", 256, 256),
+        r"gives .*q_proj.weight \[128, 256\], and config.json asks for \[256, 256\]",
+    ),
+    "tower-of-two-rows": (
+        put("vision_model.encoder.layers.0.attn.qkv.weight", 2, 128),
+        "cannot be cut into queries, keys and values",
+    ),
+    "no-kv-heads": (setting(llm_config__num_key_value_heads=0), "ZeroDivisionError"),
+    "kv-heads-null": (setting(llm_config__num_key_value_heads=None), "cannot be cut"),
+    "heads-in-words": (setting(llm_config__num_attention_heads="four"), "num_attention_heads"),
+    "no-ratio": (setting(downsample_ratio=0), "no whole number of tokens"),
+    "size-of-no-patches": (setting(force_image_size=57), "no whole number of tokens"),
+    "patch-of-nothing": (setting(vision_config__patch_size=0), "ZeroDivisionError"),
+    "layer-beyond": (setting(select_layer=-4), "select_layer is -4, and .* has 2 layers"),
+    "integer-dtype": (setting(torch_dtype="int8"), "'int8' is not a dtype"),
+    "rope-that-nobody-has": (setting(llm_config__rope_scaling={"type": "x", "factor": 2}), "'x'"),
+    "activation": (setting(llm_config__hidden_act="swish99"), "swish99"),
+    "tiles-in-words": (setting(max_dynamic_patch="many"), "ValueError"),
+    "no-tiles": (setting(max_dynamic_patch=0), "max_dynamic_patch 0"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_is_damaged_is_named_and_nothing_written(
+    published: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    damage, message = DAMAGED[case]
+    source = tmp_path / "source"
+    shutil.copytree(published[0], source)
+    damage(source)
+    assert main(["convert", str(source), str(tmp_path / "port"), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("stop", ["disk", "tokenizer", "sigterm"])
+def test_what_is_stopped_leaves_nothing(
+    published: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: str,
+) -> None:
+    """SIGTERM; a disk that is full while settings are written, as a tokenizer says it, too."""
+    from transformers import PreTrainedTokenizerFast
+
+    def fail(self: object, *arguments: object, **named: object) -> None:
+        if stop == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif stop == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["convert", str(published[0]), str(tmp_path / "port"), "--quiet"]
+    try:
+        if stop == "sigterm":
+            with pytest.raises(SystemExit, match="143"):
+                main(words)
+        else:
+            assert main(words) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "the disk is full" in line and "run the command again" in line
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_nothing_is_there_already(published: tuple[Path, Any], tmp_path: Path) -> None:
+    (tmp_path / "port").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="exists already"):
+        convert(published[0], tmp_path / "port")
 
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:

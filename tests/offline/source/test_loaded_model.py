@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
 from qig_serve.offline.source import loaded_model
+from qig_serve.offline.source.decoder_config import check_block_count
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -273,3 +274,11 @@ def test_only_the_asked_block_is_in_memory(intact: Path) -> None:
     block = loaded.block(1, torch.bfloat16)
     assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
     assert not block.training
+
+
+@pytest.mark.parametrize(("part", "key"), [("text_config", "num_hidden_layers"), ("v", "depth")])
+def test_blocks_without_end(part: str, key: str) -> None:
+    """transformers would make them for hours, of the decoder as of the tower."""
+    with pytest.raises(UserError, match=rf"config.json: {part}.{key} is 1000000000, .* damaged"):
+        check_block_count({part: {key: 10**9}}, Path("config.json"))
+    check_block_count({part: {key: 100}, key: 12, "other": None}, Path("config.json"))
