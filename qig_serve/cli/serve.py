@@ -12,7 +12,13 @@ vLLM's flags.
 from __future__ import annotations
 
 import argparse
+import atexit
+import os
+import sys
 from pathlib import Path
+
+_SUPERVISED = ("--api-server-count", "-asc", "--headless", "--data-parallel", "-dp")
+"""vLLM's flags with which this process only watches others, and stops them on Ctrl-C itself."""
 
 HELP = "serve a checkpoint over HTTP (OpenAI-compatible, vLLM)"
 
@@ -41,4 +47,13 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.serving.limits import Limits
 
     own, flags = _own_options().parse_known_args(args.flags)
-    return serve(args.directory, flags, Limits.from_arguments(own))
+    if not any(flag.replace("_", "-").startswith(_SUPERVISED) for flag in flags):
+        from qig_serve.serving.ctrl_c import take_ctrl_c
+
+        take_ctrl_c()
+    status = serve(args.directory, flags, Limits.from_arguments(own))
+    # Triton's bindings, of which vLLM holds some to the end, print a page of leaks where Python
+    # takes itself down; all that is to be done before has been done.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)

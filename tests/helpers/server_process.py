@@ -46,9 +46,9 @@ class Server:
         kill_tree(self.process.pid)
         self.process.wait(timeout=120)
 
-    def stop(self) -> int:
-        """SIGTERM, and the exit status."""
-        self.process.send_signal(signal.SIGTERM)
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal; the exit status."""
+        self.process.send_signal(number)
         return self.process.wait(timeout=120)
 
 

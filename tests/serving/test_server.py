@@ -19,8 +19,9 @@ pytest.importorskip("vllm")
 
 import httpx
 import openai
+import psutil
 from helpers import tiny_llava
-from helpers.server_process import Server, environment, start_server
+from helpers.server_process import Server, environment, free_port, start_server
 from transformers import AutoTokenizer
 
 TOKENS = 8
@@ -335,18 +336,43 @@ def test_prompt_too_long(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_lets_a_stream_finish(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_stop_lets_a_stream_finish(checkpoint: Path, tmp_path: Path, number: int) -> None:
     server = start_server(checkpoint, tmp_path)
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     events = ask(client, max_tokens=300, stream=True, extra_body={"ignore_eos": True})
     next(events)
     stopped: list[int] = []
-    stopper = threading.Thread(target=lambda: stopped.append(server.stop()))
+    stopper = threading.Thread(target=lambda: stopped.append(server.stop(number)))
     stopper.start()
     rest = list(events)
     assert rest[-1].choices[0].finish_reason == "length" and len(rest) > 200
     stopper.join()
     assert stopped == [0], server.output[-2000:]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_start_at_once(checkpoint: Path) -> None:
+    """Sent to all processes, as a terminal does; nothing is left of them, and no traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qig_serve", "serve", str(checkpoint), "--port", str(free_port())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+        env=environment(),
+    )
+    engine: list[psutil.Process] = []
+    while not engine and process.poll() is None:
+        time.sleep(0.5)
+        started = psutil.Process(process.pid).children(recursive=True)
+        engine = [p for p in started if "EngineCore" in " ".join(p.cmdline())]
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert output.endswith("qig-serve serve: interrupted\n"), output[-2000:]
+    assert "Traceback" not in output
+    assert not psutil.wait_procs(engine, timeout=20)[1]
 
 
 @pytest.mark.slow
