@@ -69,6 +69,20 @@ def as_vllm_computes_it(source: Path, family: str) -> Path:
     return source
 
 
+def asked(directory: Path) -> Any:
+    """The question about the picture as a model's processor in transformers has it."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(directory)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    return processor(
+        text=[text], images=[_picture()], add_special_tokens=False, return_tensors="pt"
+    )
+
+
 def hugging_face_tokens(
     checkpoint: Path, dtype: str = "float32", tokens: Sequence[int] = ()
 ) -> list[int]:
@@ -80,20 +94,12 @@ def hugging_face_tokens(
     a quarter of them has to. (Changed by 1e-6, the input of the tiny Gemma 4's blocks turns int8
     codes, and these routers: transformers' own logits then move by 0.9 standard deviations.)
     """
-    from transformers import AutoProcessor
 
     from qig_serve.model_directory import read_manifest
     from qig_serve.transformers_plugin import load_dequantized
 
     model: Any = load_dequantized(checkpoint, getattr(torch, dtype))
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(
-        text=[text], images=[_picture()], add_special_tokens=False, return_tensors="pt"
-    ).to(getattr(torch, dtype))
+    inputs = asked(checkpoint).to(getattr(torch, dtype))
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         out = model.generate(
@@ -139,7 +145,8 @@ def _router_margins(model: Any) -> list[torch.Tensor] | None:
         best = logits.topk(top_k + 1).values
         found.append((best[:, -2] - best[:, -1]) / logits.std() * top_k / 2)
 
-    router = get_architecture(model.config.model_type).router
+    arch = get_architecture(model.config.model_type)
+    router = arch.kept[0] if any("*" in name for name in arch.linears) else ""
     modules = [m for n, m in model.named_modules() if router and n.endswith(f".{router}")]
     for module in modules:
         module.register_forward_hook(note)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +38,6 @@ def load(checkpoint: Path, **options: Any) -> Any:
         "seed": 0,
     }
     return LLM(str(checkpoint), **(settings | options))
-
-
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 def ask(llm: Any, logprobs: int | None = None) -> list[Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +89,6 @@ def adapted(model: Any, adapter: Adapter, scale: float = ALPHA / RANK) -> Any:
                 )
             )
     return model
-
-
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 def forced_logprobs(model: Any, source: Path, index: int, tokens: list[int]) -> torch.Tensor:

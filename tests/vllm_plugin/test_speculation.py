@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import tiny_llava
+from helpers.family_answers import release_vllm
 
 pytest.importorskip("vllm")
 
@@ -22,19 +21,6 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 3,
 }
-
-
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    _release()
-
-
-def _release() -> None:
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 def answers(checkpoint: Path, **options: Any) -> tuple[list[list[int]], int]:
@@ -66,6 +52,6 @@ def test_ngrams(scheme: str, tmp_path: Path, release: None) -> None:
     source = tiny_llava.build(tmp_path / "source")
     checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme)
     alone, _ = answers(checkpoint)
-    _release()
+    release_vllm()
     speculated, foreseen = answers(checkpoint, speculative_config=NGRAM)
     assert speculated == alone and foreseen > TOKENS / 4
