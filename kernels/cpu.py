@@ -48,8 +48,8 @@ def can_implement(
     return True, ""
 
 
-def kernel_name(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype) -> str:
-    """What runs a linear [n, k], in words."""
+def kernel_name(scheme: QuantScheme, n: int, dtype: torch.dtype) -> str:
+    """What runs a linear of n rows, in words."""
     return KERNELS[scheme.name].describe(n, dtype)
 
 

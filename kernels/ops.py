@@ -61,7 +61,7 @@ def can_implement(
         return False, reason
     if layout.padded_rows(n) * k >= _INT32:
         return False, f"N * K must stay below 2^31, got N={n}, K={k}"
-    reason = KERNELS[scheme.name].unsupported(n, k)
+    reason = KERNELS[scheme.name].unsupported(k)
     return not reason, reason
 
 

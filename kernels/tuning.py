@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--counts", type=Path, help="file of the compiler's figures")
     parser.add_argument("--processes", type=int, default=2, help="that compile (--predict)")
-    parser.add_argument("--shortlist", type=int, default=4, help="tiles measured a bucket")
+    parser.add_argument("--shortlist", type=int, default=4, help="tiles measured per bucket")
     parser.add_argument("--quick", action="store_true", help="one shape and two M: a trial")
     options = parser.parse_args(arguments)
     if options.predict:

@@ -309,8 +309,8 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     return launch.of_linear(w4a8_prefill_kernel, w4a8_shared_kernel, arguments, {}, tile, "i32")
 
 
-def unsupported(n: int, k: int) -> str:
-    """Why a linear [N, K] cannot run; empty if it can."""
+def unsupported(k: int) -> str:
+    """Why a linear of K inputs cannot run; empty if it can."""
     if k > quantize_activation.MAX_K:
         return f"w4a8 takes at most K={quantize_activation.MAX_K}, got K={k}"
     return ""

@@ -159,8 +159,8 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     return launch.of_tile(w8a16_rows_kernel, arguments, constants, tile, layout.PAIR)
 
 
-def unsupported(n: int, k: int) -> str:
-    """Why a table [N, K] cannot run; empty if it can."""
+def unsupported(k: int) -> str:
+    """Why a table of K columns cannot run; empty if it can."""
     return ""
 
 
