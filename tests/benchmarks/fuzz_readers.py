@@ -146,7 +146,7 @@ def make_readers(folder: Path) -> dict[str, tuple[Path, Any, Callable[[], Any]]]
         "model": (
             fresh["model"] / config,
             CONFIG,
-            lambda: loaded_model.read_config(fresh["model"]),
+            lambda: loaded_model.quantizable_config(fresh["model"]),
         ),
         "model-index": (
             fresh["model-index"] / index,

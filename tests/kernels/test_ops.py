@@ -199,7 +199,7 @@ def test_two_names_of_a_device_share_scratch_memory(monkeypatch: pytest.MonkeyPa
     assert launch.scratch(cpu) is launch.scratch(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     asked: list[torch.device] = []
-    monkeypatch.setattr(launch, "_scratch", asked.append)
+    monkeypatch.setattr(launch, "scratch_of", asked.append)
     for name in ("cuda", "cuda:1", "cuda:0"):
         launch.scratch(torch.device(name))
     assert asked == [torch.device("cuda", i) for i in (1, 1, 0)]
