@@ -29,7 +29,7 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
                         undivided; 128 x 128 outputs by four warps, two programs per SM, so that one
                         unpacks while the other multiplies.
 
-Activations are quantized a token by quantize_activation.py, fused there with what precedes. Where
+Activations are quantized per token by quantize_activation.py, fused there with what precedes. Where
 128 does not divide K it adds zeros as the weights have them, and K here is a multiple of 128.
 """
 

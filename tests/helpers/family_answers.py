@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gc
 import io
 import json
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from helpers.tiny_models import FAMILIES
+from helpers.vllm_engine import engine
 
 TOKENS = 12
 NEAR = 0.4
@@ -155,25 +155,8 @@ def _router_margins(model: Any) -> list[torch.Tensor] | None:
 
 def vllm_tokens(checkpoint: Path, dtype: str = "float32") -> list[int]:
     """Greedy tokens of vLLM, in this process."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    llm = LLM(
-        str(checkpoint),
-        dtype=dtype,
-        max_model_len=512,
-        max_num_seqs=2,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        seed=0,
-    )
     parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    (answer,) = llm.chat([messages()], parameters, use_tqdm=False)
+    (answer,) = engine(checkpoint, dtype=dtype).chat([messages()], parameters, use_tqdm=False)
     return list(answer.outputs[0].token_ids)
-
-
-def release_vllm() -> None:
-    """Frees an engine of this process, one that did not start included."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()

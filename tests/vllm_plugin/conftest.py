@@ -15,7 +15,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 @pytest.fixture
 def release() -> Iterator[None]:
     """Frees the test's engine afterwards."""
-    from helpers.family_answers import release_vllm
+    from helpers import vllm_engine
 
     yield
-    release_vllm()
+    vllm_engine.release()

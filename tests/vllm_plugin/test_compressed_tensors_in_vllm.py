@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.family_answers import TOKENS, asked, messages, quantize_tiny
 from helpers.tiny_models import FAMILIES, tiny_model
+from helpers.vllm_engine import engine
 
 pytest.importorskip("vllm")
 
@@ -58,19 +59,11 @@ def test_logprobs_within_noise(
     family: str, scheme: str, tmp_path: Path, release: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """About as near to our weights in fp32 as transformers' own bf16 run of them is."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     monkeypatch.setenv("VLLM_PLUGINS", "")
     source = tiny_model(family, tmp_path / "source")
-    llm = LLM(
-        str(_quantize(source, scheme, "compressed-tensors")),
-        dtype="bfloat16",
-        max_model_len=512,
-        max_num_seqs=2,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        seed=0,
-    )
+    llm = engine(_quantize(source, scheme, "compressed-tensors"), dtype="bfloat16")
     # No special tokens, which come first: a random model may well answer with images.
     parameters = SamplingParams(
         temperature=0,

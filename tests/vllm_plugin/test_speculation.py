@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny_llava
-from helpers.family_answers import release_vllm
+from helpers import tiny_llava, vllm_engine
 
 pytest.importorskip("vllm")
 
@@ -25,19 +24,9 @@ NGRAM = {
 
 def answers(checkpoint: Path, **options: Any) -> tuple[list[list[int]], int]:
     """Greedy tokens about two pictures at once, and how many of them a speculator foresaw."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    llm = LLM(
-        str(checkpoint),
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=2,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        seed=0,
-        disable_log_stats=False,
-        **options,
-    )
+    llm = vllm_engine.engine(checkpoint, dtype="float32", disable_log_stats=False, **options)
     asked = [tiny_llava.conversation(q, tiny_llava.picture(i)) for i, q in enumerate(QUESTIONS)]
     parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     found = llm.chat(asked, parameters, use_tqdm=False)
@@ -52,6 +41,6 @@ def test_ngrams(scheme: str, tmp_path: Path, release: None) -> None:
     source = tiny_llava.build(tmp_path / "source")
     checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme)
     alone, _ = answers(checkpoint)
-    release_vllm()
+    vllm_engine.release()
     speculated, foreseen = answers(checkpoint, speculative_config=NGRAM)
     assert speculated == alone and foreseen > TOKENS / 4
