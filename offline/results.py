@@ -40,6 +40,10 @@ class TokenShare(_Data):
     """Tokens whose importance lay outside the quartile fences and was moved onto them."""
 
 
+COMPLETENESS_LIMIT = 0.02
+"""Weight-only attributions must come this near F(X) - F(X0), relatively."""
+
+
 class ModuleReport(_Data):
     """One equalization search: a previous op, the linears behind it, the module of the loss."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from qig_serve.offline.passes.capture import catch_call
 from qig_serve.offline.passes.parts import ModuleParts, inner_names
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.recipe import TokenWeighting
-from qig_serve.offline.results import TokenShare
+from qig_serve.offline.results import COMPLETENESS_LIMIT, TokenShare
 from qig_serve.packing import fake_quantize_activation
 
 
@@ -125,7 +125,23 @@ def _perturbation(tokens: GroupTokens) -> Importance:
     return captured.to_batches(parts, tokens.masks), None
 
 
+_FINER = 6
+"""Gauss nodes where fewer miss completeness: it held with these on trained models."""
+
+
 def _qig(tokens: GroupTokens) -> Importance:
+    found = _integrated(tokens)
+    weighting, scheme = tokens.weighting, tokens.streams.scheme
+    refines = weighting.quadrature == "gauss" and weighting.steps < _FINER
+    # With quantized activations inside, more nodes do not come nearer: the gradient passes straight
+    # through their rounding.
+    if refines and scheme.activation_bits is None and found[1] > COMPLETENESS_LIMIT:
+        found = _integrated(replace(tokens, weighting=replace(weighting, steps=_FINER)))
+    return found
+
+
+def _integrated(tokens: GroupTokens) -> tuple[list[torch.Tensor], float]:
+    """QIG's importance of each batch's tokens [B, T], and the error of completeness."""
     parts = [attribute_part(tokens, i) for i in range(len(tokens.captured.calls))]
     integral, difference = tokens.streams.ranks.total(
         sum(float(a.integral.double().sum()) for a in parts),

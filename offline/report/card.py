@@ -12,7 +12,7 @@ import yaml
 from qig_serve import tensor_parallel
 from qig_serve.formats import get_scheme
 from qig_serve.manifest import PER_BLOCK
-from qig_serve.offline.results import QuantizationReport
+from qig_serve.offline.results import COMPLETENESS_LIMIT, QuantizationReport
 from qig_serve.vllm_plugin import SUPPORTED_VLLM
 
 DEVICES = ("cpu", "cuda")
@@ -118,10 +118,6 @@ def recovery_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[s
     if own.get("agreement") is not None:
         rows.append(["same whole answer", "100.0%", _percent(own["agreement"]), ""])
     return head, rows
-
-
-COMPLETENESS_LIMIT = 0.02
-"""Weight-only attributions must come this near F(X) - F(X0), relatively."""
 
 
 def all_warnings(report: QuantizationReport) -> list[str]:

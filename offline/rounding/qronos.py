@@ -12,9 +12,10 @@ by GPTQ (gptq.py) with all of them and keeps the one that leaves least of its ou
 
 Tried here and left out, because they lowered the error on calibration samples and not KL on
 questions held out: a range search that decides without trying (on a real decoder it does as well),
-its repetition after compensation, refitted scales, descent over codes, learned rounding, token
-weights in the Hessian, the quantized prefix as the search's input, GPTAQ's shift (arXiv
-2504.02692), and Qronos' shift without validation.
+its repetition after compensation, refitted scales and descent over codes (with validated damping,
+too: 5% less error on a real decoder, the same KL), learned rounding, token weights in the Hessian,
+the quantized prefix as the search's input, GPTAQ's shift (arXiv 2504.02692), and Qronos' shift
+without validation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Quantize with several methods, schemes and seeds, and compare the results in one run.
 
 One table: exact match overall and by question type, McNemar against full precision and between
-methods, KL to full precision (mean, 99th percentile), top-1 agreement, whole-answer agreement,
+methods, KL to full precision (mean, 99th percentile), error of the states that the output head
+reads (which tells close methods apart on fewer questions), top-1 agreement, whole-answer agreement,
 answer perplexity ratio, calibration time, peak memory. All models, full precision too, answer
 through transformers, so that nothing but the weights differs; greedy answers are found by
 teacher forcing unless --engine says otherwise. w2a16 and w2a16-channel are stress schemes, for

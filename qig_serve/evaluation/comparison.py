@@ -51,6 +51,7 @@ class Summary:
     kl_se: float | None
     """Standard error of the mean over seeds where there are several, else over answers."""
     kl_p99: float | None
+    state_error: float | None
     top1: float | None
     agreement: float | None
     perplexity_ratio: float | None
@@ -103,6 +104,7 @@ def summarize(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> list
                 _mean([d.kl_mean if d else None for d in divergence]),
                 _error(results),
                 _mean([d.kl_p99 if d else None for d in divergence]),
+                _mean([d.state_error if d else None for d in divergence]),
                 _mean([d.top1 if d else None for d in divergence]),
                 _mean([r.agreement for r in results]),
                 _mean([d.perplexity_ratio if d else None for d in divergence]),
@@ -160,14 +162,14 @@ def summary_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> 
     summaries = summarize(runs, full)
     table = Table(title="means over seeds; EM in %", title_justify="left")
     kinds = sorted({k for s in summaries for k in s.by_type})
-    shown = ["scheme", "method", "EM", "vs full", "95%", "p", "KL mean", "se", "KL p99", "top-1"]
-    shown += ["same answer", "ppl ratio", "s", "GiB", *kinds]
+    shown = ["scheme", "method", "EM", "vs full", "95%", "p", "KL mean", "se", "KL p99"]
+    shown += ["state error", "top-1", "same answer", "ppl ratio", "s", "GiB", *kinds]
     for i, name in enumerate(shown):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     share = sum(r.exact_match for r in full.values()) / len(full) if asked(runs) else None
     types = [_mean([r.by_type()[k][1] for r in full.values() if k in r.by_type()]) for k in kinds]
     rest = [percent(t) for t in types]
-    table.add_row("full", "-", percent(share), *["-"] * 11, *rest)
+    table.add_row("full", "-", percent(share), *["-"] * 12, *rest)
     before = ""
     for s in summaries:
         if s.scheme != before:
@@ -190,6 +192,7 @@ def summary_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> 
             small(s.kl_mean),
             small(s.kl_se),
             small(s.kl_p99),
+            small(s.state_error),
             percent(s.top1),
             percent(s.agreement),
             "-" if s.perplexity_ratio is None else f"{s.perplexity_ratio:.4f}",

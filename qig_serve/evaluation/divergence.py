@@ -2,6 +2,10 @@
 
 Both models read the reference answer (teacher forcing), in fp32, through transformers. At every
 answer token, KL(full precision || quantized) = sum_v p(v) (log p(v) - log q(v)), in nats.
+
+Of a small model a few tokens carry most of the KL, so it tells two methods apart only on many
+questions. The error of the states that the output head reads does with fewer: it is about equally
+large at every token.
 """
 
 from __future__ import annotations
@@ -48,6 +52,10 @@ class Divergence:
     perplexity: float
     perplexity_reference: float
     kl_by_type: dict[str, float]
+    state_error: float
+    """|h' - h|^2 / |h|^2 of what the output head reads, the mean over answer tokens."""
+    state_error_se: float | None
+    """As `kl_se`."""
 
     @property
     def perplexity_ratio(self) -> float:
@@ -74,18 +82,39 @@ def _plan(processor: Any, samples: Sequence[Sample]) -> list[_Batch]:
     ]
 
 
+@dataclass(frozen=True)
+class _Forced:
+    """What a model gives at the answer tokens of a batch; on the CPU."""
+
+    log_p: torch.Tensor
+    """Log-probabilities [tokens, vocabulary], fp32."""
+    states: torch.Tensor
+    """What the output head reads [tokens, width], fp32."""
+    targets: torch.Tensor
+    """The answer tokens [tokens]."""
+
+
 @torch.inference_mode()
-def _log_probabilities(
-    model: Any, processor: Any, batch: _Batch, samples: Sequence[Sample]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities [tokens, vocabulary] (fp32, CPU) and the answer tokens [tokens]."""
+def _forced(model: Any, processor: Any, batch: _Batch, samples: Sequence[Sample]) -> _Forced:
     chosen = [samples[i] for i in batch.indices]
     inputs = model_inputs(processor, batch.texts, chosen, model)
-    logits = model(**inputs, logits_to_keep=max(batch.lengths) + 1, use_cache=False).logits
+    read: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    try:
+        kept = max(batch.lengths) + 1
+        logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
+    finally:
+        hook.remove()
+
+    def at_answers(values: torch.Tensor) -> torch.Tensor:
+        rows = [values[row, -n - 1 : -1] for row, n in enumerate(batch.lengths)]
+        return torch.cat(rows).float()
+
     ids = inputs["input_ids"]
-    rows = [logits[row, -n - 1 : -1] for row, n in enumerate(batch.lengths)]
     targets = torch.cat([ids[row, -n:] for row, n in enumerate(batch.lengths)])
-    return torch.cat(rows).float().log_softmax(-1).cpu(), targets.cpu()
+    log_p = at_answers(logits).log_softmax(-1)
+    return _Forced(log_p.cpu(), at_answers(read[-1]).cpu(), targets.cpu())
 
 
 @dataclass(frozen=True)
@@ -96,20 +125,23 @@ class _Tokens:
     same_top: torch.Tensor
     log_p: torch.Tensor
     log_q: torch.Tensor
+    state_error: torch.Tensor
 
 
-def _compare(log_p: torch.Tensor, log_q: torch.Tensor, targets: torch.Tensor) -> _Tokens:
+def _compare(full: _Forced, other: _Forced) -> _Tokens:
+    log_p, log_q = full.log_p, other.log_p
     kl = []
     for p, q in zip(log_p.split(_KL_ROWS), log_q.split(_KL_ROWS), strict=True):
         # 0 * (-inf - -inf) is 0, not NaN: a token that both rule out adds nothing.
         terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
         kl.append(terms.sum(-1).clamp(min=0))  # rounding alone can make it negative
-    at = targets[:, None]
+    at = full.targets[:, None]
     return _Tokens(
         torch.cat(kl),
         log_p.argmax(-1) == log_q.argmax(-1),
         log_p.gather(1, at)[:, 0],
         log_q.gather(1, at)[:, 0],
+        (other.states - full.states).square().sum(-1) / full.states.square().sum(-1),
     )
 
 
@@ -123,8 +155,14 @@ def _summarize(
     kl = torch.cat([p.kl for p in parts]).double()
     lengths = [n for batch in plan for n in batch.lengths]
     kinds = [types[i] for batch in plan for i in batch.indices]
-    sums = [float(piece.sum()) for piece in kl.split(lengths)]
+
+    def per_sample(values: torch.Tensor) -> list[float]:
+        return [float(piece.sum()) for piece in values.split(lengths)]
+
+    sums = per_sample(kl)
     mean, error = clustered_mean(sums, lengths)
+    states = torch.cat([p.state_error for p in parts]).double()
+    state_error, state_error_se = clustered_mean(per_sample(states), lengths)
     by_type = {}
     for kind in sorted(set(kinds)):
         inside = [i for i, k in enumerate(kinds) if k == kind]
@@ -141,6 +179,8 @@ def _summarize(
         perplexity=_perplexity([p.log_q for p in parts]),
         perplexity_reference=_perplexity([p.log_p for p in parts]),
         kl_by_type=by_type,
+        state_error=state_error,
+        state_error_se=state_error_se,
     )
 
 
@@ -153,7 +193,7 @@ def divergences(
 ) -> Iterator[tuple[str, Divergence]]:
     """(name, figures) of each model against the full-precision `reference`, in turn.
 
-    The reference runs once; its log-probabilities wait on disk, one file per batch, so that memory
+    The reference runs once; what it gives waits on disk, one file per batch, so that memory
     holds one model and one batch at a time whatever the vocabulary.
     """
     processor = load_processor(reference)
@@ -166,7 +206,7 @@ def divergences(
         model = load_model(reference, dtype)
         for number, batch in enumerate(plan):
             torch.save(
-                _log_probabilities(model, processor, batch, samples), Path(folder, f"{number}.pt")
+                vars(_forced(model, processor, batch, samples)), Path(folder, f"{number}.pt")
             )
             done += len(batch.indices)
             progress("full precision: answer tokens", done, total)
@@ -176,9 +216,8 @@ def divergences(
             progress(f"{name}: KL on answer tokens", 0, total)
             model = load_model(directory, dtype)
             for number, batch in enumerate(plan):
-                log_p, targets = torch.load(Path(folder, f"{number}.pt"))
-                log_q, _ = _log_probabilities(model, processor, batch, samples)
-                parts.append(_compare(log_p, log_q, targets))
+                full = _Forced(**torch.load(Path(folder, f"{number}.pt")))
+                parts.append(_compare(full, _forced(model, processor, batch, samples)))
                 done += len(batch.indices)
                 progress(f"{name}: KL on answer tokens", done, total)
             yield name, _summarize(parts, plan, types)

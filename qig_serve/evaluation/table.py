@@ -68,6 +68,8 @@ def results_table(results: Mapping[str, EvaluationResult]) -> Table:
     row("  median", [small(d.kl_median) if d else "-" for d in kls])
     row("  99th percentile", [small(d.kl_p99) if d else "-" for d in kls])
     row("  largest", [small(d.kl_max) if d else "-" for d in kls])
+    row("error of final states", [small(d.state_error) if d else "-" for d in kls])
+    row("  standard error", [small(d.state_error_se) if d else "-" for d in kls])
     row("top-1 agreement", [percent(d.top1) if d else "-" for d in kls])
     row("answer perplexity ratio", [f"{d.perplexity_ratio:.4f}" if d else "-" for d in kls])
     records = [r.to_json() for r in columns]

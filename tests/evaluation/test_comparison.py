@@ -32,7 +32,9 @@ def _result(right: int, n: int = 40, kl: float | None = None) -> EvaluationResul
     )
     divergence = None
     if kl is not None:
-        divergence = Divergence(n, 2 * n, kl, 0.1, kl, 2 * kl, 3 * kl, 0.9, 1.1, 1.0, {"odd": kl})
+        divergence = Divergence(
+            n, 2 * n, kl, 0.1, kl, 2 * kl, 3 * kl, 0.9, 1.1, 1.0, {"odd": kl}, kl / 4, None
+        )
     return EvaluationResult("m", "some/dir", "transformers", answers, "h", divergence=divergence)
 
 

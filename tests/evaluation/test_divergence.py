@@ -14,8 +14,9 @@ from qig_serve.model_directory import load_processor
 from qig_serve.samples import Sample, load_image
 
 
-def _logits(directory: Path, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [answer tokens, vocabulary] that predict the answer and <|im_end|>; the tokens."""
+def _forced(directory: Path, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [answer tokens, vocabulary] that predict the answer and <|im_end|>, the tokens, and
+    the last states [answer tokens, width]."""
     processor = load_processor(directory)
     prompt = prompt_text(processor, sample)
     inputs = processor(
@@ -25,8 +26,9 @@ def _logits(directory: Path, sample: Sample) -> tuple[torch.Tensor, torch.Tensor
     )
     start = len(processor.tokenizer(prompt)["input_ids"]) + 35 * len(sample.images)
     with torch.no_grad():
-        logits = load_model(directory, torch.float32)(**inputs).logits[0]
-    return logits[start - 1 : -1], inputs["input_ids"][0, start:]
+        out = load_model(directory, torch.float32)(**inputs, output_hidden_states=True)
+    rows = slice(start - 1, -1)
+    return out.logits[0, rows], inputs["input_ids"][0, start:], out.hidden_states[-1][0, rows]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,11 @@ def mixed() -> list[Sample]:
 def test_equals_the_plain_computation(twins: tuple[Path, Path], mixed: list[Sample]) -> None:
     full, noisy = twins
     ((name, found),) = divergences(full, [("noisy", noisy)], mixed, lambda *_: None)
-    kl, same, ratio, by_type = [], [], [], {}
+    kl, same, ratio, states, by_type = [], [], [], [], {}
     for sample in mixed:
-        p, tokens = _logits(full, sample)
-        q, _ = _logits(noisy, sample)
+        p, tokens, wanted = _forced(full, sample)
+        q, _, given = _forced(noisy, sample)
+        states.append((given - wanted).square().sum(-1) / wanted.square().sum(-1))
         p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         kl.append((p.exp() * (p - q)).sum(-1))
         by_type.setdefault(sample.type, []).append(kl[-1])
@@ -53,6 +56,8 @@ def test_equals_the_plain_computation(twins: tuple[Path, Path], mixed: list[Samp
     flat = torch.cat(kl)
     assert name == "noisy" and found.samples == 17 and found.tokens == len(flat)
     assert found.kl_mean == pytest.approx(float(flat.mean()), rel=1e-3)
+    assert found.state_error == pytest.approx(float(torch.cat(states).mean()), rel=1e-3)
+    assert found.state_error_se is not None and 0 < found.state_error_se < found.state_error
     assert found.kl_max == pytest.approx(float(flat.max()), rel=1e-3)
     assert found.kl_median == pytest.approx(float(flat.median()), rel=1e-3)
     assert found.top1 == pytest.approx(float(torch.cat(same).double().mean()))
@@ -71,7 +76,12 @@ def test_a_model_is_at_no_distance_from_itself(
     pairs = divergences(full, [("a", full), ("b", full)], mixed, lambda *t: reported.append(t))
     found: dict[str, Divergence] = dict(pairs)
     for one in found.values():
-        assert one.kl_max < 1e-6 and one.top1 == 1 and one.perplexity_ratio == pytest.approx(1)
+        assert (
+            one.kl_max < 1e-6
+            and one.state_error < 1e-9
+            and one.top1 == 1
+            and one.perplexity_ratio == pytest.approx(1)
+        )
     finished = {what for what, done, total in reported if done == total == 17}
     assert finished == {what for what, _, _ in reported} and len(finished) == 3
 

@@ -129,8 +129,23 @@ def test_checkpoint(model_dir: Path, calib: str, tmp_path: Path, scheme: str, me
             assert module.loss <= module.loss_rtn
         if method in ("awq", "mbq", "qig", "qig+"):
             assert len(module.losses) == (2 if method == "qig+" else 5)
-        if method == "qig" and scheme == "w3a16":
+        if method in ("qig", "qig+") and scheme == "w3a16":
             assert module.completeness is not None and module.completeness < 0.02
+
+
+def test_gauss_takes_more_nodes_where_few_miss_completeness(
+    model_dir: Path, calib: str, tmp_path: Path
+) -> None:
+    def errors(**fields: Any) -> list[float]:
+        """Of modules with several linears: of a single one any node is exact."""
+        run = recipe(calib, method="qig+", **fields)
+        report = pipeline.quantize(model_dir, tmp_path / f"out-{len(fields)}", run, quiet=True)
+        modules = [m for b in report.blocks for m in b.modules if m.name in ("qkv", "gate_up")]
+        return [m.completeness or 0.0 for m in modules]
+
+    assert max(errors(steps=1, quadrature="uniform")) > 0.1
+    one, six = errors(steps=1), errors()
+    assert len(one) == 4 and max(one) < 0.02 and max(six) < 0.02
 
 
 def dequantized_model(model_dir: Path, output: Path, scheme: str) -> Any:
