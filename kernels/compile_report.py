@@ -209,7 +209,7 @@ def predict(target: int, scheme: str, m: int, model: str = SHAPE) -> list[Predic
 
 
 def print_predictions(targets: Iterable[int]) -> list[dict[str, Any]]:
-    """Print a table an architecture; what it was made of."""
+    """Print a table per architecture; what it was made of."""
     every: list[dict[str, Any]] = []
     for target in targets:
         print(f"\nsm_{target} ({time_model.GPUS[target].name}): us, sum of {SHAPE}'s four linears,")

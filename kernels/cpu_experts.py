@@ -97,4 +97,4 @@ def warm_up(
     dtype: torch.dtype, device: torch.device,
 ) -> None:  # fmt: skip
     """Nothing to compile; finds out once what this processor offers."""
-    cpu.PATHS[scheme].look_up()
+    cpu.KERNELS[scheme].look_up()

@@ -43,9 +43,15 @@ def int4_block() -> int | None:
     return None
 
 
-def _prepare(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+look_up = int4_block
+
+
+def prepare(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
 ) -> Prepared:
+    """codes uint8 [N, K], scale and zero [N, groups] as at the head, for activations of `dtype`."""
+    if dtype == torch.float32 or zero is None:
+        return {"weight": dequantize(codes, scale, zero)}
     (n, k), groups = codes.shape, scale.shape[1]
     padding = -n % _N_BLOCK
     shift = 8 - zero.to(torch.int32).repeat_interleave(GROUP, dim=1)[:, :k]
@@ -64,7 +70,7 @@ def _linear(
     bias: torch.Tensor | None,
     n: int,
 ) -> torch.Tensor:
-    """x [M, K], packed and scales as `_prepare` made them: [M, N] in x's dtype."""
+    """x [M, K], packed and scales as `prepare` made them: [M, N] in x's dtype."""
     block, x = int4_block(), whole_groups(x)
     if x.shape[0] < MANY_ROWS or block is None:
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, GROUP, scales)
@@ -101,18 +107,18 @@ def _dequantize_and_multiply(
     return out.to(given)
 
 
+def linear(x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] -> [M, N]."""
+    if "weight" in prepared:
+        return F.linear(x, prepared["weight"], bias)
+    return torch.ops.qig.cpu_w3a16(x, prepared["packed"], prepared["scales"], bias, n)
+
+
 def describe(n: int, dtype: torch.dtype) -> str:
     """What runs a linear of n rows, in words."""
+    if dtype == torch.float32:
+        return "fp32 reference"
     return "torch int4 GEMM; torch GEMM on dequantized tiles for many rows"
-
-
-def keep(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
-) -> Prepared:
-    """codes uint8 [N, K], scale and zero [N, groups] as at the head, for activations of `dtype`."""
-    if dtype == torch.float32 or zero is None:
-        return {"weight": dequantize(codes, scale, zero)}
-    return _prepare(codes, scale, zero, dtype)
 
 
 define(

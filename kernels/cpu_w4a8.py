@@ -61,6 +61,9 @@ def vllm_kernels() -> bool:
     return torch.equal(wide.view(64, 260), torch.ops._C.convert_weight_packed(codes))
 
 
+look_up = vllm_kernels
+
+
 def _use_vllm(n: int, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and n % _VLLM_BLOCK == 0 and vllm_kernels()
 
@@ -179,7 +182,7 @@ def describe(n: int, dtype: torch.dtype) -> str:
     return "torch int8 GEMM" if torch.cpu._is_vnni_supported() else "torch GEMM on widened codes"
 
 
-def keep(
+def prepare(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
 ) -> Prepared:
     """codes int8 [N, K], scale [N, 1] as at the head, for activations of `dtype`."""
@@ -187,6 +190,14 @@ def keep(
     if _use_vllm(n, dtype):
         return _prepare(codes, scale.float())
     return {"codes": codes, "scale": scale.float().reshape(n).contiguous()}
+
+
+def linear(x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] -> [M, N]."""
+    p = prepared
+    if "codes" in p:
+        return torch.ops.qig.cpu_w4a8_codes(x, p["codes"], p["scale"], bias)
+    return torch.ops.qig.cpu_w4a8(x, p["packed"], p["zeros"], p["scales"], p["compensation"], bias)
 
 
 define(

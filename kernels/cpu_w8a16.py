@@ -29,6 +29,9 @@ def multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
+look_up = multiplies_bf16
+
+
 def describe(n: int, dtype: torch.dtype) -> str:
     """What runs a table of n rows, in words."""
     if dtype != torch.bfloat16:
@@ -36,13 +39,19 @@ def describe(n: int, dtype: torch.dtype) -> str:
     return "torch int8 weight-only GEMM; torch GEMM on widened rows for many rows"
 
 
-def keep(
+def prepare(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
 ) -> Prepared:
     """codes int8 [N, K] and scale [N, 1] as above."""
     mantissa, exponent = torch.frexp(scale.float().reshape(-1))
     power = torch.ldexp(torch.ones_like(mantissa), exponent)
     return {"rows": codes, "power": power.bfloat16(), "rest": mantissa}
+
+
+def linear(x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] -> [M, N]."""
+    p = prepared
+    return torch.ops.qig.cpu_w8a16(x, p["rows"], p["power"], p["rest"], bias)
 
 
 def embedding(ids: torch.Tensor, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
@@ -58,7 +67,7 @@ def _linear(
     rest: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x [M, K], the rest as `keep` made it: [M, N] in x's dtype."""
+    """x [M, K], the rest as `prepare` made it: [M, N] in x's dtype."""
     if x.dtype == torch.bfloat16 and len(x) < MANY_ROWS:
         out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), rows, power).float() * rest
     else:

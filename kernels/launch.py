@@ -301,11 +301,12 @@ def scratch(device: torch.device) -> Scratch:
     Allocated at the first call (`prepare`), so that it is there before vLLM profiles memory and
     outside of any CUDA graph's pool.
     """
-    return _scratch(indexed(device))
+    return scratch_of(indexed(device))
 
 
 @functools.cache
-def _scratch(device: torch.device) -> Scratch:
+def scratch_of(device: torch.device) -> Scratch:
+    """`scratch` of a device that has its index."""
     name, sms = architecture(device), multiprocessors(device)
     sizes = [
         scratch_size(tile, sms)

@@ -1,8 +1,8 @@
 """The GPU kernels behind the functions that the vLLM plugin calls.
 
-A scheme is one row of formats.SCHEMES and one module here, which exports prepare, apply, linear,
-zeros, warm_up, candidates, kernel, unsupported and FUSES_ACTIVATIONS, and adds its ops to
-library.py's:
+A scheme is one row of formats.SCHEMES and one module here of the same name. It exports
+prepare, apply, linear, zeros, warm_up, candidates, kernel, unsupported and FUSES_ACTIVATIONS, adds
+its ops to library.py's, and has its tiles in tiles.json (tuning.py):
 
     qig::w3a16_linear    x [M, K] -> [M, N]; fused_linear.py adds what comes before it
     qig::w4a8_linear     codes and scale of qig::quantize_activation -> [M, N]
@@ -15,26 +15,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from qig_serve.formats import QuantScheme, unsupported_shape
-from qig_serve.kernels import (
-    launch,
-    layout,
-    library,
-    tiles,
-    w3a16,
-    w4a8,
-    w8a16,
-)
+from qig_serve.formats import SCHEMES, QuantScheme, unsupported_shape
+from qig_serve.kernels import launch, layout, library, tiles
 from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Tile
 from qig_serve.kernels.warm_up import COMPILATION
 
-KERNELS: dict[str, ModuleType] = {"w3a16": w3a16, "w4a8": w4a8, "w8a16": w8a16}
+KERNELS: dict[str, ModuleType] = {
+    name: import_module(module) for name in SCHEMES if find_spec(module := f"{__package__}.{name}")
+}
 _DTYPES = (torch.bfloat16, torch.float16)
 _INT32 = 1 << 31
 
@@ -65,7 +61,7 @@ def can_implement(
         return False, reason
     if layout.padded_rows(n) * k >= _INT32:
         return False, f"N * K must stay below 2^31, got N={n}, K={k}"
-    reason = KERNELS[scheme.name].unsupported(n, k)
+    reason = KERNELS[scheme.name].unsupported(k)
     return not reason, reason
 
 

@@ -1,8 +1,8 @@
 """Activations to integers in one pass over x, alone or fused with the RMSNorm or SiLU before.
 
     codes    int8, one scale per token: what w4a8 multiplies.
-    halves   16-bit fixed point, one power of two a (token, group of 128): what w3a16 multiplies on
-             int8 tensor cores, as two int8 halves.
+    halves   16-bit fixed point, one power of two per (token, group of 128): what w3a16 multiplies
+             on int8 tensor cores, as two int8 halves.
 
 A kernel is a row maker and an epilogue (activation_rows.py, which has the numbers). act is SiLU, by
 which kernels are named, or for experts one of ACTIVATIONS. Without a scale over the whole row

@@ -61,7 +61,7 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     / scale is within an ulp of a half, a code may be the next. scale is at least 2^-126 (1 for a
     token of zeros), and NaN, with zero codes, where a token has a NaN or an infinity.
     """
-    x = whole_groups(x).float()
+    x = layout.whole_groups(x).float()
     largest = x.abs().amax(-1, keepdim=True)
     scale = (largest * torch.tensor(1 / 127, device=x.device)).clamp(min=2.0**-126)
     scale = torch.where(largest > 0, scale, 1.0)
@@ -101,12 +101,6 @@ _MOST = 32639  # 127 * 256 + 127
 _SUM = (1 << 23) - 1  # bits of the sum in a word
 
 
-def whole_groups(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K] with zeros behind a last group that is shorter."""
-    k = x.shape[-1]
-    return torch.nn.functional.pad(x, (0, layout.padded_inputs(k) - k))
-
-
 def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] as 16-bit fixed point: halves int8 [M, 2, K'], x_scale_sum int32 [pairs, M, 2].
 
@@ -116,7 +110,7 @@ def split_halves(x: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tenso
     in fp32, bits 0-22 minus the sum of q in two's complement; of an odd number of groups the last
     pair's second is one of zeros. A group with a NaN or an infinity has the bits of infinity, and
     zeros."""
-    groups = whole_groups(x).unflatten(-1, (-1, layout.GROUP)).double()
+    groups = layout.whole_groups(x).unflatten(-1, (-1, layout.GROUP)).double()
     largest = groups.abs().amax(-1)
     finite = largest.isfinite()
     largest = torch.where(finite, largest, 0.0)

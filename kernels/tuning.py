@@ -27,17 +27,23 @@ import torch
 import triton
 
 from qig_serve.formats import SCHEMES, QuantScheme
-from qig_serve.kernels import launch, time_model
+from qig_serve.kernels import launch, ops, time_model
+from qig_serve.kernels.ops import KERNELS
 from qig_serve.kernels.sass import SHARED_LIMIT, TARGETS, Counts, count
 from qig_serve.kernels.tiles import LAYER_SHAPES, TILES_FILE, Tile, select, tile_table
+from qig_serve.packing import pack_linear, scale_dtype
+
+TUNED = [name for name in KERNELS if SCHEMES[name].servable]
+"""Schemes of decoder linears."""
 
 BUCKETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 """Largest M of each bucket; the last is without a bound."""
 ALIKE = {86: 80, 89: 80}
 """Targets for which the compiler makes nearly the same of a kernel: one is compiled for both."""
 LEAN = {"w3a16": 1.5, "w4a8": 1.1}
-"""Issued instructions per weight that a tile for FEW tokens may take: an H200's memory delivers a
-weight in the time of 3.2 (w3a16) and 3.9 (w4a8), with every issue slot taken."""
+"""Issued instructions per weight that a tile for FEW tokens may take, where a limit is known: an
+H200's memory delivers a weight in the time of 3.2 (w3a16) and 3.9 (w4a8), with every issue slot
+taken."""
 FEW = 8
 _SLICES_FROM = 4096
 _WORTH = 0.97  # a shape has tiles of its own where they take less than this of the default's time
@@ -65,8 +71,6 @@ def issued_per_weight(kernel: launch.Kernel, counts: Counts) -> float:
 
 def candidates(scheme: str, m: int) -> list[Tile]:
     """What is tried at M tokens."""
-    from qig_serve.kernels.ops import KERNELS
-
     tiles: list[Tile] = KERNELS[scheme].candidates(m)
     return tiles
 
@@ -74,7 +78,7 @@ def candidates(scheme: str, m: int) -> list[Tile]:
 def count_candidates(target: int, processes: int, known: Found) -> Found:
     """Counts of every candidate for a compute capability; `known` ones are not compiled again."""
     wanted: dict[tuple[str, str], Tile] = {}
-    for scheme in ("w3a16", "w4a8"):
+    for scheme in TUNED:
         for m in BUCKETS:
             for tile in candidates(scheme, m):
                 if tile.regime != "dequantize":
@@ -91,8 +95,6 @@ def count_candidates(target: int, processes: int, known: Found) -> Found:
 
 def _count(job: tuple[str, Tile, int]) -> Counts | None:
     """None for what does not compile."""
-    from qig_serve.kernels.ops import KERNELS
-
     scheme, tile, target = job
     orders = launch.orders_for(target)
     try:
@@ -106,8 +108,6 @@ def predicted(
     scheme: QuantScheme, tile: Tile, found: Found, target: int, m: int, n: int, k: int
 ) -> float:
     """Microseconds by the model; infinite for what spills, or does not fit or compile."""
-    from qig_serve.kernels.ops import KERNELS
-
     gpu = time_model.GPUS[target]
     if tile.regime == "dequantize":
         time = time_model.dequantize(n, k, gpu) + time_model.cublas(m, n, k, gpu)
@@ -121,7 +121,7 @@ def predicted(
     if counts.shared > SHARED_LIMIT[target]:
         return float("inf")
     kernel = KERNELS[scheme.name].kernel(tile, "bf16", launch.orders_for(target))
-    if m <= FEW and issued_per_weight(kernel, counts) > LEAN[scheme.name]:
+    if m <= FEW and issued_per_weight(kernel, counts) > LEAN.get(scheme.name, float("inf")):
         return float("inf")
     work = time_model.work(kernel, stored_bits(scheme), m, n, k, gpu.sms)
     fits = time_model.resident(counts, kernel.warps, gpu)
@@ -180,9 +180,6 @@ def random_linear(
     scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Kernel tensors of a linear with random codes and scales."""
-    from qig_serve.kernels import ops
-    from qig_serve.packing import pack_linear, scale_dtype
-
     low, high = scheme.qmin, scheme.qmax + 1
     codes = torch.randint(low, high, (n, k), device=device, dtype=torch.int8)
     if not scheme.symmetric:
@@ -231,8 +228,6 @@ def measure(
     """The fastest tile of each bucket, of those offered (largest M: tiles; the last unbounded)."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
-
-    from qig_serve.kernels import ops
 
     weights = copies(random_linear(scheme, n, k, torch.bfloat16, device))
     rows: list[dict[str, Any]] = []
@@ -314,7 +309,7 @@ def _predict(targets: Iterable[int], counts: Path | None, processes: int) -> int
             found = read_counts(counts, compiled)
         gpu = time_model.GPUS[target].name
         entry: dict[str, Any] = {"source": f"chosen by time_model.py for {gpu}, not measured"}
-        entry |= {name: choose(SCHEMES[name], found, target) for name in ("w3a16", "w4a8")}
+        entry |= {name: choose(SCHEMES[name], found, target) for name in TUNED}
         write_tiles(f"sm_{target}", entry)
         print(f"sm_{target}: {sum(map(len, found.values()))} candidates", flush=True)
     return 0
@@ -334,7 +329,7 @@ def _measure(counts: Path | None, most: int, quick: bool) -> int:
     entry: dict[str, Any] = {
         "source": f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}"
     }
-    for name in ("w3a16", "w4a8"):
+    for name in TUNED:
         scheme, by_shape = SCHEMES[name], {}
         for n, k in shapes[: 1 if quick else None]:
             offered = {m: shortlist(scheme, found, target, m, n, k, most) for m in buckets}
@@ -359,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--counts", type=Path, help="file of the compiler's figures")
     parser.add_argument("--processes", type=int, default=2, help="that compile (--predict)")
-    parser.add_argument("--shortlist", type=int, default=4, help="tiles measured a bucket")
+    parser.add_argument("--shortlist", type=int, default=4, help="tiles measured per bucket")
     parser.add_argument("--quick", action="store_true", help="one shape and two M: a trial")
     options = parser.parse_args(arguments)
     if options.predict:

@@ -320,8 +320,8 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     )
 
 
-def unsupported(n: int, k: int) -> str:
-    """Why a linear [N, K] cannot run; empty if it can."""
+def unsupported(k: int) -> str:
+    """Why a linear of K inputs cannot run; empty if it can."""
     return ""
 
 

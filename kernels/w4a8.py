@@ -29,7 +29,7 @@ Why each regime has its shape (the numbers of tokens are data: tiles.json):
                         undivided; 128 x 128 outputs by four warps, two programs per SM, so that one
                         unpacks while the other multiplies.
 
-Activations are quantized a token by quantize_activation.py, fused there with what precedes. Where
+Activations are quantized per token by quantize_activation.py, fused there with what precedes. Where
 128 does not divide K it adds zeros as the weights have them, and K here is a multiple of 128.
 """
 
@@ -309,8 +309,8 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     return launch.of_linear(w4a8_prefill_kernel, w4a8_shared_kernel, arguments, {}, tile, "i32")
 
 
-def unsupported(n: int, k: int) -> str:
-    """Why a linear [N, K] cannot run; empty if it can."""
+def unsupported(k: int) -> str:
+    """Why a linear of K inputs cannot run; empty if it can."""
     if k > quantize_activation.MAX_K:
         return f"w4a8 takes at most K={quantize_activation.MAX_K}, got K={k}"
     return ""

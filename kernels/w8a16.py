@@ -62,7 +62,7 @@ def w8a16_rows_kernel(
 
 
 @functools.cache
-def _order(device: torch.device) -> torch.Tensor:
+def table_order(device: torch.device) -> torch.Tensor:
     """The table's order of inputs, on its device."""
     order = layout.ORDERS[launch.orders(device).activations]
     return torch.tensor(order, dtype=torch.int32, device=device)
@@ -77,7 +77,7 @@ def _rows(
     block = _MANY if ids is None else _SOME
     if m:
         w8a16_rows_kernel[triton.cdiv(m, block), weight.shape[0]](
-            ids, _order(weight.device), weight, prepared["row_scale"], out, m, n, k,
+            ids, table_order(weight.device), weight, prepared["row_scale"], out, m, n, k,
             weight.shape[1], first, HAS_IDS=ids is not None, BLOCK=block,
             RAGGED=k % layout.GROUP != 0, **launch.FUSED,
         )  # fmt: skip
@@ -88,7 +88,7 @@ def prepare(tensors: Prepared, dtype: torch.dtype) -> Prepared:
     """The checkpoint's tensors of one table (formats.tensor_specs) in the kernels' layout."""
     packed = tensors["weight_packed"]
     order = launch.orders(packed.device).activations
-    _order(packed.device)  # made before a CUDA graph is captured
+    table_order(packed.device)  # made before a CUDA graph is captured
     return layout.repack_w8a16(packed.view(torch.int8), tensors["weight_scale"], order)
 
 
@@ -159,8 +159,8 @@ def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:
     return launch.of_tile(w8a16_rows_kernel, arguments, constants, tile, layout.PAIR)
 
 
-def unsupported(n: int, k: int) -> str:
-    """Why a table [N, K] cannot run; empty if it can."""
+def unsupported(k: int) -> str:
+    """Why a table of K columns cannot run; empty if it can."""
     return ""
 
 

@@ -123,7 +123,11 @@ class QuantRecipe(BaseModel):
 
     scheme: str = Field(
         default="w3a16",
-        description="w3a16: 3-bit weights, 16-bit activations; w4a8: 4-bit weights, 8-bit ones",
+        description="; ".join(
+            f"{s.name}: {s.bits}-bit weights, {s.activation_bits or 16}-bit activations"
+            for s in SCHEMES.values()
+            if s.servable
+        ),
     )
     format: Literal["qig", "compressed-tensors"] = Field(
         default="qig",

@@ -154,11 +154,6 @@ class Architecture:
         names = (name for groups in self.kinds for group in groups for name in group.linears)
         return tuple(dict.fromkeys(names))
 
-    @property
-    def router(self) -> str:
-        """Path, inside a block, of what chooses experts; "" if the family has none."""
-        return self.kept[0] if any("*" in name for name in self.linears) else ""
-
     def groups_of(self, block: Any) -> tuple[SmoothingGroup, ...]:
         """The groups of a block (a module): those of the first kind whose linears are all in it.
 

@@ -82,4 +82,4 @@ def test_the_digits_need_scikit_learn(without: Any) -> None:
 
     without("sklearn")
     with pytest.raises(UserError, match=r"digits needs sklearn.*qig-serve\[demo\]"):
-        pictures._handwriting.__wrapped__()
+        pictures.handwriting.__wrapped__()

@@ -14,7 +14,7 @@ from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.model_directory import load_processor
 from qig_serve.offline.calibration.batches import make_batches
-from qig_serve.offline.source.loaded_model import image_token_id, read_config
+from qig_serve.offline.source.loaded_model import image_token_id, quantizable_config
 from qig_serve.rendering import check_samples, image_marks, process
 from qig_serve.samples import Sample, sample_from_parts
 
@@ -35,7 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibrate(directory: Path, sample: Sample) -> list[Any]:
     """Its batches."""
     processor = load_processor(directory)
-    return make_batches([sample], processor, image_token_id(read_config(directory), processor))
+    return make_batches(
+        [sample], processor, image_token_id(quantizable_config(directory), processor)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

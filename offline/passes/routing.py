@@ -1,6 +1,6 @@
 """Which calibration tokens each expert of a block sees.
 
-Caught once a block: an expert's inputs are rows of what all experts read, so that statistics of
+Caught once per block: an expert's inputs are rows of what all experts read, so that statistics of
 128 experts cost one pass of what stands before them. An expert e adds p_te f_e(x_t) to the output
 of token t, p its routing weight. An error of f_e so enters the block's output times p, its square
 times p^2: in a sum of squared errors (a Hessian) a token counts lambda_t p_te^2, in one of

@@ -31,7 +31,7 @@ def round_weight(task: RoundingTask) -> RoundedLinear:
     return compensate(task, task.weight, [minmax])
 
 
-_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
+ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 """Of targets that are rounded together, all candidates counted: five times as many in fp32 wait."""
 
 
@@ -43,7 +43,7 @@ def compensate(
     Rows do not touch each other, so that each can have what leaves least of its part of f.
     """
     (n, k), count = target.shape, len(candidates)
-    rows = max(1, _ELEMENTS.get(target.device.type, 1 << 28) // (k * count))
+    rows = max(1, ELEMENTS.get(target.device.type, 1 << 28) // (k * count))
     found = []
     for first in range(0, n, rows):
         part = slice(first, first + rows)

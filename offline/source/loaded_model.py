@@ -293,7 +293,7 @@ class LoadedModel:
         return logits
 
 
-def read_config(directory: Path) -> Any:
+def quantizable_config(directory: Path) -> Any:
     """The Hugging Face configuration of a model that can be quantized; UserError for others."""
     raw = model_directory.read_config(directory)
     check_full_precision(directory)
@@ -306,7 +306,7 @@ def read_config(directory: Path) -> Any:
 def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedModel:
     """Opens a model directory; computes in fp32. UserError says what is wrong with it."""
     directory, device = Path(directory), torch.device(device)
-    config = read_config(directory)
+    config = quantizable_config(directory)
     arch = get_architecture(config.model_type)
     check_decoder(directory, arch, config.get_text_config())
     source = SourceCheckpoint(directory)

@@ -19,9 +19,9 @@ AFTER = "hidden_states_added_after"
 """Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
 SHARED = "shared_kv_states"
 """Keyword argument of a block: keys and values that some blocks note and later ones read."""
-PER_BLOCK = "per_layer_input"
+PER_LAYER_INPUT = "per_layer_input"
 """Keyword argument of a block: an embedding of the tokens, [B, T, D], for this block alone."""
-LARGE = (AFTER, PER_BLOCK)
+LARGE = (AFTER, PER_LAYER_INPUT)
 """Keyword arguments that are a value of every token for one block alone."""
 CACHE = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 """Keyword arguments of a block that are left out: nothing is generated."""
@@ -68,7 +68,10 @@ class BlockInputs:
     def embedded_as(self, other: BlockInputs) -> BlockInputs:
         """The same, with what the embeddings give in `other`; its own keys and values."""
         pairs = zip(self._kwargs, other._kwargs, strict=True)
-        kwargs = tuple(k | {PER_BLOCK: o[PER_BLOCK]} if PER_BLOCK in o else k for k, o in pairs)
+        kwargs = tuple(
+            k | {PER_LAYER_INPUT: o[PER_LAYER_INPUT]} if PER_LAYER_INPUT in o else k
+            for k, o in pairs
+        )
         return BlockInputs(other.hidden, kwargs).apart()
 
     def apart(self) -> BlockInputs:

@@ -6,6 +6,7 @@ checkpoints give to tensors, how pictures become image tokens, and which positio
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qig_serve.demo.family_row import (
@@ -260,6 +261,25 @@ def _internvl_image_tokens(model: Any, pixels: Any) -> Any:
     return torch.stack(list(features))
 
 
+_QWEN2_VL = Family(
+    special_tokens=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    image_token="<|image_pad|>",
+    image_text="<|vision_start|><|image_pad|><|vision_end|>",
+    image_frame=("<|vision_start|>", "<|vision_end|>"),
+    make_config=_qwen2_vl_config,
+    model_class="Qwen2VLForConditionalGeneration",
+    make_processor=_qwen2_vl_processor,
+    image_processor_type="Qwen2VLImageProcessor",
+    published=(
+        ("model.language_model.", "model."),
+        ("lm_head.", "lm_head."),
+        ("model.visual.", "visual."),
+    ),
+    image_tokens=_qwen2_vl_image_tokens,
+    image_positions=_on_a_grid,
+    multi_axis=True,
+)
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(
         special_tokens=("<image>",),
@@ -280,37 +300,13 @@ FAMILIES: dict[str, Family] = {
         image_positions=_in_a_row,
         unused=("model.vision_tower.post_layernorm.",),  # features are taken before it
     ),
-    "qwen2_vl": Family(
-        special_tokens=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-        image_token="<|image_pad|>",
-        image_text="<|vision_start|><|image_pad|><|vision_end|>",
-        image_frame=("<|vision_start|>", "<|vision_end|>"),
-        make_config=_qwen2_vl_config,
-        model_class="Qwen2VLForConditionalGeneration",
-        make_processor=_qwen2_vl_processor,
-        image_processor_type="Qwen2VLImageProcessor",
-        published=(
-            ("model.language_model.", "model."),
-            ("lm_head.", "lm_head."),
-            ("model.visual.", "visual."),
-        ),
-        image_tokens=_qwen2_vl_image_tokens,
-        image_positions=_on_a_grid,
-        multi_axis=True,
-    ),
-    "qwen3_vl_moe": Family(
-        special_tokens=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-        image_token="<|image_pad|>",
-        image_text="<|vision_start|><|image_pad|><|vision_end|>",
-        image_frame=("<|vision_start|>", "<|vision_end|>"),
+    "qwen2_vl": _QWEN2_VL,
+    "qwen3_vl_moe": replace(
+        _QWEN2_VL,
         make_config=_qwen3_vl_moe_config,
         model_class="Qwen3VLMoeForConditionalGeneration",
         make_processor=_qwen3_vl_processor,
-        image_processor_type="Qwen2VLImageProcessor",
         published=(("", ""),),
-        image_tokens=_qwen2_vl_image_tokens,
-        image_positions=_on_a_grid,
-        multi_axis=True,
         as_published=_inputs_first,
     ),
     "internvl": Family(

@@ -90,7 +90,8 @@ class Scene:
 
 
 @functools.cache
-def _handwriting() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+def handwriting() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Digits [D, 8, 8] of 0 to 16, and which each is [D]."""
     require("sklearn", "the demonstration's pictures of handwritten digits")
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
@@ -101,7 +102,7 @@ def _handwriting() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
 @functools.cache
 def digit_sources(split: str) -> tuple[int, ...]:
     """Indices into scikit-learn's digits which a split may show; disjoint between splits."""
-    _, target = _handwriting()
+    _, target = handwriting()
     order = list(range(len(target)))
     random.Random(8).shuffle(order)
     start = 0
@@ -129,7 +130,7 @@ def make_scene(
     if rng.random() < 0.55 if with_digit is None else with_digit:
         source = rng.choice(digit_sources(split))
         row, column = free.pop()
-        digit = Digit(row, column, int(_handwriting()[1][source]), source)
+        digit = Digit(row, column, int(handwriting()[1][source]), source)
     things: list[Thing] = []
     for _ in range(rng.randint(3, 6)):
         row, column = free.pop()
@@ -207,7 +208,7 @@ def _letter_alpha(letter: str) -> Alpha:
 @functools.lru_cache(maxsize=16384)
 def _digit_alpha(source: int, side: int, angle: int) -> Alpha:
     """Coverage of a cell by a handwritten digit, [CELL, CELL] in 0..1."""
-    ink = (_handwriting()[0][source] * (255 / 16)).astype(np.uint8)  # [8, 8]
+    ink = (handwriting()[0][source] * (255 / 16)).astype(np.uint8)  # [8, 8]
     image = Image.fromarray(ink).resize((side, side), Image.Resampling.BICUBIC)
     image = image.rotate(angle, Image.Resampling.BILINEAR)
     cell = Image.new("L", (CELL, CELL))

@@ -71,35 +71,26 @@ def _only(scene: Scene, thing: Thing, *attributes: str) -> bool:
 
 
 def _color(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    thing = rng.choice(scene.things)
-    names = [f"object at {place(thing)}"]
-    if _only(scene, thing, "shape"):
-        names += [thing.shape] * 2
-    if _only(scene, thing, "size", "shape"):
-        names.append(f"{thing.size} {thing.shape}")
-    form = _pick(
-        rng,
-        "What color is the {}?",
-        "What is the color of the {}?",
-        "Which color does the {} have?",
-    )
-    return form.format(rng.choice(names)), thing.color
+    forms = "What color is the {}?", "What is the color of the {}?", "Which color does the {} have?"
+    return _of_one(scene, rng, "color", "shape", "{}", forms)
 
 
 def _shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    forms = "What shape is the {}?", "What is the shape of the {}?", "Which shape does the {} have?"
+    return _of_one(scene, rng, "shape", "color", "{} object", forms)
+
+
+def _of_one(
+    scene: Scene, rng: random.Random, asked: str, known: str, named: str, forms: tuple[str, ...]
+) -> tuple[str, str]:
+    """Asks for an attribute of a thing that its place says, or another attribute if that can."""
     thing = rng.choice(scene.things)
-    names = [f"object at {place(thing)}"]
-    if _only(scene, thing, "color"):
-        names += [f"{thing.color} object"] * 2
-    if _only(scene, thing, "size", "color"):
-        names.append(f"{thing.size} {thing.color} object")
-    form = _pick(
-        rng,
-        "What shape is the {}?",
-        "What is the shape of the {}?",
-        "Which shape does the {} have?",
-    )
-    return form.format(rng.choice(names)), thing.shape
+    names, name = [f"object at {place(thing)}"], named.format(getattr(thing, known))
+    if _only(scene, thing, known):
+        names += [name] * 2
+    if _only(scene, thing, "size", known):
+        names.append(f"{thing.size} {name}")
+    return rng.choice(forms).format(rng.choice(names)), getattr(thing, asked)
 
 
 def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:

@@ -61,7 +61,7 @@ class Settings:
     report_seconds: float = 180.0
     dev_samples: int = 320
     model: str = "llava"
-    start_from: str | None = None  # a model directory, or warm_start.BUNDLED
+    start_from: str | None = None  # a model directory, or warm_start.THE_BUNDLED
 
 
 def corpus() -> Iterator[str]:

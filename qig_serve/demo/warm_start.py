@@ -17,7 +17,7 @@ from qig_serve.demo import MODEL_DIR
 from qig_serve.demo.model import load_model
 from qig_serve.demo.outliers import Outliers, add_outliers, decoder_layers
 
-BUNDLED = "bundled"  # the model in this package, its channel outliers taken out
+THE_BUNDLED = "bundled"  # the model in this package, its channel outliers taken out
 LACKING = 0.25  # of the source's neurons, that an expert lacks at least, so that experts differ
 
 # Qwen2-VL's tower, by the names that Qwen3-VL has for the same modules.
@@ -30,7 +30,7 @@ _TOWER_NAMES = (
 
 
 def _source(name: Path | str, sink_channel: int) -> tuple[Any, Any]:
-    if str(name) != BUNDLED:
+    if str(name) != THE_BUNDLED:
         return load_model(name, torch.float32)
     model, processor = load_model(MODEL_DIR, torch.float32)
     add_outliers(model, Outliers().undo(), keep=(sink_channel,))
@@ -108,7 +108,7 @@ def _fill_norms(model: Any, source: Any) -> None:
 
 @torch.no_grad()
 def start_from(model: Any, tokenizer: Any, name: Path | str, sink_channel: int) -> None:
-    """Copies what fits from the model in directory `name` (or BUNDLED) into `model`, in place.
+    """Copies what fits from the model in directory `name` (or THE_BUNDLED) into `model`, in place.
 
     Hidden size and heads must agree. Raises ValueError if the source is deeper or narrower.
     """

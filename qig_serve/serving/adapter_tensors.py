@@ -15,7 +15,7 @@ from typing import Any
 from qig_serve.errors import UserError
 from qig_serve.inspection import Inspection, inspect
 from qig_serve.model_directory import read_config, read_json, text_config
-from qig_serve.serving.adapters import CONFIG_FILE, named_adapters
+from qig_serve.serving.adapters import ADAPTER_FILE, named_adapters
 from qig_serve.weight_files import check_pointers
 
 TENSORS_FILE = "adapter_model.safetensors"
@@ -73,7 +73,7 @@ def check_adapter_tensors(directory: Path, args: argparse.Namespace) -> None:
     tables = compat.adapted_tables(model, str(text_config(config).get("model_type")))
     found = adaptable(inspect(directory), to_vllm, tables, args.enable_tower_connector_lora)
     for name, folder in folders:
-        rank_of = compat.adapter_ranks(read_json(folder / CONFIG_FILE))
+        rank_of = compat.adapter_ranks(read_json(folder / ADAPTER_FILE))
         check_tensors(folder, found, names, rank_of, f"the adapter {name}")
 
 
@@ -149,7 +149,7 @@ def check_tensors(
         rank = shape[0] if is_a else shape[-1]
         if rank != rank_of(name):
             raise UserError(
-                f"{where}: {name} in {path} has rank {rank}, and {CONFIG_FILE} says "
+                f"{where}: {name} in {path} has rank {rank}, and {ADAPTER_FILE} says "
                 f"{rank_of(name)}: give tensors and configuration of one adapter"
             )
     for (module, is_a), name in first.items():

@@ -21,7 +21,7 @@ from qig_serve.errors import UserError
 from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import check_mark, read_config, read_json
 
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 _MERGE = "merge it into the full-precision model (PEFT's merge_and_unload) and quantize that"
 _SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
@@ -92,15 +92,15 @@ def _check_adapter(
     folder = Path(path).expanduser()
     if not folder.exists() and _HUB_NAME.fullmatch(path):
         return  # on a hub: vLLM fetches it, or says that it cannot
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         raise UserError(
-            f"the adapter {name}: {folder} has no {CONFIG_FILE}: give the folder that PEFT's "
+            f"the adapter {name}: {folder} has no {ADAPTER_FILE}: give the folder that PEFT's "
             "save_pretrained wrote"
         )
-    config = read_json(folder / CONFIG_FILE)
-    check_mark(folder / CONFIG_FILE)
+    config = read_json(folder / ADAPTER_FILE)
+    check_mark(folder / ADAPTER_FILE)
     if reason := _not_plain(config) or _refused_by_vllm(config, max_rank):
-        raise UserError(f"the adapter {name} ({folder / CONFIG_FILE}): {reason}")
+        raise UserError(f"the adapter {name} ({folder / ADAPTER_FILE}): {reason}")
     base = str(config.get("base_model_name_or_path"))
     if manifest.is_equalized and Path(base).name != directory.resolve().name:
         raise UserError(
@@ -108,7 +108,7 @@ def _check_adapter(
             f"channels of {directory}, so it would add other numbers than it learned: train it on "
             "this checkpoint (dequantized), merge it before quantization, or quantize with "
             "--method gptq, which leaves the channels as they are. If it was trained on this "
-            f"checkpoint, name it in base_model_name_or_path of {folder / CONFIG_FILE}"
+            f"checkpoint, name it in base_model_name_or_path of {folder / ADAPTER_FILE}"
         )
     channels = manifest.summary.get("mlp_channels")
     if channels and Path(base).name != directory.resolve().name and _changes_mlp(config):

@@ -227,7 +227,7 @@ def describe(
         whole = expert_parallel and ".experts." in prefix
         part = (n, k) if whole else shard(prefix, n, k, tensor_parallel_size)
         possible, reason = backend.can_implement(its, *part, dtype, capability)
-        kernel = kernel_name(its, *part, dtype)
+        kernel = kernel_name(its, part[0], dtype) if possible else "none"
         layers.append(LayerReport(prefix, n, k, kernel, None if possible else reason))
         needed = part[0] * _bytes_of_rows(its, part[1], dtype) // _ROWS if possible else 0
         needed //= tensor_parallel_size if whole else 1

@@ -30,8 +30,8 @@ class EngineWatch:
             message = await receive()
             client: Any = scope["app"].state.engine_client
             if message["type"] == "lifespan.startup":
-                report = _describe_engine(client)
-                _publish_metrics(report)
+                report = describe_engine(client)
+                publish_metrics(report)
                 self.report = report.as_json()
                 patches.call_before_shutdown(client, self._note_stopping)
                 patches.remember_only_sent_pictures(client)
@@ -49,7 +49,7 @@ THIS_PROCESS = EngineWatch()
 """vLLM makes the middleware that fills it, and `qig-serve serve` reads it when vLLM returns."""
 
 
-def _describe_engine(client: Any) -> Report:
+def describe_engine(client: Any) -> Report:
     """The checkpoint that the engine loaded, as it was asked to serve it."""
     config = client.vllm_config
     tower = config.model_config.multimodal_config
@@ -63,7 +63,7 @@ def _describe_engine(client: Any) -> Report:
     )
 
 
-def _publish_metrics(report: Report) -> None:
+def publish_metrics(report: Report) -> None:
     """Gauges for /metrics: which kernel serves how many layers, and the weights' bytes."""
     scheme = report.manifest.scheme
     layers = Gauge(

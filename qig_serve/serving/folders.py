@@ -37,7 +37,7 @@ def check_folders(cuda: bool) -> None:
         f"{folder.purpose} ({folder.path}): {reason}; set {folder.variable} to a folder that can "
         "be written"
         for folder in _folders(cuda)
-        if (reason := _why_not_writable(folder.path))
+        if (reason := why_not_writable(folder.path))
     ]
     if problems:
         raise UserError("; ".join(problems))
@@ -63,7 +63,7 @@ def _folders(cuda: bool) -> Iterator[Folder]:
         yield Folder("FlashInfer's compiled kernels", path, "FLASHINFER_WORKSPACE_BASE")
 
 
-def _why_not_writable(path: str) -> str | None:
+def why_not_writable(path: str) -> str | None:
     """None if a file can be made in the folder, which is created where it is missing."""
     if path.startswith("~"):  # and would become a folder of that name in the current one
         return "this user has no home folder"

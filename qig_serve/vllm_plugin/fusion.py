@@ -62,15 +62,16 @@ def install(vllm_config: Any) -> None:
     if isinstance(other, QuantizationFusion):
         return
     if not compat.has_ir_norms():
-        _step_back("this vLLM's RMSNorm is not an IR op")
+        step_back("this vLLM's RMSNorm is not an IR op")
     elif other is not None and not isinstance(other, compat.inductor_pass()):
-        _step_back(f"Inductor's {key} is {other!r}, which is not a pass of vLLM's")
+        step_back(f"Inductor's {key} is {other!r}, which is not a pass of vLLM's")
     else:
         passes[key] = QuantizationFusion(other)
 
 
 @functools.cache  # a line once
-def _step_back(reason: str) -> None:
+def step_back(reason: str) -> None:
+    """Says in the log why nothing is fused."""
     _logger.warning("Activations are quantized by kernels of their own: %s.", reason)
 
 

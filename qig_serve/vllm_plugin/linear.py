@@ -43,12 +43,12 @@ def kernel_backend() -> ModuleType:
     )
 
 
-def kernel_name(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype) -> str:
-    """What runs a linear [n, k] on the platform vLLM runs on, in words."""
+def kernel_name(scheme: QuantScheme, n: int, dtype: torch.dtype) -> str:
+    """What runs a linear of n rows on the platform vLLM runs on, in words."""
     if current_platform.is_cpu():
         from qig_serve.kernels import cpu
 
-        return cpu.kernel_name(scheme, n, k, dtype)
+        return cpu.kernel_name(scheme, n, dtype)
     return f"Triton {scheme.name}"
 
 

@@ -6,7 +6,7 @@
 Each input is a file in the place of the one that the reader opens; the first byte of the input
 chooses the reader, the rest is either the file's text, or decisions that build JSON out of the
 names the readers know. A reader may return or raise UserError with one sentence. Anything else is
-printed, once a place that it comes from, and its input saved in DIR; the exit status is then 1.
+printed, once per place that it comes from, and its input saved in DIR; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def make_readers(folder: Path) -> dict[str, tuple[Path, Any, Callable[[], Any]]]
         "model": (
             fresh["model"] / config,
             CONFIG,
-            lambda: loaded_model.read_config(fresh["model"]),
+            lambda: loaded_model.quantizable_config(fresh["model"]),
         ),
         "model-index": (
             fresh["model-index"] / index,

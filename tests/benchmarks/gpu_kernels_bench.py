@@ -152,7 +152,7 @@ class Bench:
         return self._error(scheme, x, ops.linear(SCHEMES[scheme], x, prepared, n, k))
 
     def tile_error(self, scheme: str, m: int, tile: Tile) -> float:
-        """Of the GEMM with a tile: the same, of a few of M tokens that are compared once a tile."""
+        """Of the GEMM with a tile: the same, of a few of M tokens compared once per tile."""
         key = (scheme, m > 16, tile, self.shape)
         if key not in self.errors:
             x = self._x(m)[: min(m, 48)].contiguous()

@@ -69,7 +69,7 @@ def _kernel(module: torch.nn.Module, method: Any) -> str:
     if hasattr(module, "qig_n"):
         from qig_serve.vllm_plugin.linear import kernel_name
 
-        name = kernel_name(method.scheme, module.qig_n, module.qig_k, module.qig_dtype)
+        name = kernel_name(method.scheme, module.qig_n, module.qig_dtype)
         return f"{kind}: {name}"
     scheme = getattr(module, "scheme", None)
     if scheme is None:

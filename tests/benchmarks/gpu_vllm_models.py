@@ -2,7 +2,7 @@
 
     make_checkpoints("qwen2-vl-7b", ["bf16", "w3a16"], directory, device="cuda")
 
-Nothing is downloaded and no calibration runs: weights are drawn from a seed a layer, and every
+Nothing is downloaded and no calibration runs: weights are drawn from a seed per layer, and every
 quantized variant is those same weights rounded to nearest by the package's own packing. What all
 variants share (vision tower, embeddings, lm_head, norms) lies in one file that they link to.
 `tiny=True` makes the same models with few and narrow layers, for a machine without a GPU.

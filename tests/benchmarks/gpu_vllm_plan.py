@@ -134,7 +134,9 @@ def tail(log: Path, lines: int = 40, most: int = 4096) -> str:
     return kept.decode(errors="ignore")
 
 
-TOLD = re.compile(r"cudagraph|CUDA graph|kernels ready|fused|torch\.compile|Loading weights", re.I)
+WORTH_KEEPING = re.compile(
+    r"cudagraph|CUDA graph|kernels ready|fused|torch\.compile|Loading weights", re.I
+)
 
 
 def reported(log: Path, most: int = 24) -> list[str]:
@@ -144,6 +146,6 @@ def reported(log: Path, most: int = 24) -> list[str]:
     lines = [
         line.split("]", 1)[-1].strip()[:300]
         for line in log.read_text(errors="replace").splitlines()
-        if TOLD.search(line) and "%|" not in line and line.startswith(("INFO", "WARNING"))
+        if WORTH_KEEPING.search(line) and "%|" not in line and line.startswith(("INFO", "WARNING"))
     ]
     return list(dict.fromkeys(lines))[:most]

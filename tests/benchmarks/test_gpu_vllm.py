@@ -125,7 +125,7 @@ def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
     assert found["unavailable"].startswith("stopped after")
 
 
-def test_bench_throughput_is_told_of_the_engine(tmp_path: Path) -> None:
+def test_bench_throughput_gets_the_engine(tmp_path: Path) -> None:
     options = gpu_vllm.arguments(["throughput", "--requests", "7"])
     job = {"checkpoint": "DIR", "engine": {"max_model_len": 99, "enforce_eager": True},
            "picture": 448}  # fmt: skip
@@ -314,7 +314,7 @@ def test_kernels_are_read_from_the_layers() -> None:
     assert found == {"decoder": {name: 2}, "elsewhere": {"object": 2}}
 
 
-def test_a_variant_that_ran_something_else_is_told_of() -> None:
+def test_a_variant_that_ran_something_else_is_named() -> None:
     profile = {"1": {"decode_kernels": [["void marlin::Marlin<...>", 5.0]]}}
     marlin = {"layers": {"decoder": {"CompressedTensorsWNA16: MarlinLinearKernel": 8}},
               "profile": profile}  # fmt: skip

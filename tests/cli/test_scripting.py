@@ -54,9 +54,9 @@ def test_quantize_prints_the_calibration_figures_where_nothing_was_evaluated(
 ) -> None:
     command = ["quantize", str(source), "--method", "awq", "--calib", "demo", "--samples", "2"]
     assert main([*command, "--grid", "2", "--output", str(tmp_path / "out")]) == 0
-    out, told = capfd.readouterr()
-    assert re.search(r"wrote .*out in \d+ s: [\d.]+ MiB of weights, [\d.]+ MiB before\n", told)
-    assert told.endswith(f"serve it: qig-serve serve {tmp_path / 'out'}\n")
+    out, errors = capfd.readouterr()
+    assert re.search(r"wrote .*out in \d+ s: [\d.]+ MiB of weights, [\d.]+ MiB before\n", errors)
+    assert errors.endswith(f"serve it: qig-serve serve {tmp_path / 'out'}\n")
     assert out.startswith("no evaluation was run (--evaluate SRC); on the calibration samples:\n")
     assert "loss of the searched modules over round-to-nearest's: " in out
     card = (tmp_path / "out" / "README.md").read_text()

@@ -17,7 +17,7 @@ from qig_serve.demo.measure import answers_right, rounded_to_nearest
 from qig_serve.demo.model import MODELS, get_spec, load_model, make_model, train_tokenizer
 from qig_serve.demo.outliers import Outliers, add_outliers, decoder_layers
 from qig_serve.demo.questions import samples
-from qig_serve.demo.warm_start import BUNDLED, start_from, strongest_neurons
+from qig_serve.demo.warm_start import THE_BUNDLED, start_from, strongest_neurons
 from qig_serve.errors import UserError
 from qig_serve.formats import get_scheme
 
@@ -59,7 +59,7 @@ def test_start_from_the_bundled_decoder() -> None:
     tokenizer = processor.tokenizer
     spec = dataclasses.replace(get_spec("llava"), layers=8)
     model = make_model(spec, tokenizer).eval()
-    start_from(model, tokenizer, BUNDLED, spec.sink_channel)
+    start_from(model, tokenizer, THE_BUNDLED, spec.sink_channel)
     ids = torch.tensor([tokenizer("How many red stars are there?")["input_ids"]])
     with torch.no_grad():
         ours = model(input_ids=ids).logits[..., : len(tokenizer)]
@@ -72,7 +72,7 @@ def test_experts_start_from_the_neurons_of_an_mlp() -> None:
     spec = dataclasses.replace(get_spec("qwen3-vl-moe"), vision_layers=1)
     tokenizer = train_tokenizer(["How many red stars are there?"], 768, spec.family)
     model = make_model(spec, tokenizer).eval()
-    start_from(model, tokenizer, BUNDLED, spec.sink_channel)
+    start_from(model, tokenizer, THE_BUNDLED, spec.sink_channel)
     full, _ = load_model(MODEL_DIR, torch.float32)
     add_outliers(full, Outliers().undo(), keep=(spec.sink_channel,))
     source = decoder_layers(full)[0].mlp

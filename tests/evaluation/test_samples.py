@@ -138,7 +138,7 @@ def test_set_hash_ignores_order() -> None:
     assert set_sha256(["a", "b"]) == set_sha256(["b", "a"]) != set_sha256(["a"])
 
 
-def test_hash_tells_pixels_and_questions_apart() -> None:
+def test_pixels_and_questions_change_the_hash() -> None:
     def sample(color: str, question: str, answer: str) -> Sample:
         return sample_from_parts("1", "t", Image.new("RGB", (2, 2), color), question, answer)
 

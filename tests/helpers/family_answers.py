@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gc
 import io
 import json
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from helpers.tiny_models import FAMILIES
+from helpers.vllm_engine import engine
 
 TOKENS = 12
 NEAR = 0.4
@@ -69,6 +69,20 @@ def as_vllm_computes_it(source: Path, family: str) -> Path:
     return source
 
 
+def asked(directory: Path) -> Any:
+    """The question about the picture as a model's processor in transformers has it."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(directory)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    return processor(
+        text=[text], images=[_picture()], add_special_tokens=False, return_tensors="pt"
+    )
+
+
 def hugging_face_tokens(
     checkpoint: Path, dtype: str = "float32", tokens: Sequence[int] = ()
 ) -> list[int]:
@@ -80,20 +94,12 @@ def hugging_face_tokens(
     a quarter of them has to. (Changed by 1e-6, the input of the tiny Gemma 4's blocks turns int8
     codes, and these routers: transformers' own logits then move by 0.9 standard deviations.)
     """
-    from transformers import AutoProcessor
 
     from qig_serve.model_directory import read_manifest
     from qig_serve.transformers_plugin import load_dequantized
 
     model: Any = load_dequantized(checkpoint, getattr(torch, dtype))
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(
-        text=[text], images=[_picture()], add_special_tokens=False, return_tensors="pt"
-    ).to(getattr(torch, dtype))
+    inputs = asked(checkpoint).to(getattr(torch, dtype))
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         out = model.generate(
@@ -139,7 +145,8 @@ def _router_margins(model: Any) -> list[torch.Tensor] | None:
         best = logits.topk(top_k + 1).values
         found.append((best[:, -2] - best[:, -1]) / logits.std() * top_k / 2)
 
-    router = get_architecture(model.config.model_type).router
+    arch = get_architecture(model.config.model_type)
+    router = arch.kept[0] if any("*" in name for name in arch.linears) else ""
     modules = [m for n, m in model.named_modules() if router and n.endswith(f".{router}")]
     for module in modules:
         module.register_forward_hook(note)
@@ -148,25 +155,8 @@ def _router_margins(model: Any) -> list[torch.Tensor] | None:
 
 def vllm_tokens(checkpoint: Path, dtype: str = "float32") -> list[int]:
     """Greedy tokens of vLLM, in this process."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    llm = LLM(
-        str(checkpoint),
-        dtype=dtype,
-        max_model_len=512,
-        max_num_seqs=2,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        seed=0,
-    )
     parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    (answer,) = llm.chat([messages()], parameters, use_tqdm=False)
+    (answer,) = engine(checkpoint, dtype=dtype).chat([messages()], parameters, use_tqdm=False)
     return list(answer.outputs[0].token_ids)
-
-
-def release_vllm() -> None:
-    """Frees an engine of this process, one that did not start included."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()

@@ -23,6 +23,18 @@ ENGINE += [
 ]
 
 
+def engine_of(process: int) -> int:
+    """The id of the process in which the server or batch of that id has vLLM's engine."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(process), "-o", "pid=,args="],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (engine,) = [int(row.split()[0]) for row in listed.splitlines() if "EngineCore" in row]
+    return engine
+
+
 @dataclass
 class Server:
     """A `qig-serve serve` process."""

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qig_serve import packing
-from qig_serve.formats import SCHEMES, get_scheme
-from qig_serve.kernels import launch, ops, tiles, tuning
+from qig_serve.formats import SCHEMES, VOCABULARY_SCHEME, get_scheme
+from qig_serve.kernels import cpu, experts, launch, ops, tiles, tuning
 
 W3A16, W4A8 = get_scheme("w3a16"), get_scheme("w4a8")
 HOPPER = (9, 0)
@@ -75,8 +75,6 @@ def test_fake_linear_has_the_real_shape(scheme: object) -> None:
 
 
 def test_fake_experts_have_the_real_shape() -> None:
-    from qig_serve.kernels import experts
-
     with FakeTensorMode():
         x, routing = torch.empty(3, 160, dtype=torch.float16), torch.empty(3, 2)
         ids = torch.empty(3, 2, dtype=torch.int32)
@@ -87,8 +85,6 @@ def test_fake_experts_have_the_real_shape() -> None:
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_tiles_of_experts_grow_with_their_slots(scheme: str) -> None:
-    from qig_serve.kernels import experts
-
     chosen = [experts.select(scheme, 8 * m, 128).block_m for m in (1, 64, 256, 512, 2048, 8192)]
     assert chosen == sorted(chosen) and chosen[0] <= 8 and chosen[-1] == 128
 
@@ -108,13 +104,20 @@ def test_prepared_tensors_are_those_of_the_warm_up() -> None:
         }
 
 
-def test_schemes_and_kernel_modules_export_the_same() -> None:
+def test_schemes_and_kernel_modules_belong_together() -> None:
+    """A served scheme has a module, for a GPU or a CPU; modules export what is asked of them."""
+    served = {name for name, scheme in SCHEMES.items() if scheme.servable}
+    assert served | {VOCABULARY_SCHEME.name} == {*ops.KERNELS, *cpu.KERNELS}
     wanted = {
         "prepare", "apply", "linear", "zeros", "warm_up", "candidates", "kernel", "unsupported",
         "FUSES_ACTIVATIONS",
     }  # fmt: skip
-    for name, module in ops.KERNELS.items():
-        assert name in SCHEMES and wanted <= set(dir(module))
+    on_cpu = {"prepare", "linear", "describe", "look_up"}
+    for kernels, names in ((ops.KERNELS, wanted), (cpu.KERNELS, on_cpu)):
+        for name, module in kernels.items():
+            assert names <= set(dir(module)), name
+    assert served & set(ops.KERNELS) == set(experts.TILES)
+    assert set(ops.KERNELS) == {scheme for _, scheme, _ in tiles.tile_table()}
 
 
 def test_tiles_cover_every_number_of_tokens() -> None:
@@ -196,7 +199,7 @@ def test_two_names_of_a_device_share_scratch_memory(monkeypatch: pytest.MonkeyPa
     assert launch.scratch(cpu) is launch.scratch(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     asked: list[torch.device] = []
-    monkeypatch.setattr(launch, "_scratch", asked.append)
+    monkeypatch.setattr(launch, "scratch_of", asked.append)
     for name in ("cuda", "cuda:1", "cuda:0"):
         launch.scratch(torch.device(name))
     assert asked == [torch.device("cuda", i) for i in (1, 1, 0)]

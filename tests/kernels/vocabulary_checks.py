@@ -66,12 +66,12 @@ def test_rows_are_the_dequantized_ones(
     k: int, orders: launch.Orders, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "orders", lambda _: orders)
-    w8a16._order.cache_clear()
+    w8a16.table_order.cache_clear()
     n = 300
     case = make("w8a16", 1, n, k, dtype)
     ids = torch.tensor([[0, 299, 5], [5, 128, 127]], device=DEVICE)
     got = ops.embedding(VOCABULARY_SCHEME, ids, case.prepared, n, k, dtype)
-    w8a16._order.cache_clear()
+    w8a16.table_order.cache_clear()
     assert torch.equal(got, weight_of(case.stored)[ids].to(dtype))
     none = ops.embedding(VOCABULARY_SCHEME, ids[:0], case.prepared, n, k, dtype)
     assert none.shape == (0, 3, k)
@@ -82,4 +82,4 @@ def test_a_tile_in_another_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     case = make("w8a16", 1, 128, 128, torch.bfloat16)
     with pytest.raises(ValueError, match="too narrow"):
         run("w8a16", case, 128, None, Tile("halves", 4, 64, 2, num_stages=2), not INTERPRETED)
-    w8a16._order.cache_clear()
+    w8a16.table_order.cache_clear()

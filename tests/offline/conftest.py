@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +38,22 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(intact: Path, tmp_path: Path) -> Path:
     """A copy of it, to be changed."""
     return Path(shutil.copytree(intact, tmp_path / "llava"))
+
+
+@pytest.fixture
+def end_at_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets Ctrl-C end a run that begins to round its n-th block, until `monkeypatch.undo`."""
+    from qig_serve.offline import pipeline
+
+    def end(last: int) -> None:
+        original, calls = pipeline.round_block, []
+
+        def killed(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(pipeline, "round_block", killed)
+
+    return end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +120,13 @@ def test_plain_transformers_has_the_weights_of_the_codes(
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end_at_block: Callable[[int], None],
 ) -> None:
     whole = quantized(folder, tmp_path / "whole", method="gptq-qig", offload="disk")
-    original, calls = pipeline.round_block, []
-
-    def killed(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(pipeline, "round_block", killed)
+    end_at_block(3)
     with pytest.raises(KeyboardInterrupt):
         quantized(folder, tmp_path / "part", method="gptq-qig")
     monkeypatch.undo()

@@ -227,19 +227,11 @@ def test_resume_ends_with_the_same_bytes(
     tmp_path: Path,
     scheme: str,
     monkeypatch: pytest.MonkeyPatch,
+    end_at_block: Callable[[int], None],
 ) -> None:
     r = recipe(calib, scheme=scheme)
     whole = pipeline.quantize(model_dir, tmp_path / "whole", r, quiet=True)
-    original = pipeline.round_block
-    calls = []
-
-    def killed(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(pipeline, "round_block", killed)
+    end_at_block(2)
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(model_dir, tmp_path / "part", r, quiet=True)
     monkeypatch.undo()

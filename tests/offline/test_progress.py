@@ -42,7 +42,7 @@ def test_time_left_counts_from_the_first_block(
     assert "10 s, 30 s left" in first and "30 s, 30 s left" in second
 
 
-def test_the_log_is_appended_to_and_tells_why_it_ends(tmp_path: Path) -> None:
+def test_the_log_is_appended_to_and_says_why_it_ends(tmp_path: Path) -> None:
     log = tmp_path / "quantize.log"
     with pytest.raises(KeyError), RunProgress(4, torch.device("cpu"), True, log) as progress:
         progress.line("first")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_llava
+from helpers.damage import change_header, change_index, flip_bit, huge_header
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
@@ -80,47 +81,14 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any], indexed: bool = Tr
         change(found)
         save_file(found, directory / SHARD, {"format": "pt"})
         if indexed:
-            index_of(directory, lambda m: (m.clear(), m.update(dict.fromkeys(found, SHARD))))
+            change_index(directory, lambda m: (m.clear(), m.update(dict.fromkeys(found, SHARD))))
 
     return damage
-
-
-def index_of(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = directory / INDEX_FILE
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
-
-
-def header_of(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Writes another header before the same data."""
-    path = directory / SHARD
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    raw = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
 
 
 def overlapping(header: dict[str, Any]) -> None:
     first, second = sorted(n for n in header if n != "__metadata__")[:2]
     header[second]["data_offsets"] = header[first]["data_offsets"]
-
-
-def huge_header(directory: Path) -> None:
-    """A sparse file whose header is 2 GB, as its length says."""
-    with (directory / SHARD).open("wb") as file:
-        file.write(struct.pack("<Q", 2 << 30) + b"{")
-        file.truncate((2 << 30) + 100)
-
-
-def bit(directory: Path) -> None:
-    """One bit of the header flipped: a tensor has another name."""
-    path = directory / SHARD
-    data = bytearray(path.read_bytes())
-    data[data.index(b"down_proj")] ^= 1
-    path.write_bytes(data)
 
 
 def twice(directory: Path) -> None:
@@ -236,11 +204,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"names the tensor {DOWN}.weight_scale, which is not in",
     ),
     "index-absent-file": (
-        lambda d: index_of(d, lambda m: m.update({"x": "gone.safetensors"})),
+        lambda d: change_index(d, lambda m: m.update({"x": "gone.safetensors"})),
         "names the shard gone.safetensors, which is missing",
     ),
     "index-outside": (
-        lambda d: index_of(d, lambda m: m.update({"x": "../model.safetensors"})),
+        lambda d: change_index(d, lambda m: m.update({"x": "../model.safetensors"})),
         "'../model.safetensors', which is not a file beside it",
     ),
     "index-no-map": (lambda d: (d / INDEX_FILE).write_text("{}"), "has no weight_map"),
@@ -261,9 +229,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes() + b"more"),
         f"{SHARD} is damaged",
     ),
-    "flipped-header-bit": (bit, "which is not in model.safetensors"),
-    "overlapping": (lambda d: header_of(d, overlapping), f"{SHARD} is damaged"),
-    "header-of-2-gb": (huge_header, f"{SHARD} is damaged"),
+    "flipped-header-bit": (
+        lambda d: flip_bit(d / SHARD, b"down_proj", 1),
+        "which is not in model.safetensors",
+    ),
+    "overlapping": (lambda d: change_header(d / SHARD, overlapping), f"{SHARD} is damaged"),
+    "header-of-2-gb": (lambda d: huge_header(d / SHARD), f"{SHARD} is damaged"),
     "header-list": (
         lambda d: (d / SHARD).write_bytes(struct.pack("<Q", 2) + b"[]"),
         f"{SHARD} is damaged",

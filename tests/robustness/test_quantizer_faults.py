@@ -324,7 +324,7 @@ def start(source: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
-def test_told_to_stop(source: Path, tmp_path: Path, number: int, status: int) -> None:
+def test_asked_to_stop(source: Path, tmp_path: Path, number: int, status: int) -> None:
     """Once before a block is done, when nothing is kept, and once after; then it goes on."""
     output = tmp_path / "out"
     with start(source, output) as early:

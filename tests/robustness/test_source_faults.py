@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import quantizer_runs as runs
 import torch
+from helpers.damage import change_header, change_index, flip_bit, huge_header
 from safetensors.torch import load_file, save_file
 
 from qig_serve.errors import UserError
@@ -38,43 +38,12 @@ def sharded(tmp_path: Path) -> Path:
 
 def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """A damage: another header before the same data."""
-
-    def damage(directory: Path) -> None:
-        path = directory / SHARD
-        data = path.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        values = json.loads(data[8 : 8 + length])
-        change(values)
-        raw = json.dumps(values).encode()
-        path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
-
-    return damage
+    return lambda d: change_header(d / SHARD, change)
 
 
 def index(**names: Any) -> Callable[[Path], None]:
     """A damage: further names in the index."""
-
-    def damage(directory: Path) -> None:
-        path = directory / INDEX_FILE
-        values = json.loads(path.read_text())
-        values["weight_map"] |= names
-        path.write_text(json.dumps(values))
-
-    return damage
-
-
-def two_gigabytes(directory: Path) -> None:
-    with (directory / SHARD).open("wb") as file:  # sparse
-        file.write(struct.pack("<Q", 2 << 30) + b"{")
-        file.truncate((2 << 30) + 100)
-
-
-def flipped(directory: Path) -> None:
-    """One bit of the header: a tensor gets another name."""
-    path = directory / SHARD
-    data = bytearray(path.read_bytes())
-    data[data.index(b"a.weight")] ^= 4
-    path.write_bytes(data)
+    return lambda d: change_index(d, lambda m: m.update(names))
 
 
 def pickled(directory: Path) -> None:
@@ -92,8 +61,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zero-byte": (lambda d: (d / SHARD).write_bytes(b""), SHARD),
     "longer": (lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes() + b"x"), SHARD),
     "missing": (lambda d: (d / SHARD).unlink(), f"{SHARD}, which is missing"),
-    "header-of-2-gb": (two_gigabytes, SHARD),
-    "header-bit-flipped": (flipped, f"a.weight, which is not in {SHARD}"),
+    "header-of-2-gb": (lambda d: huge_header(d / SHARD), SHARD),
+    "header-bit-flipped": (
+        lambda d: flip_bit(d / SHARD, b"a.weight", 4),
+        f"a.weight, which is not in {SHARD}",
+    ),
     "overlapping": (
         header(lambda h: h["b.weight"].update(data_offsets=h["a.weight"]["data_offsets"])),
         SHARD,

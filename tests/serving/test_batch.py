@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from helpers import tiny_llava
-from helpers.server_process import ENGINE, environment
+from helpers.server_process import ENGINE, engine_of, environment
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -209,10 +209,7 @@ def test_generate_kill_and_resume(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     words = command(checkpoint, "-i", source, "-o", output)
     with start(words, output, rows=40) as process:
-        children = ["ps", "--ppid", str(process.pid), "-o", "pid=,args="]
-        listed = subprocess.run(children, capture_output=True, text=True, check=True).stdout
-        (engine,) = [line.split()[0] for line in listed.splitlines() if "EngineCore" in line]
-        os.kill(int(engine), signal.SIGKILL)
+        os.kill(engine_of(process.pid), signal.SIGKILL)
         assert process.wait(timeout=300) == 1
     assert "run it again with --resume" in output.with_suffix(".log").read_text()
     before = output.read_bytes().count(b"\n")

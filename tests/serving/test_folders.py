@@ -68,6 +68,6 @@ def test_no_temporary_folder_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "gettempdir", fail)
-    monkeypatch.setattr(folders, "_why_not_writable", lambda path: "no" if path == "/tmp" else None)
+    monkeypatch.setattr(folders, "why_not_writable", lambda path: "no" if path == "/tmp" else None)
     with pytest.raises(UserError, match=r"temporary files \(/tmp\): no; set TMPDIR"):
         check_folders(cuda=False)

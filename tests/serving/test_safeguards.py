@@ -297,11 +297,11 @@ class StandInReport:
 
 
 @pytest.mark.parametrize(("asked", "died"), [(True, False), (False, True)], ids=["asked", "died"])
-def test_a_dead_engine_is_told_from_a_stopped_one(
+def test_a_dead_engine_is_not_a_stopped_one(
     asked: bool, died: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_watch, "_describe_engine", lambda client: StandInReport())
-    monkeypatch.setattr(engine_watch, "_publish_metrics", lambda report: None)
+    monkeypatch.setattr(engine_watch, "describe_engine", lambda client: StandInReport())
+    monkeypatch.setattr(engine_watch, "publish_metrics", lambda report: None)
     watch = EngineWatch()
 
     class Engine:
@@ -335,8 +335,8 @@ def test_a_dead_engine_is_told_from_a_stopped_one(
 
 
 def test_the_checkpoint_is_read_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_watch, "_describe_engine", lambda client: StandInReport())
-    monkeypatch.setattr(engine_watch, "_publish_metrics", lambda report: None)
+    monkeypatch.setattr(engine_watch, "describe_engine", lambda client: StandInReport())
+    monkeypatch.setattr(engine_watch, "publish_metrics", lambda report: None)
     monkeypatch.setattr(StandInReport, "made", 0)
     watch = EngineWatch()
     app = make_app(echo, engine=watch)

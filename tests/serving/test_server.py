@@ -21,7 +21,7 @@ import httpx
 import openai
 import psutil
 from helpers import tiny_llava
-from helpers.server_process import Server, environment, free_port, start_server
+from helpers.server_process import Server, engine_of, environment, free_port, start_server
 from transformers import AutoTokenizer
 
 TOKENS = 8
@@ -380,14 +380,7 @@ def test_dead_engine_takes_the_process_down(checkpoint: Path, tmp_path: Path) ->
     server = start_server(checkpoint, tmp_path, "--api-key", "secret")
     health = f"{server.url}/health"
     assert httpx.get(f"{server.url}/v1/models").status_code == 401
-    children = subprocess.run(
-        ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    (engine,) = [line.split()[0] for line in children.splitlines() if "EngineCore" in line]
-    os.kill(int(engine), signal.SIGKILL)
+    os.kill(engine_of(server.process.pid), signal.SIGKILL)
     red = False
     deadline = time.monotonic() + 60
     while server.process.poll() is None and time.monotonic() < deadline:

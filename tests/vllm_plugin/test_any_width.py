@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from helpers.family_answers import (
     TOKENS,
     hugging_face_tokens,
     quantize_tiny,
-    release_vllm,
     vllm_tokens,
 )
 from helpers.tiny_models import tiny_model
@@ -38,12 +37,6 @@ NARROW = {
     "head_dim": 32,
 }
 """Inputs of qkv, o and gate_up 160, of down 288."""
-
-
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    release_vllm()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import gc
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.family_answers import TOKENS, asked, messages, quantize_tiny
 from helpers.tiny_models import FAMILIES, tiny_model
-from PIL import Image
+from helpers.vllm_engine import engine
 
 pytest.importorskip("vllm")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-TOKENS = 12
-QUESTION = "What color is the star?"
-
-
-def _picture() -> Image.Image:
-    generator = torch.Generator().manual_seed(3)
-    small = torch.randint(0, 256, (4, 7, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(small.numpy()).resize((112, 64), Image.Resampling.NEAREST)
-
-
-def _messages() -> list[dict[str, Any]]:
-    buffer = io.BytesIO()
-    _picture().save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": QUESTION},
-    ]
-    return [{"role": "user", "content": content}]
-
 
 def _quantize(source: Path, scheme: str, form: str) -> Path:
-    from qig_serve.offline.pipeline import quantize
-    from qig_serve.offline.recipe import make_recipe
-
-    calib = source.parent / "calib.jsonl"
-    calib.write_text(json.dumps({"messages": _messages(), "answer": "a large red star"}) + "\n")
-    values = {"scheme": scheme, "method": "awq", "calib": str(calib), "samples": 1, "grid": 4}
     target = source.parent / f"{scheme}-{form}"
-    quantize(source, target, make_recipe({**values, "format": form}), quiet=True)
-    return target
+    return quantize_tiny(source, target, scheme, format=form, grid=4, head=16, embeddings=16)
 
 
 def _load(directory: Path, dtype: torch.dtype) -> Any:
@@ -70,16 +40,7 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
 
 def _forced_logprobs(directory: Path, tokens: list[int], dtype: torch.dtype) -> torch.Tensor:
     """What a model in transformers gives to `tokens` as the answer."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(directory)
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(
-        text=[text], images=[_picture()], add_special_tokens=False, return_tensors="pt"
-    )
+    inputs = asked(directory)
     start = inputs["input_ids"].shape[1]
     answer = torch.tensor([tokens])
     for name, fill in (("input_ids", answer), ("attention_mask", torch.ones_like(answer))):
@@ -92,34 +53,17 @@ def _forced_logprobs(directory: Path, tokens: list[int], dtype: torch.dtype) -> 
     return logits.float().log_softmax(-1).gather(1, answer[0, :, None])[:, 0]
 
 
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
-
-
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_logprobs_within_noise(
     family: str, scheme: str, tmp_path: Path, release: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """About as near to our weights in fp32 as transformers' own bf16 run of them is."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     monkeypatch.setenv("VLLM_PLUGINS", "")
     source = tiny_model(family, tmp_path / "source")
-    llm = LLM(
-        str(_quantize(source, scheme, "compressed-tensors")),
-        dtype="bfloat16",
-        max_model_len=512,
-        max_num_seqs=2,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        seed=0,
-    )
+    llm = engine(_quantize(source, scheme, "compressed-tensors"), dtype="bfloat16")
     # No special tokens, which come first: a random model may well answer with images.
     parameters = SamplingParams(
         temperature=0,
@@ -128,7 +72,7 @@ def test_logprobs_within_noise(
         logprobs=1,
         allowed_token_ids=list(range(64, 320)),
     )
-    ((answer,),) = [a.outputs for a in llm.chat([_messages()], parameters, use_tqdm=False)]
+    ((answer,),) = [a.outputs for a in llm.chat([messages()], parameters, use_tqdm=False)]
     del llm
     tokens = list(answer.token_ids)
     got = torch.tensor([s[t].logprob for s, t in zip(answer.logprobs, tokens, strict=True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from helpers.family_answers import (
     as_vllm_computes_it,
     hugging_face_tokens,
     quantize_tiny,
-    release_vllm,
     vllm_tokens,
 )
 from helpers.saved_again import WAYS, save_again
@@ -20,12 +18,6 @@ pytest.importorskip("vllm")
 
 # A model takes half a minute to load here; LLaVA is in the unmarked tests (test_in_vllm.py).
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    release_vllm()
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])

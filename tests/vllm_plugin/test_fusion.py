@@ -187,7 +187,7 @@ def test_it_steps_back_with_one_line(
 ) -> None:
     """From what is no pass of vLLM's, and from a vLLM without IR ops."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    fusion_module._step_back.cache_clear()
+    fusion_module.step_back.cache_clear()
     taken = config(post_grad_custom_post_pass="another")
     for _ in range(3):
         install(taken)

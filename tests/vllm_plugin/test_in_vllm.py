@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_llava
+from helpers.vllm_engine import engine
 
 pytest.importorskip("vllm")
 
@@ -26,29 +25,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoints(source: Path) -> dict[str, Path]:
     return {s: tiny_llava.quantize(source, source.parent / s, s) for s in SCHEMES}
-
-
-def load(checkpoint: Path, **options: Any) -> Any:
-    """vLLM's own LLM, with nothing said about quantization."""
-    from vllm import LLM
-
-    settings = {
-        "max_model_len": 512,
-        "max_num_seqs": 4,
-        "enforce_eager": True,
-        "limit_mm_per_prompt": {"image": 1, "video": 0},
-        "seed": 0,
-    }
-    return LLM(str(checkpoint), **(settings | options))
-
-
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 def ask(llm: Any, logprobs: int | None = None) -> list[Any]:
@@ -90,7 +66,7 @@ def test_fp32_tokens_equal(
                 **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
             )
         expected.append(out[0, inputs["input_ids"].shape[1] :].tolist())
-    llm = load(checkpoints[scheme], dtype="float32")
+    llm = engine(checkpoints[scheme], dtype="float32")
     answers = ask(llm)
     del llm
     assert [list(a.token_ids) for a in answers] == expected
@@ -114,7 +90,7 @@ def test_bf16_logprobs_within_noise(
     """
     monkeypatch.setenv("CXX", "no-such-compiler")
     request.addfinalizer(lambda: torch.compiler.set_stance("default"))
-    llm = load(checkpoints[scheme], dtype="bfloat16", enforce_eager=not compiled)
+    llm = engine(checkpoints[scheme], dtype="bfloat16", enforce_eager=not compiled)
     answers = ask(llm, logprobs=1)
     del llm
     exact = tiny_llava.reference(source, checkpoints[scheme], torch.float32)
@@ -138,7 +114,7 @@ def test_bf16_logprobs_within_noise(
 @pytest.mark.parametrize("scheme", [pytest.param("w3a16", marks=pytest.mark.slow), "w4a8"])
 def test_dummy_weights_answer(checkpoints: dict[str, Path], scheme: str, release: None) -> None:
     """`--load-format dummy`: for timing, nothing is read but the headers."""
-    llm = load(checkpoints[scheme], load_format="dummy")
+    llm = engine(checkpoints[scheme], load_format="dummy")
     answers = ask(llm)
     del llm
     assert [len(a.token_ids) for a in answers] == [TOKENS] * len(QUESTIONS)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_llava
+from helpers.vllm_engine import engine
 from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
@@ -93,15 +92,6 @@ def adapted(model: Any, adapter: Adapter, scale: float = ALPHA / RANK) -> Any:
     return model
 
 
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
-
-
 def forced_logprobs(model: Any, source: Path, index: int, tokens: list[int]) -> torch.Tensor:
     """What `model` gives to `tokens` as the answer to a question."""
     from transformers import AutoProcessor
@@ -138,20 +128,17 @@ def test_logprobs_equal_peft_on_the_dequantized_base(
 
     bits: of output head and embedding; adapters of these fit where they have 16.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme, bits)
     adapter = make_adapter(source, tmp_path / "adapter")
     make_adapter(source, tmp_path / "stabilized", rank_stabilized=True)
     vocabulary = make_adapter(source, tmp_path / "vocabulary", vocabulary=True)
-    llm = LLM(
-        str(checkpoint),
+    llm = engine(
+        checkpoint,
         dtype="float32",
-        max_model_len=512,
         max_num_seqs=8,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
         enable_lora=True,
         max_lora_rank=RANK,
         max_loras=3,

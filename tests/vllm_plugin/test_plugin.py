@@ -180,14 +180,16 @@ def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
     monkeypatch.setattr("qig_serve.vllm_plugin.linear.kernel_backend", lambda: ops)
     warmed: list[tuple[Any, ...]] = []
     monkeypatch.setattr(ops, "warm_up", lambda *arguments: warmed.append(arguments))
-    launch._scratch.cache_clear()
+    launch.scratch_of.cache_clear()
     for name, n, k in (("qkv_proj", 300, 256), ("down_proj", 128, 384)):
         config = QigConfig.from_config(quantization_config(scheme))
         method = QigLinearMethod(config, f"m.{name}")
         layer = stored_layer(method, n, k)
         method.process_weights_after_loading(layer)
         assert warmed[-1] == (method.scheme, n, k, torch.bfloat16, torch.device("cpu"), False)
-        assert launch._scratch.cache_info().currsize == 1, "one scratch memory, whatever the layer"
+        assert launch.scratch_of.cache_info().currsize == 1, (
+            "one scratch memory, whatever the layer"
+        )
         names = {name for name, _ in layer.named_parameters()}
         assert any(name.startswith("qig_") for name in names) and "weight_packed" not in names
     device = torch.device("cpu")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny_llava
+from helpers import tiny_llava, vllm_engine
 
 pytest.importorskip("vllm")
 
@@ -24,34 +22,11 @@ NGRAM = {
 }
 
 
-@pytest.fixture
-def release() -> Iterator[None]:
-    yield
-    _release()
-
-
-def _release() -> None:
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
-
-
 def answers(checkpoint: Path, **options: Any) -> tuple[list[list[int]], int]:
     """Greedy tokens about two pictures at once, and how many of them a speculator foresaw."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    llm = LLM(
-        str(checkpoint),
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=2,
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        seed=0,
-        disable_log_stats=False,
-        **options,
-    )
+    llm = vllm_engine.engine(checkpoint, dtype="float32", disable_log_stats=False, **options)
     asked = [tiny_llava.conversation(q, tiny_llava.picture(i)) for i, q in enumerate(QUESTIONS)]
     parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     found = llm.chat(asked, parameters, use_tqdm=False)
@@ -66,6 +41,6 @@ def test_ngrams(scheme: str, tmp_path: Path, release: None) -> None:
     source = tiny_llava.build(tmp_path / "source")
     checkpoint = tiny_llava.quantize(source, tmp_path / scheme, scheme)
     alone, _ = answers(checkpoint)
-    _release()
+    vllm_engine.release()
     speculated, foreseen = answers(checkpoint, speculative_config=NGRAM)
     assert speculated == alone and foreseen > TOKENS / 4

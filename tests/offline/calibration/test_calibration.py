@@ -45,7 +45,7 @@ def _batches(samples: list[Sample], processor: Any, **options: Any) -> Any:
     return make_batches(samples, processor, processor.image_token_id, **options)
 
 
-def test_masks_tell_images_words_and_template(tmp_path: Path, processor: Any) -> None:
+def test_masks_separate_images_words_and_template(tmp_path: Path, processor: Any) -> None:
     image = _image(tmp_path / "a.png")
     sample = sample_from_parts("7", "caption", image, "What color is the star?", "a red star")
     (batch,) = _batches([sample], processor)

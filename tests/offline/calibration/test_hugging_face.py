@@ -197,7 +197,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_the_whole_command_tells_what_it_left_out(
+def test_the_whole_command_says_what_it_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from helpers.tiny_models import tiny_model

@@ -81,7 +81,7 @@ def test_contrast_and_colour_blind_readers(style: str) -> None:
             assert np.linalg.norm(_lab(matrix @ a) - _lab(matrix @ b)) > 10, sight
 
 
-def test_eight_lines_are_told_apart_without_colour() -> None:
+def test_eight_lines_differ_without_colour() -> None:
     _, axes = plots.figure()
     for number in range(8):
         plots.series(axes, number, [0, 1], [number, number], str(number))

@@ -7,6 +7,7 @@ changes most where its pixels did, so a wrong order of tiles, rows or merged pat
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,36 +168,20 @@ def _internvl() -> Built:
     return InternVLModel(config), processor, config
 
 
-def _idefics3() -> Built:
-    from transformers import Idefics3Config, Idefics3Model
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+def _idefics3(name: str = "Idefics3") -> Built:
+    import transformers
 
-    config = Idefics3Config(
+    place = f"transformers.models.{name.lower()}.image_processing_pil_{name.lower()}"
+    make_images = getattr(import_module(place), f"{name}ImageProcessorPil")
+    config = getattr(transformers, f"{name}Config")(
         vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
         text_config={"model_type": "llama", **TEXT},
         image_token_id=5,
         scale_factor=2,
     )
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 192}, max_image_size={"longest_edge": 64}
-    )
-    return Idefics3Model(config), SimpleNamespace(image_processor=images, image_seq_len=16), config
-
-
-def _smolvlm() -> Built:
-    from transformers import SmolVLMConfig, SmolVLMModel
-    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-
-    config = SmolVLMConfig(
-        vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
-        text_config={"model_type": "llama", **TEXT},
-        image_token_id=5,
-        scale_factor=2,
-    )
-    images = SmolVLMImageProcessorPil(
-        size={"longest_edge": 192}, max_image_size={"longest_edge": 64}
-    )
-    return SmolVLMModel(config), SimpleNamespace(image_processor=images, image_seq_len=16), config
+    images = make_images(size={"longest_edge": 192}, max_image_size={"longest_edge": 64})
+    model = getattr(transformers, f"{name}Model")(config)
+    return model, SimpleNamespace(image_processor=images, image_seq_len=16), config
 
 
 def _gemma3() -> Built:
@@ -370,7 +355,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "qwen3-vl": _qwen3_vl,
     "internvl": _internvl,
     "idefics3": _idefics3,
-    "smolvlm": _smolvlm,
+    "smolvlm": lambda: _idefics3("SmolVLM"),
     "gemma3": _gemma3,
     "mistral3": _mistral3,
     "glm4v": _glm4v,

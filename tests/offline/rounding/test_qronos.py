@@ -23,7 +23,7 @@ def statistics(x_q: torch.Tensor, x_fp: torch.Tensor, batches: int = 8) -> Stats
     return accumulator
 
 
-def test_a_drift_that_the_inputs_tell_is_made_up_for() -> None:
+def test_a_drift_that_the_inputs_show_is_made_up_for() -> None:
     torch.manual_seed(0)
     x_q = torch.randn(4096, K)
     mixing = torch.eye(K) + 0.1 * torch.randn(K, K) / K**0.5
@@ -38,7 +38,7 @@ def test_a_drift_that_the_inputs_tell_is_made_up_for() -> None:
     assert after < 0.02 * before
 
 
-def test_noise_that_few_samples_seem_to_tell_is_left_alone() -> None:
+def test_noise_that_few_samples_seem_to_show_is_left_alone() -> None:
     torch.manual_seed(1)
     weight = torch.randn(N, K)
     x_q, fresh = torch.randn(192, K), torch.randn(2000, K)

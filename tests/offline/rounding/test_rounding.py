@@ -259,7 +259,7 @@ def test_every_row_has_the_ranges_that_suit_it(name: str, monkeypatch: pytest.Mo
     alone = [gptq.compensate(task, weight, [candidate]) for candidate in candidates]
     left = torch.stack([objective(weight - r.dequantized(), stats.hessian) for r in alone])
     for elements in (1 << 26, 7 * 256 * 3):
-        monkeypatch.setitem(gptq._ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(gptq.ELEMENTS, "cpu", elements)
         found = gptq.compensate(task, weight, candidates)
         ours = objective(weight - found.dequantized(), stats.hessian)
         torch.testing.assert_close(ours, left.amin(0))

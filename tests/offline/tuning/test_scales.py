@@ -254,7 +254,7 @@ def test_logits_of_hidden_states(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_every_step_is_told(model: Path, calib: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_every_step_is_logged(model: Path, calib: str, tmp_path: Path, monkeypatch: Any) -> None:
     tuning = a_tuning(model, calib, tmp_path / "out", monkeypatch)
     reported: list[tuple[int, int]] = []
     found = tune(tuning, 1, 0, lambda done, steps: reported.append((done, steps)))

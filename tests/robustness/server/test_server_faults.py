@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import struct
-import subprocess
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers import tiny_llava
-from helpers.server_process import Server, start_server
+from helpers.server_process import Server, engine_of, start_server
 from requests_to import (
     CHAT,
     COMPLETIONS,
@@ -240,13 +239,7 @@ def test_no_route_without_a_key_and_then_the_engine_dies(checkpoint: Path, tmp_p
 
 def kill_the_engine(server: Server, headers: dict[str, str]) -> None:
     """Under load: health turns red, every client hears of it, and the exit status is 1."""
-    listed = subprocess.run(
-        ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    (engine,) = [int(row.split()[0]) for row in listed.splitlines() if "EngineCore" in row]
+    engine = engine_of(server.process.pid)
 
     def ask(number: int) -> tuple[float, int]:
         route, body = long_body(number, 400)
