@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_method = {name for values in METHODS.values() for name in values}
     for name, field in QuantRecipe.model_fields.items():
         flag = "--" + name.replace("_", "-")
-        value, text = getattr(usual, name), field.description or ""
+        value, text = getattr(usual, name), (field.description or "").replace("%", "%%")
         if value is not None and "(default" not in text:
             its = f"the method's; {usual.method} has {value}" if name in of_method else value
             text += f" (default: {its})"
