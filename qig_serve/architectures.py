@@ -160,6 +160,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             levelled_towers=_LEVELLED_TOWERS,
         ),
         Architecture(
+            "llava_next",
+            "model.language_model",
+            _LLAVA_PREFIXES,
+            _PRE_NORM,
+            "LlavaNextForConditionalGeneration",
+            "anyres",
+            "LLaVA-1.6: tiles, and a newline token after each row",
+            _PLAIN_DECODERS,
+            levelled_towers=_LEVELLED_TOWERS,
+        ),
+        Architecture(
             "llava_onevision",
             "model.language_model",
             _LLAVA_PREFIXES,

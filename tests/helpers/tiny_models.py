@@ -157,6 +157,43 @@ def _llava_processor(tokenizer: Any, template: str) -> Any:
     )
 
 
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+
+
+def _llava_next_config(tokenizer: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlavaNextConfig, MistralConfig
+
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=128),
+        text_config=MistralConfig(**text_fields(tokenizer, sliding_window=None)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=16,
+        **common_fields(tokenizer),
+    )
+
+
+def _llava_next_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    return LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 56},
+            crop_size={"height": 56, "width": 56},
+            image_grid_pinpoints=PINPOINTS,
+            **HALF,
+        ),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
 def _onevision_config(tokenizer: Any) -> Any:
     from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
@@ -845,6 +882,9 @@ _LFM_NAMES = (("model.vision_tower.", "model.vision_tower.vision_model."), *_SAM
 
 FAMILIES: dict[str, Tiny] = {
     "llava": Tiny(("<image>",), "<image>", _llava_config, _llava_processor, _CLIP_NAMES),
+    "llava_next": Tiny(
+        ("<image>",), "<image>", _llava_next_config, _llava_next_processor, _CLIP_NAMES
+    ),
     "llava_onevision": Tiny(
         ("<image>", "<video>"), "<image>", _onevision_config, _onevision_processor, _CLIP_NAMES
     ),

@@ -151,6 +151,9 @@ PUBLISHED = {
         "mistral3", 4096, 34, 14336, 32, 8, 7.4, (1, 2, 4, 8, 16), 128, "ministral3"
     ),
     "GLM-4.1V-9B": Size("glm4v", 4096, 40, 13696, 32, 2, 8.1, (1,), tower_heads=12),
+    "LLaVA-NeXT-7B": Size(
+        "llava_next", 4096, 32, 14336, 32, 8, 7.0, (1, 2, 4, 8, 16), decoder="mistral"
+    ),
     "LLaVA-OneVision-0.5B": qwen2("llava_onevision", 896, 24, 4864, 14, 2, 0.36, (1,)),
     "LLaVA-OneVision-7B": qwen2("llava_onevision", 3584, 28, 18944, 28, 4, 6.5, (1, 2, 4)),
     "SmolVLM-2B": Size("smolvlm", 2048, 24, 8192, 32, 32, 1.6, (1, 2, 4, 8, 16), 64, "llama"),
