@@ -5,6 +5,8 @@ family_row.py says what the fields are, family_groups.py what groups there are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qig_serve.errors import UserError
 from qig_serve.family_groups import (
     ROUTER,
@@ -31,6 +33,20 @@ _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.
 _LEVELLED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _QWEN_PREFIXES = ("model.layers.", "model.language_model.layers.")
+_MINICPMV4_6 = Architecture(
+    "minicpmv4_6",
+    "model.language_model",
+    ("model.language_model.layers.",),
+    _QWEN3_5,
+    "MiniCPMV4_6ForConditionalGeneration",
+    "sliced",
+    "a qwen3_5 decoder, image tokens in a row",
+    ("qwen3_5_text",),
+    other_groups=(delta_net(_QWEN3_5),),
+    kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+    embedding_as_is=True,
+    on_cpu="gated delta-net in bfloat16 only, and no speculation",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
@@ -104,7 +120,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "as qwen3_vl, with experts",
             kept=(ROUTER,),
             refused=(("mlp_only_layers", "blocks without experts between those with them"),),
-            assumed=(("norm_topk_prob", True),),
+            assumed=(("text_config.norm_topk_prob", True),),
         ),
         Architecture(
             "internvl",
@@ -195,19 +211,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             embedding_as_is=True,
             on_cpu="gated delta-net in bfloat16 only, and no speculation",
         ),
-        Architecture(
-            "minicpmv4_6",
-            "model.language_model",
-            ("model.language_model.layers.",),
-            _QWEN3_5,
-            "MiniCPMV4_6ForConditionalGeneration",
-            "sliced",
-            "a qwen3_5 decoder, image tokens in a row",
-            ("qwen3_5_text",),
-            other_groups=(delta_net(_QWEN3_5),),
-            kept=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
-            embedding_as_is=True,
-            on_cpu="gated delta-net in bfloat16 only, and no speculation",
+        _MINICPMV4_6,
+        replace(
+            _MINICPMV4_6,
+            name="minicpmv4_7",
+            vllm_class="MiniCPMV4_7ForConditionalGeneration",
+            note="as minicpmv4_6, M-RoPE over the whole picture",
+            assumed=(("uses_mrope_canvas", True),),
         ),
         Architecture(
             "gemma4",

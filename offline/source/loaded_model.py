@@ -315,7 +315,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     directory, device = Path(directory), torch.device(device)
     config = read_config(directory)
     arch = get_architecture(config.model_type)
-    check_decoder(directory, arch, config.get_text_config())
+    check_decoder(directory, arch, config)
     source = SourceCheckpoint(directory)
     source.check_full_precision()
     check_index(directory)

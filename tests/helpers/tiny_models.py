@@ -657,6 +657,31 @@ def _minicpmv4_6_processor(tokenizer: Any, template: str) -> Any:
     )
 
 
+def _minicpmv4_7_config(tokenizer: Any) -> Any:
+    from transformers import MiniCPMV4_7Config
+
+    marks = {"image_start": "<image>", "image_end": "</image>", "newline": "\u010a"}
+    marks |= {"slice_start": "<slice>", "slice_end": "</slice>"}
+    fields = _minicpmv4_6_config(tokenizer).to_dict()
+    return MiniCPMV4_7Config(
+        vision_config=fields["vision_config"],
+        text_config=fields["text_config"],
+        **{f"{name}_id": token_id(tokenizer, mark) for name, mark in marks.items()},
+        **{name: fields[name] for name in ("insert_layer_id", "image_size")},
+        **{name: fields[name] for name in ("image_token_id", "video_token_id")},
+        **common_fields(tokenizer),
+    )
+
+
+def _minicpmv4_7_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import MiniCPMV4_7Processor
+
+    parts = _minicpmv4_6_processor(tokenizer, template)
+    return MiniCPMV4_7Processor(
+        parts.image_processor, parts.video_processor, tokenizer, chat_template=template
+    )
+
+
 _GEMMA4_ROLES = {
     "image_token": "<|image|>",
     "boi_token": "<|image>",
@@ -982,6 +1007,15 @@ FAMILIES: dict[str, Tiny] = {
         "<|image_pad|>",
         _minicpmv4_6_config,
         _minicpmv4_6_processor,
+        _SAME_NAMES,
+        _MINICPM_ROLES,
+        cpu_dtype="bfloat16",
+    ),
+    "minicpmv4_7": Tiny(
+        tuple(_MINICPM_ROLES.values()),
+        "<|image_pad|>",
+        _minicpmv4_7_config,
+        _minicpmv4_7_processor,
         _SAME_NAMES,
         _MINICPM_ROLES,
         cpu_dtype="bfloat16",
