@@ -42,6 +42,8 @@ class Tiny:
     """What vLLM on a CPU computes in; bfloat16 where its kernels have nothing else."""
     cpu_text: dict[str, Any] = field(default_factory=dict)
     """Of the decoder's configuration, what vLLM on a CPU cannot do otherwise."""
+    single_experts: bool = False
+    """Whether published files have every expert's tensors by themselves."""
     stored: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
     """A parameter's name in transformers 5 and its value -> what published files have."""
     unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
@@ -537,6 +539,32 @@ def _glm4v_config(tokenizer: Any) -> Any:
     )
 
 
+def _glm4v_moe_config(tokenizer: Any) -> Any:
+    from transformers import Glm4vMoeConfig
+
+    dense = _glm4v_config(tokenizer).to_dict()
+    vision, text = dense.pop("vision_config"), dense.pop("text_config")
+    text |= {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5,
+        **{name: EXPERTS[name] for name in ("num_experts_per_tok", "moe_intermediate_size")},
+    }
+    parts = {"vision_config": vision, "text_config": text}
+    for part in parts.values():
+        del part["model_type"]
+    ids = {name: value for name, value in dense.items() if name.endswith("_token_id")}
+    return Glm4vMoeConfig(**parts, **ids, tie_word_embeddings=False)
+
+
+def _score_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What moves the choice of experts is in float32; a model begins with zeros."""
+    bias = name.endswith("e_score_correction_bias")
+    return torch.randn(tensor.shape) * 0.05 if bias else tensor
+
+
 def _glm4v_processor(tokenizer: Any, template: str) -> Any:
     from transformers import Glm4vProcessor, Glm4vVideoProcessor
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
@@ -984,6 +1012,15 @@ FAMILIES: dict[str, Tiny] = {
         _glm4v_processor,
         _SAME_NAMES,
     ),
+    "glm4v_moe": Tiny(
+        _GLM_TOKENS,
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        _glm4v_moe_config,
+        _glm4v_processor,
+        _SAME_NAMES,
+        single_experts=True,
+        stored=_score_bias,
+    ),
     "qwen3_5": Tiny(
         _QWEN_TOKENS,
         _QWEN_IMAGE,
@@ -1119,9 +1156,26 @@ def write_random(family: str, config: Any, tokenizer: Any, directory: Path) -> P
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
+    if tiny.single_experts:
+        tensors = _single_experts(tensors)
     tensors |= tiny.unread(config)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def _single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of experts as [out, in] each, under their numbers; of [E, out, in]."""
+    found = {}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if not owner.endswith(".experts"):
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+        for e, whole in enumerate(tensor):
+            for part, matrix in zip(parts, whole.chunk(len(parts)), strict=True):
+                found[f"{owner}.{e}.{part}.weight"] = matrix.clone()
+    return found
 
 
 def one_sample(directory: Path) -> str:
