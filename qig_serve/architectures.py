@@ -18,16 +18,16 @@ from qig_serve.family_groups import (
     lfm2,
     lfm2_attention,
     lfm2_convolution,
-    normed_values,
     pre_norm,
     shared_keys,
     sparse,
+    without_previous,
 )
 from qig_serve.family_row import Architecture
 
 _PRE_NORM = pre_norm("post_attention_layernorm")
 _QWEN3_5 = pre_norm("post_attention_layernorm", norm_offset=1.0)
-_GEMMA4 = normed_values(pre_norm("pre_feedforward_layernorm"))
+_GEMMA4 = without_previous(pre_norm("pre_feedforward_layernorm"), "o")  # values are normalized
 _SHARED_KEYS = "blocks that read the keys and values of others"
 _LLAVA_PREFIXES = ("language_model.model.layers.", "model.language_model.layers.")
 _LEVELLED_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -267,6 +267,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             on_cpu="attention inside a picture is causal: compared without pictures' own mask",
             refused=(("num_kv_shared_layers", _SHARED_KEYS),),
+        ),
+        Architecture(
+            "exaone4_5",
+            "model.language_model",
+            ("model.language_model.layers.",),
+            without_previous(_PRE_NORM, "qkv", "gate_up"),
+            "Exaone4_5_ForConditionalGeneration",
+            "merged",
+            "norms behind attention and MLP alone, sliding windows",
+            ("exaone4",),
         ),
         Architecture(
             "lfm2_vl",

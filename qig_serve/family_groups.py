@@ -93,9 +93,9 @@ def delta_net(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
     )
 
 
-def normed_values(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
-    """The same where values are normalized: nothing can be folded before o."""
-    return tuple(replace(g, previous="", kind="none") if g.name == "o" else g for g in groups)
+def without_previous(groups: tuple[SmoothingGroup, ...], *names: str) -> tuple[SmoothingGroup, ...]:
+    """The same where nothing can be folded before the groups of these names."""
+    return tuple(replace(g, previous="", kind="none") if g.name in names else g for g in groups)
 
 
 def keys_as_values(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:

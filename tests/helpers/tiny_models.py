@@ -910,6 +910,36 @@ def _lfm2_processor(tokenizer: Any, template: str) -> Any:
     return Lfm2VlProcessor(images, tokenizer, chat_template=template)
 
 
+def _exaone4_5_config(tokenizer: Any) -> Any:
+    from transformers import Exaone4_5_Config
+
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=4,
+        sliding_window=32,
+        sliding_window_pattern="LLLG",
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return Exaone4_5_Config(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 4,
+            "num_key_value_heads": 2,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        text_config=text,
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        **common_fields(tokenizer),
+    )
+
+
 _LLAVA_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -1096,6 +1126,13 @@ FAMILIES: dict[str, Tiny] = {
         _UNIFIED_NAMES,
         _GEMMA4_ROLES,
         cpu_text={"use_bidirectional_attention": None},
+    ),
+    "exaone4_5": Tiny(
+        ("<|image_pad|>", "<|video_pad|>", "<vision>", "</vision>"),
+        "<vision><|image_pad|></vision>",
+        _exaone4_5_config,
+        _qwen_processor("Exaone4_5_"),
+        _SAME_NAMES,
     ),
     "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }

@@ -102,7 +102,7 @@ def release() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(f for f in FAMILIES if not f.endswith("_moe")))
 def test_logprobs_within_noise(
     family: str, scheme: str, tmp_path: Path, release: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +111,8 @@ def test_logprobs_within_noise(
 
     monkeypatch.setenv("VLLM_PLUGINS", "")
     source = tiny_model(family, tmp_path / "source")
+    # vLLM leaves the normalizing of pictures to a tower that does not do it (see patches.py).
+    more = {"mm_device_do_normalize": False} if family == "exaone4_5" else {}
     llm = LLM(
         str(_quantize(source, scheme, "compressed-tensors")),
         dtype="bfloat16",
@@ -119,6 +121,7 @@ def test_logprobs_within_noise(
         enforce_eager=True,
         limit_mm_per_prompt={"image": 1, "video": 0},
         seed=0,
+        **more,
     )
     # No special tokens, which come first: a random model may well answer with images.
     parameters = SamplingParams(
