@@ -173,7 +173,13 @@ def dry_run(
 
 def timed_block(loaded: LoadedModel) -> int:
     """The block that stands for all: the first with experts if any has, as most have them then."""
-    return loaded.first_with_experts or 0
+    if not loaded.has_experts:
+        return 0
+    return next(
+        index
+        for index in range(loaded.num_blocks)
+        if any(g.expert is not None for g in loaded.groups(loaded.meta_block(index)))
+    )
 
 
 def time_block(

@@ -17,7 +17,7 @@ from torch import nn
 from qig_serve import model_directory
 from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
-from qig_serve.experts import count_field, unfuse
+from qig_serve.experts import unfuse
 from qig_serve.family_row import Architecture, SmoothingGroup
 from qig_serve.offline.source.decoder_config import check_decoder
 from qig_serve.offline.source.experts import unfuse as unfuse_files
@@ -167,17 +167,9 @@ class LoadedModel:
 
     @property
     def has_experts(self) -> bool:
-        """Whether blocks have experts."""
-        return self.first_with_experts is not None
-
-    @property
-    def first_with_experts(self) -> int | None:
-        """The first block that has experts; a family may begin with some that have none."""
-        for index in range(self.num_blocks if count_field(self.text_config) else 0):
-            groups = self.groups(self.meta_block(index))
-            if any(group.expert is not None for group in groups):
-                return index
-        return None
+        """Whether blocks have experts: the last, as a family may begin with some that have none."""
+        groups = self.groups(self.meta_block(self.num_blocks - 1))
+        return any(group.expert is not None for group in groups)
 
     def linears(self, block: nn.Module) -> list[nn.Module]:
         """The linears of a block that are quantized, in the order of execution."""

@@ -910,6 +910,13 @@ def _lfm2_processor(tokenizer: Any, template: str) -> Any:
     return Lfm2VlProcessor(images, tokenizer, chat_template=template)
 
 
+def _exaone4_5_mtp(config: Any) -> dict[str, torch.Tensor]:
+    """Of the head that predicts a second token, as much as shows that it is left as it is."""
+    size = config.get_text_config().hidden_size
+    shapes = {"fc": (size, 2 * size), "norm": (size,), "layers.0.self_attn.q_proj": (size, size)}
+    return {f"mtp.{name}.weight": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+
+
 def _exaone4_5_config(tokenizer: Any) -> Any:
     from transformers import Exaone4_5_Config
 
@@ -1133,6 +1140,7 @@ FAMILIES: dict[str, Tiny] = {
         _exaone4_5_config,
         _qwen_processor("Exaone4_5_"),
         _SAME_NAMES,
+        unread=_exaone4_5_mtp,
     ),
     "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }

@@ -273,7 +273,6 @@ class NoWeights:
         return self._made[kind]
 
     has_experts = LoadedModel.has_experts
-    first_with_experts = LoadedModel.first_with_experts
     eight_bit: tuple[str, ...] = ()
 
     def source_name(self, index: int, name: str) -> str:
