@@ -159,7 +159,7 @@ def dry_run(
     on_disk = recipe.offload == "disk"
     tuning = 0.0
     # Some families' blocks are not all of one size.
-    blocks = decoder_weights(loaded) / block_weights(loaded, 0)
+    blocks = decoder_weights(loaded) / block_weights(loaded, timed_block(loaded))
     if recipe.tuning_passes:
         a_pass = _PASSES_TO_TUNE / 2 * seconds.advance * factor * blocks
         tuning = recipe.tuning_passes * (a_pass + seconds_at_the_head(loaded, batches))
@@ -171,13 +171,27 @@ def dry_run(
     )
 
 
+def timed_block(loaded: LoadedModel) -> int:
+    """The block that stands for all: the first with experts if any has, as most have them then."""
+    if not loaded.has_experts:
+        return 0
+    return next(
+        index
+        for index in range(loaded.num_blocks)
+        if any(g.expert is not None for g in loaded.groups(loaded.meta_block(index)))
+    )
+
+
 def time_block(
     loaded: LoadedModel, streams: Streams, recipe: QuantRecipe, candidates: int
 ) -> BlockSeconds:
-    """Puts block 0 through everything; the search is scaled to `candidates` choices of scales."""
+    """Puts a block through everything; the search is scaled to `candidates` choices of scales.
+
+    On what block 0 reads.
+    """
     device, seconds = loaded.device, BlockSeconds()
     started = _now(device)
-    original = loaded.block(0)
+    original = loaded.block(timed_block(loaded))
     block = copy.deepcopy(original)
     seconds.load = _now(device) - started
     results: list[GroupResult] = []

@@ -108,9 +108,13 @@ def publish(
         form = forms.qig(config)
     source = read_config(loaded.directory)
     changed = loaded.mlp_padding.entries(source) if loaded.mlp_padding else {}
-    text = changed.get("text_config", source.get("text_config"))
-    if missing := {k: v for k, v in loaded.arch.assumed if k not in (text or {})}:
-        changed["text_config"] = {**(text or {}), **missing}
+    for path, value in loaded.arch.assumed:
+        part, _, name = path.rpartition(".")
+        if not part:
+            changed.setdefault(name, source.get(name, value))
+            continue
+        owner = changed.get(part, source.get(part)) or {}
+        changed[part] = {name: value, **owner}
     form = replace(form, config={**changed, **form.config})
 
     def finish(directory: Path) -> None:

@@ -16,12 +16,6 @@ from qig_serve.manifest import QuantizationConfig
 from qig_serve.model_directory import text_config
 
 _LAYER = re.compile(r"(.*\blayers)\.(\d{1,6})\.(.*)")
-_MLPS = {
-    "": "intermediate_size",
-    "experts.": "moe_intermediate_size",
-    "shared_expert.": "shared_expert_intermediate_size",
-}
-"""What stands before the linears of an MLP, and its width in config.json."""
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
@@ -64,8 +58,7 @@ def problems(
     text = text_config(config)
     family = ARCHITECTURES.get(str(config.get("model_type")))
     mixed = family is not None and len(family.kinds) > 1
-    kinds = _kinds(text) if mixed else None
-    yield from _uneven_layers(layers, text.get("num_hidden_layers"), kinds)
+    yield from _uneven_layers(layers, text, mixed)
     yield from _other_sizes(text, linears, mixed)
 
 
@@ -99,12 +92,11 @@ def _other_vocabulary(
             yield f"{name}: {n} x {k}, but config.json asks for {sizes[0]} x {sizes[1]}"
 
 
-def _kinds(text: Mapping[str, Any]) -> list[Any] | None:
-    """Of which kind each block is, if that is listed: its attention, and whose keys it reads."""
-    kinds = text.get("layer_types")
-    if not isinstance(kinds, list):
-        return None
-    return [(str(kind), _reads_others(text, index)) for index, kind in enumerate(kinds)]
+def _kind_of_block(text: Mapping[str, Any], index: int) -> Any:
+    """Its attention, whose keys it reads, and whether it comes before those with experts."""
+    kinds, dense = text.get("layer_types"), text.get("first_k_dense_replace")
+    kind = str(kinds[index]) if isinstance(kinds, list) and index < len(kinds) else ""
+    return kind, _reads_others(text, index), isinstance(dense, int) and index < dense
 
 
 def _reads_others(text: Mapping[str, Any], index: int) -> bool:
@@ -114,16 +106,16 @@ def _reads_others(text: Mapping[str, Any], index: int) -> bool:
 
 
 def _uneven_layers(
-    layers: Mapping[int, set[str]], count: Any, kinds: list[Any] | None
+    layers: Mapping[int, set[str]], text: Mapping[str, Any], mixed: bool
 ) -> Iterator[str]:
-    """Blocks that lack what others have, or if their kinds are listed, others of their kind."""
+    """Blocks that lack what others have, or if there are several kinds, others of their kind."""
+    count = text.get("num_hidden_layers")
     if isinstance(count, int) and layers and (len(layers), max(layers) + 1) != (count, count):
         yield (
             f"config.json: num_hidden_layers is {count}, but the blocks stored are "
             f"{min(layers)} to {max(layers)}, {len(layers)} of them"
         )
-    if kinds is None or len(kinds) <= max(layers, default=0):
-        kinds = [None] * (max(layers, default=0) + 1)
+    kinds = {index: _kind_of_block(text, index) if mixed else None for index in layers}
     every: dict[Any, set[str]] = {}
     for index, names in layers.items():
         every.setdefault(kinds[index], set()).update(names)
@@ -141,8 +133,7 @@ def _other_sizes(
     """
     hidden = text.get("hidden_size")
     wanted = {"o_proj": (hidden, None)}
-    for owner, key in _MLPS.items():
-        inner = text.get(key)
+    for owner, inner in _mlp_widths(text).items():
         wanted |= dict.fromkeys((f"{owner}gate_proj", f"{owner}up_proj"), (inner, hidden))
         wanted[f"{owner}down_proj"] = (hidden, inner)
     wanted |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), (None, hidden))
@@ -165,8 +156,21 @@ def _other_sizes(
             return
 
 
+def _mlp_widths(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands before the linears of an MLP -> its width, None where it is not said."""
+    expert, shared = text.get("moe_intermediate_size"), text.get("n_shared_experts")
+    return {
+        "": text.get("intermediate_size"),
+        "experts.": expert,
+        "shared_expert.": text.get("shared_expert_intermediate_size"),
+        "shared_experts.": expert * shared
+        if isinstance(expert, int) and isinstance(shared, int)
+        else None,
+    }
+
+
 def _kind(name: str) -> str:
     """A linear's last name, with that of the experts if it is of one of them."""
     *_, owner, above, leaf = ("", "", *name.split("."))
     owner = owner if above.isdecimal() else above
-    return f"{owner}.{leaf}" if f"{owner}." in _MLPS else leaf
+    return f"{owner}.{leaf}" if f"{owner}." in _mlp_widths({}) else leaf

@@ -8,6 +8,7 @@ block is quantized, and where a checkpoint is loaded into plain transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,6 +73,12 @@ class Experts(nn.ModuleList):
             part = expert(hidden_states[tokens]) * top_k_weights.flatten()[places, None]
             output.index_add_(0, tokens, part.to(output.dtype))
         return output.view(shape)
+
+
+def count_field(text: Any) -> str:
+    """What a decoder's configuration calls the number of a block's experts; "" without any."""
+    names = ("num_experts", "n_routed_experts")
+    return next((name for name in names if getattr(text, name, None)), "")
 
 
 def experts_of(block: nn.Module) -> Experts:

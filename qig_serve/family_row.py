@@ -137,8 +137,9 @@ class Architecture:
     """Tensors, inside a block, that published files have of blocks whose class does not; neither
     transformers nor vLLM reads them there."""
     assumed: tuple[tuple[str, Any], ...] = ()
-    """Fields of the decoder's configuration that vLLM asks for and transformers does not know,
-    with the value that transformers computes by: written where the source has none."""
+    """Fields of config.json, or of a part of it (`text_config.x`), that vLLM asks for and
+    transformers does not know, with the value that transformers computes by: written where the
+    source has none."""
 
     @property
     def kinds(self) -> tuple[tuple[SmoothingGroup, ...], ...]:

@@ -101,9 +101,10 @@ def _mlp_widths(text: Any, split_experts: bool) -> list[tuple[str, int]]:
     found = []
     if beside is not False and (expert := getattr(text, "moe_intermediate_size", None)):
         found = [("an expert's down", int(expert))] if split_experts else []
-        if shared := getattr(text, "shared_expert_intermediate_size", None):
+        shared = getattr(text, "shared_expert_intermediate_size", None)
+        if shared := shared or expert * (getattr(text, "n_shared_experts", None) or 0):
             found.append(("the shared expert's down", int(shared)))
-        if not beside:
+        if not beside and not getattr(text, "first_k_dense_replace", None):
             return found
     width = int(text.intermediate_size)
     if getattr(text, "block_auto_adjust_ff_dim", False):

@@ -3,7 +3,7 @@
 A box is (left, top, right, bottom) in fractions of the picture as the user gave it: what the
 processor cropped away, padded or cut into tiles is undone. Boxes of different tiles overlap where
 a model sees the picture both whole and in parts. Tokens that stand for no pixels (the newline
-tokens of LLaVA-OneVision) have None.
+tokens of LLaVA-NeXT and OneVision) have None.
 """
 
 from __future__ import annotations
@@ -77,13 +77,15 @@ def _grid(config: Any, processor: Any, given: Given) -> list[Box | None]:
 def _anyres(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """The whole picture, then a grid over its tiles without padding, a newline token for each row.
 
-    Mirrors LlavaOnevisionModel.pack_image_features; several pictures in one prompt are not tiled.
+    Mirrors pack_image_features of LlavaNextModel and LlavaOnevisionModel; the latter shrinks large
+    grids, and does not tile several pictures in one prompt.
     """
     from transformers.image_processing_utils import select_best_resolution
 
     side = config.vision_config.image_size // config.vision_config.patch_size
     base: list[Box | None] = [*grid_boxes(side, side)]
-    if not given.alone:
+    shrinks = getattr(config, "vision_aspect_ratio", "")
+    if shrinks and not given.alone:
         return [*base, None]
     width, height = given.image.size
     canvas = select_best_resolution((height, width), [list(p) for p in config.image_grid_pinpoints])
@@ -100,7 +102,7 @@ def _anyres(config: Any, processor: Any, given: Given) -> list[Box | None]:
     cell = config.vision_config.image_size / side
     half = (unpadded[1] * cell / 2, unpadded[0] * cell / 2)
     dx, dy = half[0] / fit[0] - 0.5, half[1] / fit[1] - 0.5  # kept padding, in fractions
-    most = int(str(config.vision_aspect_ratio).removeprefix("anyres_max_"))
+    most = int(str(shrinks).removeprefix("anyres_max_")) if shrinks else math.inf
     ratio = math.sqrt(unpadded[0] * unpadded[1] / (most * side**2))
     if ratio > 1.1:
         unpadded = [int(unpadded[0] // ratio), int(unpadded[1] // ratio)]

@@ -26,11 +26,12 @@ def check_block_count(config: Mapping[str, Any], path: Path) -> None:
                 )
 
 
-def check_decoder(directory: Path, arch: Architecture, text: Any) -> None:
+def check_decoder(directory: Path, arch: Architecture, config: Any) -> None:
     """UserError for a decoder's configuration that cannot be quantized, or not served as computed.
 
     Before a tensor is read.
     """
+    text = config.get_text_config()
     text_type = text.model_type
     if arch.text_types and text_type not in arch.text_types:
         raise UserError(
@@ -51,8 +52,10 @@ def check_decoder(directory: Path, arch: Architecture, text: Any) -> None:
                 f"{json.dumps(second)}: transformers goes by the one, vLLM by the other; give the "
                 "config.json that belongs to these weights"
             )
-    for field_name, value in arch.assumed:
-        if (found := getattr(text, field_name, value)) != value:
+    for path, value in arch.assumed:
+        part, _, field_name = path.rpartition(".")
+        owner = getattr(config, part) if part else config
+        if (found := getattr(owner, field_name, value)) != value:
             raise UserError(
                 f"{directory}: {field_name} in config.json is {json.dumps(found)}, which vLLM "
                 f"obeys and transformers computes as {json.dumps(value)}: not supported"

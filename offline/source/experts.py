@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from qig_serve.errors import UserError
+from qig_serve.experts import count_field
 from qig_serve.family_row import EXPERTS
 from qig_serve.offline.source.tensors import SourceCheckpoint
 
@@ -27,7 +28,7 @@ def unfuse(source: SourceCheckpoint, prefix: str, config: Any) -> None:
     for name in source:
         if not (match := fused.fullmatch(name)):
             continue
-        experts, parts = int(config.num_experts), _PARTS[match[1]]
+        experts, parts = int(getattr(config, count_field(config), 0)), _PARTS[match[1]]
         width, hidden = int(config.moe_intermediate_size), int(config.hidden_size)
         sizes = (2 * width, hidden) if len(parts) == 2 else (hidden, width)
         shape = source.shape(name)

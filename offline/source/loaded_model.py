@@ -167,8 +167,9 @@ class LoadedModel:
 
     @property
     def has_experts(self) -> bool:
-        """Whether blocks have experts."""
-        return any(group.expert is not None for group in self.groups(self.meta_block(0)))
+        """Whether blocks have experts: the last, as a family may begin with some that have none."""
+        groups = self.groups(self.meta_block(self.num_blocks - 1))
+        return any(group.expert is not None for group in groups)
 
     def linears(self, block: nn.Module) -> list[nn.Module]:
         """The linears of a block that are quantized, in the order of execution."""
@@ -308,7 +309,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     directory, device = Path(directory), torch.device(device)
     config = quantizable_config(directory)
     arch = get_architecture(config.model_type)
-    check_decoder(directory, arch, config.get_text_config())
+    check_decoder(directory, arch, config)
     source = SourceCheckpoint(directory)
     source.check_full_precision()
     check_index(directory)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qig_serve.errors import UserError
+from qig_serve.experts import count_field
 
 AFTER = "hidden_states_added_after"
 """Keyword argument of a block: what the model adds to its output (Qwen3-VL's deepstack)."""
@@ -159,6 +160,7 @@ def with_few_blocks(config: Any) -> Any:
         count = 1 + max(types.index(kind) for kind in set(types))
         text.layer_types = list(types[:count])
     text.num_hidden_layers = count
-    if getattr(text, "num_experts", None):
-        text.num_experts = text.num_experts_per_tok = 1  # blocks are replaced: as little as can be
+    if field := count_field(text):  # blocks are replaced: as little as can be
+        setattr(text, field, 1)
+        text.num_experts_per_tok = 1
     return few

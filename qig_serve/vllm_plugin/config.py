@@ -105,6 +105,7 @@ class QigConfig(QuantizationConfig):
         patches.do_without_a_compiler(vllm_config)
         patches.ask_for_amx()
         patches.lay_heads_flat()
+        patches.normalize_pictures()
         patches.keep_adapters_apart()
         dummy = vllm_config.load_config.load_format == "dummy"
         if isinstance(layer, LinearBase):

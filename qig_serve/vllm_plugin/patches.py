@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -218,6 +219,39 @@ def lay_heads_flat() -> None:
 
     flat.qig_flat = True  # type: ignore[attr-defined]
     RotaryEmbedding.forward_cpu = flat
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def normalize_pictures() -> None:
+    """Have EXAONE 4.5's tower normalize pictures; repeated at will.
+
+    vLLM leaves that to towers like the one it derives from, and builds this one without: pixels
+    from 0 to 255 would go in. To be called while the model's layers are made.
+    """
+    exaone = sys.modules.get("vllm.model_executor.models.exaone4_5")
+    if exaone is None:  # another model
+        return
+    from vllm.config import set_current_vllm_config
+
+    try:
+        from vllm.model_executor.layers.fusion import mm_input_norm
+    except ImportError:  # an older vLLM, whose processor does it
+        return
+    model = exaone.Exaone4_5_ForConditionalGeneration
+    embed = model.embed_multimodal
+    if hasattr(embed, "qig_normalizes"):
+        return
+
+    def normalizing(self: Any, **kwargs: Any) -> Any:
+        tower = self.visual
+        if isinstance(tower.input_norm, mm_input_norm.IdentityInputNorm):
+            with set_current_vllm_config(self.vllm_config):
+                norm = mm_input_norm.build_mm_input_norm(self.vllm_config.model_config)
+            tower.input_norm = norm.to(tower.device)
+        return embed(self, **kwargs)
+
+    normalizing.qig_normalizes = True  # type: ignore[attr-defined]
+    model.embed_multimodal = normalizing
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)

@@ -42,6 +42,8 @@ class Tiny:
     """What vLLM on a CPU computes in; bfloat16 where its kernels have nothing else."""
     cpu_text: dict[str, Any] = field(default_factory=dict)
     """Of the decoder's configuration, what vLLM on a CPU cannot do otherwise."""
+    single_experts: bool = False
+    """Whether published files have every expert's tensors by themselves."""
     stored: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
     """A parameter's name in transformers 5 and its value -> what published files have."""
     unread: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
@@ -149,6 +151,43 @@ def _llava_processor(tokenizer: Any, template: str) -> Any:
     square = {"height": 56, "width": 56}
     return LlavaProcessor(
         CLIPImageProcessorPil(size=square, crop_size=square, **HALF),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+
+
+def _llava_next_config(tokenizer: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlavaNextConfig, MistralConfig
+
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=128),
+        text_config=MistralConfig(**text_fields(tokenizer, sliding_window=None)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=16,
+        **common_fields(tokenizer),
+    )
+
+
+def _llava_next_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    return LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 56},
+            crop_size={"height": 56, "width": 56},
+            image_grid_pinpoints=PINPOINTS,
+            **HALF,
+        ),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -500,6 +539,32 @@ def _glm4v_config(tokenizer: Any) -> Any:
     )
 
 
+def _glm4v_moe_config(tokenizer: Any) -> Any:
+    from transformers import Glm4vMoeConfig
+
+    dense = _glm4v_config(tokenizer).to_dict()
+    vision, text = dense.pop("vision_config"), dense.pop("text_config")
+    text |= {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5,
+        **{name: EXPERTS[name] for name in ("num_experts_per_tok", "moe_intermediate_size")},
+    }
+    parts = {"vision_config": vision, "text_config": text}
+    for part in parts.values():
+        del part["model_type"]
+    ids = {name: value for name, value in dense.items() if name.endswith("_token_id")}
+    return Glm4vMoeConfig(**parts, **ids, tie_word_embeddings=False)
+
+
+def _score_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What moves the choice of experts is in float32; a model begins with zeros."""
+    bias = name.endswith("e_score_correction_bias")
+    return torch.randn(tensor.shape) * 0.05 if bias else tensor
+
+
 def _glm4v_processor(tokenizer: Any, template: str) -> Any:
     from transformers import Glm4vProcessor, Glm4vVideoProcessor
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
@@ -617,6 +682,31 @@ def _minicpmv4_6_processor(tokenizer: Any, template: str) -> Any:
         MiniCPMV4_6VideoProcessor(**options, **HALF),
         tokenizer,
         chat_template=template,
+    )
+
+
+def _minicpmv4_7_config(tokenizer: Any) -> Any:
+    from transformers import MiniCPMV4_7Config
+
+    marks = {"image_start": "<image>", "image_end": "</image>", "newline": "\u010a"}
+    marks |= {"slice_start": "<slice>", "slice_end": "</slice>"}
+    fields = _minicpmv4_6_config(tokenizer).to_dict()
+    return MiniCPMV4_7Config(
+        vision_config=fields["vision_config"],
+        text_config=fields["text_config"],
+        **{f"{name}_id": token_id(tokenizer, mark) for name, mark in marks.items()},
+        **{name: fields[name] for name in ("insert_layer_id", "image_size")},
+        **{name: fields[name] for name in ("image_token_id", "video_token_id")},
+        **common_fields(tokenizer),
+    )
+
+
+def _minicpmv4_7_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import MiniCPMV4_7Processor
+
+    parts = _minicpmv4_6_processor(tokenizer, template)
+    return MiniCPMV4_7Processor(
+        parts.image_processor, parts.video_processor, tokenizer, chat_template=template
     )
 
 
@@ -820,6 +910,43 @@ def _lfm2_processor(tokenizer: Any, template: str) -> Any:
     return Lfm2VlProcessor(images, tokenizer, chat_template=template)
 
 
+def _exaone4_5_mtp(config: Any) -> dict[str, torch.Tensor]:
+    """Of the head that predicts a second token, as much as shows that it is left as it is."""
+    size = config.get_text_config().hidden_size
+    shapes = {"fc": (size, 2 * size), "norm": (size,), "layers.0.self_attn.q_proj": (size, size)}
+    return {f"mtp.{name}.weight": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+
+
+def _exaone4_5_config(tokenizer: Any) -> Any:
+    from transformers import Exaone4_5_Config
+
+    text = text_fields(
+        tokenizer,
+        num_hidden_layers=4,
+        sliding_window=32,
+        sliding_window_pattern="LLLG",
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return Exaone4_5_Config(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "out_hidden_size": 256,
+            "num_heads": 4,
+            "num_key_value_heads": 2,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        text_config=text,
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        **common_fields(tokenizer),
+    )
+
+
 _LLAVA_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -845,6 +972,9 @@ _LFM_NAMES = (("model.vision_tower.", "model.vision_tower.vision_model."), *_SAM
 
 FAMILIES: dict[str, Tiny] = {
     "llava": Tiny(("<image>",), "<image>", _llava_config, _llava_processor, _CLIP_NAMES),
+    "llava_next": Tiny(
+        ("<image>",), "<image>", _llava_next_config, _llava_next_processor, _CLIP_NAMES
+    ),
     "llava_onevision": Tiny(
         ("<image>", "<video>"), "<image>", _onevision_config, _onevision_processor, _CLIP_NAMES
     ),
@@ -919,6 +1049,15 @@ FAMILIES: dict[str, Tiny] = {
         _glm4v_processor,
         _SAME_NAMES,
     ),
+    "glm4v_moe": Tiny(
+        _GLM_TOKENS,
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        _glm4v_moe_config,
+        _glm4v_processor,
+        _SAME_NAMES,
+        single_experts=True,
+        stored=_score_bias,
+    ),
     "qwen3_5": Tiny(
         _QWEN_TOKENS,
         _QWEN_IMAGE,
@@ -942,6 +1081,15 @@ FAMILIES: dict[str, Tiny] = {
         "<|image_pad|>",
         _minicpmv4_6_config,
         _minicpmv4_6_processor,
+        _SAME_NAMES,
+        _MINICPM_ROLES,
+        cpu_dtype="bfloat16",
+    ),
+    "minicpmv4_7": Tiny(
+        tuple(_MINICPM_ROLES.values()),
+        "<|image_pad|>",
+        _minicpmv4_7_config,
+        _minicpmv4_7_processor,
         _SAME_NAMES,
         _MINICPM_ROLES,
         cpu_dtype="bfloat16",
@@ -985,6 +1133,14 @@ FAMILIES: dict[str, Tiny] = {
         _UNIFIED_NAMES,
         _GEMMA4_ROLES,
         cpu_text={"use_bidirectional_attention": None},
+    ),
+    "exaone4_5": Tiny(
+        ("<|image_pad|>", "<|video_pad|>", "<vision>", "</vision>"),
+        "<vision><|image_pad|></vision>",
+        _exaone4_5_config,
+        _qwen_processor("Exaone4_5_"),
+        _SAME_NAMES,
+        unread=_exaone4_5_mtp,
     ),
     "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }
@@ -1045,9 +1201,26 @@ def write_random(family: str, config: Any, tokenizer: Any, directory: Path) -> P
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
+    if tiny.single_experts:
+        tensors = _single_experts(tensors)
     tensors |= tiny.unread(config)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def _single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of experts as [out, in] each, under their numbers; of [E, out, in]."""
+    found = {}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if not owner.endswith(".experts"):
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+        for e, whole in enumerate(tensor):
+            for part, matrix in zip(parts, whole.chunk(len(parts)), strict=True):
+                found[f"{owner}.{e}.{part}.weight"] = matrix.clone()
+    return found
 
 
 def one_sample(directory: Path) -> str:

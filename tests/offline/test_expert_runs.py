@@ -19,7 +19,7 @@ from qig_serve.experts import unfuse
 from qig_serve.formats import get_scheme
 from qig_serve.inspection import require_sound
 from qig_serve.offline import pipeline
-from qig_serve.offline.estimate import bytes_per_token
+from qig_serve.offline.estimate import bytes_per_token, timed_block
 from qig_serve.offline.recipe import METHODS, make_recipe
 from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.source.loaded_model import load
@@ -32,6 +32,7 @@ DECODER = "model.language_model.layers."
 FAMILIES = {
     "qwen3_vl_moe": ["qkv", "o", "gate_up", "experts_down"],
     "qwen3_5_moe": ["qkv", "o", "gate_up", "down", "experts_down"],
+    "glm4v_moe": ["qkv", "o", "gate_up", "down", "experts_down"],
     "gemma4_moe": ["qk", "o", "gate_up", "down", "experts_gate_up", "experts_down"],
 }
 """Tiny model -> the smoothing groups of its last block."""
@@ -42,7 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models of few and narrow experts, and calib.jsonl."""
     folder = tmp_path_factory.mktemp("experts")
     for family in FAMILIES:
-        tiny_model(family, folder / family, **TEXT)
+        text = {"n_routed_experts": TEXT["num_experts"], **TEXT} if family == "glm4v_moe" else TEXT
+        tiny_model(family, folder / family, **text)
     several_samples(folder)
     return folder
 
@@ -62,8 +64,9 @@ def test_every_method(folder: Path, tmp_path: Path, family: str, scheme: str, me
     """The canary has read each back; what is better than rounding to nearest is, on samples."""
     report = quantized(folder, tmp_path / "out", family, scheme=scheme, method=method)
     blocks = report.blocks
-    nothing_seen = method == "rtn"
-    assert all((block.experts is None) == nothing_seen for block in blocks)
+    dense = 1 if family == "glm4v_moe" else 0
+    seen = [block.experts is not None for block in blocks]
+    assert seen == [False] * dense + [method != "rtn"] * (len(blocks) - dense)
     names = [m.name for m in blocks[-1].modules]
     searched = METHODS[method]["equalize"] != "none"
     if searched:
@@ -116,6 +119,23 @@ def test_plain_transformers_has_the_weights_of_the_codes(
     wrong = r"experts\.0\.down_proj: 256 x 96, but config\.json asks for 256 x 128"
     with pytest.raises(UserError, match=wrong):
         require_sound(tmp_path / "out")
+
+
+def test_blocks_before_those_with_experts(folder: Path, tmp_path: Path) -> None:
+    """The estimate goes by a block with experts; a checkpoint is checked by kinds of blocks."""
+    assert timed_block(load(folder / "glm4v_moe")) == 1
+    quantized(folder, tmp_path / "out", "glm4v_moe", method="rtn")
+    require_sound(tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    for field, value, wrong in (
+        ("n_shared_experts", 2, r"shared_experts\.down_proj: 256 x 96, .* asks for 256 x 192"),
+        ("first_k_dense_replace", 2, r"decoder block 0 has no mlp\.experts\.0\.down_proj"),
+    ):
+        text = {**config["text_config"], field: value}
+        path.write_text(json.dumps({**config, "text_config": text}))
+        with pytest.raises(UserError, match=wrong):
+            require_sound(tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qig_serve.architectures import get_architecture
-from qig_serve.experts import unfuse
+from qig_serve.experts import count_field, unfuse
 from qig_serve.formats import SCHEMES, tensor_specs
 from qig_serve.offline.estimate import bytes_per_token
 from qig_serve.offline.pipeline import check_shapes
@@ -151,6 +151,28 @@ PUBLISHED = {
         "mistral3", 4096, 34, 14336, 32, 8, 7.4, (1, 2, 4, 8, 16), 128, "ministral3"
     ),
     "GLM-4.1V-9B": Size("glm4v", 4096, 40, 13696, 32, 2, 8.1, (1,), tower_heads=12),
+    "GLM-4.5V": Size(
+        "glm4v_moe",
+        4096,
+        46,
+        10944,
+        96,
+        8,
+        105.4,
+        (1,),
+        128,
+        tower_heads=12,
+        more=(
+            ("n_routed_experts", 128),
+            ("n_shared_experts", 1),
+            ("moe_intermediate_size", 1408),
+            ("num_experts_per_tok", 8),
+            ("first_k_dense_replace", 1),
+        ),
+    ),
+    "LLaVA-NeXT-7B": Size(
+        "llava_next", 4096, 32, 14336, 32, 8, 7.0, (1, 2, 4, 8, 16), decoder="mistral"
+    ),
     "LLaVA-OneVision-0.5B": qwen2("llava_onevision", 896, 24, 4864, 14, 2, 0.36, (1,)),
     "LLaVA-OneVision-7B": qwen2("llava_onevision", 3584, 28, 18944, 28, 4, 6.5, (1, 2, 4)),
     "SmolVLM-2B": Size("smolvlm", 2048, 24, 8192, 32, 32, 1.6, (1, 2, 4, 8, 16), 64, "llama"),
@@ -175,6 +197,7 @@ FINER = {
     "Gemma-4-31B": (16,),
     "Gemma-4-26B-A4B": (2,),  # 2112 and 704 channels
     "GLM-4.1V-9B": (2, 4),
+    "GLM-4.5V": (2,),  # 10944 channels before the experts
     "LLaVA-OneVision-0.5B": (2,),
 }
 """The sizes that fit beside those where inputs are cut at any 32 (w4a8)."""
@@ -226,12 +249,12 @@ class NoWeights:
         self.num_blocks = size.blocks
         few = copy.deepcopy(self.config)
         few.get_text_config().num_hidden_layers = 1
-        if getattr(self.text_config, "num_experts", None):
-            few.get_text_config().num_experts = 1
+        if field := count_field(self.text_config):
+            setattr(few.get_text_config(), field, 1)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(few)
         self._block = type(model.get_submodule(self.arch.decoder).layers[0])
-        self._made: dict[tuple[str, bool], torch.nn.Module] = {}
+        self._made: dict[tuple[str, bool, bool], torch.nn.Module] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for index in range(self.num_blocks):
             for name, tensor in self.meta_block(index).state_dict().items():
@@ -241,7 +264,8 @@ class NoWeights:
     def meta_block(self, index: int) -> torch.nn.Module:
         kinds = getattr(self.text_config, "layer_types", None)
         shared = getattr(self.text_config, "num_kv_shared_layers", 0)
-        kind = (kinds[index] if kinds else "", index >= self.num_blocks - shared)
+        dense = index < getattr(self.text_config, "first_k_dense_replace", 0)
+        kind = (kinds[index] if kinds else "", index >= self.num_blocks - shared, dense)
         if kind not in self._made:
             with torch.device("meta"):
                 self._made[kind] = self._block(self.text_config, layer_idx=index)

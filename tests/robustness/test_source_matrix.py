@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ def stored(dtype: torch.dtype, tower: bool = False) -> Change:
 
 
 def surplus_block(t: Tensors, linear: str, _: str) -> None:
-    t[linear.replace(".layers.0.", ".layers.77.") + ".weight"] = torch.ones(1)
+    t[re.sub(r"\.layers\.\d\.", ".layers.77.", linear) + ".weight"] = torch.ones(1)
 
 
 def lost_weight(t: Tensors, linear: str, _: str) -> None:
@@ -100,8 +101,8 @@ def test_odd_tensors(models: dict[str, Path], tmp_path: Path, family: str, fault
     tensors = load_file(path)
     groups = ARCHITECTURES[row_of(family)].groups  # the last linear that is not an expert's
     up = next(g.previous for g in reversed(groups) if g.kind != "norm" and "*" not in g.previous)
-    up = f"layers.0.{up}.weight"
-    linear = next(n for n in tensors if n.endswith(up)).removesuffix(".weight")
+    ends = [f"layers.{i}.{up}.weight" for i in (0, 1)]  # the first block may have no experts
+    linear = next(n for end in ends for n in tensors if n.endswith(end)).removesuffix(".weight")
     other = next(n for n in sorted(tensors) if "vis" in n and n.endswith("weight"))
     if fault == "bias" and f"{linear}.bias" in tensors:
         pytest.skip("the family has this bias")

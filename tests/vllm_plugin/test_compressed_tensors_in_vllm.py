@@ -54,7 +54,7 @@ def _forced_logprobs(directory: Path, tokens: list[int], dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(f for f in FAMILIES if not f.endswith("_moe")))
 def test_logprobs_within_noise(
     family: str, scheme: str, tmp_path: Path, release: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +63,9 @@ def test_logprobs_within_noise(
 
     monkeypatch.setenv("VLLM_PLUGINS", "")
     source = tiny_model(family, tmp_path / "source")
-    llm = engine(_quantize(source, scheme, "compressed-tensors"), dtype="bfloat16")
+    # vLLM leaves the normalizing of pictures to a tower that does not do it (see patches.py).
+    more = {"mm_device_do_normalize": False} if family == "exaone4_5" else {}
+    llm = engine(_quantize(source, scheme, "compressed-tensors"), dtype="bfloat16", **more)
     # No special tokens, which come first: a random model may well answer with images.
     parameters = SamplingParams(
         temperature=0,

@@ -178,6 +178,31 @@ def test_amx_is_asked_for_where_it_is(
     assert len(calls) == asked
 
 
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_pictures_are_normalized_by_the_tower_they_are_left_to(
+    monkeypatch: pytest.MonkeyPatch, normalizes: bool
+) -> None:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fusion import mm_input_norm
+    from vllm.model_executor.models import exaone4_5
+
+    kind = exaone4_5.Exaone4_5_ForConditionalGeneration
+    built, none = torch.nn.Identity(), mm_input_norm.IdentityInputNorm()
+    monkeypatch.setattr(mm_input_norm, "build_mm_input_norm", lambda config: built)
+    monkeypatch.setattr(kind, "embed_multimodal", kind.embed_multimodal)
+    if not normalizes:  # a process that serves another model
+        monkeypatch.delitem(sys.modules, exaone4_5.__name__)
+    for _ in range(2):
+        patches.normalize_pictures()
+    model: Any = SimpleNamespace(
+        visual=SimpleNamespace(input_norm=none, device="cpu"),
+        vllm_config=VllmConfig(),
+        _parse_and_validate_multimodal_inputs=lambda: {},
+    )
+    assert kind.embed_multimodal(model) == []
+    assert model.visual.input_norm is (built if normalizes else none)
+
+
 TEXT_FIRST = """
 import sys
 from vllm import LLM, SamplingParams

@@ -51,6 +51,30 @@ def _llava(crop: bool) -> Built:
     return LlavaModel(config), SimpleNamespace(image_processor=images), config
 
 
+def _llava_next() -> Built:
+    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextModel, Qwen2Config
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    pinpoints = [[64, 128], [128, 64], [128, 128], [64, 192], [192, 64]]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            **VISION, num_attention_heads=2, image_size=64, patch_size=8
+        ),
+        text_config=Qwen2Config(**TEXT),
+        image_token_index=5,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+        image_grid_pinpoints=pinpoints,
+    )
+    return LlavaNextModel(config), SimpleNamespace(image_processor=images), config
+
+
 def _llava_onevision(most: int) -> Built:
     from transformers import (
         LlavaOnevisionConfig,
@@ -348,6 +372,7 @@ def _lfm2_vl() -> Built:
 FAMILIES: dict[str, Callable[[], Built]] = {
     "llava": lambda: _llava(crop=False),
     "llava-center-crop": lambda: _llava(crop=True),
+    "llava-next": _llava_next,
     "llava-onevision": lambda: _llava_onevision(9),
     "llava-onevision-shrunk": lambda: _llava_onevision(2),
     "qwen2-vl": _qwen2_vl,

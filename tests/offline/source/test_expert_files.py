@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS = "model.language_model.layers.1.mlp.experts."
-FAMILIES = ("gemma4_moe", "qwen3_5_moe", "qwen3_vl_moe")
+FAMILIES = ("gemma4_moe", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 
 
 @pytest.fixture(scope="module")
