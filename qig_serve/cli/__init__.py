@@ -45,6 +45,9 @@ takes the colours away there too).
 """
 
 
+_NO_ENGINE = "vLLM's engine did not start: its own messages above say why"
+
+
 def make_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the subcommand asked for is imported, unless none was named."""
     from qig_serve import __version__
@@ -141,6 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qig-serve {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not str(error).startswith("Engine core initialization failed"):
+            raise
+        print(f"qig-serve {args.command}: {_NO_ENGINE}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"qig-serve {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -55,6 +55,18 @@ def test_interruption_exits_130(
     assert capsys.readouterr().err == "qig-serve families: interrupted\n"
 
 
+def test_an_engine_that_did_not_start_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(_: object) -> int:
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+    monkeypatch.setattr("qig_serve.cli.families.run", failed)
+    assert main(["families"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qig-serve families: vLLM's engine did not start") and "\n" in said
+
+
 def test_output_that_nobody_reads_any_more_ends_the_command_in_silence() -> None:
     reading, writing = os.pipe()
     os.close(reading)
