@@ -187,7 +187,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             sparse(_PRE_NORM, ("mlp.shared_experts",)),
             "Glm4vMoeForConditionalGeneration",
             "merged",
-            "M-RoPE, experts by sigmoids, and some that see every token",
+            "GLM-4.5V, 4.6V: experts by sigmoids, one that sees every token",
             other_groups=(_PRE_NORM,),
             kept=(ROUTER,),
             embedding_as_is=True,

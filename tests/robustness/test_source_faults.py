@@ -169,5 +169,5 @@ def test_endless_decoders_are_not_built(model: Path, tmp_path: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 1 << 60
     (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="asks for 1152921504606846976 decoder blocks"):
+    with pytest.raises(UserError, match="num_hidden_layers is 1152921504606846976"):
         loaded_model.load(broken)

@@ -60,16 +60,14 @@ def test_shutdown_is_noted_and_done() -> None:
 
 def test_a_picture_is_known_to_the_engine_when_it_was_sent() -> None:
     """vLLM's own caches of both sides: a refused request leaves the picture to the next."""
-    from vllm.multimodal.cache.lru import (
-        LruKeyReplicatedReceiverCache,
-        LruKeyReplicatedSenderCache,
-    )
+    lru = pytest.importorskip("vllm.multimodal.cache.lru", reason="an older vLLM's caches stay")
     from vllm.multimodal.inputs import MultiModalKwargsItem
 
     settings: Any = SimpleNamespace(
         get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=1)
     )
-    front, engine = LruKeyReplicatedSenderCache(settings), LruKeyReplicatedReceiverCache(settings)
+    front = lru.LruKeyReplicatedSenderCache(settings)
+    engine = lru.LruKeyReplicatedReceiverCache(settings)
 
     async def send(request: Any) -> None:
         for feature in request.mm_features:
@@ -101,12 +99,12 @@ def test_a_cache_without_another_side_is_left_alone() -> None:
 
 
 def test_what_is_raised_while_a_prompt_is_made_is_the_requests_fault() -> None:
-    from vllm.renderers import chat_utils
-
     from qig_serve.serving.request_faults import request_fault
 
+    modules = ("vllm.renderers.chat_utils", "vllm.entrypoints.chat_utils")
+    parser: Any = compat.find("AsyncMultiModalContentParser", *modules)
     try:
-        chat_utils.AsyncMultiModalContentParser.parse_input_audio(None, 3)  # type: ignore[arg-type]
+        parser.parse_input_audio(None, 3)
     except AttributeError as error:
         caught = error
     message = request_fault(caught)
@@ -182,6 +180,10 @@ def test_amx_is_asked_for_where_it_is(
 def test_pictures_are_normalized_by_the_tower_they_are_left_to(
     monkeypatch: pytest.MonkeyPatch, normalizes: bool
 ) -> None:
+    pytest.importorskip(
+        "vllm.model_executor.layers.fusion.mm_input_norm",
+        reason="an older processor does it",
+    )
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fusion import mm_input_norm
     from vllm.model_executor.models import exaone4_5

@@ -228,7 +228,7 @@ def test_tables_of_older_files_are_copied(model: Path) -> None:
     [
         (_no_config, "has no config.json"),
         (_config_is_no_json, "config.json cannot be read"),
-        (_unknown_family, r"'bert' are not supported; known types: gemma3, .*smolvlm"),
+        (_unknown_family, r"'bert' are not supported; known types: exaone4_5, .*smolvlm"),
         (_another_decoder, r"llava model with a 'gemma' decoder.*known decoders: llama"),
         (_quantized_already, "quantized already"),
         (_no_processor, "has no usable processor|no image processor"),
