@@ -4,9 +4,9 @@
 
 Safer than vLLM's defaults: pictures by remote URL only with --allowed-media-domains, and then
 from public addresses without redirects; --api-key covers every route but /health; requests that
-are too large or too many are refused; SIGTERM lets running requests finish. A page to try it is
-at `/`, what the checkpoint is at `/v1/quantization`. `qig-serve serve DIR --help=all` lists
-vLLM's flags.
+are too large or too many are refused; SIGTERM and Ctrl-C let running requests finish, a second
+Ctrl-C does not. A page to try it is at `/`, what the checkpoint is at `/v1/quantization`.
+`qig-serve serve DIR --help=all` lists vLLM's flags.
 """
 
 from __future__ import annotations

@@ -10,12 +10,16 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from typing import Any
 
 import psutil
 
 from qig_serve.serving.engine_watch import THIS_PROCESS
+
+_stopping = threading.Event()
+"""Set when a server that is up was asked to stop."""
 
 
 def take_ctrl_c() -> None:
@@ -41,7 +45,8 @@ def _wait() -> None:
 
 def _asked(*_: Any) -> None:
     """Stops a server that is up as SIGTERM does; ends one that starts, or that is asked again."""
-    if THIS_PROCESS.report is not None and not THIS_PROCESS.stopping:
+    if THIS_PROCESS.report is not None and not _stopping.is_set():
+        _stopping.set()
         print("qig-serve serve: finishes what it is answering; Ctrl-C ends it", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         return
@@ -50,15 +55,21 @@ def _asked(*_: Any) -> None:
     stopped: set[psutil.Process] = set()
     while started := _children() - stopped:
         for process in started:
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         stopped |= started
     for process in stopped:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     print("qig-serve serve: interrupted", file=sys.stderr, flush=True)
     os._exit(130)
 
 
 def _children() -> set[psutil.Process]:
-    """All below this process but the tracker, which cleans up behind them."""
-    found = psutil.Process().children(recursive=True)
-    return {p for p in found if "resource_tracker import main" not in " ".join(p.cmdline())}
+    """All that run below this process but the tracker, which cleans up behind them."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "resource_tracker import main" not in " ".join(process.cmdline()):
+                found.add(process)
+    return found

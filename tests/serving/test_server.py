@@ -352,6 +352,17 @@ def test_a_stop_lets_a_stream_finish(checkpoint: Path, tmp_path: Path, number: i
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait(checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(checkpoint, tmp_path)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    next(ask(client, max_tokens=480, stream=True, extra_body={"ignore_eos": True}))
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert server.stop(signal.SIGINT) == 130, server.output[-2000:]
+    assert server.output.endswith("qig-serve serve: interrupted\n")
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_a_start_at_once(checkpoint: Path) -> None:
     """Sent to all processes, as a terminal does; nothing is left of them, and no traceback."""
     process = subprocess.Popen(
