@@ -145,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qig-serve {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not str(error).startswith("Engine core initialization failed"):
+        from qig_serve.vllm_plugin import patches
+
+        if not patches.engine_did_not_start(error):
             raise
         print(f"qig-serve {args.command}: {_NO_ENGINE}", file=sys.stderr)
         return 1

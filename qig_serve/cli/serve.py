@@ -15,6 +15,7 @@ import argparse
 import atexit
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 _SUPERVISED = ("--api-server-count", "-asc", "--headless", "--data-parallel", "-dp")
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.serving.limits import Limits
 
     own, flags = _own_options().parse_known_args(args.flags)
-    if not any(flag.replace("_", "-").startswith(_SUPERVISED) for flag in flags):
+    supervised = any(flag.replace("_", "-").startswith(_SUPERVISED) for flag in flags)
+    if not supervised and find_spec("vllm"):  # which brings what this needs; serve says if it lacks
         from qig_serve.serving.ctrl_c import take_ctrl_c
 
         take_ctrl_c()

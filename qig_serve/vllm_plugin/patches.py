@@ -107,6 +107,12 @@ def failed_in_rendering(error: BaseException) -> bool:
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def engine_did_not_start(error: BaseException) -> bool:
+    """Whether it is what vLLM raises when the engine's process, which has said why, is gone."""
+    return str(error).startswith("Engine core initialization failed")
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
 def remember_only_sent_pictures(client: Any) -> None:
     """Have an engine client count a picture as known to the engine when it has been sent there.
 

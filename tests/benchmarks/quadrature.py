@@ -25,7 +25,7 @@ from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source.loaded_model import load
 
-RULES = [("gauss", 6), ("gauss", 8), ("gauss", 12), ("gauss", 16), ("uniform", 32)]
+RULES = [("gauss", 2), ("gauss", 6), ("gauss", 8), ("gauss", 12), ("gauss", 16), ("uniform", 32)]
 REFERENCE = ("uniform", 128)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,7 @@ def test_unsupported_vllm_is_one_sentence(
 ) -> None:
     import vllm
 
+    monkeypatch.setattr("qig_serve.serving.ctrl_c.take_ctrl_c", lambda: None)  # this is pytest's
     monkeypatch.setattr(vllm, "__version__", "0.25.1")
     for command in ("doctor", "serve"):
         assert main([command, str(checkpoints["w4a8"])]) == 2
@@ -137,6 +140,19 @@ def test_unsupported_vllm_is_one_sentence(
             f"qig-serve {command}: qig-serve supports vllm>=0.26,<0.34, but vLLM 0.25.1 is "
             "installed: install a supported version, or remove qig-serve from this environment"
         )
+
+
+def test_without_vllm_serve_is_one_sentence(checkpoints: dict[str, Path]) -> None:
+    """Nor what vLLM brings, which the handling of Ctrl-C needs."""
+    absent = "import sys\nsys.modules.update(dict.fromkeys(['vllm', 'psutil', 'starlette']))\n"
+    words = ["serve", str(checkpoints["w4a8"])]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{absent}from qig_serve.cli import main\nmain({words})"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.startswith("qig-serve serve: serving needs vLLM (vllm>=")
+    assert done.stderr.count("\n") == 1
 
 
 def test_dtype_is_the_checkpoints_unless_asked(checkpoints: dict[str, Path]) -> None:
