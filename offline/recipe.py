@@ -142,8 +142,10 @@ class QuantRecipe(BaseModel):
 
     calib: str = Field(
         default=CAPTIONS,
-        description="calibration data: a JSONL file, a LLaVA JSON, a folder of captioned images, "
-        "hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, or 'demo'",
+        description="calibration data: a JSONL file, a JSON of LLaVA's or LLaMA-Factory's form, a "
+        "CSV or parquet file with columns image and caption (or question and answer), a folder "
+        "of captioned images, hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, "
+        "or 'demo'",
     )
     image_folder: str | None = Field(
         default=None, description="where the images lie that the data name by path"

@@ -87,9 +87,15 @@ def shard(name: str, n: int, k: int, size: int) -> tuple[int, int]:
 
 
 def in_words(sizes: Sequence[int], refused: Mapping[Any, str]) -> str:
-    """For people: "1, 2, 4; not 8 (28 query heads cannot be split 8 ways)"."""
+    """For people: "1, 2, 4; not 8, 16 (28 query heads cannot be split 8 ways)".
+
+    What is in the way of one size is in the way of its multiples, so the smallest's is enough.
+    """
     text = ", ".join(map(str, sizes)) or "none"
-    return text + "".join(f"; not {size} ({why})" for size, why in refused.items())
+    if not refused:
+        return text
+    why = refused[min(refused, key=int)]
+    return f"{text}; not {', '.join(map(str, sorted(refused, key=int)))} ({why})"
 
 
 def _mlp_widths(text: Any, split_experts: bool) -> list[tuple[str, int]]:

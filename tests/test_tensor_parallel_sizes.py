@@ -69,6 +69,7 @@ def test_a_size_between_the_usual_ones() -> None:
 
 def test_words_for_people() -> None:
     assert in_words([1, 2], {"4": "why"}) == "1, 2; not 4 (why)"
+    assert in_words([1, 2], {"16": "that", "8": "this"}) == "1, 2; not 8, 16 (this)"
     assert in_words([], {}) == "none"
 
 

@@ -4,8 +4,8 @@ NAME is a dataset of the hub, a folder (of files, or written by `save_to_disk`),
 A row's picture may be one, or a list of them: decoded, encoded bytes (or their base64 text, or a
 data URL), {"bytes", "path"}, or a path from the dataset's folder. A caption may be a list: the
 first counts. Without such a column the turns of "messages" or "conversations" are read
-(records.py), with the pictures of "image" or "images". Rows without a picture, or with neither
-caption nor turns, are left out, and counted.
+(records.py), with the pictures of "image" or "images"; without turns, "question" and "answer". Rows
+without a picture, or with neither caption nor turns, are left out, and counted.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def hugging_face(source: str, n: int, seed: int, text_only: bool, notes: list[st
         if _has_turns(row, options):
             sample = _conversation(row, options, where, f"{name}-{i}", _folder(name), text_only)
         else:
-            _check_columns(source, row, options)
-            sample = _sample(row, options, where, f"{name}-{i}", _folder(name))
+            named = _with_answers(row, options)
+            _check_columns(source, row, named)
+            sample = _sample(row, named, where, f"{name}-{i}", _folder(name))
             sample = _missing(sample, text_only) or sample
         if isinstance(sample, str):
             empty[sample] = empty.get(sample, 0) + 1
@@ -180,6 +181,13 @@ def _check_columns(source: str, row: Mapping[str, Any], options: Mapping[str, st
             f"{source}: no column {missing[0]!r}; the columns are {', '.join(row)}. "
             f"Map them as {_MAP}, or name a column of turns messages or conversations"
         )
+
+
+def _with_answers(row: Mapping[str, Any], options: Mapping[str, str]) -> Mapping[str, str]:
+    """The options, with question and answer where a row has both, and no caption to go before."""
+    theirs = {"question": "question", "answer": "answer"}
+    named = theirs.keys() & options.keys() or _OPTIONS["answer"] in row
+    return options if named or not theirs.keys() <= row.keys() else {**options, **theirs}
 
 
 def _has_turns(row: Mapping[str, Any], options: Mapping[str, str]) -> bool:

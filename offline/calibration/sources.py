@@ -7,8 +7,9 @@ folder                          images with captions: NAME.txt beside NAME.png, 
 captions.csv                    columns image and caption, and perhaps question
 hf:NAME?split=train&image=image&question=prompt&answer=caption
                                 a Hugging Face dataset and its columns (hugging_face.py); what
-                                CAPTIONS names is the default; without those columns the turns
-                                of messages or conversations
+                                CAPTIONS names is the default; without a caption the turns of
+                                messages or conversations, or else question and answer
+file.parquet                    the same
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from qig_serve.samples import IMAGE_SUFFIXES, Sample, sample_from_parts
 
 CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
 """Pairs of an image and a caption, the paper's kind of calibration data."""
+_GIVE = (
+    "give --calib with a JSON or JSONL file, a CSV or parquet file, a folder of captioned images, "
+    "hf:DATASET, or 'demo'"
+)
 _IMAGE_COLUMNS = ("image", "file_name", "file", "path", "filename")
 _CAPTION_COLUMNS = ("caption", "text", "answer")
 _QUESTION_COLUMNS = ("question", "prompt")
@@ -50,17 +55,20 @@ def load_calibration(
     sample has an image unless `text_only` is set.
     """
     if not source:
-        raise UserError(
-            "no calibration data: give --calib with a JSONL file, a LLaVA JSON, a folder of "
-            "captioned images, hf:DATASET, or 'demo'"
-        )
+        raise UserError(f"no calibration data: {_GIVE}")
     notes = [] if notes is None else notes
-    if image_folder is not None and (source == "demo" or source.startswith("hf:")):
+    parquet = source.endswith(".parquet") and not source.startswith("hf:")
+    if image_folder is not None and (source == "demo" or parquet or source[:3] == "hf:"):
         raise UserError(f"--image-folder is for files that name pictures, not for {source}")
     if source == "demo":
         samples = _demo(n, seed)
-    elif source.startswith("hf:"):
-        samples = hugging_face(source, n, seed, text_only, notes)
+    elif source == CAPTIONS:
+        try:
+            samples = hugging_face(source, n, seed, text_only, notes)
+        except UserError as error:
+            raise UserError(f"{_GIVE}. Without it the hub's captions are read: {error}") from None
+    elif parquet or source.startswith("hf:"):
+        samples = hugging_face(f"hf:{source.removeprefix('hf:')}", n, seed, text_only, notes)
     else:
         folder = None if image_folder is None else Path(image_folder)
         samples = _from_path(Path(source), n, seed, folder, notes)

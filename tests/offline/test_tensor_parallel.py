@@ -23,6 +23,6 @@ def test_recorded_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert list(config["summary"]["tensor_parallel_refused"]) == ["4", "8", "16"]
     assert main(["inspect", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "tensor parallel 1, 2; not 4 (256 inputs of o in multiples of 128, " in out
+    assert "tensor parallel 1, 2; not 4, 8, 16 (256 inputs of o in multiples of 128, " in out
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Tensor-parallel sizes: 1, 2; not 4 (256 inputs of o" in card
+    assert "Tensor-parallel sizes: 1, 2; not 4, 8, 16 (256 inputs of o" in card

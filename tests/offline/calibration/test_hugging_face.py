@@ -119,6 +119,20 @@ def test_captions(cells: str, form: str, tmp_path: Path) -> None:
     assert len(notes) == (len(answers) < len(values))
 
 
+def test_questions_and_answers_need_no_options(tmp_path: Path) -> None:
+    columns = {
+        "image": (PICTURES, [RED, RED]),
+        "question": (TEXT, ["Which colour?"] * 2),
+        "answer": (TEXT, ["red", "reddish"]),
+    }
+    source = write(tmp_path, "parquet", columns).removeprefix("hf:")
+    samples = ordered(load_calibration(source, 8))
+    assert [s.answer for s in samples] == ["red", "reddish"]
+    assert {s.question for s in samples} == {"Which colour?"}
+    with pytest.raises(UserError, match="--image-folder is for files that name pictures, not for"):
+        load_calibration(source, 8, image_folder=tmp_path)
+
+
 FLOATS = datasets.Value("float64")
 CONVERSATION = {"from": TEXT, "value": TEXT}
 
