@@ -1,12 +1,12 @@
 """Quantize with several methods, schemes and seeds, and compare the results in one run.
 
-One table: exact match overall and by question type, McNemar against full precision and between
-methods, KL to full precision (mean, 99th percentile), error of the states that the output head
-reads (which tells close methods apart on fewer questions), top-1 agreement, whole-answer agreement,
-answer perplexity ratio, calibration time, peak memory. All models, full precision too, answer
-through transformers, so that nothing but the weights differs; greedy answers are found by
-teacher forcing unless --engine says otherwise. w2a16 and w2a16-channel are stress schemes, for
-comparing methods where the served schemes are too mild; no server loads them.
+Tables: exact match with McNemar's test against full precision, KL to full precision with the error
+of the states that the output head reads (which tells close methods apart on fewer questions), time
+and peak memory, exact match by question type, and McNemar's test between methods; --json has more.
+All models, full precision too, answer through transformers, so that nothing but the weights
+differs; greedy answers are found by teacher forcing unless --engine says otherwise. w2a16 and
+w2a16-channel are stress schemes, for comparing methods where the served schemes are too mild; no
+server loads them.
 
 examples:
   qig-serve compare MODEL --schemes w3a16,w4a8 --methods rtn,awq,mbq,gptq,qig,qig+ --seeds 3 \\
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from qig_serve.evaluation.comparison import Run
     from qig_serve.offline.recipe import QuantRecipe
 
-HELP = "quantize by several methods and compare them in one table"
+HELP = "quantize by several methods and compare the results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,11 +182,13 @@ def run(args: argparse.Namespace) -> int:
 
     from qig_serve.evaluate import EvaluationResult
     from qig_serve.evaluation.comparison import (
+        answers_table,
         asked,
+        distance_table,
         pairwise_table,
         plot,
-        summary_table,
         to_json,
+        types_table,
     )
     from qig_serve.evaluation.table import print_whole
 
@@ -205,9 +207,12 @@ def run(args: argparse.Namespace) -> int:
             if args.json:  # after every seed, so that an interrupted run leaves its figures
                 write_json(args.json, {"settings": _settings(args), **to_json(runs, full)})
     out = Console()
-    print_whole(out, summary_table(runs, full))
+    tables = [answers_table(runs, full)] if asked(runs) else []
+    tables.append(distance_table(runs, full))
     for scheme in dict.fromkeys(r.scheme for r in runs if asked(runs)):
-        print_whole(out, pairwise_table(runs, scheme))
+        tables += [types_table(runs, full, scheme), pairwise_table(runs, scheme)]
+    for table in tables:
+        print_whole(out, table)
     if args.plot:
         plot(runs, full, args.plot)
     return 0
@@ -263,15 +268,12 @@ def _one_seed(
     for number, (key, recipe) in enumerate(recipes.items(), start=1):
         name = "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
         directories[key] = folder / name
+        doing = f"seed {seed}, {number}/{len(recipes)}: quantizing by {key[1]} to {key[0]}"
+        messages.print(doing, highlight=False, markup=False)
         seconds, peak, wrong = _quantize_apart(args.model, str(directories[key]), recipe)
         if wrong:
             raise UserError(f"{', '.join(key)}, seed {seed}: {wrong}")
         costs[key] = (seconds, peak)
-        messages.print(
-            f"seed {seed}, {number}/{len(recipes)}: {key[0]} {key[1]} quantized in {seconds:.0f} s",
-            highlight=False,
-            markup=False,
-        )
     with progress_bars(messages, args.quiet) as progress:
         results = evaluate_many(
             [(f"{scheme} {method}", d) for (scheme, method), d in directories.items()],

@@ -155,64 +155,80 @@ def to_json(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> dict[s
     }
 
 
-def summary_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> Table:
-    """One table of all schemes and methods."""
+def _table(title: str, columns: Sequence[str], left: int = 2) -> Table:
+    """An empty table; its first `left` columns hold names. Two-word heads take two lines."""
     from rich.table import Table
 
-    summaries = summarize(runs, full)
-    table = Table(title="means over seeds; EM in %", title_justify="left")
-    kinds = sorted({k for s in summaries for k in s.by_type})
-    shown = ["scheme", "method", "EM", "vs full", "95%", "p", "KL mean", "se", "KL p99"]
-    shown += ["state error", "top-1", "same answer", "ppl ratio", "s", "GiB", *kinds]
-    for i, name in enumerate(shown):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    share = sum(r.exact_match for r in full.values()) / len(full) if asked(runs) else None
-    types = [_mean([r.by_type()[k][1] for r in full.values() if k in r.by_type()]) for k in kinds]
-    rest = [percent(t) for t in types]
-    table.add_row("full", "-", percent(share), *["-"] * 12, *rest)
-    before = ""
-    for s in summaries:
-        if s.scheme != before:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    return table
+
+
+def _add_by_scheme(table: Table, rows: Sequence[tuple[str, ...]]) -> None:
+    for i, row in enumerate(rows):
+        if i and row[0] != rows[i - 1][0]:
             table.add_section()
-            before = s.scheme
+        table.add_row(*row)
+
+
+def answers_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> Table:
+    """Exact match of all schemes and methods, and what they lose against full precision."""
+    table = _table(
+        "exact match, mean over seeds; points against full precision, McNemar p",
+        ["scheme", "method", "exact\nmatch", "points", "95% interval", "p", "same\nanswer"],
+    )
+    share = sum(r.exact_match for r in full.values()) / len(full)
+    rows: list[tuple[str, ...]] = [("full", "-", percent(share), *"----")]
+    for s in summarize(runs, full):
         test = s.against_full
-        table.add_row(
+        assert test is not None  # something was asked
+        low, high = (100 * end for end in test.interval)
+        points, interval = percent(test.difference, signed=True), f"{low:+.1f} to {high:+.1f}"
+        match, same = percent(s.exact_match), percent(s.agreement)
+        rows.append((s.scheme, s.method, match, points, interval, small(test.p_value), same))
+    _add_by_scheme(table, rows)
+    return table
+
+
+def distance_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult]) -> Table:
+    """How far from full precision all schemes and methods are, and what they cost."""
+    table = _table(
+        "KL to full precision in nats per token; time and peak memory of quantizing",
+        ["scheme", "method", "KL", "standard\nerror", "state\nerror", "top-1", "seconds", "GiB"],
+    )
+    rows = [
+        (
             s.scheme,
             s.method,
-            *(
-                (
-                    percent(s.exact_match),
-                    percent(test.difference, signed=True),
-                    f"{100 * test.interval[0]:+.1f}..{100 * test.interval[1]:+.1f}",
-                    small(test.p_value),
-                )
-                if test
-                else "----"
-            ),
-            small(s.kl_mean),
-            small(s.kl_se),
-            small(s.kl_p99),
-            small(s.state_error),
+            *map(small, (s.kl_mean, s.kl_se, s.state_error)),
             percent(s.top1),
-            percent(s.agreement),
-            "-" if s.perplexity_ratio is None else f"{s.perplexity_ratio:.4f}",
             f"{s.seconds:.0f}",
             f"{s.peak_bytes / 2**30:.1f}",
-            *(percent(s.by_type.get(k)) for k in kinds),
         )
+        for s in summarize(runs, full)
+    ]
+    _add_by_scheme(table, rows)
+    return table
+
+
+def types_table(runs: Sequence[Run], full: Mapping[int, EvaluationResult], scheme: str) -> Table:
+    """Exact match by question type, a column for each method of the scheme."""
+    summaries = [s for s in summarize(runs, full) if s.scheme == scheme]
+    title = f"{scheme}: exact match by question type"
+    table = _table(title, ["", "full", *(s.method for s in summaries)], left=1)
+    for kind in sorted({kind for s in summaries for kind in s.by_type}):
+        whole = _mean([r.by_type()[kind][1] for r in full.values() if kind in r.by_type()])
+        table.add_row(kind, percent(whole), *(percent(s.by_type.get(kind)) for s in summaries))
     return table
 
 
 def pairwise_table(runs: Sequence[Run], scheme: str) -> Table:
     """Points that the method of the row wins over that of the column, with McNemar p."""
-    from rich.table import Table
-
     tests = pairwise(runs, scheme)
     methods = list(dict.fromkeys(r.method for r in runs if r.scheme == scheme))
-    table = Table(title=f"{scheme}: row less column, points (p)", title_justify="left")
-    table.add_column("")
-    for method in methods:
-        table.add_column(method, justify="right", no_wrap=True)
+    title = f"{scheme}: row less column, points (McNemar p)"
+    table = _table(title, ["", *methods], left=1)
     for row in methods:
         cells = []
         for column in methods:

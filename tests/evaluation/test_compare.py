@@ -74,7 +74,7 @@ def test_a_stress_scheme_from_end_to_end(
     assert _compare(str(twins[0]), *words) == 0
     printed = capsys.readouterr().out
     assert "w2a16-channel" in printed and (tmp_path / "c.png").exists()
-    assert "same answer" in printed and "…" not in printed  # nothing is cut to the terminal
+    assert "state" in printed and "…" not in printed  # nothing is cut to the terminal
     record = json.loads(out.read_text())
     assert record["settings"]["samples"] == 2 and record["settings"]["engine"] == "forced"
     (run,) = record["runs"]

@@ -13,12 +13,14 @@ from rich.console import Console
 from qig_serve.evaluate import Answer, EvaluationResult
 from qig_serve.evaluation.comparison import (
     Run,
+    answers_table,
+    distance_table,
     pairwise,
     pairwise_table,
     plot,
     summarize,
-    summary_table,
     to_json,
+    types_table,
 )
 from qig_serve.evaluation.divergence import Divergence
 from qig_serve.evaluation.statistics import paired
@@ -77,11 +79,12 @@ def test_json_table_and_plot(tmp_path: Path) -> None:
     # The results know no method, as those of ordinary models; they were in a folder.
     assert record["runs"][3]["scheme"] == "w3a16" and record["runs"][3]["method"] == "qig"
     assert record["full_precision"]["1"]["model"] == "dir"
-    console = Console(width=220, record=True, file=io.StringIO())
-    console.print(summary_table(RUNS, FULL))
-    console.print(pairwise_table(RUNS, "w3a16"))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(answers_table(RUNS, FULL), distance_table(RUNS, FULL))
+    console.print(types_table(RUNS, FULL, "w3a16"), pairwise_table(RUNS, "w3a16"))
     text = console.export_text()
     assert "95.0%" in text and "55.0%" in text and "+32.5" in text and "w2a16" in text
+    assert text.count("qig") >= 4 and "…" not in text  # whole at 80 columns
     for name in ("p.png", "p.svg"):
         plot(RUNS, FULL, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 5000
