@@ -25,7 +25,7 @@ from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.passes.capture import quantized_weights
 from qig_serve.offline.passes.parts import inner_names
 from qig_serve.offline.passes.streams import Streams
-from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
+from qig_serve.offline.progress import device_bytes, duration, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.results import GroupResult
 from qig_serve.offline.rounding.block import round_block
@@ -101,13 +101,6 @@ class Estimate:
             present = torch.cuda.get_device_properties(device).total_memory
             text += f", {gibibytes(self.device_bytes)} of {gibibytes(present)} device memory"
         return text
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 40 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def heaviest(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:

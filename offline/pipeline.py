@@ -39,7 +39,7 @@ from qig_serve.offline.passes.capture import Store, check_finite
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import ACTIVATIONS, offload_folder, pick_device
 from qig_serve.offline.processes import ALONE, Ranks, joined
-from qig_serve.offline.progress import RunProgress, device_bytes, host_bytes
+from qig_serve.offline.progress import RunProgress, device_bytes, duration, host_bytes, waiting
 from qig_serve.offline.publish import fingerprint, new_report, publish
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.report.pictures import KeptWeights
@@ -102,23 +102,24 @@ def _quantize(
     started = time.monotonic()
     torch.manual_seed(recipe.seed)
     device = pick_device(recipe.device, ranks)
-    loaded = loaded_model.load(model, device=device)
-    check_shapes(loaded, recipe.quant_scheme, recipe.format)
-    note = choose_vocabulary(loaded, recipe, plain)
-    notes = [note] if note else []
-    width = choose_mlp_width(loaded, recipe, plain)
-    samples = load_calibration(
-        recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only, notes
-    )
-    batches = make_batches(
-        samples,
-        loaded.processor,
-        loaded.image_token_id,
-        batch_tokens=recipe.batch_tokens,
-        max_length=recipe.max_length,
-        most=STEP_SAMPLES if recipe.tuning_passes else None,
-        ranks=ranks,
-    )
+    with waiting("reading the model and the samples", quiet or not ranks.writes):
+        loaded = loaded_model.load(model, device=device)
+        check_shapes(loaded, recipe.quant_scheme, recipe.format)
+        note = choose_vocabulary(loaded, recipe, plain)
+        notes = [note] if note else []
+        width = choose_mlp_width(loaded, recipe, plain)
+        samples = load_calibration(
+            recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only, notes
+        )
+        batches = make_batches(
+            samples,
+            loaded.processor,
+            loaded.image_token_id,
+            batch_tokens=recipe.batch_tokens,
+            max_length=recipe.max_length,
+            most=STEP_SAMPLES if recipe.tuning_passes else None,
+            ranks=ranks,
+        )
     report = new_report(loaded, recipe, samples, batches, ranks)
     report.warnings += notes
     identity = fingerprint(loaded, report, ranks, plain)
@@ -158,13 +159,14 @@ def _quantize(
         report.seconds = time.monotonic() - started
         if writer is not None:
             progress.line(
-                f"all blocks done in {report.seconds:.0f} s, {len(report.fallbacks)} fallbacks"
+                f"all blocks done in {duration(report.seconds)}, {len(report.fallbacks)} fallbacks"
             )
             progress.close_log()
+            progress.after_blocks("writing and reading back")
             canary = Canary.of(loaded, streams)
             shutil.rmtree(writer.directory / ACTIVATIONS, ignore_errors=True)
             publish(loaded, writer, report, recipe, kept, canary, plain)
-            took = f"{time.monotonic() - started:.0f} s"
+            took = duration(time.monotonic() - started)
             progress.line(": ".join(filter(None, (f"wrote {output} in {took}", report.size()))))
     return report
 
@@ -351,11 +353,11 @@ def quantize_blocks(
 
 def block_line(done: BlockReport) -> str:
     """What is printed of a finished block."""
-    ratio = [f"{m.name} {m.loss / max(m.loss_rtn, 1e-30):.2f}" for m in done.modules]
-    complete = [f"{m.completeness:.1%}" for m in done.modules if m.completeness is not None]
-    text = f"output error {done.output_error:.2e}"
-    text += f", loss over RTN: {' '.join(ratio)}" if ratio else ""
-    return text + (f", completeness {' '.join(complete)}" if complete else "")
+    text = f"output error {100 * done.output_error:.3g}%"
+    at_rtn = sum(m.loss_rtn for m in done.modules)
+    return text + (
+        f", {sum(m.loss for m in done.modules) / at_rtn:.2f} of RTN's loss" if at_rtn else ""
+    )
 
 
 def count_fallbacks(

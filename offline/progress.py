@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from qig_serve.offline.disk import ResumableError
 
@@ -30,6 +39,20 @@ def device_bytes(device: torch.device) -> int:
 def gibibytes(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def waiting(text: str, quiet: bool) -> Iterator[None]:
+    """Says on a terminal what is being done, for as long as it is; elsewhere nothing."""
+    with Console(stderr=True, quiet=quiet).status(text):
+        yield
 
 
 class RunProgress:
@@ -51,22 +74,25 @@ class RunProgress:
         self._live = self._console.is_terminal and not quiet
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.1f}/{task.total} blocks"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"),
+            TextColumn("left"),
+            expand=True,
             console=self._console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("start", total=blocks, memory="")
+        # What follows the blocks, tuning and writing, is one unit more: the clock goes on.
+        self._task = self._bar.add_task("dry run", total=blocks + 1)
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._bar.update(self._task, completed=self._blocks + 1)
         self._bar.stop()
         if error is not None:
             self._write(f"stopped: {str(error) or type(error).__name__}")
@@ -106,13 +132,16 @@ class RunProgress:
             self._task,
             description=f"block {self._block + 1}/{self._blocks}: {text}",
             completed=self._block + done,
-            memory=self.memory(),
         )
+
+    def after_blocks(self, text: str) -> None:
+        """What is being done behind the last block."""
+        self._write(text)
+        self._bar.update(self._task, description=text)
 
     def tuning(self, done: int, steps: int) -> None:
         """Of the tuning of all scales `done` steps are behind us."""
-        self._write(f"tuning scales: step {done}/{steps}")
-        self._bar.update(self._task, description=f"tuning scales: step {done}/{steps}")
+        self.after_blocks(f"tuning scales: step {done}/{steps}")
 
     def block_done(self, text: str, first: int) -> None:
         """Block finished: a line with time, time left and memory. `first` is the first block of
@@ -121,8 +150,8 @@ class RunProgress:
         spent = time.monotonic() - self._start
         left = spent / (self._block + 1 - first) * (self._blocks - self._block - 1)
         self.line(
-            f"block {self._block + 1}/{self._blocks}  {text}  {spent:.0f} s, {left:.0f} s left, "
-            f"{self.memory()}"
+            f"block {self._block + 1}/{self._blocks}  {text}  {duration(spent)}, "
+            f"{duration(left)} left, {self.memory()}"
         )
 
     def memory(self) -> str:

@@ -173,6 +173,12 @@ def read_manifest(directory: Path) -> QuantizationConfig:
 
     config = quantization(directory)
     if config is None:
+        other = read_config(directory).get("quantization_config")
+        if isinstance(other, dict) and other.get("quant_method") == "compressed-tensors":
+            raise UserError(
+                f"{directory} is a checkpoint of compressed-tensors, which vLLM serves itself: "
+                f"vllm serve {directory}"
+            )
         raise UserError(
             f"{directory} is not a qig checkpoint: {CONFIG_FILE} has no quantization_config with "
             f"quant_method {QUANT_METHOD!r}; give the directory that `qig-serve quantize` wrote"

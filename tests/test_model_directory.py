@@ -114,6 +114,12 @@ def test_not_ours(tmp_path: Path, config: Any) -> None:
         read_manifest(tmp_path)
 
 
+def test_compressed_tensors_are_for_plain_vllm(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    with pytest.raises(UserError, match=f"vllm serve {tmp_path}$"):
+        read_manifest(write(tmp_path, config))
+
+
 def test_the_bundled_model_is_bfloat16() -> None:
     from qig_serve.demo import MODEL_DIR
 

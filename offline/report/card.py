@@ -184,7 +184,9 @@ def _recovery(report: QuantizationReport, evaluation: Mapping[str, Any] | None) 
         )
     text = ["No evaluation was run on this checkpoint. The calibration's own figures:", ""]
     text += calibration_figures(report)
-    text += ["", "`qig-serve evaluate DIR --reference MODEL --data SRC` measures the answers."]
+    ours = report.recipe.get("format") != "compressed-tensors"
+    asked = "DIR --reference MODEL" if ours else "--server http://localhost:8000"
+    text += ["", f"`qig-serve evaluate {asked} --data SRC` measures the answers."]
     return "\n".join(text)
 
 
@@ -192,21 +194,20 @@ def calibration_figures(report: QuantizationReport) -> list[str]:
     """What can be said without an evaluation, one line for each figure."""
     figures, lines = report.summary(), []
     if "search_loss_over_rtn" in figures:
-        lines.append(
-            f"- loss of the searched modules over round-to-nearest's: "
-            f"{figures['search_loss_over_rtn']:.3f}"
-        )
+        share = figures["search_loss_over_rtn"]
+        lines.append(f"- equalization leaves {share:.3f} of the loss of rounding to nearest")
     if "output_error_last_block" in figures:
-        lines.append(
-            f"- squared error of the last block's output: {figures['output_error_last_block']:.3g} "
-            "of its energy"
-        )
+        error = 100 * figures["output_error_last_block"]
+        lines.append(f"- squared error of the last block's output: {error:.3g}% of its square")
     if report.tuning is not None and report.tuning.steps:
         lines.append(f"- {report.tuning.line()}")
     if rare := report.rare_experts():
         lines.append(f"- {rare}")
     if "completeness_worst" in figures:
-        lines.append(f"- largest completeness error: {figures['completeness_worst']:.2%}")
+        lines.append(
+            f"- integrated gradients miss their sum by {figures['completeness_worst']:.2%} at most; "
+            f"below {COMPLETENESS_LIMIT:.0%} is right"
+        )
     return lines
 
 
@@ -272,6 +273,18 @@ def _unchanged(report: QuantizationReport) -> str:
             "scale for an entry of the vocabulary)."
         )
     return "Vision tower, projector, embeddings and\noutput head are unchanged."
+
+
+def _checks(report: QuantizationReport, title: str) -> str:
+    """What the files are for that this package checks a checkpoint by."""
+    manifest = "qig_manifest.json lists a sha256 of every file"
+    if report.recipe.get("format") == "compressed-tensors":
+        return f"{manifest}."
+    return (
+        f"{manifest}: `qig-serve inspect --verify {title}`.\n"
+        "canary.json is what the model gave for a picture and a question when it was written:\n"
+        f"`qig-serve doctor {title}` compares it."
+    )
 
 
 def model_card(
@@ -342,6 +355,6 @@ Devices: {", ".join(DEVICES)}. Tensor-parallel sizes: {parallel}.
 | versions | {installed} |
 | time | {report.seconds:.0f} s |
 
-report.html shows what the quantization did, layer by layer; report.json holds the same figures.
-qig_manifest.json lists a sha256 of every file: `qig-serve inspect --verify {title}`.
+report.html shows what the quantization did, layer by layer; report.json holds the same figures, and
+quantize.log is the run's log. {_checks(report, title)}
 """

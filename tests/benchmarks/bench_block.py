@@ -30,11 +30,11 @@ from qig_serve.offline import estimate
 from qig_serve.offline.calibration.batches import IMAGE, TEXT, CalibrationBatch
 from qig_serve.offline.equalization import experts as equalize_experts
 from qig_serve.offline.equalization import group as equalize
-from qig_serve.offline.estimate import duration, time_block
+from qig_serve.offline.estimate import time_block
 from qig_serve.offline.passes.capture import Store
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import pick_device
-from qig_serve.offline.progress import device_bytes, gibibytes, host_bytes
+from qig_serve.offline.progress import device_bytes, duration, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.rounding import block as rounding_of_a_block
 from qig_serve.offline.source.loaded_model import BlockInputs

@@ -110,11 +110,11 @@ def test_kl_alone(
     words += ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
     assert _compare(str(twins[0]), *words) == 0
     table = capsys.readouterr().out
-    assert "row less column" not in table
+    assert "row less column" not in table and "exact match" not in table
     for scheme in ("w3a16", "w4a8"):
         rows = [line.replace("│", " ").split() for line in table.splitlines()]
         (row,) = [words for words in rows if words[:1] == [scheme]]
-        assert row[2:6] == ["-"] * 4 and float(row[6]) > 0
+        assert float(row[2]) > 0
     record = json.loads((tmp_path / "c.json").read_text())
     assert [run["n"] for run in record["runs"]] == [0, 0]
     assert {s["exact_match"] for s in (*record["summary"], *record["runs"])} == {None}

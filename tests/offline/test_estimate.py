@@ -12,7 +12,8 @@ import torch
 
 from qig_serve.errors import UserError
 from qig_serve.offline import estimate, pipeline
-from qig_serve.offline.estimate import BlockSeconds, Estimate, bytes_per_token, duration, heaviest
+from qig_serve.offline.estimate import BlockSeconds, Estimate, bytes_per_token, heaviest
+from qig_serve.offline.progress import duration
 from qig_serve.offline.recipe import QuantRecipe
 from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.source.loaded_model import load

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from qig_serve.offline.checkpoint.writer import ResumableError
 from qig_serve.offline.progress import RunProgress, host_bytes
@@ -40,6 +42,18 @@ def test_time_left_counts_from_the_first_block(
         progress.block_done("done", first=0)
     first, second = capsys.readouterr().err.splitlines()
     assert "10 s, 30 s left" in first and "30 s, 30 s left" in second
+
+
+def test_the_bar_is_whole_at_80_columns_and_its_clock_goes_on_behind_the_blocks() -> None:
+    progress = RunProgress(80, torch.device("cpu"))
+    progress.block(79)
+    progress.step("equalization of gate_up", 1.0)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(progress._bar.get_renderable())
+    text = console.export_text()
+    assert "block 80/80: equalization of gate_up" in text and "0:00:00" in text and "…" not in text
+    progress.after_blocks("writing")
+    assert not progress._bar.finished
 
 
 def test_the_log_is_appended_to_and_says_why_it_ends(tmp_path: Path) -> None:

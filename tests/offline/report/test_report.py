@@ -281,6 +281,7 @@ def test_card_says_how_large_the_checkpoint_is_and_how_to_ask_it(tmp_path: Path)
     card = (tmp_path / "README.md").read_text()
     assert f"\n\nSize: {size}.\n\n## Serve" in card
     assert card.count("tiny-vlm-w3a16\n```") == 1
+    assert "inspect --verify tiny-vlm-w3a16" in card and "doctor tiny-vlm-w3a16" in card
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert 'model="tiny-vlm-w3a16"' in code and "transformers_plugin" in card
@@ -288,7 +289,8 @@ def test_card_says_how_large_the_checkpoint_is_and_how_to_ask_it(tmp_path: Path)
     write_reports(report, tmp_path, CONFIG)
     card = (tmp_path / "README.md").read_text()
     assert "\nvllm serve tiny-vlm-w3a16\n" in card and "qig-serve serve" not in card
-    assert "transformers_plugin" not in card
+    assert "transformers_plugin" not in card and "evaluate --server" in card
+    assert "qig-serve inspect" not in card and "qig-serve doctor" not in card
 
 
 def test_a_run_without_search_has_no_empty_plots(tmp_path: Path) -> None:
