@@ -11,6 +11,7 @@ import asyncio
 import gc
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -30,6 +31,9 @@ _WAITING = 2
 """Requests in hand for each that the engine can run: the next are ready when one ends."""
 
 _LOWEST_PRIORITY = 19
+
+_SECONDS_A_LINE = 60.0
+"""Off a terminal progress is said this often."""
 
 
 @dataclass
@@ -114,7 +118,7 @@ async def _run(
         patches.drop_middlewares(app)
         patches.remember_only_sent_pictures(engine)
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
-        with _ProgressBar(batch_io.count_requests(source), quiet) as progress:
+        with _Progress(batch_io.count_requests(source), quiet) as progress:
             folder = source if source.is_dir() else source.parent
             handler = getattr(app.state, "openai_serving_chat", None)  # of models that generate
             chat = in_process.chat_of(handler) if handler else None
@@ -199,8 +203,11 @@ class Runner:
         return batch_io.result_row(request, status, request_id, answer)
 
 
-class _ProgressBar:
-    """A progress bar on stderr with requests and tokens per second; called with the totals."""
+class _Progress:
+    """Requests and tokens per second on stderr; called with the totals.
+
+    A bar on a terminal, elsewhere a line a minute.
+    """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
         from rich.console import Console
@@ -213,18 +220,21 @@ class _ProgressBar:
             TimeRemainingColumn,
         )
 
+        console = Console(stderr=True)
+        self._lines = not quiet and not console.is_terminal
+        self._total, self._next = total, _SECONDS_A_LINE
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rates]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
+            console=console,
+            disable=quiet or not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total, rates="")
 
-    def __enter__(self) -> _ProgressBar:
+    def __enter__(self) -> _Progress:
         self._bar.start()
         return self
 
@@ -237,4 +247,8 @@ class _ProgressBar:
         if elapsed > 0:
             rates = f"{totals.done / elapsed:.1f} req/s, {totals.tokens / elapsed:.0f} tok/s"
             rates += f", {totals.failed} failed" if totals.failed else ""
-        self._bar.update(self._task, completed=totals.done + totals.skipped, rates=rates)
+        answered = totals.done + totals.skipped
+        self._bar.update(self._task, completed=answered, rates=rates)
+        if self._lines and elapsed >= self._next:
+            self._next = elapsed + _SECONDS_A_LINE
+            print(f"{answered}/{self._total} requests, {rates}", file=sys.stderr, flush=True)

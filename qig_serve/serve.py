@@ -63,7 +63,8 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     if "--shutdown-timeout" not in names:
         words += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     if "--served-model-name" not in names:
-        words += ["--served-model-name", directory.resolve().name, str(directory)]
+        names_of_model = dict.fromkeys((directory.resolve().name, str(directory)))
+        words += ["--served-model-name", *names_of_model]
     command = compat.serve_command()
     parser = compat.argument_parser()(prog="qig-serve")
     command.subparser_init(parser.add_subparsers(dest="subparser"))

@@ -205,8 +205,8 @@ def calibration_figures(report: QuantizationReport) -> list[str]:
         lines.append(f"- {rare}")
     if "completeness_worst" in figures:
         lines.append(
-            f"- integrated gradients miss their sum by {figures['completeness_worst']:.2%} at most; "
-            f"below {COMPLETENESS_LIMIT:.0%} is right"
+            f"- integrated gradients miss their sum by {figures['completeness_worst']:.2%} at "
+            f"most; below {COMPLETENESS_LIMIT:.0%} is right"
         )
     return lines
 

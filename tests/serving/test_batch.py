@@ -6,6 +6,7 @@ import asyncio
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from qig_serve import batch
 from qig_serve.batch import EngineDied, Runner, Totals
 from qig_serve.errors import UserError
 from qig_serve.serving import batch_io
@@ -112,6 +114,16 @@ def test_every_line_gets_one_row(tmp_path: Path) -> None:
     assert rows[9]["error"] == {"code": "500", "message": "line 9: not JSON"}
     assert rows[10]["error"] == {"code": "500", "message": "line 10: Internal Server Error"}
     assert totals.done == 21 and totals.failed == 8 and totals.tokens == 2 * 13
+
+
+def test_off_a_terminal_progress_is_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "_SECONDS_A_LINE", 0.01)
+    with batch._Progress(4) as progress:
+        time.sleep(0.02)
+        progress(Totals(done=1, skipped=1, tokens=20))
+    assert re.fullmatch(r"2/4 requests, [\d.]+ req/s, \d+ tok/s\n", capsys.readouterr().err)
 
 
 def test_resume_asks_only_for_what_is_missing(tmp_path: Path) -> None:

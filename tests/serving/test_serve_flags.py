@@ -31,7 +31,8 @@ def test_cpu_cache_is_small_unless_asked_for(
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")  # so that it is taken away afterwards
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     (tmp_path / "options.yaml").write_text("gpu-memory-utilization: 0.4\n")
-    serve.parse_flags(Path("model"), flags)
+    args = serve.parse_flags(Path("model"), flags)
+    assert args.served_model_name == ["model"]  # once, where the folder and its path are called so
     assert os.environ.get("VLLM_CPU_KVCACHE_SPACE") == expected
 
 
