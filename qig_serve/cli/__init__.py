@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 COMMANDS = (
     "quantize",
@@ -48,11 +49,18 @@ takes the colours away there too).
 _NO_ENGINE = "vLLM's engine did not start: its own messages above say why"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong: `quantize` alone has 20 lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+
 def make_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the subcommand asked for is imported, unless none was named."""
     from qig_serve import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qig-serve",
         description="Quantize vision-language models with QIG and serve them with vLLM.",
         epilog=_EPILOG,
@@ -122,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Those that draw progress: vLLM binds memory aloud.
     if command in ("compare", "demo", "evaluate", "quantize"):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    args = make_parser(command).parse_args(words)
+    parser = make_parser(command)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:  # said with the help of the command
+        _Parser(prog=f"{parser.prog} {args.command}").error(f"unknown options: {' '.join(unknown)}")
     expand_home(args)
 
     from qig_serve.errors import UserError

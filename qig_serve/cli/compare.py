@@ -47,6 +47,7 @@ HELP = "quantize by several methods and compare the results"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.usage = "%(prog)s MODEL --calib SRC --data SRC [options]"
     parser.add_argument("model", metavar="MODEL", help="full-precision model directory")
     parser.add_argument(
         "--schemes", default="w3a16,w4a8", metavar="A,B,...", help="default: %(default)s"

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     from qig_serve.offline.recipe import METHODS, PRESETS, QuantRecipe
 
+    parser.usage = "%(prog)s MODEL --calib SRC --output DIR [options]"
     parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face model")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="checkpoint to write; may not exist yet"

@@ -118,6 +118,28 @@ def test_unknown_command_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "quantize" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "qig-serve: the following arguments are required: COMMAND (see `qig-serve --help`)"),
+        (
+            ["quantize"],
+            "qig-serve quantize: the following arguments are required: MODEL "
+            "(see `qig-serve quantize --help`)",
+        ),
+        (
+            ["inspect", "DIR", "--bogus"],
+            "qig-serve inspect: unknown options: --bogus (see `qig-serve inspect --help`)",
+        ),
+    ],
+    ids=["command", "argument", "option"],
+)
+def test_usage_is_no_page(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"{says}\n"
+
+
 def test_a_mistake_is_one_sentence_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "train"]) == 2
     error = capsys.readouterr().err
