@@ -158,9 +158,8 @@ def _quantize(
         ranks.barrier()
         report.seconds = time.monotonic() - started
         if writer is not None:
-            progress.line(
-                f"all blocks done in {duration(report.seconds)}, {len(report.fallbacks)} fallbacks"
-            )
+            count = len(report.fallbacks)
+            progress.line("all blocks done" + (f", with {count} fallbacks" if count else ""))
             progress.close_log()
             progress.after_blocks("writing and reading back")
             canary = Canary.of(loaded, streams)

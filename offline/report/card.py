@@ -110,7 +110,7 @@ def recovery_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[s
         )
     if kl := own.get("kl"):
         rows += [
-            ["KL on answer tokens, mean", "0", f"{kl['kl_mean']:.2g}", ""],
+            ["KL on answer tokens, mean (nats per token)", "0", f"{kl['kl_mean']:.2g}", ""],
             ["KL, 99th percentile", "0", f"{kl['kl_p99']:.2g}", ""],
             ["top-1 agreement on answer tokens", "100.0%", _percent(kl["top1"]), ""],
             ["answer perplexity ratio", "1", f"{kl['perplexity_ratio']:.4f}", ""],

@@ -197,8 +197,9 @@ def _losses(report: QuantizationReport) -> str:
         "Loss before and after",
         _figure(
             plots.loss_plot(report),
-            "Loss of each searched module, on the calibration samples, over that of "
-            "round-to-nearest (RTN) at the same bits.",
+            "Loss of each searched module after equalization over that before it, on the "
+            "calibration samples, both with weights rounded to nearest (RTN). What another way of "
+            "rounding gains is in the errors below.",
         ),
         _details(
             "Search losses",
