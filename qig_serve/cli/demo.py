@@ -19,35 +19,52 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.usage = "%(prog)s [run|questions|train|export] [options]"
     parser.add_argument(
         "action",
         nargs="?",
         choices=("run", "questions", "train", "export"),
         default="run",
-        help="what to do",
+        help="the whole demonstration (default), its questions as a JSONL with pictures, a "
+        "training of its model, or a trained model as a directory",
     )
     run_options = parser.add_argument_group("run")
     run_options.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     run_options.add_argument("--quiet", action="store_true", help="print nothing but errors")
     run_options.add_argument(
-        "--workdir", type=Path, default=Path(".demo"), help="checkpoints and logs (default: .demo)"
+        "--workdir",
+        type=Path,
+        default=Path(".demo"),
+        metavar="DIR",
+        help="checkpoints and logs (default: .demo)",
     )
     run_options.add_argument(
-        "--questions", type=int, default=2000, metavar="N", help="held-out questions (2000)"
+        "--questions",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="held-out questions (default: 2000)",
     )
     run_options.add_argument(
-        "--samples", type=int, default=128, metavar="N", help="calibration samples (128)"
+        "--samples", type=int, default=128, metavar="N", help="calibration samples (default: 128)"
     )
     questions = parser.add_argument_group("questions")
     questions.add_argument(
-        "--split", default="test", help="train, calibration, dev or test (default: test)"
+        "--split",
+        default="test",
+        metavar="NAME",
+        help="train, calibration, dev or test (default: test)",
     )
     questions.add_argument(
         "--n", type=int, default=200, metavar="N", help="how many (default: 200)"
     )
     training = parser.add_argument_group("train")
-    training.add_argument("--minutes", type=float, default=65.0, help="time budget (default: 65)")
-    training.add_argument("--processes", type=int, default=2, help="data-parallel processes (2)")
+    training.add_argument(
+        "--minutes", type=float, default=65.0, metavar="N", help="time budget (default: 65)"
+    )
+    training.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="data-parallel ones (default: 2)"
+    )
     training.add_argument(
         "--start-from",
         metavar="DIR",
@@ -60,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     both = parser.add_argument_group("train and export")
     both.add_argument(
-        "--model", default="llava", metavar="NAME", help="llava, internvl or qwen2-vl (llava)"
+        "--model",
+        default="llava",
+        metavar="NAME",
+        help="llava, internvl, qwen2-vl, or, to be trained first, qwen3-vl-moe (default: llava)",
     )
     several = parser.add_argument_group("questions, train and export")
     several.add_argument("--output", type=Path, metavar="DIR", help="where the result goes")
