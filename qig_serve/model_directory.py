@@ -7,9 +7,10 @@ evaluation and the server cannot disagree about it.
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,18 @@ _TEXTS = (
     "chat_template.jinja",
 )
 """JSON objects, and a template."""
+_GENERATION: dict[str, tuple[type, str, Callable[[float], bool]]] = {
+    "temperature": (float, "a number from 0 to 2", lambda x: 0 <= x <= 2),
+    "top_p": (float, "a number above 0, 1 at most", lambda x: 0 < x <= 1),
+    "min_p": (float, "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "top_k": (int, "a whole number, 0 for all tokens", lambda x: x >= -1),
+    "repetition_penalty": (float, "a number above 0", lambda x: 0 < x < math.inf),
+    "presence_penalty": (float, "a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "frequency_penalty": (float, "a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "max_new_tokens": (int, "a whole number above 0", lambda x: x > 0),
+    "eos_token_id": (int, "a token's number, or a list of them", lambda x: x >= 0),
+}
+"""What vLLM takes from generation_config.json into every request: type and range."""
 _COPY_AGAIN = "copy the published model's tokenizer and processor files there again"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
@@ -82,15 +95,31 @@ def check_mark(path: Path) -> None:
 
 
 def check_texts(directory: Path) -> None:
-    """UserError for a text file beside config.json that is damaged.
+    """UserError for a text file beside config.json that is damaged, or holds no usable settings.
 
     transformers and vLLM pass over some of them then, read others half, and name none.
     """
     for name in _TEXTS:
         path = directory / name
         if path.is_file():
-            read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
+            value = read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
             check_mark(path)
+            if name == "generation_config.json" and value:
+                _check_generation(path, value)
+
+
+def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
+    """UserError for a default of every answer that none can be given with."""
+    for key, (kind, wanted, fits) in _GENERATION.items():
+        value = settings.get(key)
+        several = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        for one in several if value is not None else ():
+            number = isinstance(one, (int, kind)) and not isinstance(one, bool)
+            if not number or not fits(one):
+                raise UserError(
+                    f"{path}: {key} is {value!r:.60}, and must be {wanted}: correct it, or take "
+                    f"{key} out"
+                )
 
 
 def load_config(directory: Path) -> Any:

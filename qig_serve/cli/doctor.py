@@ -32,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    from qig_serve.model_directory import read_manifest
+    from qig_serve.model_directory import check_texts, read_manifest
     from qig_serve.serving.describe import describe, serving_dtype
     from qig_serve.serving.folders import check_folders
 
     read_manifest(args.directory)
+    check_texts(args.directory)
     check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
     dtype = serving_dtype(args.directory, args.dtype)
     report = describe(args.directory, dtype, args.tensor_parallel_size, args.pipeline_parallel_size)
