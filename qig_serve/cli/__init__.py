@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qig_serve.json_output import STANDARD_OUTPUT, standard_output
+
 COMMANDS = (
     "quantize",
     "serve",
@@ -38,7 +40,8 @@ exit statuses:
   141  whatever read the output has closed it, as `| head` does
 
 for scripts: results go to standard output, everything else to standard error. --quiet leaves the
-errors alone, --json gives the figures. Colours and live bars are for terminals only (NO_COLOR
+errors alone. --json prints the figures as JSON, and no text; --json FILE writes them into FILE as
+well as printing the text. Colours and live bars are for terminals only (NO_COLOR
 takes the colours away there too).
 
 `qig-serve COMMAND --help` has the options and examples of a command.
@@ -90,11 +93,31 @@ def expand_home(args: argparse.Namespace) -> None:
             setattr(args, name, Path(os.path.expanduser(value)))
 
 
+def add_json(parser: argparse._ActionsContainer, what: str) -> None:
+    """Declare --json, which is the same in all commands."""
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STANDARD_OUTPUT,
+        metavar="FILE",
+        help=f"write {what} into FILE as JSON; without FILE: print the JSON instead of the text",
+    )
+
+
+def _json_before_a_folder(words: list[str]) -> list[str]:
+    """Has `--json DIR` mean the flag and a checkpoint: a folder is no file to write into."""
+    return [
+        "--json=-" if word == "--json" and os.path.isdir(following) else word
+        for word, following in zip(words, [*words[1:], "-"], strict=True)
+    ]
+
+
 def check_targets(*paths: Path | None) -> None:
     """UserError for a file that cannot be written when the work is done; None is no file."""
     from qig_serve.errors import UserError
 
-    wanted = [path for path in paths if path is not None]
+    wanted = [path for path in paths if path not in (None, STANDARD_OUTPUT)]
     for path in wanted:
         if wanted.count(path) > 1:
             raise UserError(f"{path} is to be written twice: give two names")
@@ -118,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = list(sys.argv[1:] if argv is None else argv)
+    words = _json_before_a_folder(words)
     command = next((w for w in words if not w.startswith("-")), None)
     # Those that draw progress: vLLM binds memory aloud.
     if command in ("compare", "demo", "evaluate", "quantize"):
@@ -128,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qig_serve.errors import UserError
 
     try:
-        status = int(args.run(args) or 0)
+        with standard_output(getattr(args, "json", None) == STANDARD_OUTPUT):
+            status = int(args.run(args) or 0)
         sys.stdout.flush()
         return status
     except UserError as error:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qig_serve.cli import add_json
+
 HELP = (
     "quantize, evaluate, serve and ask the bundled model; make its questions; train or export one"
 )
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do",
     )
     run_options = parser.add_argument_group("run")
-    run_options.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    add_json(run_options, "the figures")
     run_options.add_argument("--quiet", action="store_true", help="print nothing but errors")
     run_options.add_argument(
         "--workdir", type=Path, default=Path(".demo"), help="checkpoints and logs (default: .demo)"

@@ -182,8 +182,8 @@ def embed_pictures(
     ValueError, with a sentence, if one cannot be read.
     """
     names = {} if names is None else names
-    turns = {key: body[key] for key in _TURNS if isinstance(body.get(key), list)}
-    return body | {k: [_embed_message(m, folder, names) for m in found] for k, found in turns.items()}
+    lists = {key: body[key] for key in _TURNS if isinstance(body.get(key), list)}
+    return body | {k: [_embed_message(m, folder, names) for m in v] for k, v in lists.items()}
 
 
 def _embed_message(message: Any, folder: Path, names: dict[str, str]) -> Any:

@@ -28,6 +28,36 @@ def test_every_long_command_can_be_quiet_and_give_json(name: str) -> None:
     assert {"--quiet", "--json"} <= flags
 
 
+@pytest.mark.parametrize("name", [c for c in COMMANDS if c not in ("completion", "serve")])
+def test_json_is_one_option_in_all_commands(name: str) -> None:
+    (found,) = (a for a in _subparsers()[name]._actions if "--json" in a.option_strings)
+    assert (found.nargs, found.const, found.metavar) == ("?", Path("-"), "FILE")
+    assert str(found.help).endswith("without FILE: print the JSON instead of the text")
+
+
+def test_json_into_a_file_or_instead_of_the_text(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, record = tmp_path / "d", tmp_path / "record.json"
+    assert main(["demo", "questions", "--n", "2", "--output", str(data)]) == 0
+    directory = tiny_llava.quantize(source, tmp_path / "w4a8", "w4a8")
+    write_hashes(directory)
+    asked = ["evaluate", str(source), "--data", str(data / "test.jsonl"), "--max-tokens", "1"]
+    asked += ["--engine", "transformers"]
+    for command in (["families"], ["inspect", str(directory), "--verify"], asked):
+        capfd.readouterr()
+        assert main([*command, "--json", str(record)]) == 0
+        assert len(capfd.readouterr().out) > 40  # the text as ever
+        for flag in ("--json", "--json=-"):
+            assert main([*command, flag]) == 0
+            printed, written = json.loads(capfd.readouterr().out), json.loads(record.read_text())
+            assert list(printed) == list(written)
+    assert main(["inspect", "--json", str(directory)]) == 0  # a folder is not taken for FILE
+    assert json.loads(capfd.readouterr().out)["problems"] == []
+    assert main(["inspect", str(directory), "--json", str(tmp_path / "no" / "r.json")]) == 2
+    assert capfd.readouterr().err.endswith("does not exist\n")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llava.build(tmp_path_factory.mktemp("tiny") / "source")

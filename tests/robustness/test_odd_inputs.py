@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -382,6 +383,24 @@ MODELS: dict[str, tuple[Spoil, str]] = {
             ("list", b"[]", rf"{name} cannot be read: it is not a JSON object"),
             ("mark", b"\xef\xbb\xbf{}", rf"{name} begins with a byte-order mark"),
         )
+    },
+    **{
+        f"generation-{key}-{value!r}": (
+            config("generation_config.json", **{key: value}),
+            rf"generation_config\.json: {key} is .*, and must be {wanted}.*: correct it, or take ",
+        )
+        for key, wanted, values in (
+            ("temperature", "a number from 0 to 2", (-5, 2.5, "0.7", [1], math.nan, True)),
+            ("top_p", "a number above 0, 1 at most", (0, 3, "x", -1)),
+            ("min_p", "a number from 0 to 1", (-0.1, 2)),
+            ("top_k", "a whole number, 0 for all", ("x", -2, 1.5)),
+            ("repetition_penalty", "a number above 0", (0, -1, math.inf, {})),
+            ("presence_penalty", "a number from -2 to 2", (3,)),
+            ("frequency_penalty", "a number from -2 to 2", ("1",)),
+            ("max_new_tokens", "a whole number above 0", ("256", 0, 2.5, 10**400)),
+            ("eos_token_id", "a token's number, or a list", ("</s>", -1, [2, "x"], [2.0])),
+        )
+        for value in values
     },
     "template-mark": (
         text("chat_template.jinja", lambda b: b"\xef\xbb\xbf" + b),
