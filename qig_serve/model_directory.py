@@ -50,6 +50,12 @@ _GENERATION: dict[str, tuple[type, str, Callable[[float], bool]]] = {
     "eos_token_id": (int, "a token's number, or a list of them", lambda x: x >= 0),
 }
 """What vLLM takes from generation_config.json into every request: type and range."""
+_PICTURES = (
+    *("size", "crop_size", "do_resize", "do_rescale", "rescale_factor", "do_normalize"),
+    *("image_mean", "image_std", "patch_size", "merge_size", "temporal_patch_size"),
+    *("min_pixels", "max_pixels"),
+)
+"""What decides which pixels a model is given."""
 _COPY_AGAIN = "copy the published model's tokenizer and processor files there again"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
@@ -122,6 +128,27 @@ def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
                 )
 
 
+def _check_picture_settings(directory: Path) -> None:
+    """UserError where two files say differently how pictures are made ready.
+
+    transformers 5 goes by processor_config.json, and before it by preprocessor_config.json.
+    """
+    whole, alone = directory / "processor_config.json", directory / "preprocessor_config.json"
+    if not (whole.is_file() and alone.is_file()):
+        return
+    first, second = read_json(whole).get("image_processor"), read_json(alone)
+    for key in _PICTURES if isinstance(first, dict) else ():
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            common = [k for k in one if None not in (one[k], other.get(k))]
+            one, other = ({k: size[k] for k in common} for size in (one, other))
+        if None not in (one, other) and one != other:
+            raise UserError(
+                f"{directory}: {key} is {one} in {whole.name} and {other} in {alone.name}: keep "
+                "the file that belongs to the weights, and delete the other"
+            )
+
+
 def load_config(directory: Path) -> Any:
     """config.json as transformers' configuration class, defaults filled in.
 
@@ -151,6 +178,7 @@ def cannot_be_loaded(directory: Path, error: Exception) -> UserError:
 def load_processor(directory: Path) -> Any:
     """The processor; UserError when the directory has none, or none for images and chats."""
     check_texts(directory)
+    _check_picture_settings(directory)
 
     from transformers import AutoProcessor
 
@@ -164,6 +192,7 @@ def load_processor(directory: Path) -> Any:
         ) from None
     if getattr(processor, "tokenizer", None) is None:
         raise UserError(f"{directory} has no image processor beside its tokenizer: {_COPY_AGAIN}")
+    _check_cut(directory, processor.tokenizer)
     if not processor.chat_template:
         processor.chat_template = _tokenizer_template(processor.tokenizer)
     if not isinstance(processor.chat_template, (str, Mapping)) or not processor.chat_template:
@@ -172,6 +201,21 @@ def load_processor(directory: Path) -> Any:
             "chat_template.jinja of the model that was trained on chats"
         )
     return processor
+
+
+def _check_cut(directory: Path, tokenizer: Any) -> None:
+    """UserError for a tokenizer that cuts or fills up every prompt, as a training left it.
+
+    Processors call it with what its files say, here and in vLLM, and none says that it cut.
+    """
+    said, text = tokenizer.init_kwargs, text_config(read_config(directory))
+    cut, most = said.get("max_length") or math.inf, text.get("max_position_embeddings")
+    if said.get("padding") or not isinstance(cut, (int, float)) or cut < (most or math.inf):
+        raise UserError(
+            f"{directory}: its tokenizer cuts every prompt at {cut} tokens, or fills it up, as a "
+            "training left it: take max_length and padding out of tokenizer_config.json, and "
+            "write null for truncation and padding in tokenizer.json"
+        )
 
 
 def _tokenizer_template(tokenizer: Any) -> Any:

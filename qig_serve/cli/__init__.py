@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _make_up_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     words = _json_before_a_folder(words)
     command = next((w for w in words if not w.startswith("-")), None)
@@ -165,9 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
         return 128 + signal.SIGPIPE
     except OSError as error:  # a path that nothing foresaw: too long, through a file, on a bad disk
-        if error.filename is None or error.strerror is None:
+        where = error.filename or _refused_output()
+        if where is None or error.strerror is None:
             raise
-        print(f"qig-serve {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"qig-serve {args.command}: {where}: {error.strerror}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from qig_serve.vllm_plugin import patches
@@ -179,6 +181,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"qig-serve {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _make_up_streams() -> None:
+    """Has output go nowhere where it is closed: print() takes standard output for a closed error.
+
+    And has tables be of a width: a terminal that has none makes rich print nothing.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]
+
+
+def _refused_output() -> str | None:
+    """ "standard output" if that cannot be written, as on a full disk; it is given up then."""
+    try:
+        os.write(1, b"\n")  # what could not be written may be out of the buffer
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return "standard output"
+    return None
 
 
 def _nobody_reads_the_output() -> bool:

@@ -127,6 +127,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("say where the checkpoint goes: --output DIR")
 
     check_targets(args.json)
+    if args.json is not None and args.json.absolute() == args.output.absolute():
+        raise UserError(f"--json and --output are both {args.json}: give two names")
     if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,29 @@ def test_quantize_prints_the_calibration_figures_where_nothing_was_evaluated(
     for path in (tmp_path / "out").glob("*.json"):  # that is published: no folders of this machine
         assert str(tmp_path) not in path.read_text(), path
     assert "No evaluation was run" in card and out.splitlines()[1] in card
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">&-", 0, ""),
+        ("--json >&-", 0, ""),
+        ("> /dev/full", 2, "families: standard output: No space left on device\n"),
+        ("--json > /dev/full", 2, "families: standard output: No space left on device\n"),
+        ("--no-such-flag 2>&-", 2, ""),
+    ],
+)
+def test_output_that_goes_nowhere(redirection: str, status: int, said: str) -> None:
+    command = f"{sys.executable} -m qig_serve families {redirection}"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "") and done.stderr.endswith(said)
+    assert len(done.stderr) < 100
+
+
+def test_a_terminal_without_a_width() -> None:
+    words = [sys.executable, "-m", "qig_serve", "families"]
+    done = subprocess.run(words, capture_output=True, env=os.environ | {"COLUMNS": "0"})
+    assert done.returncode == 0 and b"qwen2_vl" in done.stdout
 
 
 def test_inspect_is_quiet_about_what_is_well(
