@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
+_GENERATION_FILE = "generation_config.json"
 _TEXTS = (
-    "generation_config.json",
+    _GENERATION_FILE,
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -108,16 +109,19 @@ def check_texts(directory: Path) -> None:
     for name in _TEXTS:
         path = directory / name
         if path.is_file():
-            value = read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
+            if path.suffix != ".json":
+                text_files.check_utf8(path)
+            elif name == _GENERATION_FILE:
+                _check_generation(path, read_json(path))
+            else:
+                read_json(path)
             check_mark(path)
-            if name == "generation_config.json" and value:
-                _check_generation(path, value)
 
 
 def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
     """UserError for a default of every answer that none can be given with."""
     for key, (kind, wanted, fits) in _GENERATION.items():
-        value = settings.get(key)
+        value: Any = settings.get(key)
         several = value if key == "eos_token_id" and isinstance(value, list) else [value]
         for one in several if value is not None else ():
             number = isinstance(one, (int, kind)) and not isinstance(one, bool)
@@ -138,7 +142,7 @@ def _check_picture_settings(directory: Path) -> None:
         return
     first, second = read_json(whole).get("image_processor"), read_json(alone)
     for key in _PICTURES if isinstance(first, dict) else ():
-        one, other = first.get(key), second.get(key)
+        one, other = (first or {}).get(key), second.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             common = [k for k in one if None not in (one[k], other.get(k))]
             one, other = ({k: size[k] for k in common} for size in (one, other))

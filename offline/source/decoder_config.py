@@ -87,8 +87,9 @@ def check_positions(directory: Path, rotary: Any, config: Any) -> None:
     """
     if not hasattr(rotary, "mrope_section"):
         return
-    rope = config.get_text_config().rope_parameters or {}
-    interleaved, sections = rope.get("mrope_interleaved", False), rope.get("mrope_section")
+    rope: dict[str, Any] = config.get_text_config().rope_parameters or {}
+    interleaved = rope.get("mrope_interleaved", False)
+    sections: Any = rope.get("mrope_section")
     size = rotary.inv_freq.numel()
     valid = isinstance(sections, list) and [type(n) for n in sections] == [int] * 3
     if not valid or sum(sections) != size:

@@ -77,6 +77,9 @@ def test_quantize_writes_its_figures_and_nothing_else(
     found = json.loads(record.read_text())
     assert (found["scheme"], found["method"], found["evaluation"]) == ("w3a16", "rtn", None)
     assert found["summary"]["blocks"] == 2 and found["warnings"] == [] and "blocks" not in found
+    again = ["--output", str(tmp_path / "new"), "--json", str(tmp_path / "new")]
+    assert main([*command[:-5], *again]) == 2
+    assert "--json and --output are both" in capfd.readouterr().err
     # A mistake is reported all the same, before the work begins.
     assert main([*command[:-2], str(tmp_path / "no" / "q.json"), "--quiet"]) == 2
     assert "does not exist" in capfd.readouterr().err
