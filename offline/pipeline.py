@@ -30,7 +30,7 @@ from qig_serve.offline.calibration.sources import load_calibration
 from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.checkpoint.blocks import load_written, read_progress, write_block
 from qig_serve.offline.checkpoint.canary import Canary
-from qig_serve.offline.checkpoint.writer import CheckpointWriter
+from qig_serve.offline.checkpoint.writer import CheckpointWriter, check_target
 from qig_serve.offline.disk import ResumableError
 from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
@@ -52,6 +52,7 @@ from qig_serve.offline.results import (
 )
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source import loaded_model, mlp_width
+from qig_serve.offline.source.decoder_config import context_length
 from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
 from qig_serve.offline.source.vocabulary import in_eight_bits, rounded_inputs
 from qig_serve.offline.tuning.run import tune_scales
@@ -87,6 +88,8 @@ def quantize(
     if not plain and not scheme.servable:
         raise UserError(f"{scheme.name} is for comparisons only: no server can load it")
     with joined() as ranks:
+        if ranks.writes:
+            check_target(Path(output), resume)  # a large model takes minutes to load
         return _quantize(Path(model), Path(output), recipe, ranks, resume, quiet, plain)
 
 
@@ -117,6 +120,7 @@ def _quantize(
             loaded.image_token_id,
             batch_tokens=recipe.batch_tokens,
             max_length=recipe.max_length,
+            context=context_length(loaded.text_config),
             most=STEP_SAMPLES if recipe.tuning_passes else None,
             ranks=ranks,
         )

@@ -141,6 +141,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Gemma3ForConditionalGeneration",
             "pooled",
             "(1 + w) norms, norms after attention and MLP, sliding windows",
+            refused=(("use_bidirectional_attention", "attention to the tokens that follow"),),
             levelled_towers=_LEVELLED_TOWERS,
         ),
         Architecture(

@@ -117,6 +117,7 @@ async def _run(
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM stops it if the engine dies
         patches.drop_middlewares(app)
         patches.remember_only_sent_pictures(engine)
+        patches.blame_dead_grammars(engine)
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         with _Progress(batch_io.count_requests(source), quiet) as progress:
             folder = source if source.is_dir() else source.parent
@@ -183,8 +184,9 @@ class Runner:
     async def _answer(self, request: Request) -> dict[str, Any]:
         if request.body is None:
             return batch_io.error_row(request, request.error or "not a request")
+        names: dict[str, str] = {}
         try:
-            body = batch_io.embed_pictures(request.body, self.folder)
+            body = batch_io.embed_pictures(request.body, self.folder, names)
         except ValueError as error:
             return batch_io.error_row(request, str(error))
         request_id = uuid.uuid4().hex
@@ -200,7 +202,19 @@ class Runner:
             answer = json.loads(raw)
         except ValueError:
             answer = raw.decode(errors="replace")
-        return batch_io.result_row(request, status, request_id, answer)
+        picture = self._unreadable(names) if status == 400 and not request.picture else ""
+        return batch_io.result_row(request, status, request_id, answer, picture)
+
+    def _unreadable(self, names: dict[str, str]) -> str:
+        """The first file that vLLM makes no picture of; its own sentence does not name it."""
+        from qig_serve.serving.media import GuardedMediaConnector
+
+        for url, name in names.items():
+            try:
+                GuardedMediaConnector().fetch_image(url)
+            except Exception:  # the answer says which
+                return name
+        return ""
 
 
 class _Progress:

@@ -7,9 +7,10 @@ evaluation and the server cannot disagree about it.
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
+_GENERATION_FILE = "generation_config.json"
 _TEXTS = (
-    "generation_config.json",
+    _GENERATION_FILE,
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -37,6 +39,24 @@ _TEXTS = (
     "chat_template.jinja",
 )
 """JSON objects, and a template."""
+_GENERATION: dict[str, tuple[type, str, Callable[[float], bool]]] = {
+    "temperature": (float, "a number from 0 to 2", lambda x: 0 <= x <= 2),
+    "top_p": (float, "a number above 0, 1 at most", lambda x: 0 < x <= 1),
+    "min_p": (float, "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "top_k": (int, "a whole number, 0 for all tokens", lambda x: x >= -1),
+    "repetition_penalty": (float, "a number above 0", lambda x: 0 < x < math.inf),
+    "presence_penalty": (float, "a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "frequency_penalty": (float, "a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "max_new_tokens": (int, "a whole number above 0", lambda x: x > 0),
+    "eos_token_id": (int, "a token's number, or a list of them", lambda x: x >= 0),
+}
+"""What vLLM takes from generation_config.json into every request: type and range."""
+_PICTURES = (
+    *("size", "crop_size", "do_resize", "do_rescale", "rescale_factor", "do_normalize"),
+    *("image_mean", "image_std", "patch_size", "merge_size", "temporal_patch_size"),
+    *("min_pixels", "max_pixels"),
+)
+"""What decides which pixels a model is given."""
 _COPY_AGAIN = "copy the published model's tokenizer and processor files there again"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5's, and that of older files
@@ -82,15 +102,55 @@ def check_mark(path: Path) -> None:
 
 
 def check_texts(directory: Path) -> None:
-    """UserError for a text file beside config.json that is damaged.
+    """UserError for a text file beside config.json that is damaged, or holds no usable settings.
 
     transformers and vLLM pass over some of them then, read others half, and name none.
     """
     for name in _TEXTS:
         path = directory / name
         if path.is_file():
-            read_json(path) if path.suffix == ".json" else text_files.check_utf8(path)
+            if path.suffix != ".json":
+                text_files.check_utf8(path)
+            elif name == _GENERATION_FILE:
+                _check_generation(path, read_json(path))
+            else:
+                read_json(path)
             check_mark(path)
+
+
+def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
+    """UserError for a default of every answer that none can be given with."""
+    for key, (kind, wanted, fits) in _GENERATION.items():
+        value: Any = settings.get(key)
+        several = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        for one in several if value is not None else ():
+            number = isinstance(one, (int, kind)) and not isinstance(one, bool)
+            if not number or not fits(one):
+                raise UserError(
+                    f"{path}: {key} is {value!r:.60}, and must be {wanted}: correct it, or take "
+                    f"{key} out"
+                )
+
+
+def _check_picture_settings(directory: Path) -> None:
+    """UserError where two files say differently how pictures are made ready.
+
+    transformers 5 goes by processor_config.json, and before it by preprocessor_config.json.
+    """
+    whole, alone = directory / "processor_config.json", directory / "preprocessor_config.json"
+    if not (whole.is_file() and alone.is_file()):
+        return
+    first, second = read_json(whole).get("image_processor"), read_json(alone)
+    for key in _PICTURES if isinstance(first, dict) else ():
+        one, other = (first or {}).get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            common = [k for k in one if None not in (one[k], other.get(k))]
+            one, other = ({k: size[k] for k in common} for size in (one, other))
+        if None not in (one, other) and one != other:
+            raise UserError(
+                f"{directory}: {key} is {one} in {whole.name} and {other} in {alone.name}: keep "
+                "the file that belongs to the weights, and delete the other"
+            )
 
 
 def load_config(directory: Path) -> Any:
@@ -122,6 +182,7 @@ def cannot_be_loaded(directory: Path, error: Exception) -> UserError:
 def load_processor(directory: Path) -> Any:
     """The processor; UserError when the directory has none, or none for images and chats."""
     check_texts(directory)
+    _check_picture_settings(directory)
 
     from transformers import AutoProcessor
 
@@ -135,6 +196,7 @@ def load_processor(directory: Path) -> Any:
         ) from None
     if getattr(processor, "tokenizer", None) is None:
         raise UserError(f"{directory} has no image processor beside its tokenizer: {_COPY_AGAIN}")
+    _check_cut(directory, processor.tokenizer)
     if not processor.chat_template:
         processor.chat_template = _tokenizer_template(processor.tokenizer)
     if not isinstance(processor.chat_template, (str, Mapping)) or not processor.chat_template:
@@ -143,6 +205,21 @@ def load_processor(directory: Path) -> Any:
             "chat_template.jinja of the model that was trained on chats"
         )
     return processor
+
+
+def _check_cut(directory: Path, tokenizer: Any) -> None:
+    """UserError for a tokenizer that cuts or fills up every prompt, as a training left it.
+
+    Processors call it with what its files say, here and in vLLM, and none says that it cut.
+    """
+    said, text = tokenizer.init_kwargs, text_config(read_config(directory))
+    cut, most = said.get("max_length") or math.inf, text.get("max_position_embeddings")
+    if said.get("padding") or not isinstance(cut, (int, float)) or cut < (most or math.inf):
+        raise UserError(
+            f"{directory}: its tokenizer cuts every prompt at {cut} tokens, or fills it up, as a "
+            "training left it: take max_length and padding out of tokenizer_config.json, and "
+            "write null for truncation and padding in tokenizer.json"
+        )
 
 
 def _tokenizer_template(tokenizer: Any) -> Any:

@@ -79,7 +79,10 @@ def guarded(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         kind, cause = type(error).__name__, " ".join(str(error).split()).rstrip(".")
-        way_out = "leave it out, or correct its turns, texts and images"
+        way_out = (
+            "leave it out, or correct its turns, texts and images, or the model's own settings "
+            "of tokenizer and processor"
+        )
         if isinstance(error, ImportError):
             way_out = "install the package that is missing"
         elif kind in _TEMPLATE_FAULTS:

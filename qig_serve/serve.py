@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qig_serve.errors import UserError
-from qig_serve.model_directory import read_manifest
+from qig_serve.model_directory import check_texts, read_manifest
 from qig_serve.serving.adapter_tensors import check_adapter_tensors
 from qig_serve.serving.adapters import check_adapters
 from qig_serve.serving.folders import check_folders
@@ -39,11 +39,12 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     """vLLM's `serve` arguments for a checkpoint: the user's flags, and our defaults.
 
     Registers the plugin and sets the process up as vLLM's own command line does. UserError for a
-    flag that would run code from a checkpoint, and for folders that cannot be written; vLLM's
-    parser exits with 2 for one it refuses.
+    flag that would run code from a checkpoint, texts of it that are damaged, and folders that
+    cannot be written; vLLM's parser exits with 2 for one it refuses.
     """
     from qig_serve.serving.describe import unsupported_version
 
+    check_texts(directory)
     check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
     if version := unsupported_version():
         raise UserError(version)

@@ -78,6 +78,7 @@ def make_batches(
     *,
     batch_tokens: int = 2048,
     max_length: int = 2048,
+    context: int | None = None,
     most: int | None = None,
     ranks: Ranks = ALONE,
 ) -> list[CalibrationBatch]:
@@ -87,7 +88,8 @@ def make_batches(
 
     With several processes, those of this one: the samples are dealt out by length, and there must
     be one for each. UserError names the sample that is longer than `max_length` (images are never
-    cut), that cannot be rendered, or whose picture cannot be read.
+    cut) or than `context`, the model's positions, that cannot be rendered, or whose picture cannot
+    be read.
     """
     if len(samples) < ranks.size:
         raise UserError(
@@ -101,6 +103,12 @@ def make_batches(
             raise UserError(
                 f"calibration sample {sample.id} is {len(encoded.modality)} tokens long, more than "
                 f"{max_length}: leave it out, shrink its images, or raise --max-length"
+            )
+        if context is not None and len(encoded.modality) > context:
+            raise UserError(
+                f"calibration sample {sample.id} is {len(encoded.modality)} tokens long, and the "
+                f"model has {context} positions (max_position_embeddings in config.json): leave "
+                "it out, or shrink its images"
             )
         encodings.append(encoded)
     encodings.sort(key=lambda e: (-e.key[0], str(e.key)))

@@ -63,6 +63,22 @@ def partial_directory(output: Path) -> Path:
     return output.parent / f".{output.name}.partial"
 
 
+def check_target(output: Path, resume: bool) -> None:
+    """UserError unless `output` is free, and an unfinished run lies beside it if `resume`."""
+    directory = partial_directory(output)
+    with disk_errors(output):
+        taken, existed = os.path.lexists(output), directory.exists()
+    if taken:
+        raise UserError(f"{output} exists already: choose another --output, or remove it")
+    if existed and not resume:
+        raise UserError(
+            f"an unfinished run lies in {directory}: continue it with --resume, or remove that "
+            "directory"
+        )
+    if resume and not existed:
+        raise UserError(f"there is no unfinished run to resume beside {output}")
+
+
 class CheckpointWriter:
     """Context manager for one checkpoint in the making.
 
@@ -92,17 +108,7 @@ class CheckpointWriter:
         self._blocks: dict[int, dict[str, Any]] = {}
         self._tuned: str | None = None  # hash of the file that has the tuned scales
         self._published = False
-        with disk_errors(self.output):
-            taken, existed = os.path.lexists(self.output), self.directory.exists()
-        if taken:
-            raise UserError(f"{self.output} exists already: choose another --output, or remove it")
-        if existed and not resume:
-            raise UserError(
-                f"an unfinished run lies in {self.directory}: continue it with --resume, or remove "
-                "that directory"
-            )
-        if resume and not existed:
-            raise UserError(f"there is no unfinished run to resume beside {self.output}")
+        check_target(self.output, resume)
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / _LOCK_FILE).open("w")

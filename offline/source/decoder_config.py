@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qig_serve.errors import UserError
 from qig_serve.family_row import Architecture
 
@@ -52,6 +54,19 @@ def check_decoder(directory: Path, arch: Architecture, config: Any) -> None:
                 f"{json.dumps(second)}: transformers goes by the one, vLLM by the other; give the "
                 "config.json that belongs to these weights"
             )
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < 1:
+        raise UserError(
+            f"{directory}: sliding_window in config.json is {window}, which is none for vLLM and "
+            "no token at all for transformers: write null there"
+        )
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if getattr(text, "use_sliding_window", None) and kinds != {"sliding_attention"}:
+        raise UserError(
+            f"{directory}: use_sliding_window in config.json is true, and layer_types has "
+            f"{json.dumps(sorted(kinds))}: vLLM would put the window on every block, transformers "
+            "does not; give the config.json that belongs to these weights"
+        )
     for path, value in arch.assumed:
         part, _, field_name = path.rpartition(".")
         owner = getattr(config, part) if part else config
@@ -60,3 +75,53 @@ def check_decoder(directory: Path, arch: Architecture, config: Any) -> None:
                 f"{directory}: {field_name} in config.json is {json.dumps(found)}, which vLLM "
                 f"obeys and transformers computes as {json.dumps(value)}: not supported"
             )
+
+
+def check_positions(directory: Path, rotary: Any, config: Any) -> None:
+    """UserError where vLLM would turn queries and keys by other positions than transformers does.
+
+    Of M-RoPE, vLLM knows what config.json says of `mrope_section` and `mrope_interleaved`;
+    transformers has an assumption where the one is missing, and never reads the other.
+
+    rotary: the decoder's module that makes cosines and sines from positions.
+    """
+    if not hasattr(rotary, "mrope_section"):
+        return
+    rope: dict[str, Any] = config.get_text_config().rope_parameters or {}
+    interleaved = rope.get("mrope_interleaved", False)
+    sections: Any = rope.get("mrope_section")
+    size = rotary.inv_freq.numel()
+    valid = isinstance(sections, list) and [type(n) for n in sections] == [int] * 3
+    if not valid or sum(sections) != size:
+        raise UserError(
+            f"{directory}: mrope_section in config.json is {json.dumps(sections)}, and must be "
+            f"three whole numbers with the sum {size}, by which vLLM places pictures: copy the "
+            "published model's config.json there again"
+        )
+    place = torch.zeros(1, 1, 1, device=rotary.inv_freq.device)
+    ids = torch.eye(3, dtype=torch.int64, device=place.device)[:, :, None]
+    sines = rotary(place.expand(3, 1, 1), ids)[1][:, 0]  # [axis, each frequency twice]
+    halves = torch.equal(sines[:, :size], sines[:, size:])
+    turned = (sines[:, :size] if halves else sines[:, ::2]) != 0
+    wanted = torch.zeros_like(turned)
+    if interleaved:
+        for axis in (1, 2):
+            wanted[axis, axis : sections[axis] * 3 : 3] = True
+        wanted[0] = ~wanted.any(0)
+    else:
+        wanted[torch.arange(3).repeat_interleave(torch.tensor(sections)), torch.arange(size)] = True
+    if not torch.equal(turned, wanted):
+        raise UserError(
+            f"{directory}: mrope_interleaved in config.json is {json.dumps(bool(interleaved))}, "
+            f"or missing, which vLLM obeys; these models need {json.dumps(not interleaved)}: write "
+            "that beside mrope_section"
+        )
+
+
+def context_length(text: Any) -> int | None:
+    """How many positions a decoder is made for; None if its configuration does not say."""
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    factors = [float(part["factor"]) for part in parts if part.get("factor")]
+    return None if positions is None else int(positions * max([1.0, *factors]))

@@ -19,7 +19,11 @@ from qig_serve.architectures import get_architecture
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
 from qig_serve.family_row import Architecture, SmoothingGroup
-from qig_serve.offline.source.decoder_config import check_block_count, check_decoder
+from qig_serve.offline.source.decoder_config import (
+    check_block_count,
+    check_decoder,
+    check_positions,
+)
 from qig_serve.offline.source.experts import unfuse as unfuse_files
 from qig_serve.offline.source.mlp_padding import MlpPadding
 from qig_serve.offline.source.stand_ins import (
@@ -113,6 +117,7 @@ class LoadedModel:
             raise no_blocks(source, arch.source_prefixes)
         self._prefix = found[0]
         unfuse_files(source, self._prefix, self.text_config)
+        self._check_tokens()
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -245,7 +250,6 @@ class LoadedModel:
         for name, value in moved.items():
             if value.is_floating_point():
                 moved[name] = value.to(next(self.model.parameters()).dtype)
-        self._check_tokens(moved["input_ids"])
         with computing(self.directory):
             self.model(**moved, use_cache=False, logits_to_keep=1)
         calls = list(self._calls)
@@ -263,14 +267,18 @@ class LoadedModel:
             named |= {n: named[n].to("cpu") for n in LARGE if named.get(n) is not None}
         return BlockInputs(calls[0][0], tuple(kwargs)).apart()
 
-    def _check_tokens(self, ids: torch.Tensor) -> None:
-        """UserError for a token without a row in the embedding; on a GPU it would end the run."""
-        rows, token = len(self.model.get_input_embeddings().weight), int(ids.max())
-        if token >= rows:
-            text = self.processor.tokenizer.convert_ids_to_tokens(token)
+    def _check_tokens(self) -> None:
+        """UserError for a token without a row in the embedding.
+
+        Whoever writes it in a request would have vLLM read beyond the table.
+        """
+        rows = len(self.model.get_input_embeddings().weight)
+        tokens = self.processor.tokenizer.get_vocab()
+        token = max(tokens, key=tokens.__getitem__, default="")
+        if tokens.get(token, 0) >= rows:
             raise UserError(
-                f"{self.directory}: its tokenizer has the token {text!r} ({token}), and its "
-                f"embedding only {rows} rows: {ONE_MODEL}"
+                f"{self.directory}: its tokenizer has the token {token!r} ({tokens[token]}), and "
+                f"its embedding only {rows} rows: {ONE_MODEL}"
             )
 
     @property
@@ -316,6 +324,8 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     processor = model_directory.load_processor(directory)
 
     model, info = load_front(directory, config)
+    rotary = getattr(model.get_submodule(arch.decoder), "rotary_emb", None)
+    check_positions(directory, rotary, config)
     model = model.to(device).eval().requires_grad_(False)
     loaded = LoadedModel(directory, arch, config, processor, source, model, device)
     check_served_names(source, loaded.served_name)

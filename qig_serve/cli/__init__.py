@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from qig_serve.json_output import STANDARD_OUTPUT, standard_output
+
 COMMANDS = (
     "quantize",
     "serve",
@@ -39,7 +41,8 @@ exit statuses:
   141  whatever read the output has closed it, as `| head` does
 
 for scripts: results go to standard output, everything else to standard error. --quiet leaves the
-errors alone, --json gives the figures. Colours and live bars are for terminals only (NO_COLOR
+errors alone. --json prints the figures as JSON, and no text; --json FILE writes them into FILE as
+well as printing the text. Colours and live bars are for terminals only (NO_COLOR
 takes the colours away there too).
 
 `qig-serve COMMAND --help` has the options and examples of a command.
@@ -98,11 +101,31 @@ def expand_home(args: argparse.Namespace) -> None:
             setattr(args, name, Path(os.path.expanduser(value)))
 
 
+def add_json(parser: argparse._ActionsContainer, what: str) -> None:
+    """Declare --json, which is the same in all commands."""
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STANDARD_OUTPUT,
+        metavar="FILE",
+        help=f"write {what} into FILE as JSON; without FILE: print the JSON instead of the text",
+    )
+
+
+def _json_before_a_folder(words: list[str]) -> list[str]:
+    """Has `--json DIR` mean the flag and a checkpoint: a folder is no file to write into."""
+    return [
+        "--json=-" if word == "--json" and os.path.isdir(following) else word
+        for word, following in zip(words, [*words[1:], "-"], strict=True)
+    ]
+
+
 def check_targets(*paths: Path | None) -> None:
     """UserError for a file that cannot be written when the work is done; None is no file."""
     from qig_serve.errors import UserError
 
-    wanted = [path for path in paths if path is not None]
+    wanted = [path for path in paths if path not in (None, STANDARD_OUTPUT)]
     for path in wanted:
         if wanted.count(path) > 1:
             raise UserError(f"{path} is to be written twice: give two names")
@@ -125,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _make_up_streams()
     words = list(sys.argv[1:] if argv is None else argv)
+    words = _json_before_a_folder(words)
     command = next((w for w in words if not w.startswith("-")), None)
     # Those that draw progress: vLLM binds memory aloud.
     if command in ("compare", "demo", "evaluate", "quantize"):
@@ -139,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qig_serve.errors import UserError
 
     try:
-        status = int(args.run(args) or 0)
+        with standard_output(getattr(args, "json", None) == STANDARD_OUTPUT):
+            status = int(args.run(args) or 0)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -151,9 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
         return 128 + signal.SIGPIPE
     except OSError as error:  # a path that nothing foresaw: too long, through a file, on a bad disk
-        if error.filename is None or error.strerror is None:
+        where = error.filename or _refused_output()
+        if where is None or error.strerror is None:
             raise
-        print(f"qig-serve {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"qig-serve {args.command}: {where}: {error.strerror}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from qig_serve.vllm_plugin import patches
@@ -165,6 +192,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"qig-serve {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _make_up_streams() -> None:
+    """Has output go nowhere where it is closed: print() takes standard output for a closed error.
+
+    And has tables be of a width: a terminal that has none makes rich print nothing.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]
+
+
+def _refused_output() -> str | None:
+    """ "standard output" if that cannot be written, as on a full disk; it is given up then."""
+    try:
+        os.write(1, b"\n")  # what could not be written may be out of the buffer
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return "standard output"
+    return None
 
 
 def _nobody_reads_the_output() -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import check_targets
+from qig_serve.cli import add_json, check_targets
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".html or .png"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the weights here")
+    add_json(parser, "the weights")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qig_serve.cli import check_targets, unwind_on_sigterm
+from qig_serve.cli import add_json, check_targets, unwind_on_sigterm
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.json_output import write_json
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep the checkpoints here (default: deleted)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    add_json(parser, "all figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png, .svg, .pdf)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 

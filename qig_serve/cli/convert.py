@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import check_targets, unwind_on_sigterm
+from qig_serve.cli import add_json, check_targets, unwind_on_sigterm
 from qig_serve.json_output import write_json
 
 HELP = "rewrite InternVL2 as published into a form that can be quantized"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="directory as published")
     parser.add_argument("output", type=Path, metavar="DIR", help="directory to write")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was done here")
+    add_json(parser, "what was done")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qig_serve.cli import add_json
+
 HELP = (
     "quantize, evaluate, serve and ask the bundled model; make its questions; train or export one"
 )
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "training of its model, or a trained model as a directory",
     )
     run_options = parser.add_argument_group("run")
-    run_options.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    add_json(run_options, "the figures")
     run_options.add_argument("--quiet", action="store_true", help="print nothing but errors")
     run_options.add_argument(
         "--workdir",

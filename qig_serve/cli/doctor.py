@@ -13,8 +13,10 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from qig_serve.cli import add_json, check_targets
+from qig_serve.json_output import write_json
 
 HELP = "how this machine would serve a checkpoint: kernels, sizes, memory"
 
@@ -27,25 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
     add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
     add("--no-load", action="store_true", help="headers only: load and compare nothing")
-    add("--json", action="store_true", help="print everything as JSON")
+    add_json(parser, "everything")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    from qig_serve.model_directory import read_manifest
+    from qig_serve.model_directory import check_texts, read_manifest
     from qig_serve.serving.describe import describe, serving_dtype
     from qig_serve.serving.folders import check_folders
 
+    check_targets(args.json)
     read_manifest(args.directory)
+    check_texts(args.directory)
     check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
     dtype = serving_dtype(args.directory, args.dtype)
     report = describe(args.directory, dtype, args.tensor_parallel_size, args.pipeline_parallel_size)
     sound, answers = (True, "not compared (--no-load)") if args.no_load else _load(args.directory)
     if args.json:
         record = report.as_json() | {"loaded": {"sound": sound, "found": answers}}
-        print(json.dumps(record, indent=2))
-    else:
-        print("\n".join([*report.lines(), f"{'loaded':16}  {answers}"]))
+        write_json(args.json, record)
+    print("\n".join([*report.lines(), f"{'loaded':16}  {answers}"]))
     return 1 if report.problems or not sound else 0
 
 

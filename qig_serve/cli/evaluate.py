@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import check_targets
+from qig_serve.cli import add_json, check_targets
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--server", metavar="URL", help="ask an OpenAI-compatible server instead of loading DIR"
     )
     parser.add_argument("--server-model", metavar="NAME", help="model name at the server")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and answers here")
+    add_json(parser, "figures and answers")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
 
 

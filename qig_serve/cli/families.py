@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 
+from qig_serve.cli import add_json, check_targets
+from qig_serve.json_output import write_json
+
 HELP = "list the supported model families"
 TESTED = ("w3a16", "w4a8")
 """Schemes that every row is tested with, in transformers and in vLLM."""
@@ -19,13 +22,14 @@ TESTED = ("w3a16", "w4a8")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json(parser, "the rows")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the rows of architectures.py."""
     from qig_serve.architectures import ARCHITECTURES
 
+    check_targets(args.json)
     rows = [
         {
             "model_type": row.name,
@@ -43,10 +47,7 @@ def run(args: argparse.Namespace) -> int:
         for row in ARCHITECTURES.values()
     ]
     if args.json:
-        import json
-
-        print(json.dumps(rows, indent=2))
-        return 0
+        write_json(args.json, rows)
 
     from rich.console import Console
     from rich.table import Table

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qig_serve.cli import check_targets, expand_home
+from qig_serve.cli import add_json, check_targets, expand_home
 from qig_serve.json_output import write_json
 
 HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
@@ -48,7 +48,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="longest answer of requests that do not say (vLLM's default)",
     )
     add("--resume", action="store_true", help="skip what the output file already answers")
-    add("--json", type=Path, metavar="FILE", help="write counts, tokens and seconds here")
+    add_json(parser, "counts, tokens and seconds")
     add("--quiet", action="store_true", help="print nothing but errors")
 
 

@@ -11,9 +11,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qig_serve.cli import add_json, check_targets
+from qig_serve.json_output import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its sha256 in the manifest"
     )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_json(parser, "everything")
     parser.add_argument("--quiet", action="store_true", help="no progress, no facts: problems only")
 
 
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.inspection import inspect, verify
 
+    check_targets(args.json)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     wrong: list[str] = []
     found = None
@@ -56,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         wrong += found.problems
     if args.json:
-        print(json.dumps(_record(found, wrong, args.verify), indent=2))
-        return 1 if wrong else 0
+        write_json(args.json, _record(found, wrong, args.verify))
     if found is not None and not args.quiet:
         _print_facts(console, found)
     for sentence in wrong:

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from qig_serve.cli import check_targets, unwind_on_sigterm
+from qig_serve.cli import add_json, check_targets, unwind_on_sigterm
 from qig_serve.json_output import write_json
 
 HELP = "quantize a model with QIG, or with one of the methods it is compared with"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="DIR", help="checkpoint to write; may not exist yet"
     )
     parser.add_argument("--resume", action="store_true", help="go on after an interrupted run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    add_json(parser, "the figures")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument(
         "--print-recipe", action="store_true", help="print the recipe as YAML, and do nothing else"
@@ -128,6 +128,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("say where the checkpoint goes: --output DIR")
 
     check_targets(args.json)
+    if args.json is not None and args.json.absolute() == args.output.absolute():
+        raise UserError(f"--json and --output are both {args.json}: give two names")
     if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 

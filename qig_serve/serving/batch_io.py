@@ -173,22 +173,27 @@ def _question(image: str, prompt: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}]}
 
 
-def embed_pictures(body: dict[str, Any], folder: Path) -> dict[str, Any]:
+def embed_pictures(
+    body: dict[str, Any], folder: Path, names: dict[str, str] | None = None
+) -> dict[str, Any]:
     """`body` with pictures named by path (relative to `folder`) as data URLs; others as they are.
 
+    names: is filled with data URL -> name of its file.
     ValueError, with a sentence, if one cannot be read.
     """
-    turns = {key: body[key] for key in _TURNS if isinstance(body.get(key), list)}
-    return body | {k: [_embed_message(m, folder) for m in found] for k, found in turns.items()}
+    names = {} if names is None else names
+    lists = {key: body[key] for key in _TURNS if isinstance(body.get(key), list)}
+    return body | {k: [_embed_message(m, folder, names) for m in v] for k, v in lists.items()}
 
 
-def _embed_message(message: Any, folder: Path) -> Any:
+def _embed_message(message: Any, folder: Path, names: dict[str, str]) -> Any:
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
-    return message | {"content": [_embed_part(part, folder) for part in message["content"]]}
+    parts = [_embed_part(part, folder, names) for part in message["content"]]
+    return message | {"content": parts}
 
 
-def _embed_part(part: Any, folder: Path) -> Any:
+def _embed_part(part: Any, folder: Path, names: dict[str, str]) -> Any:
     image = part.get("image_url") if isinstance(part, dict) else None
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str):
@@ -208,18 +213,25 @@ def _embed_part(part: Any, folder: Path) -> Any:
             raise ValueError(f"cannot read the picture {shown(path)}: {reason}") from None
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
         embedded = f"data:{kind};base64,{data}"
+        names[embedded] = shown(path)
     return part | {"image_url": image | {"url": embedded} if isinstance(image, dict) else embedded}
 
 
-def result_row(request: Request, status: int, request_id: str, body: Any) -> dict[str, Any]:
-    """The output row of an answered request."""
+def result_row(
+    request: Request, status: int, request_id: str, body: Any, picture: str = ""
+) -> dict[str, Any]:
+    """The output row of an answered request.
+
+    picture: the file that the answer, an error, is about.
+    """
     error = None
     if status != 200:
         inner = body.get("error", body) if isinstance(body, dict) else body
         message = inner.get("message") if isinstance(inner, dict) else inner
         if not message:  # of the router, before vLLM
             message = f"POST {request.url} is answered with {status} {_phrase(status)}"
-        error = {"code": str(status), "message": f"{request.place}: {message}"}
+        place = f"{request.place}: {picture}" if picture else request.place
+        error = {"code": str(status), "message": f"{place}: {message}"}
     return {
         "id": f"batch_req_{request.line}",
         "custom_id": request.custom_id,

@@ -35,6 +35,7 @@ class EngineWatch:
                 self.report = report.as_json()
                 patches.call_before_shutdown(client, self._note_stopping)
                 patches.remember_only_sent_pictures(client)
+                patches.blame_dead_grammars(client)
             elif message["type"] == "lifespan.shutdown":
                 self.died = bool(client.errored) and not self.stopping
             return message

@@ -7,6 +7,7 @@ nothing of other people's. `PATCHES` lists them; tests hold the installed versio
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -18,6 +19,11 @@ from typing import Any, TypeVar
 from qig_serve.vllm_plugin import OLDEST_VLLM, TOO_NEW_VLLM
 
 _MOST_UNSENT = 4096
+_DEAD_GRAMMAR = (
+    "the schema or grammar of the request came to a point where nothing may follow: a schema or "
+    "rule that is only a reference to itself, or that begins with itself and has no other form, "
+    "permits no answer"
+)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -151,6 +157,30 @@ def remember_only_sent_pictures(client: Any) -> None:
 
     cache.is_cached_item, cache.get_and_update_item = is_cached_item, get_and_update_item
     client.engine_core.add_request_async = add_request_async
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def blame_dead_grammars(client: Any) -> None:
+    """Have an engine client raise ValueError, a 400, where a schema or grammar let nothing follow.
+
+    xgrammar takes {"$ref": "#"} and rules without an end, which permit no token. The engine then
+    draws one that is refused and finishes the request with "error", which vLLM's front end
+    answers with 500.
+    """
+    generate = client.generate
+
+    async def watched(outputs: Any) -> Any:
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                if any(choice.finish_reason == "error" for choice in output.outputs):
+                    raise ValueError(_DEAD_GRAMMAR)
+                yield output
+
+    def generate_watched(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = generate(prompt, sampling_params, *args, **kwargs)
+        return watched(outputs) if sampling_params.structured_outputs else outputs
+
+    client.generate = generate_watched
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)

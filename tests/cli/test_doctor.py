@@ -52,6 +52,17 @@ def test_as_it_was_written(checkpoint: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", str(checkpoint), "--verify", "--quiet"]) == 0  # canary.json is listed
 
 
+def test_generation_settings_that_no_request_can_be_answered_with(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are the defaults of every request: each would have been refused."""
+    change_json(checkpoint / "generation_config.json", lambda c: c.update(temperature=-5))
+    batch = ["-i", str(checkpoint / "config.json"), "-o", str(checkpoint / "out.jsonl")]
+    for command in (["doctor"], ["serve"], ["generate", *batch]):
+        assert main([*command, str(checkpoint)]) == 2
+        assert "generation_config.json: temperature is -5, and must be" in capsys.readouterr().err
+
+
 def other_scale(d: Path) -> None:
     name = "language_model.model.layers.1.mlp.up_proj.weight_scale"
     change_tensors(d, name, lambda t: t.mul_(1.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -328,6 +329,29 @@ def tied(directory: Path) -> None:
     config(tie_word_embeddings=True, text_config={"tie_word_embeddings": True})(directory)
 
 
+def more_tokens(directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(320)])
+    tokenizer.save_pretrained(directory)
+
+
+def tokenizer_file(**parts: Any) -> Spoil:
+    return config("tokenizer.json", **parts)
+
+
+def second_picture_file(**parts: Any) -> Spoil:
+    """As a model saved by transformers 5 into a folder that had one of transformers 4."""
+
+    def spoil(directory: Path) -> None:
+        settings = json.loads((directory / "processor_config.json").read_text())["image_processor"]
+        (directory / "preprocessor_config.json").write_text(json.dumps(settings | parts))
+
+    return spoil
+
+
+TRUNCATION = {"direction": "Right", "max_length": 90, "strategy": "LongestFirst", "stride": 0}
 TOWER = {"vision_config": {"quantization_config": {"quant_method": "fp8"}}}
 MODELS: dict[str, tuple[Spoil, str]] = {
     "wrapped-module": (wrapped("module."), "begins with 'module.'.* save the model inside"),
@@ -382,6 +406,40 @@ MODELS: dict[str, tuple[Spoil, str]] = {
             ("list", b"[]", rf"{name} cannot be read: it is not a JSON object"),
             ("mark", b"\xef\xbb\xbf{}", rf"{name} begins with a byte-order mark"),
         )
+    },
+    "tokens-beyond-the-embedding": (
+        more_tokens,
+        "its tokenizer has the token '<new319>' .* only 320 rows",
+    ),
+    "tokenizer-truncates": (
+        tokenizer_file(truncation=TRUNCATION),
+        "its tokenizer cuts every prompt at 90 tokens",
+    ),
+    "tokenizer-cuts": (config("tokenizer_config.json", max_length=90), "every prompt at 90 tokens"),
+    "tokenizer-fills": (config("tokenizer_config.json", padding="max_length"), "or fills it up"),
+    "two-sizes": (
+        second_picture_file(size={"height": 28, "width": 56}),
+        r"size is .* in processor_config\.json and .* in preprocessor_config\.json",
+    ),
+    "two-means": (second_picture_file(image_mean=[0.1, 0.2, 0.3]), "image_mean is .* delete the"),
+    "window-0": (config(text_config={"sliding_window": 0}), "sliding_window in config.json is 0"),
+    **{
+        f"generation-{key}-{value!r}": (
+            config("generation_config.json", **{key: value}),
+            rf"generation_config\.json: {key} is .*, and must be {wanted}.*: correct it, or take ",
+        )
+        for key, wanted, values in (
+            ("temperature", "a number from 0 to 2", (-5, 2.5, "0.7", [1], math.nan, True)),
+            ("top_p", "a number above 0, 1 at most", (0, 3, "x", -1)),
+            ("min_p", "a number from 0 to 1", (-0.1, 2)),
+            ("top_k", "a whole number, 0 for all", ("x", -2, 1.5)),
+            ("repetition_penalty", "a number above 0", (0, -1, math.inf, {})),
+            ("presence_penalty", "a number from -2 to 2", (3,)),
+            ("frequency_penalty", "a number from -2 to 2", ("1",)),
+            ("max_new_tokens", "a whole number above 0", ("256", 0, 2.5, 10**400)),
+            ("eos_token_id", "a token's number, or a list", ("</s>", -1, [2, "x"], [2.0])),
+        )
+        for value in values
     },
     "template-mark": (
         text("chat_template.jinja", lambda b: b"\xef\xbb\xbf" + b),
@@ -439,7 +497,6 @@ def test_no_model_directories(model: Path, path: str, wanted: str) -> None:
 UNFIT: dict[str, tuple[Spoil, str]] = {
     "patches": (config("processor_config.json", patch_size=7), "cannot compute a sample"),
     "feature-layer": (config(vision_feature_layer=-9), "cannot compute a sample .IndexError"),
-    "vocabulary": (lambda d: None, "its tokenizer has the token '<new319>' .* only 320 rows"),
 }
 
 
@@ -450,19 +507,81 @@ def test_parts_of_two_models(
     """Seen when the first sample is computed; through the command line."""
     directory = Path(shutil.copytree(model, folder / "model"))
     UNFIT[name][0](directory)
-    asked = "What?"
-    if name == "vocabulary":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        tokenizer.add_tokens([f"<new{i}>" for i in range(320)])
-        tokenizer.save_pretrained(directory)
-        asked = "What <new319>?"
     Image.new("RGB", (64, 64), "red").save(folder / "1.png")
-    line = message([picture("1.png"), {"type": "text", "text": asked}])
+    line = message([picture("1.png"), WHAT])
     (folder / "c.jsonl").write_text(json.dumps(line))
     command = ["quantize", str(directory), "--output", str(folder / "out"), "--scheme", "w4a8"]
     command += ["--method", "rtn", "--quiet", "--calib", str(folder / "c.jsonl")]
     assert main(command) == 2
     said = capsys.readouterr().err.strip()
     assert re.search(UNFIT[name][1], said) and "\n" not in said, said
+
+
+ROPE = "rope_parameters"
+SECTIONS = "mrope_section in config.json is .* must be three whole numbers with the sum 32"
+DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "one-section-too-few": ("qwen2_vl", {ROPE: {"mrope_section": [16, 16]}}, SECTIONS),
+    "sections-short": ("qwen2_vl", {ROPE: {"mrope_section": [8, 12, 11]}}, SECTIONS),
+    "sections-text": ("qwen2_vl", {ROPE: {"mrope_section": "8,12,12"}}, SECTIONS),
+    "no-sections": ("qwen2_vl", {ROPE: {"mrope_section": None}}, SECTIONS),
+    "no-sections-3": ("qwen3_vl", {ROPE: {"mrope_section": None}}, SECTIONS),
+    "interleaved": ("qwen2_vl", {ROPE: {"mrope_interleaved": True}}, "models need false"),
+    "not-interleaved": ("qwen3_vl", {ROPE: {"mrope_interleaved": False}}, "models need true"),
+    "interleaving-unsaid": ("qwen3_vl", {ROPE: {"mrope_interleaved": None}}, "models need true"),
+    "window-not-in-types": (
+        "qwen2_vl",
+        {"use_sliding_window": True, "sliding_window": 8},
+        "use_sliding_window in config.json is true, and layer_types has",
+    ),
+    "sees-what-follows": (
+        "gemma3",
+        {"use_bidirectional_attention": True},
+        "attention to the tokens that follow",
+    ),
+    "sections-as-they-were": ("qwen2_vl", {ROPE: {"mrope_interleaved": False}}, ""),
+    "types-as-they-were": ("qwen2_vl", {"layer_types": ["full_attention"] * 2}, ""),
+}
+"""Family, changes of its decoder's configuration, and what is said of them."""
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_vllm_would_compute_otherwise(tmp_path: Path, name: str) -> None:
+    """transformers has a value of its own for each of these, and loads the model without a word."""
+    family, changes, wanted = DECODERS[name]
+    directory = tiny_model(family, tmp_path / "model")
+    path = directory / "config.json"
+    whole = json.loads(path.read_text())
+    for key, change in changes.items():
+        part = whole["text_config"].get(key)
+        changed = {**part, **change} if isinstance(part, dict) else change
+        if isinstance(changed, dict):
+            changed = {k: v for k, v in changed.items() if v is not None}
+        whole["text_config"][key] = changed
+    path.write_text(json.dumps(whole))
+    if not wanted:
+        loaded_model.load(directory)
+        return
+    with pytest.raises(UserError, match=wanted):
+        loaded_model.load(directory)
+
+
+@pytest.mark.parametrize(("rope", "fits"), [({}, False), ({"factor": 4.0}, True)], ids=str)
+def test_a_sample_longer_than_the_model_has_positions(
+    model: Path, folder: Path, rope: dict[str, Any], fits: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = Path(shutil.copytree(model, folder / "model"))
+    kind = {"rope_type": "linear" if fits else "default", "rope_theta": 10000.0}
+    config(text_config={"max_position_embeddings": 20, ROPE: kind | rope})(directory)
+    (folder / "c.jsonl").write_text(json.dumps(message([PICTURE, WHAT])))
+    command = ["quantize", str(directory), "--output", str(folder / "out"), "--scheme", "w4a8"]
+    command += ["--method", "rtn", "--quiet", "--calib", str(folder / "c.jsonl")]
+    assert main(command) == (0 if fits else 2)
+    said = capsys.readouterr().err
+    assert ("the model has 20 positions" in said) is not fits, said
+
+
+def test_an_output_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    from qig_serve import QuantRecipe, quantize
+
+    with pytest.raises(UserError, match="exists already"):
+        quantize(tmp_path / "no-model", tmp_path, QuantRecipe(calib="demo"))

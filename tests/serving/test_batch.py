@@ -75,6 +75,8 @@ class Engine:
         if "number 9?" in question["text"]:
             raise RuntimeError("a fault in the application")
         assert image["image_url"]["url"].startswith("data:image/png;base64,")
+        if "number 11?" in question["text"]:
+            return JSONResponse({"error": {"message": "a broken picture", "code": 400}}, 400)
         choice = {"message": {"content": question["text"]}}
         return JSONResponse({"choices": [choice], "usage": {"completion_tokens": 2}})
 
@@ -124,6 +126,21 @@ def test_off_a_terminal_progress_is_lines(
         time.sleep(0.02)
         progress(Totals(done=1, skipped=1, tokens=20))
     assert re.fullmatch(r"2/4 requests, [\d.]+ req/s, \d+ tok/s\n", capsys.readouterr().err)
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """vLLM's sentence names none; a refusal for another reason blames no picture."""
+    pytest.importorskip("vllm")
+    source = write_batch(tmp_path / "in.jsonl", 12)
+    picture = tmp_path / "images" / "3.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    run(Engine(), source, tmp_path / "out.jsonl")
+    rows = {row["line"]: row for row in read_rows(tmp_path / "out.jsonl")}
+    assert rows[12]["error"]["message"] == f"line 12: {picture}: a broken picture"
+    picture.write_bytes((tmp_path / "images" / "0.png").read_bytes())
+    run(Engine(), source, tmp_path / "again.jsonl")
+    rows = {row["line"]: row for row in read_rows(tmp_path / "again.jsonl")}
+    assert rows[12]["error"]["message"] == "line 12: a broken picture"
 
 
 def test_resume_asks_only_for_what_is_missing(tmp_path: Path) -> None:

@@ -107,6 +107,38 @@ def test_parts_that_hold_something_else(server: Server, part: dict[str, Any]) ->
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+DEAD = {
+    "itself": {"json": {"$ref": "#"}},
+    "each-other": {
+        "json": {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+        }
+    },
+    "left-recursive": {"grammar": 'root ::= root "a"'},
+    "rules-in-a-ring": {"grammar": "root ::= a\na ::= b\nb ::= a"},
+    "dead-after-a-token": {"grammar": 'root ::= "a" dead\ndead ::= dead'},
+    "no-character": {"grammar": "root ::= [^\\x00-\\U0010ffff]"},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("dead", DEAD)
+def test_a_schema_or_grammar_that_permits_no_answer(
+    server: Server, dead: str, stream: bool
+) -> None:
+    """vLLM's engine gives the request up, and its front end answered 500."""
+    settings = {"stream": stream, "max_tokens": 4, "structured_outputs": DEAD[dead]}
+    for route, asked in (
+        ("chat/completions", {"messages": [{"role": "user", "content": "What?"}]}),
+        ("completions", {"prompt": "What?"}),
+    ):
+        answer = httpx.post(f"{server.url}/v1/{route}", json=settings | asked, timeout=60)
+        assert answer.status_code == (200 if stream else 400), answer.text
+        assert "a point where nothing may follow" in answer.text
+        assert re.search(r'"code": ?400\b', answer.text)
+
+
 def test_a_prompt_cut_into_its_picture(server: Server) -> None:
     url = {"image_url": {"url": tiny_llava.data_url(tiny_llava.picture(99))}}
     question = [{"type": "image_url", **url}, {"type": "text", "text": "What?"}]
