@@ -121,7 +121,11 @@ class Canary:
         """All of the source outside the blocks is there, as it was or rounded."""
         source = self.original.source
         by_name = {self.original.served_name(name): name for name in source}
-        inside = (self.original.source_prefix, written.source_prefix)
+        inside = tuple(
+            model.source_name(index, "")
+            for model in (self.original, written)
+            for index in range(model.num_blocks)
+        )
         rounded = set()
         for module in self.original.eight_bit:
             parts = {f"{module}.{suffix}" for suffix in VOCABULARY_SCHEME.suffixes}

@@ -46,12 +46,18 @@ from qig_serve.offline.source.tensors import SourceCheckpoint, check_values
 from qig_serve.weight_files import check_full_precision, check_index
 
 
-def outside_blocks(names: Iterable[str], prefix: str) -> list[str]:
-    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`."""
+def outside_blocks(names: Iterable[str], prefix: str, count: int | None = None) -> list[str]:
+    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`.
+
+    count: of the blocks, where those behind them are no part of the decoder.
+    """
     above = {prefix[: i + 1] for i, c in enumerate(prefix) if c == "."}
     found = set()
     for name in names:
         if name.startswith(prefix):
+            number = name.removeprefix(prefix).partition(".")[0]
+            if count is not None and int(number) >= count:
+                found.add(prefix + number)
             continue
         cut = name.find(".")
         while cut >= 0 and name[: cut + 1] in above:
@@ -119,7 +125,7 @@ class LoadedModel:
         """UserError unless the files have the blocks that config.json asks for, and no more."""
         others = [p for p in self.arch.source_prefixes if p != self._prefix]
         check_other_names(self.source, others)
-        check_number_of_blocks(self.source, self._prefix, self.num_blocks)
+        check_number_of_blocks(self.source, self._prefix, self.num_blocks, self.blocks_behind)
         for index in range(self.num_blocks):
             known = set(self._empty_block(index).state_dict())
             for name in self.arch.unread:
@@ -133,6 +139,14 @@ class LoadedModel:
     def num_blocks(self) -> int:
         """Decoder blocks."""
         return int(self.text_config.num_hidden_layers)
+
+    @property
+    def blocks_behind(self) -> int:
+        """Blocks behind the last one that predict further tokens, as GLM-OCR's files may have them.
+
+        They stay as they are.
+        """
+        return int(getattr(self.text_config, "num_nextn_predict_layers", None) or 0)
 
     @property
     def image_token_id(self) -> int | None:
@@ -188,7 +202,9 @@ class LoadedModel:
             for name in self.arch.kept
         )
         kept = [name for name in inside if f"{name}.weight" in self.source]
-        outside = outside_blocks(map(self.served_name, self.source), self._prefix)
+        outside = outside_blocks(
+            map(self.served_name, self.source), self._prefix, self.num_blocks
+        )
         return sorted([*(name for name in outside if name not in self.eight_bit), *kept])
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -20,8 +20,11 @@ _COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked", "relative_positi
 """Last words of the names of what every implementation computes for itself."""
 
 
-def check_number_of_blocks(source: SourceCheckpoint, prefix: str, count: int) -> None:
-    """UserError when the files have more decoder blocks than config.json asks for, or fewer."""
+def check_number_of_blocks(source: SourceCheckpoint, prefix: str, count: int, behind: int) -> None:
+    """UserError when the files have more decoder blocks than config.json asks for, or fewer.
+
+    behind: of those that predict further tokens, which the files have all of, or none.
+    """
     check_prefix(source, prefix)
     numbers: dict[int, str] = {}
     for name in source:
@@ -29,7 +32,7 @@ def check_number_of_blocks(source: SourceCheckpoint, prefix: str, count: int) ->
         if name.startswith(prefix) and number.isdecimal():
             numbers.setdefault(int(number), name)
     stored = max(numbers, default=-1) + 1
-    if stored != count:
+    if stored not in (count, count + behind):
         raise UserError(
             f"{source.directory} has {stored} decoder blocks in its files ({numbers[stored - 1]}), "
             f"but num_hidden_layers in config.json is {count}: give files and configuration of "
