@@ -292,7 +292,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "paddleocr_vl",
             "model.language_model",
-            _QWEN_PREFIXES,
+            ("model.layers.",),
             _PRE_NORM,
             "PaddleOCRVLForConditionalGeneration",
             "merged",

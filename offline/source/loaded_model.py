@@ -39,7 +39,6 @@ from qig_serve.offline.source.surplus import (
     check_number_of_blocks,
     check_other_names,
     check_outside,
-    check_served_names,
     no_blocks,
 )
 from qig_serve.offline.source.tensors import SourceCheckpoint, check_values
@@ -170,11 +169,6 @@ class LoadedModel:
         """The tensor in the files behind parameter `name` of block `index`."""
         return f"{self._prefix}{index}.{name}"
 
-    def served_name(self, name: str) -> str:
-        """The name by which a checkpoint keeps the source's tensor `name`: vLLM's."""
-        tower = getattr(self.config, "vision_config", None)
-        return self.arch.served_name(name, getattr(tower, "model_type", None))
-
     def groups(self, block: nn.Module) -> tuple[SmoothingGroup, ...]:
         """The smoothing groups of a block, in the order of execution."""
         return self.arch.groups_of(block)
@@ -193,8 +187,7 @@ class LoadedModel:
     def left_alone(self) -> list[str]:
         """Modules that stay in 16 bits: shortest names that cover all that is not quantized.
 
-        By the names of the checkpoint; of the decoder blocks the linears alone, since norms are
-        never quantized.
+        Of the decoder blocks the linears alone, since norms are never quantized.
         """
         inside = (
             self.source_name(index, name)
@@ -202,9 +195,7 @@ class LoadedModel:
             for name in self.arch.kept
         )
         kept = [name for name in inside if f"{name}.weight" in self.source]
-        outside = outside_blocks(
-            map(self.served_name, self.source), self._prefix, self.num_blocks
-        )
+        outside = outside_blocks(self.source, self._prefix, self.num_blocks)
         return sorted([*(name for name in outside if name not in self.eight_bit), *kept])
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -329,12 +320,13 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     source = SourceCheckpoint(directory)
     source.check_full_precision()
     check_index(directory)
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    source.rename(lambda name: arch.served_name(name, tower))
     processor = model_directory.load_processor(directory)
 
     model, info = load_front(directory, config)
     model = model.to(device).eval().requires_grad_(False)
     loaded = LoadedModel(directory, arch, config, processor, source, model, device)
-    check_served_names(source, loaded.served_name)
     _check_architecture(directory, type(model).__name__)
     check_head(source, loaded.source_prefix, model_directory.read_config(directory))
     _check_loaded(loaded, info)

@@ -7,7 +7,7 @@ computed and not read, are copied on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,18 +104,6 @@ def check_head(source: SourceCheckpoint, prefix: str, config: Mapping[str, Any])
                     "they are one (tie_word_embeddings): set it to false, or leave the tensor out "
                     "of the files"
                 )
-
-
-def check_served_names(source: SourceCheckpoint, served_name: Callable[[str], str]) -> None:
-    """UserError when the files have a tensor twice, by an older and by a newer name."""
-    by_name: dict[str, str] = {}
-    for name in source:
-        first = by_name.setdefault(served_name(name), name)
-        if first != name:
-            raise UserError(
-                f"{source.directory} has one tensor by two names, {first} and {name}: leave one "
-                "of them out of the files"
-            )
 
 
 def _is_computed(name: str) -> bool:

@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     tiny_model,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from qig_serve.architectures import ARCHITECTURES, get_architecture
 from qig_serve.cli import main
@@ -183,7 +184,6 @@ def test_folding_changes_logits_by_less_than_rounding(
 
 
 def test_published_names_load_as_the_same_model(directory: Path, family: str) -> None:
-    from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
@@ -242,6 +242,24 @@ def test_fields_that_vllm_alone_asks_for(
     (config[part] if part else config)[name] = not value
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{name} in config.json is .* which vLLM obeys"):
+        loaded_model.load(directory)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_decoder_described_at_the_top(tied: bool, tmp_path: Path) -> None:
+    """As published; whether the head is tied is then read as the class has it by default."""
+    directory = tiny_model("paddleocr_vl", tmp_path / "model", tie_word_embeddings=tied)
+    config = json.loads((directory / "config.json").read_text())
+    text = config.pop("text_config")
+    flat = {**text, **config, "tie_word_embeddings": tied}
+    (directory / "config.json").write_text(json.dumps(flat))
+    if tied:
+        tensors = load_file(directory / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        assert loaded_model.load(directory).num_blocks == text["num_hidden_layers"]
+        return
+    with pytest.raises(UserError, match='tie_word_embeddings is false.* under "text_config"'):
         loaded_model.load(directory)
 
 
