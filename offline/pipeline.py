@@ -131,7 +131,7 @@ def _quantize(
     with ExitStack() as stack:
         writer = None
         if ranks.writes:
-            writer = CheckpointWriter(loaded.source, output, identity, resume, loaded.served_name)
+            writer = CheckpointWriter(loaded.source, output, identity, resume)
             stack.enter_context(writer)
         log = None if writer is None else writer.directory / LOG_FILE
         progress = stack.enter_context(

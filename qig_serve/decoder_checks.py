@@ -46,7 +46,7 @@ def problems(
             continue
         elif leaf in _PARTS and module not in linears:
             yield f"{name}: there is no {module}.weight_packed beside it"
-        elif place and place[1] in decoders:
+        elif place and place[1] in decoders and f"{place[1]}.{place[2]}" not in manifest.ignore:
             layers.setdefault(int(place[2]), set()).add(place[3])
         elif not manifest.is_ignored(name):
             yield (

@@ -93,6 +93,12 @@ def delta_net(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
     )
 
 
+def gated_output(groups: tuple[SmoothingGroup, ...]) -> tuple[SmoothingGroup, ...]:
+    """The same where a linear beside q, k and v gives a gate of attention's output."""
+    qkv, *rest = groups
+    return (replace(qkv, linears=(*qkv.linears, "self_attn.gate_proj")), *rest)
+
+
 def without_previous(groups: tuple[SmoothingGroup, ...], *names: str) -> tuple[SmoothingGroup, ...]:
     """The same where nothing can be folded before the groups of these names."""
     return tuple(replace(g, previous="", kind="none") if g.name in names else g for g in groups)

@@ -120,19 +120,22 @@ class Canary:
     def _check_names(self, written: WrittenModel) -> None:
         """All of the source outside the blocks is there, as it was or rounded."""
         source = self.original.source
-        by_name = {self.original.served_name(name): name for name in source}
-        inside = (self.original.source_prefix, written.source_prefix)
+        inside = tuple(
+            model.source_name(index, "")
+            for model in (self.original, written)
+            for index in range(model.num_blocks)
+        )
         rounded = set()
         for module in self.original.eight_bit:
             parts = {f"{module}.{suffix}" for suffix in VOCABULARY_SCHEME.suffixes}
             rounded |= {f"{module}.weight", *parts}
             _check_rounding(source, written.source, module)
-        for name in sorted({*by_name, *written.source} - rounded):
+        for name in sorted({*source, *written.source} - rounded):
             if name.startswith(inside):
                 continue
-            if name not in by_name or name not in written.source:
+            if name not in source or name not in written.source:
                 raise UserError(f"{name} is not in both the source and the written checkpoint")
-            dtype = source.dtype(by_name[name])
+            dtype = source.dtype(name)
             if dtype != written.source.dtype(name) or dtype.startswith("F8"):
                 raise UserError(f"{name} is {dtype}, or has another type in the written checkpoint")
 

@@ -93,14 +93,9 @@ class CheckpointWriter:
         output: Path | str,
         fingerprint: Mapping[str, Any],
         resume: bool = False,
-        served_name: Callable[[str], str] = str,
     ) -> None:
-        """`fingerprint` is what must be the same for a run to be resumed: JSON-ready data.
-
-        `served_name`: source tensor -> the name by which an untouched one is written.
-        """
+        """`fingerprint` is what must be the same for a run to be resumed: JSON-ready data."""
         self.source = source
-        self._served_name = served_name
         self.output = Path(output)
         self.directory = partial_directory(self.output)
         # Through JSON once, so that what is compared is what was stored.
@@ -297,9 +292,9 @@ class CheckpointWriter:
         replaced = {name for block in self._blocks.values() for name in block["replaced"]}
         untouched = (name for name in self.source if name not in replaced)
         tensors = (
-            (self._served_name(stored), tensor)
+            named
             for name in untouched
-            for stored, tensor in form.outside(name, self.source.tensor(name)).items()
+            for named in form.outside(name, self.source.tensor(name)).items()
         )
         return save_shards(tensors, self.directory, "rest")
 

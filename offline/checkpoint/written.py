@@ -77,7 +77,8 @@ class WrittenModel(LoadedModel):
         """UserError unless the blocks hold what their class and their scheme ask for."""
         self._read_form()
         check_prefix(self.source, self.source_prefix)
-        check_number_of_blocks(self.source, self.source_prefix, self.num_blocks)
+        count = self.num_blocks
+        check_number_of_blocks(self.source, self.source_prefix, count, self.blocks_behind)
         for index in range(self.num_blocks):
             block = self.meta_block(index)
             linears = [name for group in self.groups(block) for name in group.linears]

@@ -58,7 +58,9 @@ def _square(tokens: int) -> int:
 
 
 def _grid(config: Any, processor: Any, given: Given) -> list[Box | None]:
-    """One grid over the resized and perhaps centre-cropped picture."""
+    """One grid over the resized and perhaps centre-cropped picture, or its own patches."""
+    if given.size is not None:  # of a Pixtral tower
+        return _sized(config, processor, given)
     images = processor.image_processor
     size, crop = images.size, images.crop_size
     width, height = given.image.size
@@ -113,14 +115,14 @@ def _anyres(config: Any, processor: Any, given: Given) -> list[Box | None]:
 
 def _merged(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """Patches in merged squares, row by row, over the resized picture (image_grid_thw)."""
-    merge = config.vision_config.spatial_merge_size
+    merge = processor.image_processor.merge_size
     _, rows, columns = (int(v) for v in given.grid)
     return [*grid_boxes(rows // merge, columns // merge)]
 
 
 def _sized(config: Any, processor: Any, given: Given) -> list[Box | None]:
     """Merged patches, row by row, over the picture resized to whole ones (image_sizes)."""
-    side = config.vision_config.patch_size * config.spatial_merge_size
+    side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     height, width = (int(v) for v in given.size)
     return [*grid_boxes(height // side, width // side)]
 

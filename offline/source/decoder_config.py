@@ -11,6 +11,7 @@ import torch
 
 from qig_serve.errors import UserError
 from qig_serve.family_row import Architecture
+from qig_serve.model_directory import CONFIG_FILE, read_config
 
 _MOST_BLOCKS = 10_000  # transformers makes a list as long as what a stranger's file says
 
@@ -33,6 +34,7 @@ def check_decoder(directory: Path, arch: Architecture, config: Any) -> None:
 
     Before a tensor is read.
     """
+    _check_tied(directory, config)
     text = config.get_text_config()
     text_type = text.model_type
     if arch.text_types and text_type not in arch.text_types:
@@ -125,3 +127,18 @@ def context_length(text: Any) -> int | None:
     parts = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
     factors = [float(part["factor"]) for part in parts if part.get("factor")]
     return None if positions is None else int(positions * max([1.0, *factors]))
+
+
+def _check_tied(directory: Path, config: Any) -> None:
+    """UserError where a config.json with no part for the decoder says of the head what is not read.
+
+    Published PaddleOCR-VL has its decoder's fields at the top: the class takes that part's default.
+    """
+    raw = read_config(directory)
+    said, read = raw.get("tie_word_embeddings"), bool(config.tie_word_embeddings)
+    if "text_config" not in raw and said is not None and said != read:
+        raise UserError(
+            f"{directory / CONFIG_FILE}: tie_word_embeddings is {json.dumps(said)}, and the "
+            f"installed transformers, and vLLM with it, read {json.dumps(read)}: put the decoder's "
+            'fields under "text_config", tie_word_embeddings among them'
+        )

@@ -43,19 +43,24 @@ from qig_serve.offline.source.surplus import (
     check_number_of_blocks,
     check_other_names,
     check_outside,
-    check_served_names,
     no_blocks,
 )
 from qig_serve.offline.source.tensors import SourceCheckpoint, check_values
 from qig_serve.weight_files import check_full_precision, check_index
 
 
-def outside_blocks(names: Iterable[str], prefix: str) -> list[str]:
-    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`."""
+def outside_blocks(names: Iterable[str], prefix: str, count: int | None = None) -> list[str]:
+    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`.
+
+    count: of the blocks, where those behind them are no part of the decoder.
+    """
     above = {prefix[: i + 1] for i, c in enumerate(prefix) if c == "."}
     found = set()
     for name in names:
         if name.startswith(prefix):
+            number = name.removeprefix(prefix).partition(".")[0]
+            if count is not None and int(number) >= count:
+                found.add(prefix + number)
             continue
         cut = name.find(".")
         while cut >= 0 and name[: cut + 1] in above:
@@ -124,7 +129,7 @@ class LoadedModel:
         """UserError unless the files have the blocks that config.json asks for, and no more."""
         others = [p for p in self.arch.source_prefixes if p != self._prefix]
         check_other_names(self.source, others)
-        check_number_of_blocks(self.source, self._prefix, self.num_blocks)
+        check_number_of_blocks(self.source, self._prefix, self.num_blocks, self.blocks_behind)
         for index in range(self.num_blocks):
             known = set(self._empty_block(index).state_dict())
             for name in self.arch.unread:
@@ -138,6 +143,14 @@ class LoadedModel:
     def num_blocks(self) -> int:
         """Decoder blocks."""
         return int(self.text_config.num_hidden_layers)
+
+    @property
+    def blocks_behind(self) -> int:
+        """Blocks behind the last one that predict further tokens, as GLM-OCR's files may have them.
+
+        They stay as they are.
+        """
+        return int(getattr(self.text_config, "num_nextn_predict_layers", None) or 0)
 
     @property
     def image_token_id(self) -> int | None:
@@ -161,11 +174,6 @@ class LoadedModel:
         """The tensor in the files behind parameter `name` of block `index`."""
         return f"{self._prefix}{index}.{name}"
 
-    def served_name(self, name: str) -> str:
-        """The name by which a checkpoint keeps the source's tensor `name`: vLLM's."""
-        tower = getattr(self.config, "vision_config", None)
-        return self.arch.served_name(name, getattr(tower, "model_type", None))
-
     def groups(self, block: nn.Module) -> tuple[SmoothingGroup, ...]:
         """The smoothing groups of a block, in the order of execution."""
         return self.arch.groups_of(block)
@@ -184,8 +192,7 @@ class LoadedModel:
     def left_alone(self) -> list[str]:
         """Modules that stay in 16 bits: shortest names that cover all that is not quantized.
 
-        By the names of the checkpoint; of the decoder blocks the linears alone, since norms are
-        never quantized.
+        Of the decoder blocks the linears alone, since norms are never quantized.
         """
         inside = (
             self.source_name(index, name)
@@ -193,7 +200,7 @@ class LoadedModel:
             for name in self.arch.kept
         )
         kept = [name for name in inside if f"{name}.weight" in self.source]
-        outside = outside_blocks(map(self.served_name, self.source), self._prefix)
+        outside = outside_blocks(self.source, self._prefix, self.num_blocks)
         return sorted([*(name for name in outside if name not in self.eight_bit), *kept])
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -321,6 +328,8 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     source = SourceCheckpoint(directory)
     source.check_full_precision()
     check_index(directory)
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    source.rename(lambda name: arch.served_name(name, tower))
     processor = model_directory.load_processor(directory)
 
     model, info = load_front(directory, config)
@@ -328,7 +337,6 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> LoadedMod
     check_positions(directory, rotary, config)
     model = model.to(device).eval().requires_grad_(False)
     loaded = LoadedModel(directory, arch, config, processor, source, model, device)
-    check_served_names(source, loaded.served_name)
     _check_architecture(directory, type(model).__name__)
     check_head(source, loaded.source_prefix, model_directory.read_config(directory))
     _check_loaded(loaded, info)

@@ -86,7 +86,7 @@ def _linears(loaded: LoadedModel) -> tuple[frozenset[str], frozenset[str]]:
 
 def _why_not(loaded: LoadedModel, padding: MlpPadding) -> str:
     """Why a model's MLP cannot be stored wider; empty if it can."""
-    if any("mtp" in name.split(".") for name in loaded.source):
+    if loaded.blocks_behind or any("mtp" in name.split(".") for name in loaded.source):
         return "the multi-token head, which stays as it is, would have to be as wide"
     for index in range(loaded.num_blocks):
         for linear in (*padding.rows, *padding.columns):

@@ -7,7 +7,7 @@ computed and not read, are copied on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ _COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked", "relative_positi
 """Last words of the names of what every implementation computes for itself."""
 
 
-def check_number_of_blocks(source: SourceCheckpoint, prefix: str, count: int) -> None:
-    """UserError when the files have more decoder blocks than config.json asks for, or fewer."""
+def check_number_of_blocks(source: SourceCheckpoint, prefix: str, count: int, behind: int) -> None:
+    """UserError when the files have more decoder blocks than config.json asks for, or fewer.
+
+    behind: of those that predict further tokens, which the files have all of, or none.
+    """
     check_prefix(source, prefix)
     numbers: dict[int, str] = {}
     for name in source:
@@ -29,7 +32,7 @@ def check_number_of_blocks(source: SourceCheckpoint, prefix: str, count: int) ->
         if name.startswith(prefix) and number.isdecimal():
             numbers.setdefault(int(number), name)
     stored = max(numbers, default=-1) + 1
-    if stored != count:
+    if stored not in (count, count + behind):
         raise UserError(
             f"{source.directory} has {stored} decoder blocks in its files ({numbers[stored - 1]}), "
             f"but num_hidden_layers in config.json is {count}: give files and configuration of "
@@ -101,18 +104,6 @@ def check_head(source: SourceCheckpoint, prefix: str, config: Mapping[str, Any])
                     "they are one (tie_word_embeddings): set it to false, or leave the tensor out "
                     "of the files"
                 )
-
-
-def check_served_names(source: SourceCheckpoint, served_name: Callable[[str], str]) -> None:
-    """UserError when the files have a tensor twice, by an older and by a newer name."""
-    by_name: dict[str, str] = {}
-    for name in source:
-        first = by_name.setdefault(served_name(name), name)
-        if first != name:
-            raise UserError(
-                f"{source.directory} has one tensor by two names, {first} and {name}: leave one "
-                "of them out of the files"
-            )
 
 
 def _is_computed(name: str) -> bool:

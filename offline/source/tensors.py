@@ -2,8 +2,8 @@
 
 Opening reads headers only. Tensors are read into memory of their own and not mapped: pages of a
 mapped file stay resident while it is open, so that the process would grow with the model. Names
-are the files' own: transformers renames modules from version to version, published checkpoints
-keep their tensors' names.
+are the files' own until `rename`: transformers renames modules from version to version, published
+checkpoints keep their tensors' names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path
@@ -144,6 +144,19 @@ class SourceCheckpoint:
         if entry.columns is None:
             return stored.reshape(entry.shape)
         return stored.reshape(entry.shape[1], -1)[:, entry.columns].T.contiguous()
+
+    def rename(self, served_name: Callable[[str], str]) -> None:
+        """Has every tensor go by another name; UserError where two would have the same."""
+        found: dict[str, str] = {}
+        for name in self:
+            first = found.setdefault(served_name(name), name)
+            if first != name:
+                raise UserError(
+                    f"{self.directory} has one tensor by two names, {first} and {name}: leave one "
+                    "of them out of the files"
+                )
+        self._file_of = {new: self._file_of[name] for new, name in found.items()}
+        self._entries = {new: self._entries[name] for new, name in found.items()}
 
     def split(self, name: str, parts: Sequence[str], transposed: bool) -> None:
         """Has a tensor [E, P N, K] (transposed: [E, K, P N]) go by the names of its matrices.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ class QigConfig(QuantizationConfig):
         self.scheme = self.manifest.quant_scheme
         self.ignored = set(self.manifest.ignore)
         self.eight_bit = set(self.manifest.eight_bit)
+        # Blocks behind the last, which predict further tokens, are a model of their own in vLLM.
+        blocks = (re.search(r"\.(layers\.\d+)$", name) for name in self.manifest.ignore)
+        self.ignored |= {f"model.{found[1]}" for found in blocks if found}
 
     def __repr__(self) -> str:
         return f"QigConfig(scheme={self.scheme.name}, method={self.manifest.method})"

@@ -126,7 +126,7 @@ def test_families_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert [row["model_type"] for row in rows] == list(ARCHITECTURES)
     sizes = {"glm4v": 6, "qwen3_5": 10, "qwen3_5_moe": 13, "minicpmv4_6": 10, "lfm2_vl": 9}
-    sizes |= {"gemma4": 10, "glm4v_moe": 13, "minicpmv4_7": 10}
+    sizes |= {"gemma4": 10, "glm4v_moe": 13, "minicpmv4_7": 10, "glm_ocr": 6, "muse_glimmer": 8}
     assert all(len(row["quantized"]) == sizes.get(row["model_type"], 7) for row in rows)
     servable = [scheme.name for scheme in SCHEMES.values() if scheme.servable]
     assert all(row["tested"] == servable for row in rows)  # what the tests of vLLM go through

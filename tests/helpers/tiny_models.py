@@ -337,7 +337,8 @@ def _qwen3_vl_moe_config(tokenizer: Any) -> Any:
 
 def _fields(config: Any) -> dict[str, Any]:
     """The fields of a part of a configuration, for that of another family."""
-    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    fields = config if isinstance(config, dict) else config.to_dict()
+    return {name: value for name, value in fields.items() if name != "model_type"}
 
 
 def _inputs_first(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -496,14 +497,36 @@ def _mistral3_config(tokenizer: Any) -> Any:
     )
 
 
-def _mistral3_processor(tokenizer: Any, template: str) -> Any:
-    from transformers import PixtralProcessor
-    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+def _pixtral_config(tokenizer: Any) -> Any:
+    from transformers import LlavaConfig, MistralConfig, PixtralVisionConfig
 
-    images = PixtralImageProcessorPil(size={"longest_edge": 112}, patch_size=14, **HALF)
-    return PixtralProcessor(
-        images, tokenizer, patch_size=14, spatial_merge_size=2, chat_template=template
+    return LlavaConfig(
+        vision_config=PixtralVisionConfig(**VISION, image_size=56, patch_size=14),
+        text_config=MistralConfig(**text_fields(tokenizer, num_hidden_layers=3)),
+        image_token_index=token_id(tokenizer, "[IMG]"),
+        image_seq_length=1,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        **common_fields(tokenizer),
     )
+
+
+def _pixtral_processor(merge: int) -> Callable[[Any, str], Any]:
+    def make(tokenizer: Any, template: str) -> Any:
+        from transformers import PixtralProcessor
+        from transformers.models.pixtral.image_processing_pil_pixtral import (
+            PixtralImageProcessorPil,
+        )
+
+        return PixtralProcessor(
+            PixtralImageProcessorPil(size={"longest_edge": 56 * merge}, patch_size=14, **HALF),
+            tokenizer,
+            patch_size=14,
+            spatial_merge_size=merge,
+            chat_template=template,
+        )
+
+    return make
 
 
 _GLM_TOKENS = ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>") + (
@@ -537,6 +560,35 @@ def _glm4v_config(tokenizer: Any) -> Any:
         video_end_token_id=token_id(tokenizer, "<|end_of_video|>"),
         **common_fields(tokenizer),
     )
+
+
+def _glm_ocr_config(tokenizer: Any) -> Any:
+    from transformers import GlmOcrConfig
+
+    large = _glm4v_config(tokenizer).to_dict()
+    vision, text = _fields(large["vision_config"]), _fields(large["text_config"])
+    del text["attention_bias"], vision["attention_bias"]
+    text["intermediate_size"] = 3 * vision["out_hidden_size"]  # vLLM's merger is as wide as this
+    return GlmOcrConfig(
+        vision_config=vision,
+        text_config={**text, "num_nextn_predict_layers": 1},
+        **{name: value for name, value in large.items() if name.endswith("_token_id")},
+        tie_word_embeddings=False,
+    )
+
+
+def _glm_ocr_mtp(config: Any) -> dict[str, torch.Tensor]:
+    """A block behind the last that predicts a second token, which transformers does not read."""
+    from transformers.models.glm_ocr.modeling_glm_ocr import GlmOcrTextDecoderLayer
+
+    text = config.text_config
+    size, number = text.hidden_size, text.num_hidden_layers
+    block = GlmOcrTextDecoderLayer(text, 0).state_dict()
+    more = {"eh_proj": (size, 2 * size), "enorm": (size,), "hnorm": (size,)}
+    more |= {"shared_head.norm": (size,), "shared_head.head": (text.vocab_size, size)}
+    block |= {f"{name}.weight": torch.randn(shape) * 0.05 for name, shape in more.items()}
+    prefix = f"model.language_model.layers.{number}."
+    return {prefix + name: tensor.bfloat16() for name, tensor in block.items()}
 
 
 def _glm4v_moe_config(tokenizer: Any) -> Any:
@@ -947,6 +999,79 @@ def _exaone4_5_config(tokenizer: Any) -> Any:
     )
 
 
+_PADDLE_ROLES = {"image_token": "<|IMAGE_PLACEHOLDER|>"}
+
+
+def _paddleocr_vl_config(tokenizer: Any) -> Any:
+    from transformers import PaddleOCRVLConfig
+
+    return PaddleOCRVLConfig(
+        # One position: of several, transformers aligns the corners of the table, and vLLM does not.
+        vision_config={**VISION, "image_size": 14, "patch_size": 14},
+        text_config=text_fields(tokenizer, rope_parameters=MROPE),
+        image_token_id=token_id(tokenizer, "<|IMAGE_PLACEHOLDER|>"),
+        vision_start_token_id=token_id(tokenizer, "<|IMAGE_START|>"),
+        vision_end_token_id=token_id(tokenizer, "<|IMAGE_END|>"),
+        **common_fields(tokenizer),
+    )
+
+
+def _paddleocr_vl_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import PaddleOCRVLProcessor
+    from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import (
+        PaddleOCRVLImageProcessorPil,
+    )
+
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    images = PaddleOCRVLImageProcessorPil(size=size, patch_size=14, merge_size=2, **HALF)
+    return PaddleOCRVLProcessor(images, tokenizer, chat_template=template)
+
+
+def _paddleocr_vl_unread(config: Any) -> dict[str, torch.Tensor]:
+    """Of the tower, what is left of its training."""
+    size = config.vision_config.hidden_size
+    names = {"embeddings.packing_position_embedding.weight": (8, size), "head.probe": (1, 1, size)}
+    return {f"visual.vision_model.{n}": torch.randn(s).bfloat16() for n, s in names.items()}
+
+
+_MUSE_TOKENS = ("<|patch|>", "<|image|>", "<|video|>", "<|image_start|>", "<|image_end|>") + (
+    "<|vid_start|>",
+    "<|vid_end|>",
+    "<|vid_frame_separator|>",
+)
+
+
+def _muse_glimmer_config(tokenizer: Any) -> Any:
+    from transformers import MuseGlimmerConfig
+
+    vision = {**VISION, "pos_emb_height": 4, "pos_emb_width": 4, "patch_size": 14}
+    return MuseGlimmerConfig(
+        # vLLM looks for the sizes of what is behind the tower in the tower's part.
+        vision_config={**vision, "output_dim": 512, "adapter_dim": 128},
+        text_config=text_fields(tokenizer, sliding_window=32, output_multiplier=1.0),
+        out_hidden_size=512,
+        projector_hidden_size=128,
+        image_token_id=token_id(tokenizer, "<|patch|>"),
+        video_token_id=token_id(tokenizer, "<|video|>"),
+        **common_fields(tokenizer),
+    )
+
+
+def _muse_glimmer_processor(tokenizer: Any, template: str) -> Any:
+    from transformers import (
+        MuseGlimmerImageProcessor,
+        MuseGlimmerProcessor,
+        MuseGlimmerVideoProcessor,
+    )
+
+    return MuseGlimmerProcessor(
+        MuseGlimmerImageProcessor(**HALF),
+        MuseGlimmerVideoProcessor(**HALF),
+        tokenizer,
+        chat_template=template,
+    )
+
+
 _LLAVA_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -962,6 +1087,10 @@ _QWEN_NAMES = (
     ("model.visual.", "visual."),
     ("lm_head.", "lm_head."),
 )
+_PADDLE_NAMES = (
+    ("model.projector.", "mlp_AR."),
+    *_QWEN_NAMES,
+)
 _SAME_NAMES = (("", ""),)
 _UNIFIED_NAMES = (
     ("model.embed_vision.multimodal_embedder.", "model.embed_vision."),
@@ -972,6 +1101,14 @@ _LFM_NAMES = (("model.vision_tower.", "model.vision_tower.vision_model."), *_SAM
 
 FAMILIES: dict[str, Tiny] = {
     "llava": Tiny(("<image>",), "<image>", _llava_config, _llava_processor, _CLIP_NAMES),
+    "pixtral": Tiny(
+        ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        "[IMG]",
+        _pixtral_config,
+        _pixtral_processor(1),
+        _LLAVA_NAMES,
+        model_type="llava",
+    ),
     "llava_next": Tiny(
         ("<image>",), "<image>", _llava_next_config, _llava_next_processor, _CLIP_NAMES
     ),
@@ -1039,7 +1176,7 @@ FAMILIES: dict[str, Tiny] = {
         ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         "[IMG]",
         _mistral3_config,
-        _mistral3_processor,
+        _pixtral_processor(2),
         _LLAVA_NAMES,
     ),
     "glm4v": Tiny(
@@ -1048,6 +1185,14 @@ FAMILIES: dict[str, Tiny] = {
         _glm4v_config,
         _glm4v_processor,
         _SAME_NAMES,
+    ),
+    "glm_ocr": Tiny(
+        _GLM_TOKENS,
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        _glm_ocr_config,
+        _glm4v_processor,
+        _SAME_NAMES,
+        unread=_glm_ocr_mtp,
     ),
     "glm4v_moe": Tiny(
         _GLM_TOKENS,
@@ -1142,6 +1287,23 @@ FAMILIES: dict[str, Tiny] = {
         _SAME_NAMES,
         unread=_exaone4_5_mtp,
     ),
+    "paddleocr_vl": Tiny(
+        ("<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>"),
+        "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        _paddleocr_vl_config,
+        _paddleocr_vl_processor,
+        _PADDLE_NAMES,
+        _PADDLE_ROLES,
+        unread=_paddleocr_vl_unread,
+    ),
+    "muse_glimmer": Tiny(
+        _MUSE_TOKENS,
+        "<|patch|>",
+        _muse_glimmer_config,
+        _muse_glimmer_processor,
+        _SAME_NAMES,
+        quiet=True,
+    ),
     "lfm2_vl": Tiny(_LFM_TOKENS, "<image>", _lfm2_config, _lfm2_processor, _LFM_NAMES),
 }
 
@@ -1187,8 +1349,8 @@ def write_random(family: str, config: Any, tokenizer: Any, directory: Path) -> P
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             if name.endswith(".router.scale"):  # or all experts would be as good as alike
                 parameter.mul_(len(parameter) ** 0.5)
-        if tiny.quiet:  # of a tied table
-            model.get_input_embeddings().weight[: 3 + len(tiny.tokens)] *= 0.01
+        if tiny.quiet:
+            model.get_output_embeddings().weight[: 3 + len(tiny.tokens)] *= 0.01
     model.generation_config.do_sample = False
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     directory.mkdir(parents=True)

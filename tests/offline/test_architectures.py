@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     tiny_model,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from qig_serve.architectures import ARCHITECTURES, get_architecture
 from qig_serve.cli import main
@@ -60,12 +61,15 @@ def loaded(directory: Path) -> loaded_model.LoadedModel:
 
 
 def _reference(directory: Path) -> Any:
+    """The whole model in transformers; blocks behind the last one alone may be left unread."""
     from transformers import AutoModelForImageTextToText
 
     model, info = AutoModelForImageTextToText.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    behind = f".layers.{model.config.get_text_config().num_hidden_layers}."
+    assert not info["missing_keys"], info
+    assert all(behind in name for name in info["unexpected_keys"]), info
     unfuse(model)
     return model.eval()
 
@@ -125,8 +129,9 @@ def test_left_alone_covers_the_rest_and_nothing_else(loaded: loaded_model.Loaded
         return any(name == a or name.startswith(a + ".") for a in alone)
 
     kept = [f".{name}." for name in loaded.arch.kept]
+    blocks = tuple(loaded.source_name(index, "") for index in range(loaded.num_blocks))
     for name in loaded.source:
-        inside = name.startswith(loaded.source_name(0, "").removesuffix("0."))
+        inside = name.startswith(blocks)
         assert is_alone(name) != (inside and not any(k in name for k in kept)), name
 
 
@@ -137,18 +142,15 @@ def test_blocks_one_at_a_time_compute_the_model(
     """Masks, M-RoPE positions, deepstack: as the model itself makes them."""
     (batch,) = make_batches([_sample(images)], loaded.processor, loaded.image_token_id)
     assert int((batch.modality == 2).sum()) > 0
-    reference = _reference(directory)
-    decoder = reference.get_submodule(loaded.arch.decoder)
     with torch.no_grad():
-        expected = reference(**batch.inputs).logits
+        expected = _reference(directory)(**batch.inputs).logits
         inputs = loaded.block_inputs(batch.inputs)
         hidden = inputs.hidden
         for index in range(loaded.num_blocks):
             out = loaded.block(index)(hidden, **inputs.kwargs(index))
             hidden = out[0] if isinstance(out, tuple) else out
-        norm = decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm
-        got = reference.get_output_embeddings()(norm(hidden))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        got = loaded.logits(hidden[0])
+    torch.testing.assert_close(got, expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_folding_changes_logits_by_less_than_rounding(
@@ -182,7 +184,6 @@ def test_folding_changes_logits_by_less_than_rounding(
 
 
 def test_published_names_load_as_the_same_model(directory: Path, family: str) -> None:
-    from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
@@ -241,6 +242,24 @@ def test_fields_that_vllm_alone_asks_for(
     (config[part] if part else config)[name] = not value
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{name} in config.json is .* which vLLM obeys"):
+        loaded_model.load(directory)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_decoder_described_at_the_top(tied: bool, tmp_path: Path) -> None:
+    """As published; whether the head is tied is then read as the class has it by default."""
+    directory = tiny_model("paddleocr_vl", tmp_path / "model", tie_word_embeddings=tied)
+    config = json.loads((directory / "config.json").read_text())
+    text = config.pop("text_config")
+    flat = {**text, **config, "tie_word_embeddings": tied}
+    (directory / "config.json").write_text(json.dumps(flat))
+    if tied:
+        tensors = load_file(directory / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        assert loaded_model.load(directory).num_blocks == text["num_hidden_layers"]
+        return
+    with pytest.raises(UserError, match='tie_word_embeddings is false.* under "text_config"'):
         loaded_model.load(directory)
 
 

@@ -19,6 +19,8 @@ from qig_serve.vllm_plugin.config import QigConfig, refuse_speculation
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+KEY = "quantization_config"
+
 
 def test_the_head_and_small_projections_stay_in_16_bits(tmp_path: Path) -> None:
     """Under the names that vLLM's modules have, fused ones included."""
@@ -47,6 +49,24 @@ def test_the_head_and_small_projections_stay_in_16_bits(tmp_path: Path) -> None:
     assert config.is_ignored(f"{layer}.linear_attn.in_proj_ba")
     for module in ("linear_attn.in_proj_qkvz", "linear_attn.out_proj", "mlp.gate_up_proj"):
         assert not config.is_ignored(f"{layer}.{module}")
+
+
+def test_a_block_behind_the_last_stays_in_16_bits(tmp_path: Path) -> None:
+    """GLM-OCR's, which is a model of its own in vLLM, by another name."""
+    source, calib = tiny_model("glm_ocr", tmp_path / "source"), one_sample(tmp_path)
+    recipe = make_recipe({"scheme": "w3a16", "method": "rtn", "calib": calib, "samples": 1})
+    quantize(source, tmp_path / "out", recipe, quiet=True)
+    tensors: dict[str, Any] = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    before = load_file(source / "model.safetensors")
+    behind = [name for name in before if ".layers.2." in name]
+    assert len(behind) > 10 and all(tensors[name].equal(before[name]) for name in behind)
+
+    config = QigConfig(json.loads((tmp_path / "out" / "config.json").read_text())[KEY])
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert config.is_ignored("model.layers.2.self_attn.qkv_proj")
+    assert not config.is_ignored("language_model.model.layers.1.self_attn.qkv_proj")
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,68 @@ def _mistral3() -> Built:
     return Mistral3Model(config), SimpleNamespace(image_processor=images), config
 
 
+def _pixtral() -> Built:
+    from transformers import LlavaConfig, LlavaModel
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    vision = {"model_type": "pixtral", **VISION, "num_attention_heads": 2, "image_size": 160}
+    config = LlavaConfig(
+        vision_config={**vision, "patch_size": 16},
+        text_config={"model_type": "mistral", **TEXT},
+        image_token_index=5,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    images = PixtralImageProcessorPil(size={"longest_edge": 160}, patch_size=16)
+    return LlavaModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _paddleocr_vl() -> Built:
+    from transformers import PaddleOCRVLConfig, PaddleOCRVLModel
+    from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import (
+        PaddleOCRVLImageProcessorPil,
+    )
+
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    config = PaddleOCRVLConfig(
+        vision_config={**VISION, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope},
+        image_token_id=5,
+    )
+    size = {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}
+    images = PaddleOCRVLImageProcessorPil(size=size)
+    return PaddleOCRVLModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _muse_glimmer() -> Built:
+    from transformers import MuseGlimmerConfig, MuseGlimmerImageProcessor, MuseGlimmerModel
+
+    # Windows of 8 x 8 patches: the tower reorders them, and puts them back.
+    vision = {"num_attention_heads": 2, "pos_emb_height": 8, "pos_emb_width": 8, "patch_size": 8}
+    config = MuseGlimmerConfig(
+        vision_config={**VISION, **vision, "num_hidden_layers": 2},
+        text_config={**TEXT, "head_dim": 16},
+        out_hidden_size=128,
+        projector_hidden_size=32,
+        image_token_id=5,
+    )
+    images = MuseGlimmerImageProcessor(patch_size=8, max_image_tokens=60)
+    return MuseGlimmerModel(config), SimpleNamespace(image_processor=images), config
+
+
+def _glm_ocr() -> Built:
+    from transformers import GlmOcrConfig, GlmOcrModel
+
+    _, processor, large = _glm4v()
+    names = ("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_heads")
+    config = GlmOcrConfig(
+        vision_config={name: getattr(large.vision_config, name) for name in names},
+        text_config={**TEXT, "rope_parameters": dict(large.text_config.rope_parameters)},
+        image_token_id=5,
+    )
+    return GlmOcrModel(config), processor, config
+
+
 def _glm4v() -> Built:
     from transformers import Glm4vConfig, Glm4vModel
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
@@ -383,7 +445,11 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "smolvlm": lambda: _idefics3("SmolVLM"),
     "gemma3": _gemma3,
     "mistral3": _mistral3,
+    "pixtral": _pixtral,
     "glm4v": _glm4v,
+    "glm-ocr": _glm_ocr,
+    "paddleocr-vl": _paddleocr_vl,
+    "muse-glimmer": _muse_glimmer,
     "qwen3.5": _qwen3_5,
     "minicpmv4.6": lambda: _minicpmv4_6("16x"),
     "minicpmv4.6-4x": lambda: _minicpmv4_6("4x"),
