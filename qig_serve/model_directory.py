@@ -47,7 +47,7 @@ _GENERATION: dict[str, tuple[type, str, Callable[[float], bool]]] = {
     "repetition_penalty": (float, "a number above 0", lambda x: 0 < x < math.inf),
     "presence_penalty": (float, "a number from -2 to 2", lambda x: -2 <= x <= 2),
     "frequency_penalty": (float, "a number from -2 to 2", lambda x: -2 <= x <= 2),
-    "max_new_tokens": (int, "a whole number above 0", lambda x: x > 0),
+    "max_new_tokens": (int, "a whole number above 0", lambda x: 0 < x < 2**31),
     "eos_token_id": (int, "a token's number, or a list of them", lambda x: x >= 0),
 }
 """What vLLM takes from generation_config.json into every request: type and range."""

@@ -117,7 +117,7 @@ def _json_before_a_folder(words: list[str]) -> list[str]:
     """Has `--json DIR` mean the flag and a checkpoint: a folder is no file to write into."""
     return [
         "--json=-" if word == "--json" and os.path.isdir(following) else word
-        for word, following in zip(words, [*words[1:], "-"], strict=True)
+        for word, following in zip(words, [*words[1:], "-"], strict=False)
     ]
 
 

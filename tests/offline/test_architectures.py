@@ -213,7 +213,7 @@ def test_members_of_a_family_that_are_refused(
     """By config.json alone, before a tensor is read."""
     directory = tiny_model(family, tmp_path / family)
     config = json.loads((directory / "config.json").read_text())
-    values: dict[str, Any] = {"mlp_only_layers": [0]}
+    values: dict[str, Any] = {"mlp_only_layers": [0], "use_bidirectional_attention": True}
     config["text_config"][field] = values.get(field, 1)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors").unlink()

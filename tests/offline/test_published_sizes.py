@@ -247,6 +247,7 @@ class NoWeights:
         self.arch = get_architecture(size.family)
         self.text_config = self.config.get_text_config()
         self.num_blocks = size.blocks
+        self.blocks_behind = 0
         few = copy.deepcopy(self.config)
         few.get_text_config().num_hidden_layers = 1
         if field := count_field(self.text_config):

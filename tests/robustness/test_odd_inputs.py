@@ -200,7 +200,7 @@ TEXTS: dict[str, tuple[str, bytes, str]] = {
     "half-a-pair": ("c.jsonl", LINE.replace("What", "\\ud800").encode(), "half of a surrogate"),
     "gzip": ("c.jsonl", b"\x1f\x8b\x08\0", "packed by gzip, not text: unpack it, or"),
     "zip": ("c.jsonl", b"PK\x03\x04", "a zip file, not text: .*give a text file"),
-    "parquet": ("c.parquet", b"PAR1\0", "a parquet file, not text: .* hf:PATH"),
+    "parquet": ("c.parquet", b"PAR1\0", r"hf:.*c\.parquet cannot be read .*: give a dataset"),
     "picture": ("c.jsonl", b"\x89PNG\r\n", "a picture, not text"),
     "cr-line-ends": ("c.jsonl", f"{LINE}\r{LINE}\r".encode(), "line 1: not JSON"),
     "pretty-printed": ("c.jsonl", b'{\n"messages": []\n}', "line 1: not JSON"),
@@ -424,7 +424,7 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "two-means": (second_picture_file(image_mean=[0.1, 0.2, 0.3]), "image_mean is .* delete the"),
     "window-0": (config(text_config={"sliding_window": 0}), "sliding_window in config.json is 0"),
     **{
-        f"generation-{key}-{value!r}": (
+        f"generation-{key}-{value!r:.8}": (
             config("generation_config.json", **{key: value}),
             rf"generation_config\.json: {key} is .*, and must be {wanted}.*: correct it, or take ",
         )

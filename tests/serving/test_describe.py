@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -18,7 +17,7 @@ from helpers import tiny_llava
 from helpers.family_answers import quantize_tiny
 from helpers.tiny_models import tiny_model
 
-from qig_serve.cli import doctor, main
+from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.model_directory import read_manifest
 from qig_serve.serving.describe import describe, serving_dtype
@@ -191,10 +190,7 @@ def test_damaged_shard_is_named(checkpoints: dict[str, Path], tmp_path: Path) ->
 
 
 def run_doctor(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    parser = argparse.ArgumentParser()
-    doctor.add_arguments(parser)
-    status = doctor.run(parser.parse_args(words))
-    return status, capsys.readouterr().out
+    return main(["doctor", *words]), capsys.readouterr().out
 
 
 def test_doctor(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

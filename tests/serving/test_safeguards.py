@@ -306,6 +306,7 @@ def test_a_dead_engine_is_not_a_stopped_one(
 
     class Engine:
         errored = False
+        generate = None
 
         def shutdown(self, timeout: float) -> None:
             self.errored = True
@@ -340,7 +341,7 @@ def test_the_checkpoint_is_read_once_at_the_start(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(StandInReport, "made", 0)
     watch = EngineWatch()
     app = make_app(echo, engine=watch)
-    app.state.engine_client = Namespace(shutdown=lambda: None, errored=False)
+    app.state.engine_client = Namespace(shutdown=lambda: None, generate=None, errored=False)
 
     async def run() -> None:
         async with client(app) as http:
