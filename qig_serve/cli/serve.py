@@ -4,9 +4,9 @@
 
 Safer than vLLM's defaults: pictures by remote URL only with --allowed-media-domains, and then
 from public addresses without redirects; --api-key covers every route but /health; requests that
-are too large or too many are refused; SIGTERM and Ctrl-C let running requests finish, a second
-Ctrl-C does not. A page to try it is at `/`, what the checkpoint is at `/v1/quantization`.
-`qig-serve serve DIR --help=all` lists vLLM's flags.
+are too large or too many are refused; SIGTERM and Ctrl-C end a start at once and let running
+requests finish, a second Ctrl-C does not. A page to try it is at `/`, what the checkpoint is at
+`/v1/quantization`. `qig-serve serve DIR --help=all` lists vLLM's flags.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     own, flags = _own_options().parse_known_args(args.flags)
     supervised = any(flag.replace("_", "-").startswith(_SUPERVISED) for flag in flags)
     if not supervised and find_spec("vllm"):  # which brings what this needs; serve says if it lacks
-        from qig_serve.serving.ctrl_c import take_ctrl_c
+        from qig_serve.serving.stop_signals import take_stop_signals
 
-        take_ctrl_c()
+        take_stop_signals()
     status = serve(args.directory, flags, Limits.from_arguments(own))
     # Triton's bindings, of which vLLM holds some to the end, print a page of leaks where Python
     # takes itself down; all that is to be done before has been done.

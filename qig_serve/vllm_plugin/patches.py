@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from qig_serve.vllm_plugin import OLDEST_VLLM, TOO_NEW_VLLM
 
@@ -63,6 +64,24 @@ def call_before_shutdown(client: Any, note: Callable[[], None]) -> None:
         return shutdown(*args, **kwargs)
 
     client.shutdown = noted
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def keep_handler(number: int) -> None:
+    """Have vLLM not replace this process's handler of a signal; whoever else does still can.
+
+    While it starts vLLM puts in one for SIGTERM that raises KeyboardInterrupt, which is lost where
+    it waits for its engine (0.32): the server then comes up, stopped or not.
+    """
+    put, process = signal.signal, os.getpid()
+
+    def keep(asked: int, handler: Any) -> Any:
+        theirs = getattr(handler, "__module__", None) or ""
+        if asked == number and os.getpid() == process and theirs.split(".")[0] == "vllm":
+            return signal.getsignal(asked)
+        return put(asked, handler)
+
+    signal.signal = cast(Any, keep)
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)

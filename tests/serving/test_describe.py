@@ -130,7 +130,8 @@ def test_unsupported_vllm_is_one_sentence(
 ) -> None:
     import vllm
 
-    monkeypatch.setattr("qig_serve.serving.ctrl_c.take_ctrl_c", lambda: None)  # this is pytest's
+    # Those of this process are pytest's.
+    monkeypatch.setattr("qig_serve.serving.stop_signals.take_stop_signals", lambda: None)
     monkeypatch.setattr(vllm, "__version__", "0.25.1")
     for command in ("doctor", "serve"):
         assert main([command, str(checkpoints["w4a8"])]) == 2

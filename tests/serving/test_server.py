@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -395,8 +396,18 @@ def test_a_second_ctrl_c_does_not_wait(checkpoint: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_start_at_once(checkpoint: Path) -> None:
-    """Sent to all processes, as a terminal does; nothing is left of them, and no traceback."""
+@pytest.mark.parametrize(
+    ("number", "send", "says"),
+    [(signal.SIGINT, os.killpg, "interrupted"), (signal.SIGTERM, os.kill, "terminated")],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_a_start_is_ended_at_once(
+    checkpoint: Path, number: int, send: Callable[[int, int], None], says: str
+) -> None:
+    """Ctrl-C to all processes, as a terminal sends it; SIGTERM to one, as Docker does.
+
+    Nothing is left of them, and no traceback.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "qig_serve", "serve", str(checkpoint), "--port", str(free_port())],
         stdout=subprocess.PIPE,
@@ -410,10 +421,10 @@ def test_ctrl_c_ends_a_start_at_once(checkpoint: Path) -> None:
         time.sleep(0.5)
         started = psutil.Process(process.pid).children(recursive=True)
         engine = [p for p in started if "EngineCore" in " ".join(p.cmdline())]
-    os.killpg(process.pid, signal.SIGINT)
+    send(process.pid, number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert output.endswith("qig-serve serve: interrupted\n"), output[-2000:]
+    assert process.returncode == 128 + number
+    assert output.endswith(f"qig-serve serve: {says}\n"), output[-2000:]
     assert "Traceback" not in output
     assert not psutil.wait_procs(engine, timeout=20)[1]
 

@@ -7,6 +7,7 @@ import base64
 import importlib.metadata
 import inspect
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,27 @@ def test_a_first_request_without_a_picture_is_answered(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0 and "answered 4" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_handler_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's is not put in, and others' are."""
+
+    def ours(*_: Any) -> None: ...
+
+    def theirs(*_: Any) -> None: ...
+
+    theirs.__module__ = "vllm.entrypoints.launchers.api_server.entry"
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(signal, "signal", signal.signal)
+    try:
+        signal.signal(signal.SIGUSR1, ours)
+        patches.keep_handler(signal.SIGUSR1)
+        assert signal.signal(signal.SIGUSR1, theirs) is ours
+        assert signal.getsignal(signal.SIGUSR1) is ours
+        assert signal.signal(signal.SIGUSR1, before) is ours
+        assert signal.getsignal(signal.SIGUSR1) is before
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_registering_changes_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
