@@ -35,6 +35,7 @@ from qig_serve.offline.disk import ResumableError
 from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
 from qig_serve.offline.importance.gradients import AnswerGradients, model_gradients
+from qig_serve.offline.passes import output_gradients
 from qig_serve.offline.passes.capture import Store, check_finite
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import ACTIVATIONS, offload_folder, pick_device
@@ -156,6 +157,9 @@ def _quantize(
         kept = KeptWeights.choose(samples, batches, loaded.num_blocks)
         streams = first_streams(loaded, recipe, batches, folder, ranks)
         first = streams.quantized.copy("first") if recipe.tuning_passes else None
+        if recipe.rounding_method.outputs:
+            progress.line("one sweep over all blocks and back: what errors of outputs cost answers")
+            streams.output_gradients = output_gradients.prepare(loaded, streams, recipe.seed)
         quantize_blocks(loaded, recipe, streams, gradients, writer, progress, report, kept)
         if first is not None:
             tune_scales(loaded, recipe, streams, first, writer, progress, report)

@@ -48,6 +48,8 @@ class Rounding:
     shifted: bool = False
     """Whether it needs full-precision inputs beside those of the quantized prefix, in two halves
     of the samples."""
+    outputs: bool = False
+    """Whether it needs to know what errors of a linear's outputs cost the answers."""
     damping: Damping | None = None
     """Of a method that compensates errors; None for one that does not."""
 
@@ -59,6 +61,9 @@ ROUNDINGS: dict[str, Rounding] = {
     "gptq": Rounding("gptq", damping=Damping(by="mean")),
     "gptq-weighted": Rounding("gptq", damping=Damping(by="mean"), weighted=True),
     "qronos": Rounding("qronos", damping=Damping(validated=True), shifted=True),
+    "qronos-outputs": Rounding(
+        "qronos", damping=Damping(validated=True), shifted=True, outputs=True
+    ),
 }
 
 # What a method means, as values of the fields below.
@@ -193,7 +198,12 @@ class QuantRecipe(BaseModel):
     )
     grid: int = Field(default=20, ge=1, description="equalization exponents 0, 1/grid, ...")
 
-    rounding: RoundingName = Field(default="nearest", description="how weights are rounded")
+    rounding: RoundingName = Field(
+        default="nearest",
+        description="how weights are rounded; qronos-outputs is qig+'s qronos with rows that make "
+        "up for each other where the answers' gradients allow it, which takes two more sweeps and "
+        "up to 8 GiB beside the activations",
+    )
 
     tuning_passes: int = Field(
         default=0,

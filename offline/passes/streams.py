@@ -26,6 +26,21 @@ from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.source.loaded_model import BlockInputs
 
 
+@dataclass(frozen=True)
+class OutputGradients:
+    """Gradients of answers behind every block; see output_gradients.py."""
+
+    batches: tuple[int, ...]
+    """Of these batches."""
+    draws: int
+    behind: tuple[Store, ...]
+    """Of each block: [B, T, C] in bfloat16, by the keys of a batch."""
+
+    def keys(self, b: int) -> range:
+        """Places of a batch's draws in the stores."""
+        return range(b * self.draws, (b + 1) * self.draws)
+
+
 @dataclass
 class Streams:
     """Hidden states before the block at hand, one batch of same-length samples at a time."""
@@ -49,6 +64,8 @@ class Streams:
     """Where activations wait if not in host memory."""
     ranks: Ranks = ALONE
     """The processes that share the samples; the batches are those of this one."""
+    output_gradients: OutputGradients | None = None
+    """For a rounding method that asks for them."""
     share: float = 1.0
     """Part of the calibration tokens that the batches are; less in a dry run."""
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qig_serve.family_row import SmoothingGroup
+from qig_serve.family_row import SmoothingGroup, expert_number
+from qig_serve.offline.passes.output_gradients import output_moments
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.recipe import Rounding
 from qig_serve.offline.results import ExpertsReport, GroupResult, LinearReport
@@ -53,6 +54,9 @@ def round_block(
     linears = {name: block.get_submodule(name) for group in groups for name in group.linears}
     statistics = BlockStatistics(block, original, list(linears.values()), streams, method, where)
     rounded_block = RoundedBlock()
+    outputs: dict[str, torch.Tensor] = {}
+    if streams.output_gradients is not None:
+        outputs = output_moments(block, [n for n in linears if expert_number(n) is None], streams)
     inputs = [(i, names) for i, group in enumerate(groups) for names in sharing_input(group)]
     for i, names in inputs:
         stats = None
@@ -66,9 +70,16 @@ def round_block(
             weight = linears[name].weight
             # Each process rounds some of the linears, and all of them get the same codes.
             source, found = (k + (groups[i].expert or 0)) % streams.ranks.size, None
+            costs = outputs.pop(name, None)
             if streams.ranks.rank == source:
                 found = round_linear(
-                    weight, stats, streams.scheme, streams.dtype, method, f"{where}, {name}"
+                    weight,
+                    stats,
+                    streams.scheme,
+                    streams.dtype,
+                    method,
+                    f"{where}, {name}",
+                    costs,
                 )
             rounded = _broadcast(found, source, streams)
             weight.copy_(rounded.dequantized())

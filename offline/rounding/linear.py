@@ -26,6 +26,7 @@ def round_linear(
     dtype: torch.dtype,
     method: Rounding,
     name: str = "linear",
+    outputs: torch.Tensor | None = None,
 ) -> RoundedLinear:
     """Quantizes a weight [N, K], for inputs with the given statistics if the method needs any.
 
@@ -37,7 +38,7 @@ def round_linear(
     weight = weight.float()
     # By name, so that the recipe lists the methods without importing torch.
     round_weight = import_module(f"{__package__}.{method.module}").round_weight
-    task = RoundingTask(weight, scheme, stored, method, stats)
+    task = RoundingTask(weight, scheme, stored, method, stats, outputs)
     rounded: RoundedLinear = round_weight(task)
     if stats is not None:
         _fill_report(rounded, weight, stats, scheme, stored)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qig_serve.offline.rounding.gptq import Ranges, compensate
+from qig_serve.offline.rounding.outputs import compensate_outputs
 from qig_serve.offline.rounding.ranges import search_range
 from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
 from qig_serve.packing import grouped, minmax_params, round_scale
@@ -34,7 +35,8 @@ from qig_serve.packing import grouped, minmax_params, round_scale
 def round_weight(task: RoundingTask) -> RoundedLinear:
     """See rounding/linear.py."""
     target, shift = validated_target(task.weight, task.moments.halves)
-    rounded = compensate(task, target, candidate_ranges(task))
+    rounding = compensate if task.outputs is None else compensate_outputs
+    rounded = rounding(task, target, candidate_ranges(task))
     found = {"shift": shift.strength, "shift_damp": shift.damp}
     return replace(rounded, report=rounded.report.model_copy(update=found))
 

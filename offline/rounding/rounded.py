@@ -27,6 +27,8 @@ class RoundingTask:
     """The row of the rounding method."""
     stats: LinearStats | None = None
     """Of the linear's inputs; None unless the row asks for them."""
+    outputs: torch.Tensor | None = None
+    """What errors of its outputs cost, fp32 [N, N], mean of the diagonal 1; as `stats`."""
 
     @property
     def moments(self) -> LinearStats:

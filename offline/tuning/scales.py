@@ -30,13 +30,13 @@ import torch
 from qig_serve.offline.calibration.batches import TEXT
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.passes.capture import Store, first_output, quantized_activations
+from qig_serve.offline.passes.shared_keys import KeyGradients, TrackedKeys
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.results import TuningReport
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.offline.source.stand_ins import SHARED
 from qig_serve.offline.tuning.divergence import divergence
 from qig_serve.offline.tuning.kept_blocks import KeptBlock
-from qig_serve.offline.tuning.shared_keys import KeyGradients, TrackedKeys
 
 RATE = 1e-3
 """Adam's step, of factors around 1."""

@@ -1,0 +1,186 @@
+"""How answers move with what the blocks put out: the output side of rounding.
+
+An error E of a weight costs about tr(F E H E^T) of the answers' divergence, with H the second
+moments of the linear's inputs and F those of the answers' gradients at its outputs (K-FAC, arXiv
+1503.05671; for rounding YAQA, arXiv 2505.22988). The gradients are those of v . logits summed over
+answers' tokens, v drawn anew for each token with the covariance
+
+    C = diag(p) - p p^T,        p: the mean prediction of the full-precision model there,
+
+the Fisher information of a softmax. With each token's own prediction instead of the mean, the few
+tokens at which the model is unsure decide alone.
+
+One sweep forward and one back, a block at a time, before the first block is rounded: what is kept
+is one gradient of each token behind each block, in 16 bits, of as many samples as BYTES hold. When
+its turn comes a block is run once more, from there to the outputs of its linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qig_serve.offline.calibration.batches import TEXT
+from qig_serve.offline.passes.capture import Store, first_output
+from qig_serve.offline.passes.shared_keys import TrackedKeys
+from qig_serve.offline.passes.streams import OutputGradients, Streams
+from qig_serve.offline.source.loaded_model import LoadedModel
+from qig_serve.offline.source.stand_ins import SHARED
+
+BYTES = 8 << 30
+"""Of the gradients that wait, of each process."""
+TOKENS = 4096
+"""Of answers, each with its own draw, that are enough; samples with few are drawn several times."""
+MOST_DRAWS = 16
+_LOGIT_BYTES = 128 << 20
+
+
+def prepare(loaded: LoadedModel, streams: Streams, seed: int) -> OutputGradients:
+    """Gradients behind every block; `streams` stand before the first one, and stay there."""
+    count, device = loaded.num_blocks, streams.device
+    width = streams.fp.get(0, "cpu").shape[-1]
+    room = BYTES // (2 * count * width)
+    chosen: list[int] = []
+    tokens = 0
+    for b, batch in enumerate(streams.batches):
+        if not chosen or tokens + batch.token_mask.numel() <= room:
+            chosen.append(b)
+            tokens += batch.token_mask.numel()
+    said = {b: _said(streams, b) for b in chosen}
+    answers = sum(int(mask.sum()) for mask in said.values())
+    draws = max(1, min(MOST_DRAWS, -(-TOKENS // max(answers, 1)), room // max(tokens, 1)))
+    found = OutputGradients(
+        tuple(chosen), draws, tuple(streams.new_store(f"gradients-{i}") for i in range(count))
+    )
+    before = [streams.new_store(f"before-{i}") for i in range(count)]
+    states = streams.new_store("states")
+    with torch.no_grad():
+        for index in range(count):
+            block = loaded.block(index)
+            for b in chosen:
+                hidden = (states if index else streams.fp).get(b, device)
+                before[index].put(b, hidden.bfloat16())
+                kwargs = streams.inputs[b].kwargs(index)
+                states.put(b, first_output(block(hidden, **kwargs)))
+    last = _behind_the_last(loaded, streams, states, said, draws, seed)
+    for index in reversed(range(count)):
+        block = loaded.block(index).requires_grad_(False)
+        for b in chosen:
+            hidden = before[index].get(b, device).float().requires_grad_()
+            output = _run(block, hidden, streams.inputs[b].kwargs(index), device)
+            for key in found.keys(b):
+                gradient = last.get(key, device)
+                found.behind[index].put(key, gradient.bfloat16())
+                (gradient,) = torch.autograd.grad(output, hidden, gradient, retain_graph=True)
+                last.put(key, gradient)
+        before[index].clear()
+    for store in (states, last):
+        store.clear()
+    return found
+
+
+def _said(streams: Streams, b: int) -> torch.Tensor:
+    """Tokens of batch b behind which a token of the answer follows, bool [B, T].
+
+    Of text, in a batch without answers.
+    """
+    batch = streams.batches[b]
+    wanted = batch.answer_mask if bool(batch.answer_mask.any()) else batch.modality == TEXT
+    return nn.functional.pad(wanted[:, 1:], (0, 1)).to(streams.device)
+
+
+def _behind_the_last(
+    loaded: LoadedModel,
+    streams: Streams,
+    states: Store,
+    said: Mapping[int, torch.Tensor],
+    draws: int,
+    seed: int,
+) -> Store:
+    """Gradients of the drawn combinations of logits with respect to the last hidden states."""
+    device = streams.device
+    rows = max(1, min(1024, _LOGIT_BYTES // (4 * loaded.vocabulary)))
+    loaded.model.to(device)
+    total = torch.zeros(loaded.vocabulary, device=device)
+    for b, mask in said.items():
+        for part in states.get(b, device)[mask].split(rows):
+            with torch.no_grad():
+                total += loaded.logits(part).float().softmax(-1).sum(0)
+    streams.ranks.sum(total)
+    p = total / total.sum().clamp(min=1e-30)
+    root = p.sqrt()
+    generator = torch.Generator().manual_seed(seed + streams.ranks.rank)
+    found = streams.new_store("last")
+    for b, mask in said.items():
+        hidden = states.get(b, device)
+        for draw in range(draws):
+            gradient = torch.zeros_like(hidden)
+            parts = []
+            for part in hidden[mask].split(rows):
+                noise = torch.randn(len(part), len(p), generator=generator).to(device)
+                v = root * noise - p * (noise @ root)[:, None]
+                with torch.enable_grad():
+                    part = part.detach().requires_grad_()
+                    spoken = (loaded.logits(part).float() * v).sum()
+                parts.append(torch.autograd.grad(spoken, part)[0])
+            if parts:
+                gradient[mask] = torch.cat(parts).to(gradient.dtype)
+            found.put(b * draws + draw, gradient)
+    loaded.model.to("cpu")
+    return found
+
+
+def _run(
+    block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any], device: torch.device
+) -> torch.Tensor:
+    given = dict(kwargs)
+    if SHARED in given:  # other blocks' keys and values, of which no gradient is followed
+        given[SHARED] = TrackedKeys(given[SHARED], device)
+    with torch.enable_grad():
+        return first_output(block(hidden, **given))
+
+
+def output_moments(
+    block: nn.Module, names: Sequence[str], streams: Streams
+) -> dict[str, torch.Tensor]:
+    """F of the block at hand: name of a linear -> [N, N] fp32, mean of its diagonal 1.
+
+    `block` is equalized and not rounded yet; `names` are linears that every token passes.
+    """
+    gradients = streams.output_gradients
+    assert gradients is not None
+    found: dict[str, torch.Tensor] = {}
+    mask = torch.zeros(0)
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            def add(gradient: torch.Tensor) -> None:
+                rows = gradient.reshape(-1, gradient.shape[-1])[mask].float()
+                if name not in found:
+                    found[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+                found[name].addmm_(rows.T, rows)
+
+            output.register_hook(add)
+
+        return hook
+
+    handles = [block.get_submodule(n).register_forward_hook(watch(n)) for n in names]
+    try:
+        for b in gradients.batches:
+            mask = streams.mask(b).flatten()
+            hidden = streams.fp.get(b, streams.device).requires_grad_()
+            output = _run(block, hidden, streams.kwargs(b), streams.device)
+            for key in gradients.keys(b):
+                behind = gradients.behind[streams.index].get(key, streams.device)
+                torch.autograd.grad(output, hidden, behind.to(output.dtype), retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    gradients.behind[streams.index].clear()
+    for moments in found.values():
+        streams.ranks.sum(moments)
+        moments /= moments.diagonal().mean().clamp(min=1e-30)
+    return found
