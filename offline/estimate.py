@@ -33,7 +33,6 @@ from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.offline.source.mlp_width import block_weights, decoder_weights
 from qig_serve.offline.source.stand_ins import out_of_memory
 from qig_serve.offline.source.vocabulary import has_in_8_bits
-from qig_serve.offline.tuning.divergence import rows_at_once
 from qig_serve.offline.tuning.scales import STEP_SAMPLES, STEP_TOKENS
 
 _DRY_GRID = 2
@@ -226,7 +225,7 @@ def _seconds_to_round(block: nn.Module, group: SmoothingGroup, streams: Streams)
 @torch.no_grad()
 def seconds_at_the_head(loaded: LoadedModel, batches: Sequence[CalibrationBatch]) -> float:
     """What a pass of tuning spends behind the last block, from one call of the output head."""
-    rows = rows_at_once(loaded.vocabulary)
+    rows = loaded.rows_at_once
     loaded.model.to(loaded.device)
     hidden = torch.zeros(rows, loaded.text_config.hidden_size, device=loaded.device)
     started = _now(loaded.device)

@@ -212,7 +212,7 @@ class Runner:
         for url, name in names.items():
             try:
                 GuardedMediaConnector().fetch_image(url)
-            except Exception:  # the answer says which
+            except Exception:  # of whatever kind: the answer says why
                 return name
         return ""
 

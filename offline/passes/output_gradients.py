@@ -17,6 +17,8 @@ its turn comes a block is run once more, from there to the outputs of its linear
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 
 from qig_serve.offline.calibration.batches import TEXT
-from qig_serve.offline.passes.capture import Store, first_output
+from qig_serve.offline.passes.capture import Store, check_finite, first_output
 from qig_serve.offline.passes.shared_keys import TrackedKeys
 from qig_serve.offline.passes.streams import OutputGradients, Streams
 from qig_serve.offline.source.loaded_model import LoadedModel
@@ -35,7 +37,6 @@ BYTES = 8 << 30
 TOKENS = 4096
 """Of answers, each with its own draw, that are enough; samples with few are drawn several times."""
 MOST_DRAWS = 16
-_LOGIT_BYTES = 128 << 20
 
 
 def prepare(loaded: LoadedModel, streams: Streams, seed: int) -> OutputGradients:
@@ -50,8 +51,10 @@ def prepare(loaded: LoadedModel, streams: Streams, seed: int) -> OutputGradients
             chosen.append(b)
             tokens += batch.token_mask.numel()
     said = {b: _said(streams, b) for b in chosen}
-    answers = sum(int(mask.sum()) for mask in said.values())
-    draws = max(1, min(MOST_DRAWS, -(-TOKENS // max(answers, 1)), room // max(tokens, 1)))
+    (answers,) = streams.ranks.total(sum(int(mask.sum()) for mask in said.values()))
+    most = torch.tensor([tokens])  # of any process: all draw equally often
+    streams.ranks.maximum(most)
+    draws = max(1, min(MOST_DRAWS, math.ceil(TOKENS / max(answers, 1)), room // int(most)))
     found = OutputGradients(
         tuple(chosen), draws, tuple(streams.new_store(f"gradients-{i}") for i in range(count))
     )
@@ -64,7 +67,9 @@ def prepare(loaded: LoadedModel, streams: Streams, seed: int) -> OutputGradients
                 hidden = (states if index else streams.fp).get(b, device)
                 before[index].put(b, hidden.bfloat16())
                 kwargs = streams.inputs[b].kwargs(index)
-                states.put(b, first_output(block(hidden, **kwargs)))
+                output = first_output(block(hidden, **kwargs))
+                check_finite(output, f"layer {index}, full-precision output")
+                states.put(b, output)
     last = _behind_the_last(loaded, streams, states, said, draws, seed)
     for index in reversed(range(count)):
         block = loaded.block(index).requires_grad_(False)
@@ -102,7 +107,7 @@ def _behind_the_last(
 ) -> Store:
     """Gradients of the drawn combinations of logits with respect to the last hidden states."""
     device = streams.device
-    rows = max(1, min(1024, _LOGIT_BYTES // (4 * loaded.vocabulary)))
+    rows = loaded.rows_at_once
     loaded.model.to(device)
     total = torch.zeros(loaded.vocabulary, device=device)
     for b, mask in said.items():
@@ -112,15 +117,18 @@ def _behind_the_last(
     streams.ranks.sum(total)
     p = total / total.sum().clamp(min=1e-30)
     root = p.sqrt()
-    generator = torch.Generator().manual_seed(seed + streams.ranks.rank)
     found = streams.new_store("last")
     for b, mask in said.items():
         hidden = states.get(b, device)
         for draw in range(draws):
             gradient = torch.zeros_like(hidden)
+            # By sample, so that any number of processes draws the same.
+            generators = [_generator(seed, draw, name) for name in streams.batches[b].ids]
+            samples = mask.nonzero()[:, 0].cpu().split(rows)
             parts = []
-            for part in hidden[mask].split(rows):
-                noise = torch.randn(len(part), len(p), generator=generator).to(device)
+            for part, whose in zip(hidden[mask].split(rows), samples, strict=True):
+                drawn = [torch.randn(len(p), generator=generators[i]) for i in whose.tolist()]
+                noise = torch.stack(drawn).to(device)
                 v = root * noise - p * (noise @ root)[:, None]
                 with torch.enable_grad():
                     part = part.detach().requires_grad_()
@@ -131,6 +139,11 @@ def _behind_the_last(
             found.put(b * draws + draw, gradient)
     loaded.model.to("cpu")
     return found
+
+
+def _generator(seed: int, draw: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {draw} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
 def _run(

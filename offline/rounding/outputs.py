@@ -7,8 +7,7 @@ and what is left to round moves by what makes up best for the error so far,
 
     E_rest = -F_rest,rest^-1 F_rest,done E_done.
 
-Source: YAQA (arXiv 2505.22988), with groups of rows in place of its step per weight: eight lose an
-eighth of what is to be gained, and are as quick as one.
+Source: YAQA (arXiv 2505.22988), with groups of rows in place of its step per weight.
 """
 
 from __future__ import annotations

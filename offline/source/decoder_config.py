@@ -132,7 +132,8 @@ def context_length(text: Any) -> int | None:
 def _check_tied(directory: Path, config: Any) -> None:
     """UserError where a config.json with no part for the decoder says of the head what is not read.
 
-    Published PaddleOCR-VL has its decoder's fields at the top: the class takes that part's default.
+    PaddleOCR-VL was first published with its decoder's fields at the top, where transformers 5 has
+    a part for them: the class takes that part's default.
     """
     raw = read_config(directory)
     said, read = raw.get("tie_word_embeddings"), bool(config.tie_word_embeddings)

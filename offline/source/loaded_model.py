@@ -7,7 +7,7 @@ transformers; the blocks themselves are built and filled from the files when ask
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +44,12 @@ from qig_serve.offline.source.surplus import (
     check_other_names,
     check_outside,
     no_blocks,
+    outside_blocks,
 )
 from qig_serve.offline.source.tensors import SourceCheckpoint, check_values
 from qig_serve.weight_files import check_full_precision, check_index
 
-
-def outside_blocks(names: Iterable[str], prefix: str, count: int | None = None) -> list[str]:
-    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`.
-
-    count: of the blocks, where those behind them are no part of the decoder.
-    """
-    above = {prefix[: i + 1] for i, c in enumerate(prefix) if c == "."}
-    found = set()
-    for name in names:
-        if name.startswith(prefix):
-            number = name.removeprefix(prefix).partition(".")[0]
-            if count is not None and int(number) >= count:
-                found.add(prefix + number)
-            continue
-        cut = name.find(".")
-        while cut >= 0 and name[: cut + 1] in above:
-            cut = name.find(".", cut + 1)
-        found.add(name if cut < 0 else name[:cut])
-    return sorted(found)
+_LOGIT_BYTES = 128 << 20
 
 
 def image_token_id(config: Any, processor: Any) -> int | None:
@@ -292,6 +275,11 @@ class LoadedModel:
     def vocabulary(self) -> int:
         """Entries of the output head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def rows_at_once(self) -> int:
+        """Tokens whose fp32 logits are there at once, of each model."""
+        return max(1, min(1024, _LOGIT_BYTES // (4 * self.vocabulary)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, C] behind the last block -> logits [n, V], in full precision.

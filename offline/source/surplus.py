@@ -106,6 +106,26 @@ def check_head(source: SourceCheckpoint, prefix: str, config: Mapping[str, Any])
                 )
 
 
+def outside_blocks(names: Iterable[str], prefix: str, count: int | None = None) -> list[str]:
+    """Shortest names that cover all tensors but those of the decoder blocks under `prefix`.
+
+    count: of the blocks, where those behind them are no part of the decoder.
+    """
+    above = {prefix[: i + 1] for i, c in enumerate(prefix) if c == "."}
+    found = set()
+    for name in names:
+        if name.startswith(prefix):
+            number = name.removeprefix(prefix).partition(".")[0]
+            if count is not None and int(number) >= count:
+                found.add(prefix + number)
+            continue
+        cut = name.find(".")
+        while cut >= 0 and name[: cut + 1] in above:
+            cut = name.find(".", cut + 1)
+        found.add(name if cut < 0 else name[:cut])
+    return sorted(found)
+
+
 def _is_computed(name: str) -> bool:
     return name.rpartition(".")[2] in _COMPUTED
 

@@ -6,14 +6,6 @@ import torch
 
 from qig_serve.offline.source.loaded_model import LoadedModel
 
-_LOGIT_BYTES = 128 << 20
-"""Of the fp32 logits that are there at once, of each model."""
-
-
-def rows_at_once(vocabulary: int) -> int:
-    """Tokens whose logits are there at once."""
-    return max(1, min(1024, _LOGIT_BYTES // (4 * vocabulary)))
-
 
 def divergence(
     loaded: LoadedModel, wanted: torch.Tensor, found: torch.Tensor, back: bool = True
@@ -26,7 +18,7 @@ def divergence(
     quantized model, on the model's device. Both go through the model's own norm and output head,
     in full precision, in pieces, so that a vocabulary of any size fits.
     """
-    rows = rows_at_once(loaded.vocabulary)
+    rows = loaded.rows_at_once
     total, gradients = 0.0, []
     for p, q in zip(wanted.split(rows), found.split(rows), strict=True):
         with torch.no_grad():

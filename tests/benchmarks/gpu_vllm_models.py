@@ -28,7 +28,7 @@ from qig_serve import packing
 from qig_serve.architectures import get_architecture
 from qig_serve.formats import FORMAT_VERSION, QuantScheme, get_scheme
 from qig_serve.offline.checkpoint import compressed_tensors
-from qig_serve.offline.source.loaded_model import outside_blocks
+from qig_serve.offline.source.surplus import outside_blocks
 
 LINEARS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 

@@ -220,16 +220,24 @@ def test_same_seed_same_bytes(model_dir: Path, calib: str, tmp_path: Path) -> No
     assert not [p for p in (tmp_path / "disk").iterdir() if p.is_dir()]
 
 
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scheme": "w3a16"},
+        {"scheme": "w4a8"},
+        {"scheme": "w3a16", "method": "qig+", "rounding": "qronos-outputs", "offload": "disk"},
+    ],
+    ids=["w3a16", "w4a8", "outputs"],
+)
 def test_resume_ends_with_the_same_bytes(
     model_dir: Path,
     calib: str,
     tmp_path: Path,
-    scheme: str,
+    fields: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     end_at_block: Callable[[int], None],
 ) -> None:
-    r = recipe(calib, scheme=scheme)
+    r = recipe(calib, **fields)
     whole = pipeline.quantize(model_dir, tmp_path / "whole", r, quiet=True)
     end_at_block(2)
     with pytest.raises(KeyboardInterrupt):
@@ -237,7 +245,7 @@ def test_resume_ends_with_the_same_bytes(
     monkeypatch.undo()
     assert not (tmp_path / "part").exists()
     with pytest.raises(UserError, match="seed"):
-        other = recipe(calib, scheme=scheme, seed=1)
+        other = recipe(calib, **fields, seed=1)
         pipeline.quantize(model_dir, tmp_path / "part", other, resume=True, quiet=True)
     resumed = pipeline.quantize(model_dir, tmp_path / "part", r, resume=True, quiet=True)
     assert shards_of(tmp_path / "part") == shards_of(tmp_path / "whole")

@@ -22,15 +22,20 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 KEY = "quantization_config"
 
 
+def quantized(family: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors of a tiny model, and of its checkpoint in `folder`/out."""
+    source, calib = tiny_model(family, folder / "source"), one_sample(folder)
+    recipe = make_recipe({"scheme": "w3a16", "method": "rtn", "calib": calib, "samples": 1})
+    quantize(source, folder / "out", recipe, quiet=True)
+    tensors: dict[str, Any] = {}
+    for shard in (folder / "out").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    return load_file(source / "model.safetensors"), tensors
+
+
 def test_the_head_and_small_projections_stay_in_16_bits(tmp_path: Path) -> None:
     """Under the names that vLLM's modules have, fused ones included."""
-    source, calib = tiny_model("qwen3_5", tmp_path / "source"), one_sample(tmp_path)
-    recipe = make_recipe({"scheme": "w3a16", "method": "rtn", "calib": calib, "samples": 1})
-    quantize(source, tmp_path / "out", recipe, quiet=True)
-    tensors: dict[str, Any] = {}
-    for shard in (tmp_path / "out").glob("*.safetensors"):
-        tensors |= load_file(shard)
-    before = load_file(source / "model.safetensors")
+    before, tensors = quantized("qwen3_5", tmp_path)
     heads = [name for name in before if name.startswith("mtp.")]
     assert len(heads) > 10 and all(tensors[name].equal(before[name]) for name in heads)
 
@@ -53,13 +58,7 @@ def test_the_head_and_small_projections_stay_in_16_bits(tmp_path: Path) -> None:
 
 def test_a_block_behind_the_last_stays_in_16_bits(tmp_path: Path) -> None:
     """GLM-OCR's, which is a model of its own in vLLM, by another name."""
-    source, calib = tiny_model("glm_ocr", tmp_path / "source"), one_sample(tmp_path)
-    recipe = make_recipe({"scheme": "w3a16", "method": "rtn", "calib": calib, "samples": 1})
-    quantize(source, tmp_path / "out", recipe, quiet=True)
-    tensors: dict[str, Any] = {}
-    for shard in (tmp_path / "out").glob("*.safetensors"):
-        tensors |= load_file(shard)
-    before = load_file(source / "model.safetensors")
+    before, tensors = quantized("glm_ocr", tmp_path)
     behind = [name for name in before if ".layers.2." in name]
     assert len(behind) > 10 and all(tensors[name].equal(before[name]) for name in behind)
 
