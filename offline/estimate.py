@@ -22,6 +22,7 @@ from qig_serve.family_row import SmoothingGroup
 from qig_serve.manifest import PER_BLOCK
 from qig_serve.offline.calibration.batches import TEXT, CalibrationBatch
 from qig_serve.offline.equalization.block import equalize_block
+from qig_serve.offline.passes import output_gradients
 from qig_serve.offline.passes.capture import quantized_weights
 from qig_serve.offline.passes.parts import inner_names
 from qig_serve.offline.passes.streams import Streams
@@ -40,6 +41,12 @@ _PASSES_TO_TUNE = 5
 """Forward passes of a block that a pass of tuning costs: two, and a backward for both factors."""
 _PASSES_AT_THE_HEAD = 5
 """The same of the output head: full precision, quantized, back, and softmax of both."""
+_PASSES_TO_DRAW = 2
+"""Of the output head: the mean prediction is its softmax."""
+_PASSES_OF_A_DRAW = 4
+"""Drawing, forward and back."""
+COPIES = 11
+"""Of a linear's second moments [K, K] in fp32: what is held while it is rounded."""
 FirstStreams = Callable[[Sequence[CalibrationBatch]], Streams]
 """Runs what comes before the decoder on some batches."""
 
@@ -53,6 +60,8 @@ class BlockSeconds:
     search: float = 0.0
     """Forward passes of all exponents of the recipe's grid."""
     statistics: float = 0.0
+    outputs: float = 0.0
+    """Gradients at the outputs of its linears."""
     advance: float = 0.0
     load: float = 0.0
     candidates: float = 0.0
@@ -63,7 +72,8 @@ class BlockSeconds:
     @property
     def per_token(self) -> float:
         """What is in proportion to the tokens of the samples."""
-        return self.capture + self.token_weights + self.search + self.statistics + self.advance
+        passes = self.capture + self.token_weights + self.search + self.statistics
+        return passes + self.outputs + self.advance
 
     @property
     def fixed(self) -> float:
@@ -137,6 +147,9 @@ def dry_run(
         # An expert is as rare as it will be.
         streams = replace(first_streams(chosen), share=tokens / everything)
         before = _now(loaded.device) - started
+        followed = 0.0
+        if recipe.rounding_method.outputs:
+            streams.output_gradients, followed = output_gradients.stand_in(loaded, streams, batches)
         seconds = time_block(loaded, streams, dry, recipe.candidates)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -145,22 +158,43 @@ def dry_run(
             f"the dry run on calibration sample {chosen[0].ids[0]} "
             f"({chosen[0].token_mask.shape[1]} tokens) ran out of memory on {loaded.device}: lower "
             f"--batch-tokens (now {recipe.batch_tokens}) or --max-length, or use smaller images"
+            + widest_linear(loaded, recipe)
         ) from None
     factor = everything / tokens
     waiting = everything * bytes_per_token(loaded, recipe)
     on_disk = recipe.offload == "disk"
-    tuning = 0.0
+    other = 0.0
     # Some families' blocks are not all of one size.
     blocks = decoder_weights(loaded) / block_weights(loaded, timed_block(loaded))
+    if streams.output_gradients is not None:
+        draws = streams.output_gradients.draws
+        waiting += round(everything * followed) * draws * output_gradients.bytes_per_token(loaded)
+        seconds.outputs *= followed
+        # The sweeps: a pass forward, and back what each block is put through once more.
+        other += blocks * factor * (followed * seconds.advance / 2 + seconds.outputs)
+        answers = sum(int(output_gradients.said(b).sum()) for b in batches) * followed
+        passes = _PASSES_TO_DRAW + draws * _PASSES_OF_A_DRAW
+        other += passes * answers * seconds_per_token_at_the_head(loaded)
     if recipe.tuning_passes:
         a_pass = _PASSES_TO_TUNE / 2 * seconds.advance * factor * blocks
-        tuning = recipe.tuning_passes * (a_pass + seconds_at_the_head(loaded, batches))
+        other += recipe.tuning_passes * (a_pass + seconds_at_the_head(loaded, batches))
     return Estimate(
-        seconds=before * factor + blocks * seconds.scaled(factor) + tuning,
+        seconds=before * factor + blocks * seconds.scaled(factor) + other,
         host_bytes=host_bytes() + (0 if on_disk else waiting),
         disk_bytes=waiting if on_disk else 0,
         device_bytes=device_bytes(loaded.device),
     )
+
+
+def widest_linear(loaded: LoadedModel, recipe: QuantRecipe) -> str:
+    """What rounding takes however few the tokens are, as the end of a sentence; maybe empty."""
+    if recipe.rounding_method.damping is None:
+        return ""
+    block = loaded.meta_block(timed_block(loaded))
+    names = [name for group in loaded.groups(block) for name in group.linears]
+    k = max(block.get_submodule(name).in_features for name in names)
+    size = gibibytes(4 * k * k * COPIES)
+    return f"; second moments of the {k} inputs of its widest linear take up to {size} in any case"
 
 
 def timed_block(loaded: LoadedModel) -> int:
@@ -207,7 +241,8 @@ def time_block(
     method = recipe.rounding_method
     round_block(block, original, groups, results, streams, method, "layer 0", parts)
     seconds.statistics = parts.get("statistics", 0.0)
-    seconds.rounding += _now(device) - started - seconds.statistics
+    seconds.outputs = parts.get("outputs", 0.0)
+    seconds.rounding += _now(device) - started - seconds.statistics - seconds.outputs
     started = _now(device)
     streams.advance(original, block, loaded.linears(block), "layer 0")
     seconds.advance = _now(device) - started
@@ -223,8 +258,8 @@ def _seconds_to_round(block: nn.Module, group: SmoothingGroup, streams: Streams)
 
 
 @torch.no_grad()
-def seconds_at_the_head(loaded: LoadedModel, batches: Sequence[CalibrationBatch]) -> float:
-    """What a pass of tuning spends behind the last block, from one call of the output head."""
+def seconds_per_token_at_the_head(loaded: LoadedModel) -> float:
+    """From one call of the output head."""
     rows = loaded.rows_at_once
     loaded.model.to(loaded.device)
     hidden = torch.zeros(rows, loaded.text_config.hidden_size, device=loaded.device)
@@ -232,10 +267,15 @@ def seconds_at_the_head(loaded: LoadedModel, batches: Sequence[CalibrationBatch]
     loaded.logits(hidden)
     once = _now(loaded.device) - started
     loaded.model.to("cpu")
+    return once / rows
+
+
+def seconds_at_the_head(loaded: LoadedModel, batches: Sequence[CalibrationBatch]) -> float:
+    """What a pass of tuning spends behind the last block."""
     text = sum(int((b.modality == TEXT).sum()) for b in batches)
     steps = -(-sum(len(b.ids) for b in batches) // STEP_SAMPLES)
     tokens = min(text, steps * STEP_TOKENS)
-    return _PASSES_AT_THE_HEAD * once * tokens / rows
+    return _PASSES_AT_THE_HEAD * tokens * seconds_per_token_at_the_head(loaded)
 
 
 def bytes_per_token(loaded: LoadedModel, recipe: QuantRecipe) -> int:

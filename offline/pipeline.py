@@ -144,7 +144,8 @@ def _quantize(
                 progress.line(line)
         on_disk, beside = recipe.offload == "disk", None if writer is None else writer.directory
         folder = stack.enter_context(offload_folder(on_disk, beside, ranks))
-        if not ranks.broadcast_object(writer.finished if writer is not None else 0):
+        done = ranks.broadcast_object(writer.finished if writer is not None else 0)
+        if not done:
             estimate = look_ahead(loaded, recipe, batches, ranks, folder, progress)
             report.estimate = asdict(estimate)
         gradients = None
@@ -157,10 +158,13 @@ def _quantize(
         kept = KeptWeights.choose(samples, batches, loaded.num_blocks)
         streams = first_streams(loaded, recipe, batches, folder, ranks)
         first = streams.quantized.copy("first") if recipe.tuning_passes else None
-        if recipe.rounding_method.outputs:
-            progress.line("one sweep over all blocks and back: what errors of outputs cost answers")
-            streams.output_gradients = output_gradients.prepare(loaded, streams, recipe.seed)
-        quantize_blocks(loaded, recipe, streams, gradients, writer, progress, report, kept)
+        if recipe.rounding_method.outputs and done < loaded.num_blocks:
+            progress.line("the answers' gradients: a sweep over all blocks, and back")
+            streams.output_gradients = output_gradients.prepare(
+                loaded, streams, recipe.seed, done, progress.beside_blocks
+            )
+            report.sweep_seconds = streams.output_gradients.seconds
+        quantize_blocks(loaded, recipe, streams, gradients, writer, progress, report, kept, done)
         if first is not None:
             tune_scales(loaded, recipe, streams, first, writer, progress, report)
         ranks.barrier()
@@ -169,7 +173,7 @@ def _quantize(
             count = len(report.fallbacks)
             progress.line("all blocks done" + (f", with {count} fallbacks" if count else ""))
             progress.close_log()
-            progress.after_blocks("writing and reading back")
+            progress.beside_blocks("writing and reading back")
             canary = Canary.of(loaded, streams)
             shutil.rmtree(writer.directory / ACTIVATIONS, ignore_errors=True)
             publish(loaded, writer, report, recipe, kept, canary, plain)
@@ -296,13 +300,12 @@ def quantize_blocks(
     progress: RunProgress,
     report: QuantizationReport,
     kept: KeptWeights,
+    first: int,
 ) -> None:
-    """The loop over the decoder. Blocks that an interrupted run has written are only passed.
+    """The loop over the decoder. Those before block `first` are written, and are only passed.
 
     `writer` is None in the processes that do not write.
     """
-    ranks = streams.ranks
-    first = ranks.broadcast_object(writer.finished if writer is not None else 0)
     if first:
         if writer is not None:
             read_progress(writer, first, report)
@@ -319,7 +322,7 @@ def quantize_blocks(
             if writer is not None:
                 load_written(loaded, block, index, writer.block(index), streams.scheme)
             for parameter in block.parameters():
-                ranks.broadcast(parameter.data)
+                streams.ranks.broadcast(parameter.data)
             streams.advance(original, block, linears, where)
             continue
 

@@ -134,14 +134,14 @@ class RunProgress:
             completed=self._block + done,
         )
 
-    def after_blocks(self, text: str) -> None:
-        """What is being done behind the last block."""
+    def beside_blocks(self, text: str) -> None:
+        """What is being done before the first block or behind the last."""
         self._write(text)
         self._bar.update(self._task, description=text)
 
     def tuning(self, done: int, steps: int) -> None:
         """Of the tuning of all scales `done` steps are behind us."""
-        self.after_blocks(f"tuning scales: step {done}/{steps}")
+        self.beside_blocks(f"tuning scales: step {done}/{steps}")
 
     def block_done(self, text: str, first: int) -> None:
         """Block finished: a line with time, time left and memory. `first` is the first block of

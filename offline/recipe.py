@@ -76,7 +76,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant": {"equalize": "smoothquant", "token_weights": "uniform"},
     "gptq": {"equalize": "none", "token_weights": "uniform", "rounding": "gptq"},
     "gptq-qig": {"equalize": "none", "token_weights": "qig", "rounding": "gptq-weighted"},
-    "qig+": {"equalize": "channels", "token_weights": "qig", "steps": 2, "rounding": "qronos"},
+    "qig+": {
+        "equalize": "channels",
+        "token_weights": "qig",
+        "steps": 2,
+        "rounding": "qronos-outputs",
+    },
 }
 
 
@@ -200,9 +205,9 @@ class QuantRecipe(BaseModel):
 
     rounding: RoundingName = Field(
         default="nearest",
-        description="how weights are rounded; qronos-outputs is qig+'s qronos with rows that make "
-        "up for each other where the answers' gradients allow it, which takes two more sweeps and "
-        "up to 8 GiB beside the activations",
+        description="how weights are rounded; qronos-outputs: rows make up for each other where "
+        "the answers' gradients allow it, which takes two sweeps over the blocks and up to 8 GiB "
+        "beside the activations; qronos: the same without",
     )
 
     tuning_passes: int = Field(

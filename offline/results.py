@@ -89,6 +89,11 @@ class LinearReport(_Data):
     """Damping of the compensation, as a fraction of each input's energy (gptq: of the mean's)."""
     damping_raised: int | None = None
     """Factor by which damping had to grow for the Hessian to be positive definite."""
+    outputs_damping: float | None = None
+    """Damping of what errors of outputs cost (rounding/outputs.py), as a fraction of each one's,"""
+    outputs_held_out: float | None = None
+    """and what those errors cost on samples left out, over the cost of rows rounded each for
+    itself: which they are where this is 1 or more."""
 
 
 class ExpertsReport(_Data):
@@ -172,6 +177,8 @@ class QuantizationReport(_Data):
     calibration: dict[str, Any]
     """source, samples, sha256, seed, images, tokens by modality, and a hash of every sample."""
     blocks: list[BlockReport] = Field(default_factory=list)
+    sweep_seconds: float = 0.0
+    """Of the sweep for the answers' gradients, where the rounding asks for them."""
     tuning: TuningReport | None = None
     """None where the recipe asks for no tuning."""
     left_alone: list[str] = Field(default_factory=list)

@@ -31,7 +31,7 @@ from functools import cached_property
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.offline.passes.hessian import factorize
+from qig_serve.offline.passes.hessian import conditional_energy
 from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.recipe import Damping
 from qig_serve.packing import grouped
@@ -158,7 +158,7 @@ def error_cost(
         return energy
     hessian = moments.hessian / columns[:, None] / columns
     ranks.sum(hessian)
-    left = factorize(hessian, damping).conditional_energy()
+    left = conditional_energy(hessian, damping)
     return torch.where(energy > 0, left * columns.square(), energy)
 
 

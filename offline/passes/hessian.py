@@ -51,24 +51,39 @@ def factorize(hessian: torch.Tensor, damping: Damping) -> Factor:
     Cholesky runs in fp64 and damping grows tenfold until it succeeds; ArithmeticError if it never
     does. Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
     """
-    energy = hessian.diagonal()
-    order = torch.argsort(energy, descending=True, stable=True)
-    h = hessian.double()[order][:, order]
+    order, lower, power = _cholesky(hessian, damping)
+    eye = torch.eye(len(lower), device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower.float(), eye, upper=False)
+    return Factor(order, inverse.flip(0, 1), damping.fraction, power)
+
+
+def conditional_energy(hessian: torch.Tensor, damping: Damping) -> torch.Tensor:
+    """`Factor.conditional_energy` of H [K, K], without the inverse that it is defined by: [K]."""
+    order, lower, _ = _cholesky(hessian, damping)
+    energy = torch.empty_like(hessian[0])
+    energy[order] = lower.diagonal().flip(0).square().to(energy.dtype)
+    return energy
+
+
+def _cholesky(hessian: torch.Tensor, damping: Damping) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The order of quantization, the factor of H_d in the reverse of it, and damping's growth.
+
+    The factor L reversed, R, is upper triangular with H_d = R R^T in order; so U = R^-1 has
+    U^T U = H_d^-1: one Cholesky instead of GPTQ's two and an inverse.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    back = order.flip(0)
+    h = hessian[back[:, None], back].double()
     diagonal = h.diagonal().clone()
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones_like(diagonal[0])
     diagonal[dead] = mean
     added = diagonal if damping.by == "column" else mean
     for power in range(7):
-        # The factor of H reversed, reversed again, is upper triangular with H = R R^T; so
-        # U = R^-1 has U^T U = H^-1: one Cholesky instead of GPTQ's two and an inverse.
         h.diagonal().copy_(diagonal + damping.fraction * 10**power * added)
-        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0:
-            r = lower.flip(0, 1)
-            eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
-            upper = torch.linalg.solve_triangular(r, eye, upper=True)
-            return Factor(order, upper.float(), damping.fraction, power)
+            return order, lower, power
     raise ArithmeticError("the Hessian is not positive semi-definite")
 
 
@@ -78,44 +93,59 @@ _ROWS = 2048
 """Columns whose errors it follows; evenly spaced ones, if there are more."""
 
 
-def validated_damping(halves: Sequence[tuple[torch.Tensor, torch.Tensor]], least: Damping) -> float:
-    """The fraction, not below the least, that suits tokens which compensation has not seen.
+@dataclass(frozen=True)
+class HeldOut:
+    """What damping does for tokens that compensation has not seen."""
+
+    fraction: float
+    """The damping that suits them."""
+    cost: float
+    """What their error is then, as a fraction of that without compensation."""
+
+
+def validated_damping(halves: Sequence[torch.Tensor], least: float) -> HeldOut:
+    """The damping, not below the least, that suits tokens which compensation has not seen.
 
     Compensation fits the tokens it has seen; on others it leaves several times the error, where
-    inputs are many or tokens of few kinds. Rounding noise d of one variance in all columns becomes
-    the weight's error d M, M = diag(U)^-1 U, of which each half's factor is judged by the other
-    half's H: sum_k (M H M^T)_kk. Of MULTIPLES of the least the best is halved, for the factor to
-    be will have seen twice as much. In fp32, on moments scaled to a unit diagonal, so that it
-    costs little beside that factor.
+    inputs are many or tokens of few kinds. `halves` are the moments H [K, K] of two halves of the
+    samples. Rounding noise d of one variance in all columns becomes the weight's error d M,
+    M = diag(U)^-1 U, of which each half's factor is judged by the other half's H:
+    sum_k (M H M^T)_kk. Of MULTIPLES of the least the best is halved, for the factor to be will
+    have seen twice as much. In fp32, on moments scaled to a unit diagonal, so that it costs little
+    beside that factor.
     """
-    energy = (halves[0][0] + halves[1][0]).diagonal()
+    energy = (halves[0] + halves[1]).diagonal()
     order = torch.argsort(energy, descending=True, stable=True)
     order = order[energy[order] > 0]
-    scale = energy[order].rsqrt()
-    scaled = [h[order][:, order] * scale[:, None] * scale for h, _ in halves]
-    rows = torch.arange(0, len(order), -(-len(order) // _ROWS) or 1, device=order.device)
-    wanted = torch.zeros(len(rows), len(order), device=order.device)
+    # In reverse, as in `_cholesky`: of two columns the one that is rounded later comes first.
+    back = order.flip(0)
+    scale = energy[back].rsqrt()
+    scaled = [h[back[:, None], back].mul_(scale[:, None]).mul_(scale) for h in halves]
+    rows = torch.arange(0, len(back), -(-len(back) // _ROWS) or 1, device=back.device)
+    wanted = torch.zeros(len(rows), len(back), device=back.device)
     wanted[torch.arange(len(rows)), rows] = 1
 
     def held_out(fitted: torch.Tensor, judge: torch.Tensor, fraction: float) -> float:
         damped = fitted.clone()
         seen = fitted.diagonal()
         damped.diagonal().copy_(torch.where(seen > 0, seen * (1 + fraction), 1))
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(info):
             return math.inf
-        m = torch.linalg.solve_triangular(lower.flip(0, 1), wanted, upper=True, left=False)
+        m = torch.linalg.solve_triangular(lower, wanted, upper=False, left=False)
         m /= m.gather(1, rows[:, None])
-        return float((((m @ judge) * m).sum(1) * energy[order[rows]]).double().sum())
+        return float((((m @ judge) * m).sum(1) * energy[back[rows]]).double().sum())
 
-    best, fraction = math.inf, least.fraction
-    for tried in (least.fraction * multiple for multiple in MULTIPLES):
+    best, fraction = math.inf, least
+    for tried in (least * multiple for multiple in MULTIPLES):
         cost = held_out(scaled[0], scaled[1], tried) + held_out(scaled[1], scaled[0], tried)
         if cost > best:
             break
         if cost < best:
             best, fraction = cost, tried
-    return max(fraction / 2, least.fraction)
+    alone = float(energy[back[rows]].double().sum())
+    return HeldOut(max(fraction / 2, least), best / alone if alone > 0 else math.inf)
 
 
 @dataclass
@@ -136,8 +166,8 @@ class LinearStats:
         if damping not in self._factors:
             used = damping
             if damping.validated:
-                fraction = validated_damping(self.halves, damping)
-                used = replace(damping, fraction=fraction, validated=False)
+                found = validated_damping([h for h, _ in self.halves], damping.fraction)
+                used = replace(damping, fraction=found.fraction, validated=False)
             self._factors[damping] = factorize(self.hessian, used)
         return self._factors[damping]
 

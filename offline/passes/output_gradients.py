@@ -19,16 +19,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from qig_serve.offline.calibration.batches import TEXT
+from qig_serve.offline.calibration.batches import TEXT, CalibrationBatch
 from qig_serve.offline.passes.capture import Store, check_finite, first_output
 from qig_serve.offline.passes.shared_keys import TrackedKeys
 from qig_serve.offline.passes.streams import OutputGradients, Streams
+from qig_serve.offline.processes import Ranks
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.offline.source.stand_ins import SHARED
 
@@ -39,39 +42,72 @@ TOKENS = 4096
 MOST_DRAWS = 16
 
 
-def prepare(loaded: LoadedModel, streams: Streams, seed: int) -> OutputGradients:
-    """Gradients behind every block; `streams` stand before the first one, and stay there."""
-    count, device = loaded.num_blocks, streams.device
-    width = streams.fp.get(0, "cpu").shape[-1]
-    room = BYTES // (2 * count * width)
+def planned(
+    loaded: LoadedModel, batches: Sequence[CalibrationBatch], ranks: Ranks
+) -> tuple[tuple[int, ...], int]:
+    """The batches whose gradients are followed, and how many draws of each of them."""
+    room = BYTES // bytes_per_token(loaded)
     chosen: list[int] = []
     tokens = 0
-    for b, batch in enumerate(streams.batches):
+    for b, batch in enumerate(batches):
         if not chosen or tokens + batch.token_mask.numel() <= room:
             chosen.append(b)
             tokens += batch.token_mask.numel()
-    said = {b: _said(streams, b) for b in chosen}
-    (answers,) = streams.ranks.total(sum(int(mask.sum()) for mask in said.values()))
+    (answers,) = ranks.total(sum(int(said(batches[b]).sum()) for b in chosen))
     most = torch.tensor([tokens])  # of any process: all draw equally often
-    streams.ranks.maximum(most)
-    draws = max(1, min(MOST_DRAWS, math.ceil(TOKENS / max(answers, 1)), room // int(most)))
+    ranks.maximum(most)
+    draws = min(MOST_DRAWS, math.ceil(TOKENS / max(answers, 1)), room // int(most))
+    return tuple(chosen), max(1, draws)
+
+
+def bytes_per_token(loaded: LoadedModel) -> int:
+    """What one draw keeps of a token that is followed."""
+    return 2 * loaded.num_blocks * int(loaded.text_config.hidden_size)
+
+
+def said(batch: CalibrationBatch) -> torch.Tensor:
+    """Tokens behind which a token of the answer follows, bool [B, T].
+
+    Of text, in a batch without answers.
+    """
+    wanted = batch.answer_mask if bool(batch.answer_mask.any()) else batch.modality == TEXT
+    return nn.functional.pad(wanted[:, 1:], (0, 1))
+
+
+def prepare(
+    loaded: LoadedModel,
+    streams: Streams,
+    seed: int,
+    first: int = 0,
+    step: Callable[[str], None] = lambda text: None,
+) -> OutputGradients:
+    """Gradients behind the blocks from `first` on; `streams` stand before block 0, and stay there.
+
+    `step` is told what is being done.
+    """
+    started, count, device = time.monotonic(), loaded.num_blocks, streams.device
+    chosen, draws = planned(loaded, streams.batches, streams.ranks)
     found = OutputGradients(
-        tuple(chosen), draws, tuple(streams.new_store(f"gradients-{i}") for i in range(count))
+        chosen, draws, tuple(streams.new_store(f"gradients-{i}") for i in range(count))
     )
     before = [streams.new_store(f"before-{i}") for i in range(count)]
     states = streams.new_store("states")
     with torch.no_grad():
         for index in range(count):
+            step(f"sweep forward: block {index + 1}/{count}")
             block = loaded.block(index)
             for b in chosen:
                 hidden = (states if index else streams.fp).get(b, device)
-                before[index].put(b, hidden.bfloat16())
+                if index >= first:
+                    before[index].put(b, hidden.bfloat16())
                 kwargs = streams.inputs[b].kwargs(index)
                 output = first_output(block(hidden, **kwargs))
                 check_finite(output, f"layer {index}, full-precision output")
                 states.put(b, output)
-    last = _behind_the_last(loaded, streams, states, said, draws, seed)
-    for index in reversed(range(count)):
+    step("sweep: output head")
+    last = _behind_the_last(loaded, streams, states, chosen, draws, seed)
+    for index in reversed(range(first, count)):
+        step(f"sweep back: block {index + 1}/{count}")
         block = loaded.block(index).requires_grad_(False)
         for b in chosen:
             hidden = before[index].get(b, device).float().requires_grad_()
@@ -84,24 +120,32 @@ def prepare(loaded: LoadedModel, streams: Streams, seed: int) -> OutputGradients
         before[index].clear()
     for store in (states, last):
         store.clear()
-    return found
+    return replace(found, seconds=time.monotonic() - started)
 
 
-def _said(streams: Streams, b: int) -> torch.Tensor:
-    """Tokens of batch b behind which a token of the answer follows, bool [B, T].
+def stand_in(
+    loaded: LoadedModel, streams: Streams, batches: Sequence[CalibrationBatch]
+) -> tuple[OutputGradients, float]:
+    """For a dry run of one block: gradients of noise behind it, as many as there will be.
 
-    Of text, in a batch without answers.
+    `batches` are all of the run, and `streams` some of them. Returns with the gradients which part
+    of all tokens is followed.
     """
-    batch = streams.batches[b]
-    wanted = batch.answer_mask if bool(batch.answer_mask.any()) else batch.modality == TEXT
-    return nn.functional.pad(wanted[:, 1:], (0, 1)).to(streams.device)
+    chosen, draws = planned(loaded, batches, streams.ranks)
+    found = OutputGradients(tuple(range(len(streams))), draws, (streams.new_store("gradients-0"),))
+    for b in found.batches:
+        for key in found.keys(b):
+            noise = torch.randn_like(streams.fp.get(b, "cpu"), dtype=torch.bfloat16)
+            found.behind[0].put(key, noise)
+    followed = sum(batches[b].token_mask.numel() for b in chosen)
+    return found, followed / sum(batch.token_mask.numel() for batch in batches)
 
 
 def _behind_the_last(
     loaded: LoadedModel,
     streams: Streams,
     states: Store,
-    said: Mapping[int, torch.Tensor],
+    chosen: Sequence[int],
     draws: int,
     seed: int,
 ) -> Store:
@@ -110,7 +154,8 @@ def _behind_the_last(
     rows = loaded.rows_at_once
     loaded.model.to(device)
     total = torch.zeros(loaded.vocabulary, device=device)
-    for b, mask in said.items():
+    spoken_at = {b: said(streams.batches[b]).to(device) for b in chosen}
+    for b, mask in spoken_at.items():
         for part in states.get(b, device)[mask].split(rows):
             with torch.no_grad():
                 total += loaded.logits(part).float().softmax(-1).sum(0)
@@ -118,7 +163,7 @@ def _behind_the_last(
     p = total / total.sum().clamp(min=1e-30)
     root = p.sqrt()
     found = streams.new_store("last")
-    for b, mask in said.items():
+    for b, mask in spoken_at.items():
         hidden = states.get(b, device)
         for draw in range(draws):
             gradient = torch.zeros_like(hidden)
@@ -158,23 +203,27 @@ def _run(
 
 def output_moments(
     block: nn.Module, names: Sequence[str], streams: Streams
-) -> dict[str, torch.Tensor]:
-    """F of the block at hand: name of a linear -> [N, N] fp32, mean of its diagonal 1.
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """F of the block at hand, of two halves of the samples: name of a linear -> [N, N] fp32 twice.
 
-    `block` is equalized and not rounded yet; `names` are linears that every token passes.
+    The mean of the diagonal of their sum is 1. `block` is equalized and not rounded yet; `names`
+    are linears that every token passes.
     """
     gradients = streams.output_gradients
     assert gradients is not None
-    found: dict[str, torch.Tensor] = {}
-    mask = torch.zeros(0)
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    parts: list[torch.Tensor] = []
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
             def add(gradient: torch.Tensor) -> None:
-                rows = gradient.reshape(-1, gradient.shape[-1])[mask].float()
+                n = gradient.shape[-1]
                 if name not in found:
-                    found[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-                found[name].addmm_(rows.T, rows)
+                    first, second = torch.zeros(2, n, n, device=gradient.device)
+                    found[name] = first, second
+                for moments, part in zip(found[name], parts, strict=True):
+                    rows = gradient.reshape(-1, n)[part].float()
+                    moments.addmm_(rows.T, rows)
 
             output.register_hook(add)
 
@@ -183,7 +232,8 @@ def output_moments(
     handles = [block.get_submodule(n).register_forward_hook(watch(n)) for n in names]
     try:
         for b in gradients.batches:
-            mask = streams.mask(b).flatten()
+            mask, half = streams.mask(b), streams.batches[b].half.to(streams.device)[:, None]
+            parts[:] = (mask & ~half).flatten(), (mask & half).flatten()
             hidden = streams.fp.get(b, streams.device).requires_grad_()
             output = _run(block, hidden, streams.kwargs(b), streams.device)
             for key in gradients.keys(b):
@@ -193,7 +243,10 @@ def output_moments(
         for handle in handles:
             handle.remove()
     gradients.behind[streams.index].clear()
-    for moments in found.values():
-        streams.ranks.sum(moments)
-        moments /= moments.diagonal().mean().clamp(min=1e-30)
+    for halves in found.values():
+        for moments in halves:
+            streams.ranks.sum(moments)
+        mean = (halves[0].diagonal() + halves[1].diagonal()).mean().clamp(min=1e-30)
+        for moments in halves:
+            moments /= mean
     return found

@@ -35,6 +35,8 @@ class OutputGradients:
     draws: int
     behind: tuple[Store, ...]
     """Of each block: [B, T, C] in bfloat16, by the keys of a batch."""
+    seconds: float = 0.0
+    """That finding them took."""
 
     def keys(self, b: int) -> range:
         """Places of a batch's draws in the stores."""

@@ -328,9 +328,16 @@ def _cost(report: QuantizationReport) -> str:
     inside = sum(stages.values())
     blocks = sum(b.seconds for b in report.blocks)
     rows: list[Sequence[Any]] = [[k.replace("_", " "), f"{v:.1f}"] for k, v in stages.items()]
+    sweep, tuning = report.sweep_seconds, report.tuning.seconds if report.tuning else 0.0
+    if sweep:
+        rows.append(["the answers' gradients, before the blocks", f"{sweep:.1f}"])
+    within = max(0.0, blocks - inside)
+    rows.append(["rounding, packing and the rest of the blocks", f"{within:.1f}"])
+    if tuning:
+        rows.append(["tuning scales", f"{tuning:.1f}"])
+    rest = max(0.0, report.seconds - blocks - sweep - tuning)
     rows += [
-        ["rounding, packing and the rest of the blocks", f"{max(0.0, blocks - inside):.1f}"],
-        ["loading, calibration data and writing", f"{max(0.0, report.seconds - blocks):.1f}"],
+        ["loading, calibration data and writing", f"{rest:.1f}"],
         ["all", f"{report.seconds:.1f}"],
     ]
     host = max((b.host_bytes for b in report.blocks), default=0)

@@ -49,14 +49,17 @@ def round_block(
     `original` is the block before equalization; its inputs, divided by a group's columns, are what
     the equalized linear would see in full precision. `results` are those of `equalize_group`, or
     empty where nothing was searched: then real tokens count alike. `seconds` is filled with the
-    wall time of gathering statistics.
+    wall time of gathering "statistics" of inputs and what is known of "outputs".
     """
     linears = {name: block.get_submodule(name) for group in groups for name in group.linears}
     statistics = BlockStatistics(block, original, list(linears.values()), streams, method, where)
     rounded_block = RoundedBlock()
-    outputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     if streams.output_gradients is not None:
+        started = time.monotonic()
         outputs = output_moments(block, [n for n in linears if expert_number(n) is None], streams)
+        if seconds is not None:
+            seconds["outputs"] = time.monotonic() - started
     inputs = [(i, names) for i, group in enumerate(groups) for names in sharing_input(group)]
     for i, names in inputs:
         stats = None

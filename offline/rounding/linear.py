@@ -26,7 +26,7 @@ def round_linear(
     dtype: torch.dtype,
     method: Rounding,
     name: str = "linear",
-    outputs: torch.Tensor | None = None,
+    outputs: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RoundedLinear:
     """Quantizes a weight [N, K], for inputs with the given statistics if the method needs any.
 

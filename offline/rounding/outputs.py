@@ -7,23 +7,28 @@ and what is left to round moves by what makes up best for the error so far,
 
     E_rest = -F_rest,rest^-1 F_rest,done E_done.
 
+F is of a few thousand tokens' gradients, and fits them: on a real decoder with 64 texts it left on
+texts that it had not seen 0.6 of the cost at queries and keys, and more than without at the MLP.
+So it is damped as suits samples left out (hessian.validated_damping), and where nothing helps those
+rows are rounded each for itself.
 Source: YAQA (arXiv 2505.22988), with groups of rows in place of its step per weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from qig_serve.offline.passes.hessian import validated_damping
 from qig_serve.offline.rounding.gptq import Ranges, compensate
 from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask
 
 GROUPS = 8
-DAMPING = 0.3
-"""Of F, as a fraction of each entry of its diagonal: its gradients are those of a few thousand
-tokens, and errors that it sees nothing wrong in still change what the next layers are given."""
-LEAST = 1e-3
+DAMPING = 0.1
+"""The least, of F, as a fraction of each entry of its diagonal."""
+FLOOR = 1e-3
 """Of an output's own energy, as a fraction of the mean."""
 
 
@@ -32,23 +37,31 @@ def compensate_outputs(
 ) -> RoundedLinear:
     """`gptq.compensate` towards a target [N, K], group after group of rows."""
     assert task.outputs is not None
-    costs = task.outputs.clone()
-    energy = costs.diagonal().clone()
-    energy.clamp_(min=float(LEAST * energy.mean().clamp(min=1e-30)))
-    costs.diagonal().copy_(energy * (1 + DAMPING))
+    held_out = validated_damping(task.outputs, DAMPING)
+    told = {"outputs_damping": held_out.fraction, "outputs_held_out": held_out.cost}
+    if held_out.cost >= 1:
+        alone = compensate(task, target, candidates)
+        return replace(alone, report=alone.report.model_copy(update=told))
     # At random, so that outputs which make up for each other are in different groups.
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))
-    groups = order.to(target.device).chunk(GROUPS)
-    wanted, parts = target.clone(), []
-    for number, rows in enumerate(groups, 1):
+    order = order.to(target.device)
+    costs = (task.outputs[0] + task.outputs[1])[order[:, None], order]
+    energy = costs.diagonal()
+    energy.copy_(energy.clamp(min=float(FLOOR * energy.mean())) * (1 + held_out.fraction))
+    # From the end, so that one factor has those of all that is left to round as its beginnings.
+    left, size = len(target), -(-len(target) // GROUPS)
+    lower = torch.linalg.cholesky(costs[: left - size, : left - size])
+    wanted, parts, rounded = target.clone(), [], []
+    while left:
+        rest = max(0, left - size)
+        rows = order[rest:left]
         ranges = [(s[rows], None if z is None else z[rows]) for s, z in candidates]
         part = compensate(task, wanted[rows], ranges)
+        if rest:
+            moved = costs[:rest, rest:left] @ (wanted[rows] - part.dequantized())
+            wanted[order[:rest]] += torch.cholesky_solve(moved, lower[:rest, :rest])
         parts.append(part)
-        if number < len(groups):
-            rest = torch.cat(groups[number:])
-            moved = costs[rest][:, rows] @ (wanted[rows] - part.dequantized())
-            lower = torch.linalg.cholesky(costs[rest][:, rest])
-            wanted[rest] += torch.cholesky_solve(moved, lower)
-    found = RoundedLinear.joined(parts).rows(torch.cat(groups).argsort())
-    found.report, found.target = parts[0].report, target
-    return found
+        rounded.append(rows)
+        left = rest
+    found = RoundedLinear.joined(parts).rows(torch.cat(rounded).argsort())
+    return replace(found, report=parts[0].report.model_copy(update=told), target=target)

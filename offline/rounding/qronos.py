@@ -94,13 +94,15 @@ def validated_target(
     The damping with the largest drop at its best strength, at most 1, is applied to both halves
     together.
     """
-    crosses = [weight.double() @ c.double() for _, c in halves]
+    crosses = [weight @ c for _, c in halves]
 
     def shift(hessian: torch.Tensor, cross: torch.Tensor, damp: float) -> torch.Tensor:
-        damped = hessian.double()
+        damped = hessian.clone()
         energy = damped.diagonal()
-        ridge = torch.where(energy > 0, damp * energy, torch.ones_like(energy))
-        lower = torch.linalg.cholesky(damped + torch.diag(ridge))
+        energy += torch.where(energy > 0, damp * energy, torch.ones_like(energy))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info):
+            return torch.zeros_like(cross)
         return torch.cholesky_solve(cross.T, lower).T
 
     best = Validated(0.0, SHIFT_DAMPS[0], 0.0)
@@ -108,8 +110,8 @@ def validated_target(
         along = across = 0.0
         for fitted, judge in ((0, 1), (1, 0)):
             s = shift(halves[fitted][0], crosses[fitted], damp)
-            along += float((s * crosses[judge]).sum())
-            across += float(((s @ halves[judge][0].double()) * s).sum())
+            along += float((s * crosses[judge]).double().sum())
+            across += float(((s @ halves[judge][0]) * s).double().sum())
         if along <= 0 or across <= 0:
             continue
         strength = min(along / across, 1.0)
@@ -120,4 +122,4 @@ def validated_target(
         return weight, best
     both = halves[0][0] + halves[1][0]
     s = shift(both, crosses[0] + crosses[1], best.damp)
-    return weight + (best.strength * s).to(weight.dtype), best
+    return weight + best.strength * s, best

@@ -27,8 +27,9 @@ class RoundingTask:
     """The row of the rounding method."""
     stats: LinearStats | None = None
     """Of the linear's inputs; None unless the row asks for them."""
-    outputs: torch.Tensor | None = None
-    """What errors of its outputs cost, fp32 [N, N], mean of the diagonal 1; as `stats`."""
+    outputs: tuple[torch.Tensor, torch.Tensor] | None = None
+    """What errors of its outputs cost, as two halves of the samples see it: fp32 [N, N] each, mean
+    of the diagonal of their sum 1. As `stats`."""
 
     @property
     def moments(self) -> LinearStats:

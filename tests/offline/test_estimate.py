@@ -78,6 +78,18 @@ def test_too_little_memory_is_found_at_once(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_fewer_tokens_do_not_save_is_said(
+    tiny_llava: Path, seven_samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(estimate, "round_block", fail)
+    ours = QuantRecipe(calib=seven_samples, samples=7, device="cpu")
+    with pytest.raises(UserError, match=r"images; second moments of the 256 inputs of its widest"):
+        pipeline.quantize(tiny_llava, tmp_path / "out", ours, quiet=True)
+
+
 def test_other_errors_are_not_called_memory(
     tiny_llava: Path, seven_samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,8 +127,38 @@ def test_longest_and_fullest() -> None:
 
 
 def test_what_grows_with_the_tokens() -> None:
-    seconds = BlockSeconds(1, 2, 3, 4, 5, load=6, candidates=7, rounding=8)
-    assert seconds.scaled(10) == 10 * (1 + 2 + 3 + 4 + 5) + 6 + 7 + 8
+    seconds = BlockSeconds(1, 2, 3, 4, 5, 6, load=7, candidates=8, rounding=9)
+    assert seconds.scaled(10) == 10 * (1 + 2 + 3 + 4 + 5 + 6) + 7 + 8 + 9
+
+
+def test_the_answers_gradients_are_counted(
+    tiny_llava: Path, seven_samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that wait, 128 channels in 16 bits behind each of 2 blocks, and the times they take."""
+    timed: list[BlockSeconds] = []
+
+    def kept(*args: Any) -> BlockSeconds:
+        timed.append(estimate_time(*args))
+        return timed[-1]
+
+    estimate_time = estimate.time_block
+    monkeypatch.setattr(estimate, "time_block", kept)
+    monkeypatch.setattr(estimate, "host_bytes", lambda: 0)
+    monkeypatch.setattr("qig_serve.offline.passes.output_gradients.MOST_DRAWS", 3)
+    reports = [
+        pipeline.quantize(
+            tiny_llava,
+            tmp_path / rounding,
+            QuantRecipe(calib=seven_samples, samples=7, device="cpu", rounding=rounding),
+            quiet=True,
+        )
+        for rounding in ("qronos", "qronos-outputs")
+    ]
+    assert timed[0].outputs == 0 < timed[1].outputs
+    without, with_them = (report.estimate["host_bytes"] for report in reports)
+    tokens = sum(reports[0].calibration["tokens"].values())
+    assert with_them - without == 3 * 2 * 2 * 128 * tokens
+    assert reports[0].sweep_seconds == 0 < reports[1].sweep_seconds
 
 
 def test_activations_a_token(tiny_llava: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_bar_is_whole_at_80_columns_and_its_clock_goes_on_behind_the_blocks(
     console.print(progress._bar.get_renderable())
     text = console.export_text()
     assert "block 80/80: equalization of gate_up" in text and "0:00:00" in text and "…" not in text
-    progress.after_blocks("writing")
+    progress.beside_blocks("writing")
     assert not progress._bar.finished
 
 

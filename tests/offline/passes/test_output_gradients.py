@@ -63,6 +63,17 @@ def test_samples_are_as_many_as_there_is_room(
     assert found.batches == (0,) and found.draws == 1
 
 
+def test_a_run_that_goes_on_finds_those_it_needs(tmp_path: Path) -> None:
+    loaded, streams, _ = streams_of(tmp_path, "qwen2_vl", token_weights="uniform")
+    said: list[str] = []
+    whole = output_gradients.prepare(loaded, streams, 0)
+    rest = output_gradients.prepare(loaded, streams, 0, 1, said.append)
+    assert torch.equal(rest.behind[1].get(0, "cpu"), whole.behind[1].get(0, "cpu"))
+    with pytest.raises(KeyError):
+        rest.behind[0].get(0, "cpu")
+    assert said[0] == "sweep forward: block 1/2" and said[-1] == "sweep back: block 2/2"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_of_every_linear_that_all_tokens_pass(family: str, tmp_path: Path) -> None:
     loaded, streams, _ = streams_of(tmp_path, family, token_weights="uniform")
@@ -73,9 +84,11 @@ def test_moments_of_every_linear_that_all_tokens_pass(family: str, tmp_path: Pat
         names = [n for g in groups for n in g.linears if expert_number(n) is None]
         found = output_gradients.output_moments(original, names, streams)
         assert set(found) == set(names)
-        for name, moments in found.items():
+        for name, (first, second) in found.items():
+            moments = first + second
             assert moments.shape[0] == original.get_submodule(name).out_features
             assert float(moments.diagonal().mean()) == pytest.approx(1, abs=1e-4)
             assert torch.equal(moments, moments.T)
             assert float(torch.linalg.eigvalsh(moments.double()).min()) > -1e-4
+            assert first.any() and second.any()  # each half of the samples
         streams.advance(original, original, [], f"layer {index}")
