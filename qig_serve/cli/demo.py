@@ -103,11 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "questions":
         from qig_serve.demo.questions import write_jsonl
 
-        try:
-            path = write_jsonl(args.split, args.n, args.output, args.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        print(path)
+        print(write_jsonl(args.split, args.n, args.output, args.seed))
         return 0
     if args.action == "export":
         from qig_serve.demo.bundled import export_bundled
