@@ -18,6 +18,13 @@ from qig_serve.vllm_plugin import SUPPORTED_VLLM
 DEVICES = ("cpu", "cuda")
 """Where the checkpoint can be served: vLLM's CPU kernels, or Triton kernels on NVIDIA GPUs."""
 
+NO_RECORD = (
+    "There is no canary.json, by which `qig-serve doctor` would compare a copy: the processor or "
+    "the chat template takes no picture of a usual size. The checkpoint was read back before it "
+    "was published."
+)
+"""Among a report's warnings."""
+
 # What of the source model's own card stays true of the quantized model.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 
@@ -283,6 +290,8 @@ def _checks(report: QuantizationReport, title: str) -> str:
     manifest = "qig_manifest.json lists a sha256 of every file"
     if report.recipe.get("format") == "compressed-tensors":
         return f"{manifest}."
+    if NO_RECORD in report.warnings:
+        return f"{manifest}: `qig-serve inspect --verify {title}`."
     return (
         f"{manifest}: `qig-serve inspect --verify {title}`.\n"
         "canary.json is what the model gave for a picture and a question when it was written:\n"

@@ -62,6 +62,7 @@ def _load(directory: Path) -> tuple[bool, str]:
     except UserError as fault:
         return False, f"WRONG  {fault}"
     if error is None:
-        return True, f"not compared: there is no {RECORD_FILE}, which later versions write"
+        why = "an earlier version wrote it, or the model takes no picture of a usual size"
+        return True, f"not compared: there is no {RECORD_FILE}, as {why}"
     same = "exactly" if error < 1e-5 else f"within {error:.2%} of"
     return True, f"gives {same} what it gave when it was written"
