@@ -12,6 +12,7 @@ import yaml
 from qig_serve import tensor_parallel
 from qig_serve.formats import get_scheme
 from qig_serve.manifest import PER_BLOCK
+from qig_serve.model_directory import hub_name
 from qig_serve.offline.results import COMPLETENESS_LIMIT, QuantizationReport
 from qig_serve.vllm_plugin import SUPPORTED_VLLM
 
@@ -61,12 +62,11 @@ def public_name(model: str) -> str:
     snapshot, or of a folder org/name that `hf download` filled. `hf:` sources keep their options.
     """
     if model.startswith("hf:"):
-        name, mark, options = model[3:].partition("?")
-        return f"hf:{public_name(name)}{mark}{options}"
+        data, mark, options = model[3:].partition("?")
+        return f"hf:{public_name(data)}{mark}{options}"
     path = Path(model)
-    for part in path.parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
+    if name := hub_name(path):
+        return name
     if not path.is_absolute() and len(path.parts) == 2 and (path / ".cache/huggingface").is_dir():
         return model
     return path.name if path.is_absolute() or path.exists() else model

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qig_serve.json_output import STANDARD_OUTPUT, standard_output
 
@@ -111,6 +111,16 @@ def add_json(parser: argparse._ActionsContainer, what: str) -> None:
         metavar="FILE",
         help=f"write {what} into FILE as JSON; without FILE: print the JSON instead of the text",
     )
+
+
+def add_model(
+    parser: argparse.ArgumentParser, name: str, metavar: str, what: str, **more: Any
+) -> None:
+    """Declare an argument that names a model, which is the same in all commands."""
+    from qig_serve.model_directory import find_model
+
+    text = f"{what}, or org/name of the hub if it is in the hub's local cache"
+    parser.add_argument(name, type=find_model, metavar=metavar, help=text, **more)
 
 
 def _json_before_a_folder(words: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets
+from qig_serve.cli import add_json, add_model, check_targets
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
@@ -23,7 +23,7 @@ HELP = "show on a picture which tokens the method weighs, without quantizing"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="full-precision model directory")
+    add_model(parser, "model", "MODEL", "full-precision model directory")
     parser.add_argument("--image", action="append", required=True, metavar="FILE", help="picture")
     parser.add_argument("--prompt", required=True, help="question about it")
     parser.add_argument("--answer", help="answer, to be weighed with the rest")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:
         picture, errors = explain_sample(
-            Path(args.model),
+            args.model,
             [resolve_picture(image, "--image", Path()) for image in args.image],
             args.prompt,
             args.answer,
@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
 
         picture_png(picture, args.output)
     else:
-        args.output.write_text(picture_page(picture, args.model, args.scheme), encoding="utf-8")
+        args.output.write_text(
+            picture_page(picture, str(args.model), args.scheme), encoding="utf-8"
+        )
     if args.json:
         write_json(args.json, picture.to_json(errors))
     if not args.quiet:

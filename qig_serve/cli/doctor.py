@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets
+from qig_serve.cli import add_json, add_model, check_targets
 from qig_serve.json_output import write_json
 
 HELP = "how this machine would serve a checkpoint: kernels, sizes, memory"
@@ -24,7 +24,7 @@ HELP = "how this machine would serve a checkpoint: kernels, sizes, memory"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
+    add_model(parser, "directory", "DIR", "written by qig-serve quantize")
     add("--dtype", default="auto", help="as for serve; default %(default)s")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
     add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")

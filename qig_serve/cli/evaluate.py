@@ -15,9 +15,8 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets
+from qig_serve.cli import add_json, add_model, check_targets
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
@@ -26,12 +25,9 @@ HELP = "compare a model's answers with full precision on held-out questions"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", nargs="?", metavar="DIR", help="model to evaluate")
-    parser.add_argument(
-        "--reference",
-        metavar="MODEL",
-        help="the full-precision model, or a file an earlier --json wrote on the same questions",
-    )
+    add_model(parser, "model", "DIR", "model to evaluate", nargs="?")
+    reference = "the full-precision model, or a file an earlier --json wrote on the same questions"
+    add_model(parser, "--reference", "MODEL", reference)
     parser.add_argument(
         "--data",
         required=True,
@@ -88,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         load_samples,
     )
     from qig_serve.evaluation.table import print_whole, progress_bars, results_table
+    from qig_serve.model_directory import model_name
 
     samples = load_samples(args.data, args.n, args.seed)
     out, messages = Console(), Console(stderr=True)
@@ -106,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             )
             results = {result.name: result}
         else:
-            name = Path(args.model).resolve().name
+            name = model_name(args.model)
             name = "model" if name == REFERENCE else name
             results = evaluate_many(
                 [(name, args.model)],
