@@ -230,31 +230,35 @@ def make_lesson(index: int, seed: int = 0, plain: bool = False) -> Lesson:
 
 
 def samples(split: str, n: int, seed: int = 0) -> Iterator[Question]:
-    """The first n samples of a split, all types in turn; `seed` gives another draw of it."""
-    for index in range(n):
-        yield make_sample(split, index, seed)
+    """The first n samples of a split, all types in turn; `seed` gives another draw of it.
+
+    UserError, before the first of them, for a split, a number or a seed that there is not.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    seeds = SPLIT_SEEDS // SEED_STRIDE
+    if not 1 <= n <= SEED_STRIDE or not 0 <= seed < seeds:
+        raise UserError(
+            f"the demonstration set has no {n} questions of seed {seed}: 1 to {SEED_STRIDE} of "
+            f"each seed from 0 to {seeds - 1}"
+        )
+    return (make_sample(split, index, seed) for index in range(n))
 
 
 def write_jsonl(split: str, n: int, directory: Path | str, seed: int = 0) -> Path:
     """Writes images/*.png and {split}.jsonl in OpenAI chat form; returns the JSONL's path.
 
-    UserError for a split, a number or a seed that there is not, and where either of the two exists
-    (splits share the names of pictures). Nothing is left of a set that was not finished.
+    UserError as of `samples`, and where either of the two exists (splits share the names of
+    pictures). Nothing is left of a set that was not finished.
     """
-    try:
-        picture_seed(split, n - 1, seed)
-    except ValueError:
-        raise UserError(
-            f"no {n} questions of split {split!r} and seed {seed}: splits are {', '.join(SPLITS)}, "
-            f"each with 1 to {SEED_STRIDE} questions of seeds 0 to {SPLIT_SEEDS // SEED_STRIDE - 1}"
-        ) from None
+    drawn = samples(split, n, seed)
     images, path = Path(directory, "images"), Path(directory, f"{split}.jsonl")
     for there in (path, images):
         if os.path.lexists(there):
             raise UserError(f"{there} exists already; name a new directory")
     images.mkdir(parents=True)
     try:
-        lines = [_line(sample, images) for sample in samples(split, n, seed)]
+        lines = [_line(sample, images) for sample in drawn]
         path.write_text("".join(lines), encoding="utf-8")
     except BaseException:
         shutil.rmtree(images)

@@ -215,7 +215,10 @@ def test_a_number_of_questions_that_there_is_not(
     n: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "questions", f"--n={n}", "--output", str(tmp_path / "q")]) == 2
-    assert f"no {n} questions" in capsys.readouterr().err
+    assert f"no {n} questions of seed 0" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+    assert main(["demo", f"--questions={n}", "--workdir", str(tmp_path / "q")]) == 2
+    assert main(["demo", f"--samples={n}", "--workdir", str(tmp_path / "q")]) == 2
     assert not (tmp_path / "q").exists()
 
 
