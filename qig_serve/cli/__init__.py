@@ -160,15 +160,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _make_up_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    words = _json_before_a_folder(words)
     command = next((w for w in words if not w.startswith("-")), None)
+    if command != "demo":  # which is given no checkpoint
+        words = _json_before_a_folder(words)
     # Those that draw progress: vLLM binds memory aloud.
     if command in ("compare", "demo", "evaluate", "quantize"):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = make_parser(command)
     args, unknown = parser.parse_known_args(words)
     if unknown:  # said with the help of the command
-        _Parser(prog=f"{parser.prog} {args.command}").error(f"unknown options: {' '.join(unknown)}")
+        fault = f"unknown options: {' '.join(unknown)}"
+        if "--json=-" in words and os.path.isdir(unknown[0]):
+            fault = f"--json writes a file, and {unknown[0]} is a folder: name a file in it"
+        _Parser(prog=f"{parser.prog} {args.command}").error(fault)
     expand_home(args)
 
     from qig_serve.errors import UserError

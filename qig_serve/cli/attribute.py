@@ -18,6 +18,7 @@ from qig_serve.cli import add_json, add_model, check_targets
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
+_MOST_STEPS = 256
 HELP = "show on a picture which tokens the method weighs, without quantizing"
 
 
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix not in (".html", ".png"):
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
     check_targets(args.output, args.json)
-    if args.steps < 1:
-        raise UserError("--steps must be at least 1")
+    if not 1 <= args.steps <= _MOST_STEPS:
+        raise UserError(f"--steps must be at least 1 and at most {_MOST_STEPS}")
 
     from qig_serve.extras import require
 

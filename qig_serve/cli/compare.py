@@ -115,7 +115,10 @@ def make_recipes(
                 name, equals, value = field.partition("=")
                 if not equals:
                     raise UserError(f"{written}: {field!r} must be FIELD=VALUE")
-                values[name] = yaml.safe_load(value)
+                try:
+                    values[name] = yaml.safe_load(value)
+                except yaml.YAMLError:
+                    raise UserError(f"{written}: {value!r} is no value of {name}") from None
             recipes[scheme, written] = make_recipe(values, f"{scheme}, {written}")
     return recipes
 
@@ -199,7 +202,6 @@ def run(args: argparse.Namespace) -> int:
     full: dict[int, EvaluationResult] = {}
     with tempfile.TemporaryDirectory(prefix="qig-compare-") as scratch:
         folder = args.keep or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         for seed in range(args.seeds):
             recipes = make_recipes(
                 args.schemes, args.methods, args.calib, args.samples, seed, args.text_only
@@ -265,6 +267,7 @@ def _one_seed(
     from qig_serve.evaluation.table import progress_bars
 
     samples = load_samples(args.data, args.n, seed)
+    folder.mkdir(parents=True, exist_ok=True)
     costs: dict[tuple[str, str], tuple[float, int]] = {}
     directories: dict[tuple[str, str], Path] = {}
     for number, (key, recipe) in enumerate(recipes.items(), start=1):

@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from qig_serve.cli import add_json, add_model, check_targets
+from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
 HELP = "how this machine would serve a checkpoint: kernels, sizes, memory"
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.serving.folders import check_folders
 
     check_targets(args.json)
+    if min(args.tensor_parallel_size, args.pipeline_parallel_size) < 1:
+        raise UserError("--tensor-parallel-size and --pipeline-parallel-size must be at least 1")
     read_manifest(args.directory)
     check_texts(args.directory)
     check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
@@ -54,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(directory: Path) -> tuple[bool, str]:
     """Whether the checkpoint gives what it gave when it was written, and the sentence for it."""
-    from qig_serve.errors import UserError
     from qig_serve.offline.checkpoint.canary import RECORD_FILE, compare_with_record
 
     try:

@@ -71,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; exit status 1 when requests to a server failed."""
     if (args.model is None) == (args.server is None):
         raise UserError("give a model directory, or --server URL without one")
+    if args.server is None and args.server_model is not None:
+        raise UserError("--server-model is for --server: leave it out")
+    if args.server is not None and args.engine != "auto":
+        raise UserError("--engine is for a model directory, and a server has its own: leave it out")
     check_targets(args.json)
     if args.kl_samples < 0 or args.max_tokens < 1:
         raise UserError("--kl-samples must be at least 0 and --max-tokens at least 1")
@@ -92,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         pictures = sum(len(s.images) for s in samples)
         messages.print(f"read {len(samples)} samples with {pictures} images", highlight=False)
     with progress_bars(messages, args.quiet) as progress:
-        if args.server:
+        if args.server is not None:
             result = evaluate_server(
                 args.server,
                 args.reference,
