@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import select
 import signal
@@ -211,11 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_up_streams() -> None:
     """Has output go nowhere where it is closed: print() takes standard output for a closed error.
 
-    And has tables be of a width: a terminal that has none makes rich print nothing.
+    Has names of files that are not UTF-8 be printed as they are, which Python does in some locales
+    alone. And has tables be of a width: a terminal that has none makes rich print nothing.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     if os.environ.get("COLUMNS") == "0":
         del os.environ["COLUMNS"]
 
