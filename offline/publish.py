@@ -18,11 +18,11 @@ from qig_serve.offline.calibration.batches import (
     token_counts,
 )
 from qig_serve.offline.checkpoint import forms
-from qig_serve.offline.checkpoint.canary import Canary
+from qig_serve.offline.checkpoint.canary import RECORD_FILE, Canary
 from qig_serve.offline.checkpoint.writer import CheckpointWriter
 from qig_serve.offline.processes import Ranks
 from qig_serve.offline.recipe import QuantRecipe
-from qig_serve.offline.report.card import public_name, published
+from qig_serve.offline.report.card import NO_RECORD, public_name, published
 from qig_serve.offline.report.pictures import KeptWeights
 from qig_serve.offline.report.write import write_reports
 from qig_serve.offline.results import REPORT_FILE, QuantizationReport
@@ -119,6 +119,8 @@ def publish(
 
     def finish(directory: Path) -> None:
         check(directory)
+        if recipe.format == "qig" and not (directory / RECORD_FILE).is_file():
+            report.warnings.append(NO_RECORD)
         report.stored_bytes = sum(p.stat().st_size for p in directory.glob("model*.safetensors"))
         report.source_bytes = loaded.source.nbytes
         its_card = card if card.is_file() else None

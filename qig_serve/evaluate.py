@@ -148,10 +148,7 @@ def load_samples(source: str, n: int | None = None, seed: int = 0) -> list[Sampl
     from qig_serve.samples import sample_from_parts
 
     split = source.partition(":")[2] or "test"
-    try:
-        drawn = list(questions.samples(split, n or 2000, seed))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    drawn = questions.samples(split, n or 2000, seed)
     return [sample_from_parts(s.id, s.type, s.image, s.question, s.answer) for s in drawn]
 
 
@@ -325,6 +322,11 @@ def _result(
 
 def read_outputs(path: Path, samples: Sequence[Sample], evaluation_sha256: str) -> list[str | None]:
     """The outputs in a file of `qig-serve evaluate --json`; UserError for other questions."""
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a directory: with --server, --reference names a file that an earlier "
+            f"`qig-serve evaluate {path} --json FILE` wrote on the same questions"
+        )
     record = read_json(path)
     try:
         outputs = [a["output"] for a in record["answers"]]

@@ -21,7 +21,7 @@ def standard_output(only_json: bool) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             if only_json:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
+                nowhere = stack.enter_context(open(os.devnull, "w", errors="surrogateescape"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
     finally:

@@ -65,6 +65,35 @@ _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 _BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
 
 
+def find_model(model: str) -> Path:
+    """The directory that a person names: a path, or org/name of the hub where that is no path.
+
+    Of the latter the snapshot that is current in the hub's local cache, or the path where there is
+    none. Nothing is downloaded.
+    """
+    if not _HUB_NAME.fullmatch(model) or os.path.lexists(model):
+        return Path(model)
+
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(model, CONFIG_FILE)
+    except ValueError:  # no name that a hub takes
+        config = None
+    return Path(config).parent if isinstance(config, str) else Path(model)
+
+
+def hub_name(directory: Path) -> str | None:
+    """org/name of a snapshot in the hub's local cache; None for any other directory."""
+    parts = (p for p in directory.parts if p.startswith("models--"))
+    return next((p.removeprefix("models--").replace("--", "/") for p in parts), None)
+
+
+def model_name(directory: Path) -> str:
+    """What to call a model: the last part of its name on the hub, or of its path."""
+    return (hub_name(directory) or directory.resolve().name).rpartition("/")[2]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError that names the file for anything else."""
     if is_pointer(path):

@@ -1,9 +1,9 @@
 """Samples from people's files: JSON lines, or one JSON list of the same records.
 
-A record's turns are "messages" (OpenAI's chat form, samples.py) or "conversations" (LLaVA,
-ShareGPT, LLaMA-Factory). Which form a file is in, its first character says, not its name. Whatever
-carries a picture, a sound, a tool or a thought is read or refused with its line; nothing is
-fetched from a network.
+A record's turns are "messages" (OpenAI's chat form, samples.py), "prompt" and "completion" (TRL)
+or "conversations" (LLaVA, ShareGPT, LLaMA-Factory). Which form a file is in, its first character
+says, not its name. Whatever carries a picture, a sound, a tool or a thought is read or refused with
+its line; nothing is fetched from a network.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from qig_serve.text_files import lines, parse_json, read_list
 _ROLES = ("system", "user", "assistant")
 _SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in _ROLES}
 """Those of conversations, and their roles."""
+PROMPTED = {"prompt": "user", "completion": "assistant"}
+"""Keys of a prompt and its completion, and the roles of what is text there."""
 _MEDIA = re.compile(
     r"(input_)?(image|img|picture|photo|video|audio|sound|speech|media)s?"
     r"(_?(url|uri|path|file|byte|data|base64|b64)s?)?"
@@ -113,6 +115,8 @@ def parse_record(
     `pictures`: those of a dataset's row, whose columns hold pictures instead of paths; without a
     mark they stand before the first question, as TRL has it.
     """
+    if isinstance(record, dict):
+        record = with_messages(record)
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         if record.get("conversations"):
             raise UserError(
@@ -122,9 +126,20 @@ def parse_record(
     if isinstance(record, dict) and isinstance(record.get("conversations"), list):
         return _from_conversations(record, where, folder, number, pictures)
     raise UserError(
-        f'{where}: a sample needs a "messages" list in OpenAI chat form, or a list of '
-        '"conversations" as LLaVA has it'
+        f'{where}: a sample needs a "messages" list in OpenAI chat form, a list of '
+        '"conversations" as LLaVA has it, or "prompt" and "completion" as TRL has them'
     )
+
+
+def with_messages(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without turns, but with a prompt and a completion, as one of "messages"."""
+    if not record.keys() >= PROMPTED.keys() or record.keys() & {"messages", "conversations"}:
+        return record
+    turns: list[Any] = []
+    for key, role in PROMPTED.items():
+        value = record[key] or []
+        turns += value if isinstance(value, list) else [{"role": role, "content": value}]
+    return {k: v for k, v in record.items() if k not in PROMPTED} | {"messages": turns}
 
 
 def _from_messages(

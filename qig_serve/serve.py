@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qig_serve.errors import UserError
-from qig_serve.model_directory import check_texts, read_manifest
+from qig_serve.model_directory import check_texts, model_name, read_manifest
 from qig_serve.serving.adapter_tensors import check_adapter_tensors
 from qig_serve.serving.adapters import check_adapters
 from qig_serve.serving.folders import check_folders
@@ -64,7 +64,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     if "--shutdown-timeout" not in names:
         words += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     if "--served-model-name" not in names:
-        names_of_model = dict.fromkeys((directory.resolve().name, str(directory)))
+        names_of_model = dict.fromkeys((model_name(directory), str(directory)))
         words += ["--served-model-name", *names_of_model]
     command = compat.serve_command()
     parser = compat.argument_parser()(prog="qig-serve")

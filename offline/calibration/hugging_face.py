@@ -3,9 +3,10 @@
 NAME is a dataset of the hub, a folder (of files, or written by `save_to_disk`), or a parquet file.
 A row's picture may be one, or a list of them: decoded, encoded bytes (or their base64 text, or a
 data URL), {"bytes", "path"}, or a path from the dataset's folder. A caption may be a list: the
-first counts. Without such a column the turns of "messages" or "conversations" are read
-(records.py), with the pictures of "image" or "images"; without turns, "question" and "answer". Rows
-without a picture, or with neither caption nor turns, are left out, and counted.
+first counts. Without such a column the turns of "messages" or "conversations", or of "prompt" and
+"completion", are read (records.py), with the pictures of "image" or "images"; without turns,
+"question" and "answer". Rows without a picture, or with neither caption nor turns, are left out,
+and counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from PIL import Image
 
 from qig_serve.errors import UserError
 from qig_serve.extras import require
-from qig_serve.records import PICTURE_KEYS, parse_record, picture_path, resolve_picture
+from qig_serve.records import (
+    PICTURE_KEYS,
+    PROMPTED,
+    parse_record,
+    picture_path,
+    resolve_picture,
+    with_messages,
+)
 from qig_serve.samples import ImageSource, Sample, load_image
 
 CAPTION_QUESTION = "Describe the image."
@@ -179,7 +187,8 @@ def _check_columns(source: str, row: Mapping[str, Any], options: Mapping[str, st
     if missing:
         raise UserError(
             f"{source}: no column {missing[0]!r}; the columns are {', '.join(row)}. "
-            f"Map them as {_MAP}, or name a column of turns messages or conversations"
+            f"Map them as {_MAP}, or name a column of turns messages or conversations, or two "
+            "prompt and completion"
         )
 
 
@@ -193,7 +202,7 @@ def _with_answers(row: Mapping[str, Any], options: Mapping[str, str]) -> Mapping
 def _has_turns(row: Mapping[str, Any], options: Mapping[str, str]) -> bool:
     """Whether the row is a conversation: captions and questions that are named go first."""
     named = "answer" in options or "question" in options or _OPTIONS["answer"] in row
-    return not named and any(column in row for column in _TURNS)
+    return not named and (any(c in row for c in _TURNS) or row.keys() >= PROMPTED.keys())
 
 
 def _conversation(
@@ -219,11 +228,13 @@ def _conversation(
     known = bool(held) or "image" in options
     record: dict[str, Any] = {}
     for column, value in row.items():
-        if column in _TURNS:
+        if column in _TURNS or column in PROMPTED:
             record[column] = _plain(_list_of_turns(value))
         elif column not in columns and not (known and _PICTURE_COLUMN.search(column)):
             # Where the pictures are known, names and sizes of them are no loss.
             record[column] = _plain(value)
+    if not any(row.get(column) for column in _TURNS):
+        record = with_messages({k: v for k, v in record.items() if k not in _TURNS})
     record = {"id": identifier} | {k: v for k, v in record.items() if v is not None}
     turns = [turn for column in _TURNS for turn in record.get(column) or []]
     if not turns:

@@ -7,7 +7,8 @@ The last hidden states are those of the run's quantized stream, or it is not pub
 head or an embedding in 8 bits every weight is compared with the source's.
 
 What a checkpoint in our form gives for a sample that everyone can make is kept in canary.json, so
-that `qig-serve doctor` can ask again: of a copy, years later, with other versions.
+that `qig-serve doctor` can ask again: of a copy, years later, with other versions. Where the model
+takes no such sample there is no canary.json, and the report warns.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,11 @@ from qig_serve.samples import sample_from_parts
 from qig_serve.weight_files import FLOATS
 
 RECORD_FILE = "canary.json"
+Size = tuple[int, int]
+"""Width and height of a picture, in pixels."""
+USUAL_SIZE: Size = (96, 64)
+_DIVISIBLE_SIZE: Size = (224, 224)
+_LARGEST = 4096  # width or height
 _ROWS = 4096  # of a table, compared at once
 _HALF_A_STEP = 0.501  # and what fp32 rounds
 READERS: Mapping[str, type[WrittenModel]] = {
@@ -82,11 +89,11 @@ class Canary:
             self._check_source()
             written = READERS[form].open(directory, self.original.processor, self.original.device)
             self._check_names(written)
-            common = _common_sample(written) if form == "qig" else []
+            size, common = _common_sample(written) if form == "qig" else (USUAL_SIZE, [])
             found = last_hidden(written, [self.batch, *common])
             error = _distance(found[0], self.wanted)
             if common:
-                _write_record(directory, found[1])
+                _write_record(directory, found[1], size)
             written.source.close()
         except UserError as fault:
             raise UserError(f"the checkpoint is not published, it is not sound: {fault}") from None
@@ -184,9 +191,30 @@ def _check_rounding(source: SourceCheckpoint, written: SourceCheckpoint, module:
 # --- the record ----------------------------------------------------------------------------------
 
 
-def _common_sample(written: WrittenModel) -> list[CalibrationBatch]:
-    """One that depends on nothing but the checkpoint's files; none where its template refuses."""
-    y, x = np.mgrid[0:64, 0:96]
+def _common_sample(written: WrittenModel) -> tuple[Size, list[CalibrationBatch]]:
+    """A sample that the checkpoint takes, and the (width, height) of its picture; none if none is.
+
+    Where the processor does not resize, not every picture fits: the tower's own size is tried, and
+    one that common patches divide.
+    """
+    own = getattr(getattr(written.config, "vision_config", None), "image_size", None)
+    sizes = [USUAL_SIZE, *([(own, own)] if isinstance(own, int) else []), _DIVISIBLE_SIZE]
+    for size in sizes:
+        for batch in (batches := _sample_of(written, size)):
+            try:
+                written.block_inputs(batch.inputs)
+            except UserError:
+                break
+            return size, batches
+    return USUAL_SIZE, []
+
+
+def _sample_of(written: WrittenModel, size: Size) -> list[CalibrationBatch]:
+    """One that depends on nothing but the checkpoint's files and the (width, height).
+
+    None where the processor or the chat template refuses it.
+    """
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
     pixels = np.stack([x * 2 + y, y * 3 + 40, (x // 8 + y // 8) % 2 * 200], -1).astype(np.uint8)
     sample = sample_from_parts(
         "canary", "canary", Image.fromarray(pixels), "What is in the picture?", "a pattern"
@@ -197,9 +225,16 @@ def _common_sample(written: WrittenModel) -> list[CalibrationBatch]:
         return []
 
 
-def _write_record(directory: Path, hidden: torch.Tensor) -> None:
-    values = [float(f"{value:.6g}") for value in hidden[0, -1].tolist()]
-    write_text(directory / RECORD_FILE, json.dumps({"last_hidden": values}) + "\n")
+def _write_record(directory: Path, hidden: torch.Tensor, size: Size) -> None:
+    record: dict[str, Any] = {"last_hidden": [float(f"{v:.6g}") for v in hidden[0, -1].tolist()]}
+    if size != USUAL_SIZE:
+        record["picture"] = size
+    write_text(directory / RECORD_FILE, json.dumps(record) + "\n")
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else [None]
+    return all(isinstance(side, int) and 0 < side <= _LARGEST for side in sides)
 
 
 def compare_with_record(directory: Path) -> float | None:
@@ -210,12 +245,14 @@ def compare_with_record(directory: Path) -> float | None:
     path = directory / RECORD_FILE
     if not path.is_file():
         return None
-    values = model_directory.read_json(path).get("last_hidden")
-    if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
+    record = model_directory.read_json(path)
+    values, size = record.get("last_hidden"), record.get("picture", list(USUAL_SIZE))
+    sound = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
+    if not sound or not _is_size(size):
         raise UserError(f"{path} is damaged: copy the checkpoint again")
     written = WrittenModel.open(directory, model_directory.load_processor(directory))
     try:
-        found = last_hidden(written, _common_sample(written))
+        found = last_hidden(written, _sample_of(written, size))
     except UserError:
         raise
     except Exception as fault:  # of other people's modules, about sizes that do not fit

@@ -12,11 +12,19 @@ import yaml
 from qig_serve import tensor_parallel
 from qig_serve.formats import get_scheme
 from qig_serve.manifest import PER_BLOCK
+from qig_serve.model_directory import hub_name
 from qig_serve.offline.results import COMPLETENESS_LIMIT, QuantizationReport
 from qig_serve.vllm_plugin import SUPPORTED_VLLM
 
 DEVICES = ("cpu", "cuda")
 """Where the checkpoint can be served: vLLM's CPU kernels, or Triton kernels on NVIDIA GPUs."""
+
+NO_RECORD = (
+    "There is no canary.json, by which `qig-serve doctor` would compare a copy: the processor or "
+    "the chat template takes no picture of a usual size. The checkpoint was read back before it "
+    "was published."
+)
+"""Among a report's warnings."""
 
 # What of the source model's own card stays true of the quantized model.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
@@ -54,12 +62,11 @@ def public_name(model: str) -> str:
     snapshot, or of a folder org/name that `hf download` filled. `hf:` sources keep their options.
     """
     if model.startswith("hf:"):
-        name, mark, options = model[3:].partition("?")
-        return f"hf:{public_name(name)}{mark}{options}"
+        data, mark, options = model[3:].partition("?")
+        return f"hf:{public_name(data)}{mark}{options}"
     path = Path(model)
-    for part in path.parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
+    if name := hub_name(path):
+        return name
     if not path.is_absolute() and len(path.parts) == 2 and (path / ".cache/huggingface").is_dir():
         return model
     return path.name if path.is_absolute() or path.exists() else model
@@ -283,6 +290,8 @@ def _checks(report: QuantizationReport, title: str) -> str:
     manifest = "qig_manifest.json lists a sha256 of every file"
     if report.recipe.get("format") == "compressed-tensors":
         return f"{manifest}."
+    if NO_RECORD in report.warnings:
+        return f"{manifest}: `qig-serve inspect --verify {title}`."
     return (
         f"{manifest}: `qig-serve inspect --verify {title}`.\n"
         "canary.json is what the model gave for a picture and a question when it was written:\n"

@@ -17,6 +17,9 @@ from qig_serve.offline.report.token_map import heat_map
 
 _LONGEST = 448  # pixels of the longer side of a picture in a report
 _WIDTH = 54  # characters of a line of words
+_LINES = 24
+_MARK = (0, 0.447, 0.698)  # colour of a word, and how much of it the largest weight has
+_DARKEST = 0.75
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -34,15 +37,25 @@ def overlay(picture: TokenPicture, layer: str, image: int = 0) -> Image.Image:
     The scale is cividis, made for colour-blind readers, from 0 to the 99th percentile of the
     pixels; brightness alone shows the order.
     """
+    fitted = _fit(picture.images[image])
+    grey = np.asarray(fitted.convert("L"), np.float32) / 255
+    heat, top = _heat(picture, layer, image)
+    return Image.fromarray((_over(grey, heat / top) * 255).round().astype(np.uint8))
+
+
+def _heat(picture: TokenPicture, layer: str, image: int) -> tuple[np.ndarray, float]:
+    """Weight over area, each of its whole, of the pixels [H, W] of a fitted image; scale's end."""
+    size = _fit(picture.images[image]).size
+    heat = heat_map(picture.weights[layer], picture.boxes, image, size)
+    return heat, float(np.percentile(heat, 99)) or float(heat.max()) or 1.0
+
+
+def _over(grey: np.ndarray | float, heat: np.ndarray) -> Any:
+    """Colours [..., 3], 0..1, of `heat` [...], 0..1, over a picture as bright as `grey`, 0..1."""
     import matplotlib
 
-    fitted = _fit(picture.images[image])
-    size, grey = fitted.size, np.asarray(fitted.convert("L"), np.float32) / 255
-    heat = heat_map(picture.weights[layer], picture.boxes, image, size)
-    top = float(np.percentile(heat, 99)) or float(heat.max()) or 1.0
-    colours = matplotlib.colormaps["cividis"](np.clip(heat / top, 0, 1))[..., :3]
-    mixed = 0.6 * colours + 0.4 * grey[..., None]
-    return Image.fromarray((mixed * 255).round().astype(np.uint8))
+    colours = matplotlib.colormaps["cividis"](np.clip(heat, 0, 1))[..., :3]
+    return 0.6 * colours + 0.4 * np.asarray(grey)[..., None]
 
 
 def png_url(image: Image.Image) -> str:
@@ -124,29 +137,54 @@ PICTURE_STYLE = """
 
 
 def picture_png(picture: TokenPicture, path: Path) -> None:
-    """The same as one PNG: one row per layer, with the image, its weights, and the words."""
+    """The same as one PNG: one row per layer, with the image, its weights, and the words.
+
+    Below weights and words stand their colours' scales, in percent of the layer's weight.
+    """
     from matplotlib.figure import Figure
 
     layers, columns = list(picture.weights), 2 * len(picture.images) + 1
-    fig = Figure(figsize=(4 * columns, 4 * len(layers)), layout="constrained")
-    grid = fig.subplots(len(layers), columns, squeeze=False)
-    for row, layer in zip(grid, layers, strict=True):
+    fig = Figure(figsize=(4 * columns, 4.6 * len(layers)), layout="constrained")
+    heights = [1, 0.04] * len(layers)
+    grid = fig.subplots(2 * len(layers), columns, squeeze=False, height_ratios=heights)
+    for row, bars, layer in zip(grid[::2], grid[1::2], layers, strict=True):
         for number, image in enumerate(picture.images):
             row[2 * number].imshow(np.asarray(image.convert("RGB")))
             row[2 * number + 1].imshow(np.asarray(overlay(picture, layer, number)))
             row[2 * number + 1].set_title(
                 f"{layer}: {picture.image_share(layer):.0%} on the image", fontsize=9
             )
+            bars[2 * number].set_axis_off()
+            heat, top = _heat(picture, layer, number)
+            steps = np.linspace(0, 1, 256)
+            label = "% of the weight per 1% of the picture's area"
+            _bar(bars[2 * number + 1], _over(1.0, steps), top, label, bool(heat.max() > top))
         for axes in row:
             axes.set_axis_off()
-        _draw_words(row[-1], picture.words(layer))
+        most = _draw_words(row[-1], picture.words(layer))
+        row[-1].set_title("italic: the answer; grey: the template, without weight", fontsize=9)
+        steps = np.linspace(0, _DARKEST, 256)[:, None]
+        shades = 1 - steps + steps * np.array(_MARK)
+        _bar(bars[-1], shades, 100 * most, "% of the weight on a word")
     fig.savefig(path, dpi=110)
 
 
-def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]]) -> None:
-    """Words in a monospaced face, shaded."""
+def _bar(axes: Any, colours: np.ndarray, top: float, label: str, more: bool = False) -> None:
+    """Fills the axes with the scale of `colours` [n, 3] from 0 to `top`, and of more than that."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    scale = ScalarMappable(Normalize(0, top), ListedColormap(colours))
+    extend = "max" if more else "neither"
+    bar = axes.figure.colorbar(scale, cax=axes, orientation="horizontal", extend=extend)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]]) -> float:
+    """Words in a monospaced face, shaded up to the largest weight of one, which is returned."""
     axes.set_xlim(0, _WIDTH)
-    axes.set_ylim(-24, 1)
+    axes.set_ylim(-_LINES, 1)
     most = max((weight for _, weight, counts, _ in words if counts), default=0.0) or 1.0
     column, line = 0, 0
     for text, weight, counts, answer in words:
@@ -155,7 +193,9 @@ def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]]) -> No
             continue
         if column and column + len(shown) > _WIDTH:
             column, line = 0, line - 1
-        back = (0, 0.447, 0.698, 0.75 * weight / most if counts else 0.0)
+        if line <= -_LINES:
+            axes.text(0, line, "(and more words)", fontsize=8)
+            break
         axes.text(
             column,
             line,
@@ -164,6 +204,12 @@ def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]]) -> No
             fontsize=8,
             style="italic" if answer else "normal",
             alpha=1.0 if counts else 0.5,
-            bbox={"facecolor": back, "edgecolor": "none", "pad": 1.5},
+            bbox={
+                "facecolor": (*_MARK, _DARKEST * weight / most if counts else 0.0),
+                "edgecolor": "none",
+                "pad": 1.5,
+            },
+            parse_math=False,
         )
         column += len(shown) + 1
+    return most

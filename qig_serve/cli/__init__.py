@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import select
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qig_serve.json_output import STANDARD_OUTPUT, standard_output
 
@@ -113,6 +114,16 @@ def add_json(parser: argparse._ActionsContainer, what: str) -> None:
     )
 
 
+def add_model(
+    parser: argparse.ArgumentParser, name: str, metavar: str, what: str, **more: Any
+) -> None:
+    """Declare an argument that names a model, which is the same in all commands."""
+    from qig_serve.model_directory import find_model
+
+    text = f"{what}, or org/name of the hub if it is in the hub's local cache"
+    parser.add_argument(name, type=find_model, metavar=metavar, help=text, **more)
+
+
 def _json_before_a_folder(words: list[str]) -> list[str]:
     """Has `--json DIR` mean the flag and a checkpoint: a folder is no file to write into."""
     return [
@@ -150,15 +161,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _make_up_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    words = _json_before_a_folder(words)
     command = next((w for w in words if not w.startswith("-")), None)
+    if command != "demo":  # which is given no checkpoint
+        words = _json_before_a_folder(words)
     # Those that draw progress: vLLM binds memory aloud.
     if command in ("compare", "demo", "evaluate", "quantize"):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = make_parser(command)
     args, unknown = parser.parse_known_args(words)
     if unknown:  # said with the help of the command
-        _Parser(prog=f"{parser.prog} {args.command}").error(f"unknown options: {' '.join(unknown)}")
+        fault = f"unknown options: {' '.join(unknown)}"
+        if "--json=-" in words and os.path.isdir(unknown[0]):
+            fault = f"--json writes a file, and {unknown[0]} is a folder: name a file in it"
+        _Parser(prog=f"{parser.prog} {args.command}").error(fault)
     expand_home(args)
 
     from qig_serve.errors import UserError
@@ -197,11 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_up_streams() -> None:
     """Has output go nowhere where it is closed: print() takes standard output for a closed error.
 
-    And has tables be of a width: a terminal that has none makes rich print nothing.
+    Has names of files that are not UTF-8 be printed as they are, which Python does in some locales
+    alone. And has tables be of a width: a terminal that has none makes rich print nothing.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     if os.environ.get("COLUMNS") == "0":
         del os.environ["COLUMNS"]
 

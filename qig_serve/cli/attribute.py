@@ -14,16 +14,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets
+from qig_serve.cli import add_json, add_model, check_targets
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
+_MOST_STEPS = 256
 HELP = "show on a picture which tokens the method weighs, without quantizing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="full-precision model directory")
+    add_model(parser, "model", "MODEL", "full-precision model directory")
     parser.add_argument("--image", action="append", required=True, metavar="FILE", help="picture")
     parser.add_argument("--prompt", required=True, help="question about it")
     parser.add_argument("--answer", help="answer, to be weighed with the rest")
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix not in (".html", ".png"):
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
     check_targets(args.output, args.json)
-    if args.steps < 1:
-        raise UserError("--steps must be at least 1")
+    if not 1 <= args.steps <= _MOST_STEPS:
+        raise UserError(f"--steps must be at least 1 and at most {_MOST_STEPS}")
 
     from qig_serve.extras import require
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:
         picture, errors = explain_sample(
-            Path(args.model),
+            args.model,
             [resolve_picture(image, "--image", Path()) for image in args.image],
             args.prompt,
             args.answer,
@@ -93,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
 
         picture_png(picture, args.output)
     else:
-        args.output.write_text(picture_page(picture, args.model, args.scheme), encoding="utf-8")
+        args.output.write_text(
+            picture_page(picture, str(args.model), args.scheme), encoding="utf-8"
+        )
     if args.json:
         write_json(args.json, picture.to_json(errors))
     if not args.quiet:

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qig_serve.cli import add_json, check_targets, unwind_on_sigterm
+from qig_serve.cli import add_json, add_model, check_targets, unwind_on_sigterm
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.json_output import write_json
@@ -48,7 +48,7 @@ HELP = "quantize by several methods and compare the results"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.usage = "%(prog)s MODEL --calib SRC --data SRC [options]"
-    parser.add_argument("model", metavar="MODEL", help="full-precision model directory")
+    add_model(parser, "model", "MODEL", "full-precision model directory")
     parser.add_argument(
         "--schemes", default="w3a16,w4a8", metavar="A,B,...", help="default: %(default)s"
     )
@@ -115,7 +115,10 @@ def make_recipes(
                 name, equals, value = field.partition("=")
                 if not equals:
                     raise UserError(f"{written}: {field!r} must be FIELD=VALUE")
-                values[name] = yaml.safe_load(value)
+                try:
+                    values[name] = yaml.safe_load(value)
+                except yaml.YAMLError:
+                    raise UserError(f"{written}: {value!r} is no value of {name}") from None
             recipes[scheme, written] = make_recipe(values, f"{scheme}, {written}")
     return recipes
 
@@ -124,7 +127,7 @@ Outcome = tuple[float, int, str | None]
 """Seconds, peak memory in bytes, and what was wrong."""
 
 
-def _quantize(model: str, output: str, recipe: QuantRecipe, sender: Connection) -> None:
+def _quantize(model: Path, output: str, recipe: QuantRecipe, sender: Connection) -> None:
     """In a process of its own: sends the Outcome."""
     from qig_serve.offline.pipeline import quantize
     from qig_serve.offline.progress import host_bytes
@@ -148,7 +151,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _quantize_apart(model: str, output: str, recipe: QuantRecipe) -> Outcome:
+def _quantize_apart(model: Path, output: str, recipe: QuantRecipe) -> Outcome:
     """In a fresh process, whose peak memory is then the run's own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -199,7 +202,6 @@ def run(args: argparse.Namespace) -> int:
     full: dict[int, EvaluationResult] = {}
     with tempfile.TemporaryDirectory(prefix="qig-compare-") as scratch:
         folder = args.keep or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         for seed in range(args.seeds):
             recipes = make_recipes(
                 args.schemes, args.methods, args.calib, args.samples, seed, args.text_only
@@ -225,6 +227,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     from qig_serve import __version__
+    from qig_serve.model_directory import model_name
 
     chosen = (
         "schemes",
@@ -238,7 +241,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "text_only",
     )
     return {
-        "model": Path(args.model).name,
+        "model": model_name(args.model),
         **{name: getattr(args, name) for name in (*chosen, "max_tokens", "engine")},
         "qig_serve": __version__,
         "torch": torch.__version__,
@@ -264,6 +267,7 @@ def _one_seed(
     from qig_serve.evaluation.table import progress_bars
 
     samples = load_samples(args.data, args.n, seed)
+    folder.mkdir(parents=True, exist_ok=True)
     costs: dict[tuple[str, str], tuple[float, int]] = {}
     directories: dict[tuple[str, str], Path] = {}
     for number, (key, recipe) in enumerate(recipes.items(), start=1):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets, unwind_on_sigterm
+from qig_serve.cli import add_json, add_model, check_targets, unwind_on_sigterm
 from qig_serve.json_output import write_json
 
 HELP = "rewrite InternVL2 as published into a form that can be quantized"
@@ -21,7 +21,7 @@ HELP = "rewrite InternVL2 as published into a form that can be quantized"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="directory as published")
+    add_model(parser, "source", "SOURCE", "directory as published")
     parser.add_argument("output", type=Path, metavar="DIR", help="directory to write")
     add_json(parser, "what was done")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import add_json
+from qig_serve.cli import add_json, check_targets
 
 HELP = (
     "quantize, evaluate, serve and ask the bundled model; make its questions; train or export one"
@@ -94,8 +94,14 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.errors import UserError
 
     if args.action == "run":
+        from qig_serve.demo.questions import samples
         from qig_serve.demo.run import run_demo
 
+        samples("test", args.questions)  # wrong ones fail now
+        samples("calibration", args.samples)
+        if args.json is not None:
+            args.json.absolute().parent.mkdir(parents=True, exist_ok=True)
+        check_targets(args.json)
         run_demo(args.workdir, args.json, args.questions, args.samples, args.quiet)
         return 0
     if args.output is None:
@@ -103,11 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "questions":
         from qig_serve.demo.questions import write_jsonl
 
-        try:
-            path = write_jsonl(args.split, args.n, args.output, args.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        print(path)
+        print(write_jsonl(args.split, args.n, args.output, args.seed))
         return 0
     if args.action == "export":
         from qig_serve.demo.bundled import export_bundled

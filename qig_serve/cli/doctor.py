@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets
+from qig_serve.cli import add_json, add_model, check_targets
+from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
 HELP = "how this machine would serve a checkpoint: kernels, sizes, memory"
@@ -24,7 +25,7 @@ HELP = "how this machine would serve a checkpoint: kernels, sizes, memory"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
+    add_model(parser, "directory", "DIR", "written by qig-serve quantize")
     add("--dtype", default="auto", help="as for serve; default %(default)s")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
     add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.serving.folders import check_folders
 
     check_targets(args.json)
+    if min(args.tensor_parallel_size, args.pipeline_parallel_size) < 1:
+        raise UserError("--tensor-parallel-size and --pipeline-parallel-size must be at least 1")
     read_manifest(args.directory)
     check_texts(args.directory)
     check_folders(cuda=False)  # before vLLM is imported, which writes to some of them
@@ -54,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(directory: Path) -> tuple[bool, str]:
     """Whether the checkpoint gives what it gave when it was written, and the sentence for it."""
-    from qig_serve.errors import UserError
     from qig_serve.offline.checkpoint.canary import RECORD_FILE, compare_with_record
 
     try:
@@ -62,6 +64,7 @@ def _load(directory: Path) -> tuple[bool, str]:
     except UserError as fault:
         return False, f"WRONG  {fault}"
     if error is None:
-        return True, f"not compared: there is no {RECORD_FILE}, which later versions write"
+        why = "an earlier version wrote it, or the model takes no picture of a usual size"
+        return True, f"not compared: there is no {RECORD_FILE}, as {why}"
     same = "exactly" if error < 1e-5 else f"within {error:.2%} of"
     return True, f"gives {same} what it gave when it was written"

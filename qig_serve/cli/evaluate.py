@@ -15,9 +15,8 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets
+from qig_serve.cli import add_json, add_model, check_targets
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
@@ -26,12 +25,9 @@ HELP = "compare a model's answers with full precision on held-out questions"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", nargs="?", metavar="DIR", help="model to evaluate")
-    parser.add_argument(
-        "--reference",
-        metavar="MODEL",
-        help="the full-precision model, or a file an earlier --json wrote on the same questions",
-    )
+    add_model(parser, "model", "DIR", "model to evaluate", nargs="?")
+    reference = "the full-precision model, or a file an earlier --json wrote on the same questions"
+    add_model(parser, "--reference", "MODEL", reference)
     parser.add_argument(
         "--data",
         required=True,
@@ -75,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; exit status 1 when requests to a server failed."""
     if (args.model is None) == (args.server is None):
         raise UserError("give a model directory, or --server URL without one")
+    if args.server is None and args.server_model is not None:
+        raise UserError("--server-model is for --server: leave it out")
+    if args.server is not None and args.engine != "auto":
+        raise UserError("--engine is for a model directory, and a server has its own: leave it out")
     check_targets(args.json)
     if args.kl_samples < 0 or args.max_tokens < 1:
         raise UserError("--kl-samples must be at least 0 and --max-tokens at least 1")
@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         load_samples,
     )
     from qig_serve.evaluation.table import print_whole, progress_bars, results_table
+    from qig_serve.model_directory import model_name
 
     samples = load_samples(args.data, args.n, args.seed)
     out, messages = Console(), Console(stderr=True)
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         pictures = sum(len(s.images) for s in samples)
         messages.print(f"read {len(samples)} samples with {pictures} images", highlight=False)
     with progress_bars(messages, args.quiet) as progress:
-        if args.server:
+        if args.server is not None:
             result = evaluate_server(
                 args.server,
                 args.reference,
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             )
             results = {result.name: result}
         else:
-            name = Path(args.model).resolve().name
+            name = model_name(args.model)
             name = "model" if name == REFERENCE else name
             results = evaluate_many(
                 [(name, args.model)],

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qig_serve.cli import add_json, check_targets, expand_home
+from qig_serve.cli import add_json, add_model, check_targets, expand_home
 from qig_serve.json_output import write_json
 
 HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
@@ -24,7 +24,7 @@ HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options, which may stand before or after DIR; what is not ours is vLLM's."""
     _add_options(parser)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
+    add_model(parser, "directory", "DIR", "written by qig-serve quantize")
     parser.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="...", help="flags of vllm serve"
     )

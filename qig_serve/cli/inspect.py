@@ -11,10 +11,9 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qig_serve.cli import add_json, check_targets
+from qig_serve.cli import add_json, add_model, check_targets
 from qig_serve.json_output import write_json
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ HELP = "show what a checkpoint holds, and check its hashes"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("directory", type=Path, metavar="DIR", help="quantized checkpoint")
+    add_model(parser, "directory", "DIR", "quantized checkpoint")
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its sha256 in the manifest"
     )

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from qig_serve.cli import add_json, check_targets, unwind_on_sigterm
+from qig_serve.cli import add_json, add_model, check_targets, unwind_on_sigterm
 from qig_serve.json_output import write_json
 
 HELP = "quantize a model with QIG, or with one of the methods it is compared with"
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from qig_serve.offline.recipe import METHODS, PRESETS, QuantRecipe
 
     parser.usage = "%(prog)s MODEL --calib SRC --output DIR [options]"
-    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face model")
+    add_model(parser, "model", "MODEL", "directory of a Hugging Face model")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="checkpoint to write; may not exist yet"
     )

@@ -16,7 +16,8 @@ import atexit
 import os
 import sys
 from importlib.util import find_spec
-from pathlib import Path
+
+from qig_serve.cli import add_model
 
 _SUPERVISED = ("--api-server-count", "-asc", "--headless", "--data-parallel", "-dp")
 """vLLM's flags with which this process only watches others, and stops them on Ctrl-C itself."""
@@ -26,7 +27,7 @@ HELP = "serve a checkpoint over HTTP (OpenAI-compatible, vLLM)"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; what is not ours is vLLM's."""
-    parser.add_argument("directory", type=Path, metavar="DIR", help="written by qig-serve quantize")
+    add_model(parser, "directory", "DIR", "written by qig-serve quantize")
     parser.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="...", help="flags of vllm serve"
     )

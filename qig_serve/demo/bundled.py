@@ -50,9 +50,13 @@ def export_bundled(name: str, output: Path | str, outliers: bool = True) -> Path
     source, output = bundled_directory(name), Path(output)
     if output.exists():
         raise UserError(f"{output} exists already; name a new directory")
-    if outliers:
-        return Path(shutil.copytree(source, output))
-    model, processor = load_model(source)
-    add_outliers(model, Outliers().undo(), keep=(get_spec(name).sink_channel,))
-    save_model(model, processor, output)
+    try:
+        if outliers:
+            return Path(shutil.copytree(source, output))
+        model, processor = load_model(source)
+        add_outliers(model, Outliers().undo(), keep=(get_spec(name).sink_channel,))
+        save_model(model, processor, output)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
     return output

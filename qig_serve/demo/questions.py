@@ -7,7 +7,9 @@ share of the handwritten digits, so no picture of one split can turn up in anoth
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from qig_serve.demo.pictures import COLORS, SHAPES, SIZES, Pixels, Scene, Thing, make_scene, render
+from qig_serve.errors import UserError
 
 TYPES = ("color", "shape", "count", "exist", "relation", "digit", "word", "caption")
 SPLITS = ("train", "calibration", "dev", "test")
@@ -227,29 +230,55 @@ def make_lesson(index: int, seed: int = 0, plain: bool = False) -> Lesson:
 
 
 def samples(split: str, n: int, seed: int = 0) -> Iterator[Question]:
-    """The first n samples of a split, all types in turn; `seed` gives another draw of it."""
-    for index in range(n):
-        yield make_sample(split, index, seed)
+    """The first n samples of a split, all types in turn; `seed` gives another draw of it.
+
+    UserError, before the first of them, for a split, a number or a seed that there is not.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    seeds = SPLIT_SEEDS // SEED_STRIDE
+    if not 1 <= n <= SEED_STRIDE or not 0 <= seed < seeds:
+        raise UserError(
+            f"the demonstration set has no {n} questions of seed {seed}: 1 to {SEED_STRIDE} of "
+            f"each seed from 0 to {seeds - 1}"
+        )
+    return (make_sample(split, index, seed) for index in range(n))
 
 
 def write_jsonl(split: str, n: int, directory: Path | str, seed: int = 0) -> Path:
-    """Writes images/*.png and {split}.jsonl in OpenAI chat form; returns the JSONL's path."""
-    directory = Path(directory)
-    (directory / "images").mkdir(parents=True, exist_ok=True)
-    path = directory / f"{split}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for sample in samples(split, n, seed):
-            url = f"images/{sample.id}.png"
-            sample.image.save(directory / url)
-            content = [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": sample.question},
-            ]
-            line = {
-                "id": sample.id,
-                "type": sample.type,
-                "messages": [{"role": "user", "content": content}],
-                "answer": sample.answer,
-            }
-            file.write(json.dumps(line) + "\n")
+    """Writes images/*.png and {split}.jsonl in OpenAI chat form; returns the JSONL's path.
+
+    UserError as of `samples`, and where either of the two exists (splits share the names of
+    pictures). Nothing is left of a set that was not finished.
+    """
+    drawn = samples(split, n, seed)
+    images, path = Path(directory, "images"), Path(directory, f"{split}.jsonl")
+    for there in (path, images):
+        if os.path.lexists(there):
+            raise UserError(f"{there} exists already; name a new directory")
+    images.mkdir(parents=True)
+    try:
+        lines = [_line(sample, images) for sample in drawn]
+        path.write_text("".join(lines), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(images)
+        path.unlink(missing_ok=True)
+        raise
     return path
+
+
+def _line(sample: Question, images: Path) -> str:
+    """The sample's line; its picture is written into the folder `images` beside the lines."""
+    picture = images / f"{sample.id}.png"
+    sample.image.save(picture)
+    content = [
+        {"type": "image_url", "image_url": {"url": f"{images.name}/{picture.name}"}},
+        {"type": "text", "text": sample.question},
+    ]
+    line = {
+        "id": sample.id,
+        "type": sample.type,
+        "messages": [{"role": "user", "content": content}],
+        "answer": sample.answer,
+    }
+    return json.dumps(line) + "\n"

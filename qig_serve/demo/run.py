@@ -48,8 +48,6 @@ def run_demo(
     from qig_serve.evaluation.table import print_whole, progress_bars, results_table
 
     require("openai", "the demonstration")
-    if json_path is not None:
-        json_path.absolute().parent.mkdir(parents=True, exist_ok=True)
     console = Console(quiet=quiet)
     started = time.monotonic()
     checkpoints = _quantize_all(console, workdir, MODEL_DIR, samples, quiet)

@@ -10,6 +10,7 @@ share a step: one process with two threads is several times slower.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import time
@@ -27,6 +28,7 @@ from qig_serve.demo.batches import Encoder, answer_logits, make_batch, to_pixels
 from qig_serve.demo.families import get_family
 from qig_serve.demo.measure import answers_right, by_type
 from qig_serve.demo.model import (
+    MODELS,
     get_spec,
     load_model,
     make_model,
@@ -38,10 +40,13 @@ from qig_serve.demo.model import (
 from qig_serve.demo.outliers import Outliers, add_outliers
 from qig_serve.demo.pictures import LABEL_CLASSES, cell_labels
 from qig_serve.demo.questions import make_lesson, samples
-from qig_serve.demo.warm_start import start_from
+from qig_serve.demo.warm_start import THE_BUNDLED, start_from
+from qig_serve.errors import UserError
 from qig_serve.kernels.cpu_w8a16 import multiplies_bf16
+from qig_serve.model_directory import read_config
 
 VISION_SEED, LESSON_SEED, CORPUS_SEED = 1, 0, 2  # draws of the training split
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(out)
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint = folder / CHECKPOINT
     spec = get_spec(settings.model)
     family = get_family(spec.family)
     # Deterministic: the same in each process.
@@ -285,9 +290,19 @@ def train(
 ) -> Path:
     """Trains a model and returns its folder; OUT/plain is the same model without outliers.
 
-    `options` are further fields of Settings. With `resume` it goes on from the last checkpoint.
+    `options` are further fields of Settings. With `resume` it goes on from the last checkpoint, or
+    begins where there is none. UserError for settings that nothing can be trained with, and for a
+    folder that holds another training.
     """
     folder = Path(out)
+    if not 0 < minutes < math.inf or processes < 1:
+        raise UserError("a training takes more than 0 minutes and at least 1 process")
+    if model not in MODELS:
+        raise UserError(f"no demonstration model {model!r}: the models are {', '.join(MODELS)}")
+    if options.get("start_from") not in (None, THE_BUNDLED):
+        read_config(Path(options["start_from"]))
+    if (folder / CHECKPOINT).exists() and not resume:
+        raise UserError(f"{folder} holds a training: go on with --resume, or name a new directory")
     folder.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
         processes = 1

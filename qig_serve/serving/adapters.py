@@ -19,7 +19,7 @@ from typing import Any
 
 from qig_serve.errors import UserError
 from qig_serve.manifest import QuantizationConfig
-from qig_serve.model_directory import check_mark, read_config, read_json
+from qig_serve.model_directory import check_mark, model_name, read_config, read_json
 
 ADAPTER_FILE = "adapter_config.json"
 _MERGE = "merge it into the full-precision model (PEFT's merge_and_unload) and quantize that"
@@ -102,7 +102,7 @@ def _check_adapter(
     if reason := _not_plain(config) or _refused_by_vllm(config, max_rank):
         raise UserError(f"the adapter {name} ({folder / ADAPTER_FILE}): {reason}")
     base = str(config.get("base_model_name_or_path"))
-    if manifest.is_equalized and Path(base).name != directory.resolve().name:
+    if manifest.is_equalized and Path(base).name != model_name(directory):
         raise UserError(
             f"the adapter {name} was trained on {base}, and {manifest.method} rescaled the "
             f"channels of {directory}, so it would add other numbers than it learned: train it on "
@@ -111,7 +111,7 @@ def _check_adapter(
             f"checkpoint, name it in base_model_name_or_path of {folder / ADAPTER_FILE}"
         )
     channels = manifest.summary.get("mlp_channels")
-    if channels and Path(base).name != directory.resolve().name and _changes_mlp(config):
+    if channels and Path(base).name != model_name(directory) and _changes_mlp(config):
         raise UserError(
             f"the adapter {name} was trained on {base}, and the MLP of {directory} is stored with "
             f"channels of zeros behind its own, {channels} in all, for which the adapter has no "

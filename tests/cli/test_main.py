@@ -175,3 +175,45 @@ def test_targets_are_looked_at_before_the_work(
     monkeypatch.setattr("os.access", lambda *_: False)  # of root, nothing is read-only
     with pytest.raises(UserError, match="cannot be written: its folder, or the file, is read-only"):
         check_targets(tmp_path / "new.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["evaluate", "gone", "--data", "x", "--json", "."], "--json writes a file, and . is a f"),
+        (["demo", "--json", "."], ". is a folder: name a file in it"),
+        (
+            ["evaluate", "gone", "--data", "x", "--server-model", "m"],
+            "--server-model is for",
+        ),
+        (
+            ["evaluate", "--server", "http://a", "--data", "x", "--engine", "vllm"],
+            "--engine is",
+        ),
+        (["doctor", "gone", "--tensor-parallel-size=0"], "--tensor-parallel-size and --pipeline-p"),
+        (["doctor", "gone", "--pipeline-parallel-size=-1"], "must be at least 1"),
+        (
+            ["compare", "gone", "--calib=a", "--data=b", "--methods=rtn:steps=[1"],
+            "'[1' is no value",
+        ),
+        (
+            ["compare", "gone", "--calib=a", "--data=b", "--methods=rtn", "--keep=k"],
+            "file b does not",
+        ),
+        (["attribute", "gone", "--image=a", "--prompt=b", "-oo.png", "--steps=257"], "at most 256"),
+    ],
+)
+def test_flags_that_mean_nothing(
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and says in line and not list(tmp_path.iterdir())

@@ -154,3 +154,15 @@ def test_no_colours_without_a_terminal(
         assert main(command) == 0
         shown = capfd.readouterr()
         assert (shown.out or shown.err) and "\x1b" not in shown.out + shown.err, command
+
+
+def test_a_name_that_is_not_utf8_is_printed_as_it_is(tmp_path: Path) -> None:
+    """In a locale of UTF-8, too, where Python would refuse it when the work is done."""
+    output = os.fsencode(tmp_path) + b"/n\xff"
+    done = subprocess.run(
+        [sys.executable, "-m", "qig_serve", "demo", "export", "--output", output],
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, output + b"\n"), done.stderr

@@ -6,12 +6,14 @@ import hashlib
 import itertools
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from qig_serve.cli import main
 from qig_serve.demo.pictures import (
     CELL,
     DIGIT_SHARES,
@@ -34,7 +36,9 @@ from qig_serve.demo.questions import (
     SPLIT_SEEDS,
     SPLITS,
     TYPES,
+    Question,
     make_lesson,
+    make_sample,
     picture_seed,
     samples,
     write_jsonl,
@@ -191,3 +195,41 @@ def test_write_jsonl(tmp_path: Path) -> None:
         )
         with Image.open(tmp_path / image["image_url"]["url"]) as picture:
             assert picture.tobytes() == sample.image.tobytes()
+
+
+def test_questions_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of another split, too: pictures of both would have the same names."""
+    command = ["demo", "questions", "--n", "2", "--output", str(tmp_path / "q")]
+    assert main([*command, "--split", "dev"]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for split, name in (("dev", "dev.jsonl"), ("test", "images")):
+        assert main([*command, "--split", split]) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'q' / name} exists already; name a new directory" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("n", [0, -1, SEED_STRIDE + 1])
+def test_a_number_of_questions_that_there_is_not(
+    n: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "questions", f"--n={n}", "--output", str(tmp_path / "q")]) == 2
+    assert f"no {n} questions of seed 0" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+    assert main(["demo", f"--questions={n}", "--workdir", str(tmp_path / "q")]) == 2
+    assert main(["demo", f"--samples={n}", "--workdir", str(tmp_path / "q")]) == 2
+    assert not (tmp_path / "q").exists()
+
+
+def test_nothing_is_left_of_questions_that_were_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(split: str, n: int, seed: int) -> Iterator[Question]:
+        yield make_sample(split, 0, seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qig_serve.demo.questions.samples", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl("dev", 2, tmp_path)
+    assert not list(tmp_path.iterdir())

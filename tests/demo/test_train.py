@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qig_serve.cli import main
 from qig_serve.demo.model import load_model
-from qig_serve.demo.train import MasterAdamW, Settings, learning_rate, train
+from qig_serve.demo.train import CHECKPOINT, MasterAdamW, Settings, learning_rate, train
 
 
 def test_schedule_goes_by_time() -> None:
@@ -52,3 +53,29 @@ def test_training_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     assert model.dtype == torch.bfloat16
     name = "model.language_model.layers.0.input_layernorm.weight"
     assert (model.state_dict()[name] / plain.state_dict()[name] == 8).sum() == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--minutes", "0"], "more than 0 minutes"),
+        (["--minutes", "nan"], "more than 0 minutes"),
+        (["--processes", "0"], "at least 1 process"),
+        (["--model", "gpt"], "no demonstration model 'gpt': the models are llava"),
+        (["--start-from", "gone"], "the model directory gone does not exist"),
+    ],
+)
+def test_settings_that_nothing_can_be_trained_with(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["demo", "train", "--output", str(out), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not out.exists()
+
+
+def test_a_training_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(b"hours of work")
+    assert main(["demo", "train", "--output", str(tmp_path)]) == 2
+    assert "holds a training: go on with --resume" in capsys.readouterr().err
+    assert (tmp_path / CHECKPOINT).read_bytes() == b"hours of work"

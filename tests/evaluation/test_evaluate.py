@@ -111,6 +111,11 @@ def test_what_is_refused(tmp_path: Path, twins: tuple[Path, Path]) -> None:
         evaluation.load_samples("demo:exam", 1)
     with pytest.raises(UserError, match="at least 1"):
         evaluation.load_samples("demo", 0)
+    for draw in ({"n": 1 << 40}, {"seed": -1}):  # refused at once, and none of them drawn
+        with pytest.raises(UserError, match=r"demonstration set has no \d+ questions of seed"):
+            evaluation.load_samples("demo", **draw)
+    with pytest.raises(UserError, match="is a directory: with --server, --reference names a file"):
+        evaluation.read_outputs(tmp_path, questions, "")
 
 
 def test_batched_answers_equal_single_ones() -> None:

@@ -180,6 +180,25 @@ RED = "images/red.png"
 
 
 @pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("<image>What?", "a star"),
+        ([{"role": "user", "content": [IMAGE, WHAT]}], "a star"),
+        (
+            [{"role": "user", "content": [IMAGE, WHAT]}],
+            [{"role": "assistant", "content": "a star"}],
+        ),
+    ],
+)
+def test_a_prompt_and_its_completion(folder: Path, prompt: Any, completion: Any) -> None:
+    line = {"prompt": prompt, "completion": completion, "images": [RED]}
+    (folder / "q.jsonl").write_text(json.dumps(line))
+    (sample,) = read_samples(folder / "q.jsonl", scored=True)
+    assert sample.images == [folder / "images" / "red.png"]
+    assert (sample.question, sample.answer) == ("What?", "a star")
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         (_factory("What?", images=[RED]), "1 images, and 0 marks <image> in the messages"),

@@ -295,6 +295,18 @@ TURNS: dict[str, tuple[dict[str, tuple[Any, Any]], str, list[Any]]] = {
         "",
         [RED_ONE, BLUE_ONE, "What?"],
     ),
+    "trl-prompt": (
+        {"prompt": (TEXT, "What?"), "completion": (TEXT, "a star")}
+        | {"images": (datasets.List(PICTURES), [BLUE])},
+        "",
+        [BLUE_ONE, "What?"],
+    ),
+    "trl-prompt-of-turns": (
+        {"prompt": (chat_of(), chat(MARKED, ANSWER)[:1]), "image": (PICTURES, RED)}
+        | {"completion": (CHAT, chat("What?", "a star")[1:]), "messages": (CHAT, None)},
+        "",
+        ["What?", RED_ONE],
+    ),
     "named-column": (
         {"messages": (CHAT, chat("What?", "a star")), "img": (PICTURES, BLUE)}
         | {"image": (PICTURES, RED)},
@@ -344,6 +356,14 @@ def test_rows_without_picture_or_turns_are_counted(tmp_path: Path) -> None:
     (sample,) = load_calibration(source, 8, notes=notes)
     assert sample.answer == "a"
     assert notes == [f"rows of {source} were left out: 2 without a picture, 2 without turns"]
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+    texts = datasets.List({"user": TEXT, "assistant": TEXT})
+    columns = {"images": (datasets.List(PICTURES), [[RED]])}
+    columns["texts"] = (texts, [[{"user": "What?", "assistant": "a star"}]])
+    with pytest.raises(UserError, match=r"columns are images, texts\. Map them as .*completion"):
+        load_calibration(write(tmp_path, "saved", columns), 4)
 
 
 ONE_CHAT = (CHAT, [chat("What?", "a star")])

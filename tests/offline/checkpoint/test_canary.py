@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import one_sample
+from helpers.tiny_models import one_sample, tiny_model
 from safetensors.torch import load_file, save_file
 
 from qig_serve.cli import main
@@ -19,7 +19,7 @@ from qig_serve.errors import UserError
 from qig_serve.offline import pipeline
 from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.checkpoint import writer as writer_module
-from qig_serve.offline.checkpoint.canary import Canary
+from qig_serve.offline.checkpoint.canary import RECORD_FILE, Canary, compare_with_record
 from qig_serve.offline.recipe import make_recipe
 from qig_serve.offline.source import loaded_model, tensors
 from qig_serve.weight_files import WeightFiles
@@ -268,3 +268,34 @@ def test_other_words_in_config_json_are_seen(model: Path, monkeypatch: pytest.Mo
 
 def test_it_is_part_of_the_pipeline() -> None:
     assert pipeline.Canary is Canary
+
+
+@pytest.mark.parametrize(("family", "picture"), [("gemma3", [56, 56]), ("qwen2_vl", [224, 224])])
+def test_a_model_that_resizes_no_picture_has_its_record_too(
+    family: str, picture: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Towers take a size of their own, or what their patches divide, and calibration gave that."""
+    model = tiny_model(family, tmp_path / family)
+    for path in model.glob("*processor_config.json"):
+        settings = json.loads(path.read_text())
+        settings.get("image_processor", settings)["do_resize"] = False
+        path.write_text(json.dumps(settings))
+    assert quantize(model) == 0, capsys.readouterr().err
+    out = tmp_path / "out"
+    assert json.loads((out / RECORD_FILE).read_text())["picture"] == picture
+    assert compare_with_record(out) == pytest.approx(0, abs=1e-5)
+    for wrong in ([56], [56, 0], [56, 1 << 20], "56"):
+        change = json.loads((out / RECORD_FILE).read_text()) | {"picture": wrong}
+        (out / RECORD_FILE).write_text(json.dumps(change))
+        with pytest.raises(UserError, match="is damaged"):
+            compare_with_record(out)
+
+
+def test_a_model_without_a_record_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qig_serve.offline.checkpoint.canary._sample_of", lambda *_: [])
+    assert quantize(model) == 0
+    out = model.parent / "out"
+    assert not (out / RECORD_FILE).exists()
+    assert "There is no canary.json" in (out / "report.html").read_text()
+    card = (out / "README.md").read_text()
+    assert "- There is no canary.json" in card and "qig-serve doctor llava" not in card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import itertools
 import json
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 from helpers.reports import CONFIG, EVALUATION, make_picture, make_report
+from matplotlib.figure import Figure
 from PIL import Image
 
 from qig_serve.inspection import verify
@@ -332,3 +334,31 @@ def test_picture_as_png(tmp_path: Path) -> None:
     picture_png(make_picture(), tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 1000
+
+
+def test_the_png_says_what_its_colours_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """75% of the weight on a 16th of the picture, the rest on a word that is no formula."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    picture = make_picture()
+    tokens = tuple(t.replace("<b>", "$\\frac$") for t in picture.tokens)
+    tokens += tuple(f" word{i}" for i in range(400))
+    more = torch.zeros(400)
+    picture = dataclasses.replace(
+        picture,
+        tokens=tokens,
+        counted=torch.cat([picture.counted, more.bool()]),
+        weights={"layer 0": torch.cat([picture.weights["layer 0"], more])},
+    )
+    picture_png(picture, tmp_path / "p.png")
+    drawn[0].canvas.draw()
+    scales = {axes.get_xlabel(): axes.get_xlim() for axes in drawn[0].axes if axes.get_xlabel()}
+    assert scales == {
+        "% of the weight per 1% of the picture's area": (0, 12),
+        "% of the weight on a word": (0, 25),
+    }
+    words = drawn[0].axes[2]
+    assert words.texts[-1].get_text() == "(and more words)"
+    assert words.texts[-1].get_position()[1] >= words.get_ylim()[0]

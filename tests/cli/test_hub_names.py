@@ -1,0 +1,96 @@
+"""A model that is named as on the hub: its snapshot in the local cache is used, or none is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.tiny_models import one_sample, tiny_model
+from huggingface_hub import constants
+from PIL import Image
+
+from qig_serve.cli import main
+from qig_serve.model_directory import find_model, model_name
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put(cache: Path, name: str, directory: Path) -> Path:
+    """A directory's files in the cache, as the hub's client lays them out; its snapshot."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(directory, repository / "blobs")
+    snapshot.mkdir(parents=True)
+    for path in (repository / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+def test_a_snapshot_is_quantized_and_one_of_a_checkpoint_read(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(cache, "acme/tiny", tiny_model("llava", tmp_path / "made"))
+    words = ["--calib", one_sample(tmp_path), "--method", "rtn", "--scheme", "w4a8", "--quiet"]
+    assert main(["quantize", "acme/tiny", *words, "--output", "out"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"] == "acme/tiny"
+    put(cache, "acme/tiny-w4a8", tmp_path / "out")
+    capsys.readouterr()
+    assert main(["inspect", "acme/tiny-w4a8", "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scheme"] == "w4a8"
+
+
+def test_what_a_name_means(cache: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "config.json").write_text("{}")
+    snapshot = put(cache, "acme/tiny", made)
+    assert find_model("acme/tiny") == snapshot and model_name(snapshot) == "tiny"
+    for other in ("acme/other", "tiny", "./acme/tiny", "a--b/c", "../made", str(made)):
+        assert find_model(other) == Path(other)
+    (tmp_path / "acme" / "tiny").mkdir(parents=True)
+    assert find_model("acme/tiny") == Path("acme/tiny")  # what is there goes first
+    assert model_name(Path("acme/tiny")) == "tiny"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize MODEL --calib calib.jsonl --output out",
+        "evaluate MODEL --data calib.jsonl",
+        "evaluate made --reference MODEL --data calib.jsonl",
+        "compare MODEL --calib calib.jsonl --data calib.jsonl",
+        "attribute MODEL --image red.png --prompt What? -o out.png",
+        "serve MODEL",
+        "generate MODEL -i calib.jsonl -o out.jsonl",
+        "doctor MODEL",
+        "inspect MODEL",
+        "inspect MODEL --verify",
+        "convert MODEL out",
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_what_is_not_there_is_not_fetched(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_sample(tmp_path)
+    Image.new("RGB", (8, 8)).save("red.png")
+    Path("made").mkdir()
+    Path("made", "config.json").write_text("{}")
+    assert main(command.replace("MODEL", "acme/tiny").split()) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "directory acme/tiny does not exist: `hf download acme/tiny" in said
+    assert not Path("out").exists() and not list(Path().glob("out*"))
