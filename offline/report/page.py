@@ -187,11 +187,13 @@ def _losses(report: QuantizationReport) -> str:
     linears = [
         [index, name, _g(linear.error_rtn), _g(linear.error)] for index, name, linear in rounded
     ]
+    validated = ("damping", "shift", "shift_damp", "outputs_damping", "outputs_held_out")
     shifts = [
-        [index, name, _g(linear.damping), _g(linear.shift), _g(linear.shift_damp)]
+        [index, name, *(_g(getattr(linear, field)) for field in validated)]
         for index, name, linear in rounded
         if linear.shift is not None
     ]
+    chosen = ["damping", "shift", "damping of the shift", "damping of outputs", "outputs' cost"]
     outputs = [[b.index, _g(b.output_error)] for b in report.blocks]
     return _section(
         "Loss before and after",
@@ -211,8 +213,9 @@ def _losses(report: QuantizationReport) -> str:
         ),
         _details("Errors of the linears", _table(["block", "linear", "RTN", "after"], linears, 2)),
         _details(
-            "Damping and target shift of the compensation, chosen by cross-validation",
-            _table(["block", "linear", "damping", "shift", "damping of the shift"], shifts, 2),
+            "Damping and target shift of the compensation, chosen by cross-validation; where "
+            "outputs' cost is below 1 their errors make up for each other",
+            _table(["block", "linear", *chosen], shifts, 2),
         ),
         _figure(
             plots.output_error_plot(report),
