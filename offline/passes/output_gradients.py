@@ -243,7 +243,7 @@ def output_moments(
         for handle in handles:
             handle.remove()
     gradients.behind[streams.index].clear()
-    for halves in found.values():
+    for _, halves in sorted(found.items()):  # all processes in one order
         for moments in halves:
             streams.ranks.sum(moments)
         mean = (halves[0].diagonal() + halves[1].diagonal()).mean().clamp(min=1e-30)
