@@ -18,6 +18,7 @@ from torch import nn
 from qig_serve.errors import UserError
 from qig_serve.family_row import SmoothingGroup
 from qig_serve.formats import QuantScheme, get_scheme
+from qig_serve.model_directory import find_model
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.importance.attribution import (
     Quadrature,
@@ -52,7 +53,7 @@ class LayerWeights:
 
 
 def explain_sample(
-    directory: Path,
+    model: Path | str,
     images: Sequence[ImageSource],
     prompt: str,
     answer: str | None,
@@ -63,8 +64,9 @@ def explain_sample(
 ) -> tuple[TokenPicture, dict[str, float]]:
     """The picture of a sample, and the completeness error of each layer in it.
 
-    `choose_layers` maps the number of decoder layers to those wanted. UserError for a model or a
-    picture that cannot be read, and for an unknown scheme.
+    `model` is its directory, or its org/name where the hub's local cache has it. `choose_layers`
+    maps the number of decoder layers to those wanted. UserError for a model or a picture that
+    cannot be read, and for an unknown scheme.
     """
     try:
         quant_scheme = get_scheme(scheme)
@@ -75,7 +77,7 @@ def explain_sample(
     content.append({"type": "text", "text": prompt})
     sample = Sample("picture", "picture", ({"role": "user", "content": content},), answer)
 
-    loaded = loaded_model.load(directory)
+    loaded = loaded_model.load(find_model(model))
     chosen = choose_layers(loaded.num_blocks)
     (batch,) = make_batches(
         [sample], loaded.processor, loaded.image_token_id, max_length=_MAX_LENGTH

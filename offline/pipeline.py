@@ -25,6 +25,7 @@ import torch
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.formats import QuantScheme, unsupported_shape
+from qig_serve.model_directory import find_model
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.calibration.sources import load_calibration
 from qig_serve.offline.checkpoint import compressed_tensors
@@ -72,7 +73,9 @@ def quantize(
     quiet: bool = False,
     plain: bool = False,
 ) -> QuantizationReport:
-    """Quantizes a Hugging Face model directory and writes the checkpoint to `output`.
+    """Quantizes a Hugging Face model and writes the checkpoint to `output`.
+
+    `model` is its directory, or its org/name where the hub's local cache has it.
 
     The same recipe, samples, seed and number of processes give the same bytes. UserError, with
     nothing left behind, when model, data or recipe are wrong; an interrupted run goes on with
@@ -91,7 +94,7 @@ def quantize(
     with joined() as ranks:
         if ranks.writes:
             check_target(Path(output), resume)  # a large model takes minutes to load
-        return _quantize(Path(model), Path(output), recipe, ranks, resume, quiet, plain)
+        return _quantize(find_model(model), Path(output), recipe, ranks, resume, quiet, plain)
 
 
 def _quantize(
@@ -139,7 +142,8 @@ def _quantize(
             RunProgress(loaded.num_blocks, device, quiet or not ranks.writes, log)
         )
         eight = f"in 8 bits: {', '.join(loaded.eight_bit)}" if loaded.eight_bit else ""
-        for line in (*notes, eight, loaded.left_out_line, width, calibration_line(report, ranks)):
+        calibration = report.calibration_line(ranks.size)
+        for line in (*notes, eight, loaded.left_out_line, width, calibration):
             if line:
                 progress.line(line)
         on_disk, beside = recipe.offload == "disk", None if writer is None else writer.directory
@@ -198,17 +202,6 @@ def choose_mlp_width(loaded: LoadedModel, recipe: QuantRecipe, plain: bool) -> s
         return ""
     loaded.mlp_padding, note = mlp_width.choose(loaded, recipe.quant_scheme, recipe.pad_mlp)
     return note if loaded.mlp_padding is None else loaded.mlp_padding.sentence()
-
-
-def calibration_line(report: QuantizationReport, ranks: Ranks) -> str:
-    """How much there is to calibrate on, for people."""
-    tokens = report.calibration["tokens"]
-    shared = f", shared by {ranks.size} processes" if ranks.size > 1 else ""
-    return (
-        f"calibration: {report.calibration['samples']} samples with "
-        f"{report.calibration['images']} images: {tokens['image']} image, {tokens['text']} text "
-        f"and {tokens['special']} template tokens{shared}"
-    )
 
 
 def look_ahead(
@@ -358,16 +351,7 @@ def quantize_blocks(
             # The report first: a block that is written counts as done, and is not reported again.
             writer.write_text(REPORT_FILE, report.model_dump_json())
             write_block(loaded, block, index, rounding.tensors, results, writer, streams.scheme)
-        progress.block_done(block_line(done), first)
-
-
-def block_line(done: BlockReport) -> str:
-    """What is printed of a finished block."""
-    text = f"output error {100 * done.output_error:.3g}%"
-    at_rtn = sum(m.loss_rtn for m in done.modules)
-    return text + (
-        f", {sum(m.loss for m in done.modules) / at_rtn:.2f} of RTN's loss" if at_rtn else ""
-    )
+        progress.block_done(done.line(), first)
 
 
 def count_fallbacks(

@@ -125,6 +125,14 @@ class BlockReport(_Data):
     device_bytes: int = 0
     """Peak memory allocated on the GPU so far; 0 on a CPU."""
 
+    def line(self) -> str:
+        """For people."""
+        text = f"output error {100 * self.output_error:.3g}%"
+        at_rtn = sum(m.loss_rtn for m in self.modules)
+        return text + (
+            f", {sum(m.loss for m in self.modules) / at_rtn:.2f} of RTN's loss" if at_rtn else ""
+        )
+
 
 def experts_together(block: BlockReport) -> list[tuple[str, LinearReport]]:
     """A block's linears by name, those of all experts as one: means, and all tokens."""
@@ -200,6 +208,16 @@ class QuantizationReport(_Data):
     """Estimated by the dry run: seconds, and peaks of host_bytes, disk_bytes, device_bytes."""
     seconds: float = 0.0
     producer: str = ""
+
+    def calibration_line(self, processes: int) -> str:
+        """How much there is to calibrate on, for people, and how many processes share it."""
+        tokens = self.calibration["tokens"]
+        shared = f", shared by {processes} processes" if processes > 1 else ""
+        return (
+            f"calibration: {self.calibration['samples']} samples with "
+            f"{self.calibration['images']} images: {tokens['image']} image, {tokens['text']} text "
+            f"and {tokens['special']} template tokens{shared}"
+        )
 
     def size(self) -> str:
         """The checkpoint's and the source model's, for people; empty before it is complete."""

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qig_serve.errors import UserError
-from qig_serve.model_directory import read_manifest
+from qig_serve.model_directory import find_model, read_manifest
 from qig_serve.serving import batch_io, in_process
 from qig_serve.serving.batch_io import Request, Results
 from qig_serve.serving.limits import Limits
@@ -55,7 +55,7 @@ class EngineDied(RuntimeError):
 
 
 def generate(
-    directory: Path,
+    model: Path | str,
     source: Path,
     output: Path,
     *,
@@ -68,6 +68,7 @@ def generate(
 ) -> Totals:
     """Answer every request of `source` into `output`, rows in the order in which they finish.
 
+    model: the checkpoint's directory, or its org/name where the hub's local cache has it;
     flags: of `vllm serve`; quiet: no progress bar; give_way: the engine's processes go first, and
     the calling thread keeps its lowest priority afterwards. UserError for input that is wrong as
     a whole; EngineDied if the engine died, after which `resume` continues.
@@ -79,6 +80,7 @@ def generate(
 
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}: an answer has at least one token")
+    directory = find_model(model)
     manifest = read_manifest(directory)
     require_sound(directory)
     defaults: dict[str, Any] = {"max_tokens": max_tokens} if max_tokens else {}

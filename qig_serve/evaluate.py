@@ -24,7 +24,7 @@ from qig_serve.evaluation import Progress
 from qig_serve.evaluation.generation import Engine, ask_server, choose_engine, generate
 from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, normalize, paired
 from qig_serve.http_clients import without_password
-from qig_serve.model_directory import quantization, read_config
+from qig_serve.model_directory import find_model, quantization, read_config
 from qig_serve.records import read_samples
 from qig_serve.samples import Sample, overlap, sample_sha256, set_sha256
 from qig_serve.text_files import read_json
@@ -168,16 +168,16 @@ def evaluate_many(
 ) -> dict[str, EvaluationResult]:
     """Several models on the same questions; name -> result, the reference as "fp".
 
-    `reference` is a full-precision model directory, or a JSON file that `qig-serve evaluate`
-    wrote on the same questions (then there are no logits, hence no KL), or None. KL is taken on
-    the first `kl_samples` questions; 0 leaves it out. The engine "forced" finds answers by
-    teacher forcing (evaluation/forced.py), "none" asks for none: KL alone. UserError when an input
-    is wrong.
+    A model is a directory, or org/name where the hub's local cache has it. `reference` is one in
+    full precision, or a JSON file that `qig-serve evaluate` wrote on the same questions (then there
+    are no logits, hence no KL), or None. KL is taken on the first `kl_samples` questions; 0 leaves
+    it out. The engine "forced" finds answers by teacher forcing (evaluation/forced.py), "none" asks
+    for none: KL alone. UserError when an input is wrong.
     """
     samples, say = list(samples), progress or _silent
     if not samples or any(not s.answer for s in samples):
         raise UserError("evaluation needs samples with answers")
-    jobs = [(name, Path(directory)) for name, directory in models]
+    jobs = [(name, find_model(directory)) for name, directory in models]
     if len({name for name, _ in jobs}) < len(jobs):
         raise UserError("two models to evaluate have the same name")
     for _, directory in jobs:
@@ -191,7 +191,7 @@ def evaluate_many(
     if reference is not None and Path(reference).is_file():
         reference_outputs = read_outputs(Path(reference), samples, set_hash)
     elif reference is not None:
-        full = _full_precision(Path(reference))
+        full = _full_precision(find_model(reference))
     divergences: dict[str, Divergence] = {}
     if full is not None:
         others = [(name, path) for name, path in jobs if path.resolve() != full.resolve()]

@@ -65,12 +65,14 @@ _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 _BY_WIDTH = ("float16", "bfloat16", "float32", "float64")
 
 
-def find_model(model: str) -> Path:
+def find_model(model: Path | str) -> Path:
     """The directory that a person names: a path, or org/name of the hub where that is no path.
 
     Of the latter the snapshot that is current in the hub's local cache, or the path where there is
-    none. Nothing is downloaded.
+    none. Nothing is downloaded. What was found is found again, so that the command line and the
+    functions behind it may both ask.
     """
+    model = str(model)
     if not _HUB_NAME.fullmatch(model) or os.path.lexists(model):
         return Path(model)
 

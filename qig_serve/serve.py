@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qig_serve.errors import UserError
-from qig_serve.model_directory import check_texts, model_name, read_manifest
+from qig_serve.model_directory import check_texts, find_model, model_name, read_manifest
 from qig_serve.serving.adapter_tensors import check_adapter_tensors
 from qig_serve.serving.adapters import check_adapters
 from qig_serve.serving.folders import check_folders
@@ -100,13 +100,15 @@ def set_environment(limits: Limits) -> None:
         os.environ.setdefault(name, str(SEQUENCES_PER_REQUEST))
 
 
-def serve(directory: Path, flags: Sequence[str], limits: Limits) -> int:
+def serve(model: Path | str, flags: Sequence[str], limits: Limits) -> int:
     """Serve until stopped; 0 if it was asked to stop, 1 if its engine died.
 
-    UserError if the directory is no qig checkpoint, or a flag is unsafe.
+    model: the checkpoint's directory, or its org/name where the hub's local cache has it.
+    UserError if that is no qig checkpoint, or a flag is unsafe.
     """
     from qig_serve.serving.describe import describe, serving_dtype
 
+    directory = find_model(model)
     manifest = read_manifest(directory)
     set_environment(limits)
 

@@ -20,6 +20,7 @@ import torch
 from qig_serve.errors import UserError
 from qig_serve.model_directory import (
     CONFIG_FILE,
+    find_model,
     model_dtype,
     read_config,
     read_json,
@@ -189,13 +190,13 @@ def convert(
     output: Path | str,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
-    """Rewrite a published InternVL2 directory; the new directory.
+    """Rewrite a published InternVL2 model (a directory, or org/name); the new directory.
 
     `progress` is called with what is being done, the number of tensors done, and of all.
     One shard in memory at a time, written beside `output` and renamed at the end. UserError when
     the source is no such model or the output exists; nothing is left behind then.
     """
-    source_dir, output = Path(source_dir), Path(output)
+    source_dir, output = find_model(source_dir), Path(output)
     original = read_config(source_dir)
     if os.path.lexists(output):
         raise UserError(f"{output} exists already: choose another directory, or remove it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,16 @@ from helpers.tiny_models import one_sample, tiny_model
 from huggingface_hub import constants
 from PIL import Image
 
+from qig_serve import QuantRecipe, quantize
+from qig_serve.batch import generate
 from qig_serve.cli import main
+from qig_serve.errors import UserError
+from qig_serve.evaluate import evaluate_many, load_samples
 from qig_serve.model_directory import find_model, model_name
+from qig_serve.offline.explain import explain_sample
+from qig_serve.offline.source.internvl2 import convert
+from qig_serve.serve import serve
+from qig_serve.serving.limits import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,6 +73,40 @@ def test_what_a_name_means(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "acme" / "tiny").mkdir(parents=True)
     assert find_model("acme/tiny") == Path("acme/tiny")  # what is there goes first
     assert model_name(Path("acme/tiny")) == "tiny"
+
+
+def test_functions_find_a_name_as_the_commands_do(cache: Path, tmp_path: Path) -> None:
+    put(cache, "acme/tiny", tiny_model("llava", tmp_path / "made"))
+    recipe = QuantRecipe(calib=one_sample(tmp_path), method="rtn", scheme="w4a8")
+    assert quantize("acme/tiny", tmp_path / "out", recipe, quiet=True).model == "acme/tiny"
+    put(cache, "acme/tiny-w4a8", tmp_path / "out")
+    samples = load_samples("demo", 1)
+    found = evaluate_many(
+        [("w4a8", "acme/tiny-w4a8")], "acme/tiny", samples, engine="none", kl_samples=1
+    )
+    assert found["w4a8"].scheme == "w4a8" and found["w4a8"].divergence is not None
+    assert found["w4a8"].calibration_overlap == ()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: explain_sample("acme/none", [], "What?", None, lambda count: [0]),
+        lambda: generate("acme/none", Path("calib.jsonl"), Path("out.jsonl")),
+        lambda: serve("acme/none", [], Limits()),
+        lambda: convert("acme/none", "out"),
+    ],
+    ids=["attribute", "generate", "serve", "convert"],
+)
+def test_functions_read_a_name_s_snapshot(
+    function: Callable[[], object], cache: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "config.json").write_text("{}")
+    put(cache, "acme/none", made)
+    with pytest.raises(UserError, match=r"snapshots/|models of type"):
+        function()
 
 
 @pytest.mark.parametrize(
