@@ -1,7 +1,7 @@
 """Samples from people's files: JSON lines, or one JSON list of the same records.
 
-A record's turns are "messages" (OpenAI's chat form, samples.py), "prompt" and "completion" (TRL)
-or "conversations" (LLaVA, ShareGPT, LLaMA-Factory). Which form a file is in, its first character
+A record's turns are "messages" (OpenAI's chat form, samples.py), "conversations" (LLaVA, ShareGPT,
+LLaMA-Factory), or what turns.py makes one of these. Which form a file is in, its first character
 says, not its name. Whatever carries a picture, a sound, a tool or a thought is read or refused with
 its line; nothing is fetched from a network.
 """
@@ -21,12 +21,11 @@ from PIL import Image
 from qig_serve.errors import UserError
 from qig_serve.samples import ImageSource, Sample
 from qig_serve.text_files import lines, parse_json, read_list
+from qig_serve.turns import with_turns
 
 _ROLES = ("system", "user", "assistant")
 _SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in _ROLES}
 """Those of conversations, and their roles."""
-PROMPTED = {"prompt": "user", "completion": "assistant"}
-"""Keys of a prompt and its completion, and the roles of what is text there."""
 _MEDIA = re.compile(
     r"(input_)?(image|img|picture|photo|video|audio|sound|speech|media)s?"
     r"(_?(url|uri|path|file|byte|data|base64|b64)s?)?"
@@ -116,7 +115,7 @@ def parse_record(
     mark they stand before the first question, as TRL has it.
     """
     if isinstance(record, dict):
-        record = with_messages(record)
+        record = with_turns(record, where)
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         if record.get("conversations"):
             raise UserError(
@@ -127,19 +126,9 @@ def parse_record(
         return _from_conversations(record, where, folder, number, pictures)
     raise UserError(
         f'{where}: a sample needs a "messages" list in OpenAI chat form, a list of '
-        '"conversations" as LLaVA has it, or "prompt" and "completion" as TRL has them'
+        '"conversations" as LLaVA has it, "prompt" with "completion" or "chosen" as TRL has them, '
+        'or "texts" of questions and answers as The Cauldron has them'
     )
-
-
-def with_messages(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without turns, but with a prompt and a completion, as one of "messages"."""
-    if not record.keys() >= PROMPTED.keys() or record.keys() & {"messages", "conversations"}:
-        return record
-    turns: list[Any] = []
-    for key, role in PROMPTED.items():
-        value = record[key] or []
-        turns += value if isinstance(value, list) else [{"role": role, "content": value}]
-    return {k: v for k, v in record.items() if k not in PROMPTED} | {"messages": turns}
 
 
 def _from_messages(

@@ -3,10 +3,10 @@
 NAME is a dataset of the hub, a folder (of files, or written by `save_to_disk`), or a parquet file.
 A row's picture may be one, or a list of them: decoded, encoded bytes (or their base64 text, or a
 data URL), {"bytes", "path"}, or a path from the dataset's folder. A caption may be a list: the
-first counts. Without such a column the turns of "messages" or "conversations", or of "prompt" and
-"completion", are read (records.py), with the pictures of "image" or "images"; without turns,
-"question" and "answer". Rows without a picture, or with neither caption nor turns, are left out,
-and counted.
+first counts. Without such a column the turns of "messages" or "conversations", or of the forms of
+turns.py, are read (records.py), with the pictures of "image" or "images"; without turns, "question"
+and "answer", or "question" and "chosen". Rows without a picture, or with neither caption nor turns,
+are left out, and counted.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.records import (
     PICTURE_KEYS,
-    PROMPTED,
     parse_record,
     picture_path,
     resolve_picture,
-    with_messages,
 )
 from qig_serve.samples import ImageSource, Sample, load_image
+from qig_serve.turns import FORMS, TURNS, has_turns, with_turns
 
 CAPTION_QUESTION = "Describe the image."
 _OPTIONS = {"split": "train", "image": "image", "answer": "caption", "question": ""}
 _IMAGE_COLUMNS = ("image", "images")
-_TURNS = ("messages", "conversations")
 _PICTURE_COLUMN = re.compile("image|img|picture|photo|pixel", re.IGNORECASE)
 _BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk0)[A-Za-z0-9+/\s]{32,}=*\s*")
 """Text of JPEG, PNG, WebP, GIF and BMP."""
@@ -188,21 +186,21 @@ def _check_columns(source: str, row: Mapping[str, Any], options: Mapping[str, st
         raise UserError(
             f"{source}: no column {missing[0]!r}; the columns are {', '.join(row)}. "
             f"Map them as {_MAP}, or name a column of turns messages or conversations, or two "
-            "prompt and completion"
+            "prompt and completion, or prompt and chosen"
         )
 
 
 def _with_answers(row: Mapping[str, Any], options: Mapping[str, str]) -> Mapping[str, str]:
     """The options, with question and answer where a row has both, and no caption to go before."""
-    theirs = {"question": "question", "answer": "answer"}
+    theirs = {"question": "question", "answer": "answer" if "answer" in row else "chosen"}
     named = theirs.keys() & options.keys() or _OPTIONS["answer"] in row
-    return options if named or not theirs.keys() <= row.keys() else {**options, **theirs}
+    return options if named or not set(theirs.values()) <= row.keys() else {**options, **theirs}
 
 
 def _has_turns(row: Mapping[str, Any], options: Mapping[str, str]) -> bool:
     """Whether the row is a conversation: captions and questions that are named go first."""
     named = "answer" in options or "question" in options or _OPTIONS["answer"] in row
-    return not named and (any(c in row for c in _TURNS) or row.keys() >= PROMPTED.keys())
+    return not named and has_turns({c: _list_of_turns(row[c]) for c in row})
 
 
 def _conversation(
@@ -228,21 +226,20 @@ def _conversation(
     known = bool(held) or "image" in options
     record: dict[str, Any] = {}
     for column, value in row.items():
-        if column in _TURNS or column in PROMPTED:
+        if column in (*TURNS, *FORMS):
             record[column] = _plain(_list_of_turns(value))
         elif column not in columns and not (known and _PICTURE_COLUMN.search(column)):
             # Where the pictures are known, names and sizes of them are no loss.
             record[column] = _plain(value)
-    if not any(row.get(column) for column in _TURNS):
-        record = with_messages({k: v for k, v in record.items() if k not in _TURNS})
+    record = with_turns({k: v for k, v in record.items() if v or k not in TURNS}, where)
     record = {"id": identifier} | {k: v for k, v in record.items() if v is not None}
-    turns = [turn for column in _TURNS for turn in record.get(column) or []]
+    turns = [turn for column in TURNS for turn in record.get(column) or []]
     if not turns:
         return "turns"
     shown = any(map(_shows, turns))
     if columns and not held and not text_only and not shown:
         return "a picture"  # whatever marks there are
-    other = next((c for c in record if c not in _TURNS and _PICTURE_COLUMN.search(c)), None)
+    other = next((c for c in record if c not in TURNS and _PICTURE_COLUMN.search(c)), None)
     if other and not columns and not shown and not isinstance(record[other], (int, float)):
         raise UserError(
             f"{where}: the column {other} is not read: name it, as hf:NAME?image={other}"

@@ -8,7 +8,7 @@ captions.csv                    columns image and caption, and perhaps question
 hf:NAME?split=train&image=image&question=prompt&answer=caption
                                 a Hugging Face dataset and its columns (hugging_face.py); what
                                 CAPTIONS names is the default; without a caption the turns of
-                                messages, conversations, or prompt and completion, or else
+                                messages, conversations or a form of turns.py, or else
                                 question and answer
 file.parquet                    the same
 """

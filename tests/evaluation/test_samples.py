@@ -238,3 +238,70 @@ def test_json_into_what_is_no_file(tmp_path: Path) -> None:
     with os.fdopen(read) as pipe:
         assert json.load(pipe) == json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+QUESTION = {"role": "user", "content": "<image>What?"}
+STAR, HEART = ({"role": "assistant", "content": x} for x in ("a star", "a heart"))
+HUMAN = {"from": "human", "value": "<image>What?"}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        {"prompt": "<image>What?", "chosen": "a star", "rejected": "a heart"},
+        {"prompt": [QUESTION], "chosen": [STAR], "rejected": [HEART]},
+        {"prompt": [QUESTION], "chosen": "a star", "rejected": "a heart"},
+        {"chosen": [QUESTION, STAR], "rejected": [QUESTION, HEART]},
+        {"prompt": "<image>What?", "chosen": [QUESTION, STAR], "rejected": [QUESTION, HEART]},
+        {"messages": [QUESTION], "chosen": STAR, "rejected": HEART},
+        {"messages": [QUESTION, STAR], "chosen": [QUESTION, STAR], "rejected": [QUESTION, HEART]},
+        {
+            "conversations": [HUMAN],
+            "chosen": {"from": "gpt", "value": "a star"},
+            "rejected": {"from": "gpt", "value": "a heart"},
+        },
+        {"texts": [{"user": "What?", "assistant": "a star", "source": "VQAv2"}]},
+        {"texts": [{"user": "<image>What?", "assistant": "a star"}]},
+    ],
+)
+def test_preferences_and_the_cauldron(folder: Path, turns: dict[str, Any]) -> None:
+    """Of a pair the chosen answer counts."""
+    (folder / "q.jsonl").write_text(json.dumps({"images": [RED], **turns}))
+    (sample,) = read_samples(folder / "q.jsonl", scored=True)
+    (message,) = sample.messages
+    assert [p["type"] for p in message["content"]] == ["image", "text"]
+    assert sample.images == [folder / RED]
+    assert (sample.question, sample.answer) == ("What?", "a star")
+
+
+def test_the_cauldron_s_questions_are_one_conversation(folder: Path) -> None:
+    texts = [{"user": f"{i}?", "assistant": str(i), "source": "AI2D"} for i in range(3)]
+    (folder / "q.json").write_text(json.dumps([{"images": [RED, RED], "texts": texts}]))
+    (sample,) = read_samples(folder / "q.json")
+    said = [[p.get("text", "picture") for p in m["content"]] for m in sample.messages]
+    assert said == [["picture", "picture", "0?"], ["0"], ["1?"], ["1"], ["2?"]]
+    assert sample.answer == "2"
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (
+            {"chosen": "a: b", "rejected": "a: c"},
+            '"chosen" and "rejected" without a "prompt"',
+        ),
+        ({"chosen": [STAR], "rejected": [HEART]}, '"chosen" and "rejected" without a "prompt"'),
+        ({"prompt": "What?", "chosen": [QUESTION], "rejected": ""}, '"chosen" must be a text, or'),
+        ({"prompt": "?", "chosen": [QUESTION, STAR]}, '"prompt" and another question in "chosen"'),
+        ({"prompt": "?", "completion": "a", "chosen": "b"}, '"completion" and "chosen": give the'),
+        ({"messages": [QUESTION], "chosen": "a", "answer": "b"}, '"answer" and "chosen": give the'),
+        ({"texts": ["a caption", "another"]}, 'a sample needs a "messages" list .* Cauldron'),
+        ({"texts": [{"user": "What?"}]}, 'each of "texts" must have the texts "user" and "assist'),
+    ],
+)
+def test_pairs_and_texts_that_are_ambiguous(
+    folder: Path, turns: dict[str, Any], message: str
+) -> None:
+    (folder / "q.jsonl").write_text(_line(RED) + "\n" + json.dumps({"images": [RED], **turns}))
+    with pytest.raises(UserError, match=r"q\.jsonl, line 2: " + message):
+        read_samples(folder / "q.jsonl")

@@ -253,6 +253,13 @@ def part(**keys: Any) -> dict[str, Any]:
     return {"index": None, "text": None, "image": None, "image_url": None} | keys
 
 
+COUPLES = datasets.List({"user": TEXT, "assistant": TEXT, "source": TEXT})
+
+
+def couple(user: str, assistant: str) -> dict[str, str]:
+    return {"user": user, "assistant": assistant, "source": "VQAv2"}
+
+
 RED_ONE, BLUE_ONE = (40, 30), (20, 30)
 TEXT_PART = {"index": None, "text": "What?", "type": "text"}
 ANSWER = [TEXT_PART | {"text": "a star"}]
@@ -307,6 +314,51 @@ TURNS: dict[str, tuple[dict[str, tuple[Any, Any]], str, list[Any]]] = {
         "",
         ["What?", RED_ONE],
     ),
+    "pair": (
+        {"prompt": (TEXT, "What?"), "chosen": (TEXT, "a star"), "rejected": (TEXT, "a heart")}
+        | {"image": (PICTURES, BLUE)},
+        "",
+        [BLUE_ONE, "What?"],
+    ),
+    "pair-of-turns": (
+        {
+            "prompt": (chat_of(), chat(MARKED, ANSWER)[:1]),
+            "images": (datasets.List(PICTURES), [RED]),
+        }
+        | {"chosen": (chat_of(), chat(MARKED, ANSWER)[1:])}
+        | {"rejected": (chat_of(), chat(MARKED, [TEXT_PART])[1:])},
+        "",
+        ["What?", RED_ONE],
+    ),
+    "pair-with-the-question-in-each": (
+        {"chosen": (CHAT, chat("What?", "a star")), "rejected": (CHAT, chat("What?", "a heart"))}
+        | {"image": (PICTURES, RED)},
+        "",
+        [RED_ONE, "What?"],
+    ),
+    "question-and-pair": (
+        {"question": (TEXT, "What?"), "chosen": (TEXT, "a star"), "rejected": (TEXT, "a heart")}
+        | {"image": (PICTURES, RED)},
+        "",
+        [RED_ONE, "What?"],
+    ),
+    "cauldron": (
+        {"images": (datasets.List(PICTURES), [RED, BLUE])}
+        | {"texts": (COUPLES, [couple("A?", "a"), couple("B?", "a star")])},
+        "",
+        [RED_ONE, BLUE_ONE, "A?", "a", "B?"],
+    ),
+    "cauldron-of-lists": (
+        {
+            "texts": (
+                {"user": datasets.List(TEXT), "assistant": datasets.List(TEXT)},
+                {"user": ["What?"], "assistant": ["a star"]},
+            ),
+            "images": (datasets.List(PICTURES), [RED]),
+        },
+        "",
+        [RED_ONE, "What?"],
+    ),
     "named-column": (
         {"messages": (CHAT, chat("What?", "a star")), "img": (PICTURES, BLUE)}
         | {"image": (PICTURES, RED)},
@@ -359,9 +411,8 @@ def test_rows_without_picture_or_turns_are_counted(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
-    texts = datasets.List({"user": TEXT, "assistant": TEXT})
     columns = {"images": (datasets.List(PICTURES), [[RED]])}
-    columns["texts"] = (texts, [[{"user": "What?", "assistant": "a star"}]])
+    columns["texts"] = (datasets.List(TEXT), [["a star", "a red star"]])
     with pytest.raises(UserError, match=r"columns are images, texts\. Map them as .*completion"):
         load_calibration(write(tmp_path, "saved", columns), 4)
 

@@ -1,0 +1,125 @@
+"""A record's turns in the forms that datasets have beside "messages" and "conversations".
+
+{"prompt": ..., "completion": ...}                    TRL; each a text, or turns
+{"prompt": ..., "chosen": ..., "rejected": ...}       TRL's preferences: what is chosen counts
+{"chosen": [...], "rejected": [...]}                  the same, with the question in each
+{"messages": [...], "chosen": ..., "rejected": ...}   LLaMA-Factory's, conversations too
+{"texts": [{"user": ..., "assistant": ...}, ...]}     The Cauldron's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qig_serve.errors import UserError
+
+TURNS = ("messages", "conversations")
+"""Keys of turns as records.py reads them."""
+FORMS = ("prompt", "completion", "chosen", "rejected", "texts")
+"""Keys of the other forms."""
+_USER = ("user", "human")
+_ASSISTANT = ("assistant", "gpt")
+
+
+def has_turns(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a conversation in one of the forms, by its keys."""
+    keys, texts = record.keys(), record.get("texts")
+    asked = keys & {"prompt", "question"}
+    return (
+        any(key in keys for key in TURNS)
+        or keys >= {"prompt", "completion"}
+        or keys >= {"prompt", "chosen"}
+        or (keys >= {"chosen", "rejected"} and not asked)
+        or ("texts" in keys and (not texts or _of_two(texts)))
+    )
+
+
+def with_turns(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The record with its turns under "messages" or "conversations"; as it is if it has no form.
+
+    UserError, from `where` on, where more than one reading is possible.
+    """
+    if not has_turns(record):
+        return dict(record)
+    found = {key: value for key, value in record.items() if key not in FORMS}
+    key = next((key for key in TURNS if record.get(key)), None)
+    if key is not None:
+        if not record.get("chosen") or not _ends_with(record[key], _USER):
+            return dict(record)
+        if found.get("answer") is not None:
+            raise UserError(f'{where}: "answer" and "chosen": give the answer in one of them')
+        found[key] = [*record[key], *_chosen(record, where)]
+    elif "chosen" in record:
+        if record.get("completion"):
+            raise UserError(f'{where}: "completion" and "chosen": give the answer in one of them')
+        found["messages"] = _asked_and_chosen(record, where)
+    elif "completion" in record:
+        asked, answered = _turns(record["prompt"], "user"), _turns(record["completion"])
+        found["messages"] = [*asked, *answered]
+    elif "texts" in record:
+        found["conversations"] = _question_by_question(record["texts"] or [], where)
+    return found
+
+
+def _turns(value: Any, role: str = "assistant") -> list[Any]:
+    """A cell's turns: a text, or parts without a role, are one turn of `role`."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        return [value]
+    return [{"role": role, "content": value}] if value else []
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+
+
+def _ends_with(turns: Any, roles: tuple[str, ...]) -> bool:
+    return isinstance(turns, list) and bool(turns) and _role(turns[-1]) in roles
+
+
+def _chosen(record: Mapping[str, Any], where: str) -> list[Any]:
+    """The turns that were preferred, whose last is the answer."""
+    chosen = _turns(record["chosen"])
+    if chosen and not _ends_with(chosen, _ASSISTANT):
+        raise UserError(
+            f'{where}: "chosen" must be a text, or turns that end with the assistant\'s'
+        )
+    return chosen
+
+
+def _asked_and_chosen(record: Mapping[str, Any], where: str) -> list[Any]:
+    chosen, asked = _chosen(record, where), _turns(record.get("prompt"), "user")
+    if not any(_role(turn) in _USER for turn in chosen):
+        if chosen and "prompt" not in record:
+            raise UserError(
+                f'{where}: "chosen" and "rejected" without a "prompt": write the question into '
+                '"prompt", so that it is known where the answer begins'
+            )
+        return [*asked, *chosen]
+    if any(turn not in chosen for turn in asked):
+        raise UserError(
+            f'{where}: "prompt" and another question in "chosen": give the question in one of them'
+        )
+    return chosen
+
+
+def _of_two(texts: Any) -> bool:
+    """Whether the texts may be questions with answers, and are no captions."""
+    return isinstance(texts, list) and any(isinstance(text, dict) for text in texts)
+
+
+def _question_by_question(texts: list[Any], where: str) -> list[dict[str, Any]]:
+    """The Cauldron's turns as LLaVA has them: the pictures come before the first question."""
+    turns = []
+    for text in texts:
+        said = text if isinstance(text, dict) else {}
+        for key, speaker in (("user", "human"), ("assistant", "gpt")):
+            if not isinstance(said.get(key), str):
+                raise UserError(
+                    f'{where}: each of "texts" must have the texts "user" and "assistant", as in '
+                    "The Cauldron"
+                )
+            turns.append({"from": speaker, "value": said[key]})
+    return turns
