@@ -20,6 +20,8 @@ _WIDTH = 54  # characters of a line of words
 _LINES = 24
 _MARK = (0, 0.447, 0.698)  # colour of a word, and how much of it the largest weight has
 _DARKEST = 0.75
+_PER_AREA, _PER_WORD = "% of the weight per 1% of the picture's area", "% of the weight on a word"
+_STOPS = 9  # colours of a scale in a page, between which a browser goes on its own
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -83,8 +85,8 @@ def picture_html(picture: TokenPicture) -> str:
     parts = [
         f"<h3>{html.escape(picture.name)}</h3>",
         '<p class="note">On the image yellow is much weight and dark blue little; the stronger a '
-        "word is shaded, the more. Template tokens, in small print, take no part; the answer is "
-        'underlined.</p><div class="layers"><figure><div class="images">',
+        "word is shaded, the more: below both is the scale. Template tokens, in small print, take "
+        'no part; the answer is underlined.</p><div class="layers"><figure><div class="images">',
     ]
     for number, image in enumerate(picture.images):
         parts.append(_img(_fit(image), f"{picture.name}: image {number + 1} as it was given"))
@@ -94,11 +96,18 @@ def picture_html(picture: TokenPicture) -> str:
         for number in range(len(picture.images)):
             alternative = f"{picture.name}, {layer}: token weights over image {number + 1}, "
             shown = overlay(picture, layer, number)
-            parts.append(_img(shown, alternative + _place(picture, layer, number)))
+            image = _img(shown, alternative + _place(picture, layer, number))
+            heat, top = _heat(picture, layer, number)
+            colours = _over(1.0, np.linspace(0, 1, _STOPS))
+            stops = ["rgb({:.0f} {:.0f} {:.0f})".format(*colour) for colour in 255 * colours]
+            scale = _scale_html(stops, top, _PER_AREA, bool(heat.max() > top))
+            parts.append(f"<div>{image}{scale}</div>")
+        words, most = _words_html(picture, layer)
+        stops = ["rgba(var(--mark), 0)", f"rgba(var(--mark), {_DARKEST})"]
         parts.append(
             f"</div><figcaption>{html.escape(layer)}: {picture.image_share(layer):.0%} of the "
             "weight on the image, the rest on the words</figcaption>"
-            f'<p class="words">{_words_html(picture, layer)}</p></figure>'
+            f'<p class="words">{words}</p>{_scale_html(stops, 100 * most, _PER_WORD)}</figure>'
         )
     parts.append("</div>")
     return "\n".join(parts)
@@ -111,7 +120,17 @@ def _img(image: Image.Image, alternative: str) -> str:
     )
 
 
-def _words_html(picture: TokenPicture, layer: str) -> str:
+def _scale_html(stops: Sequence[str], top: float, label: str, more: bool = False) -> str:
+    """The scale of colours in CSS, equally far apart, from 0 to `top`, and of more than that."""
+    numbers = "0", f"{top / 2:.3g}", f"{top:.3g}" + (" or more" if more else "")
+    return (
+        f'<div class="scale"><i style="background: linear-gradient(to right, {", ".join(stops)})">'
+        f"</i>{''.join(f'<span>{number}</span>' for number in numbers)}<b>{label}</b></div>"
+    )
+
+
+def _words_html(picture: TokenPicture, layer: str) -> tuple[str, float]:
+    """The words, shaded up to the largest weight of one, and that weight."""
     words = picture.words(layer)
     most = max((weight for _, weight, _, _ in words), default=0.0) or 1.0
     out = []
@@ -121,9 +140,9 @@ def _words_html(picture: TokenPicture, layer: str) -> str:
             out.append(f"<small>{shown}</small>")
             continue
         inner = f"<u>{shown}</u>" if answer else shown
-        style = f"background: rgba(var(--mark), {0.75 * weight / most:.2f})"
+        style = f"background: rgba(var(--mark), {_DARKEST * weight / most:.2f})"
         out.append(f'<span style="{style}" title="weight {weight:.2%}">{inner}</span>')
-    return "".join(out)
+    return "".join(out), most
 
 
 PICTURE_STYLE = """
@@ -132,6 +151,11 @@ PICTURE_STYLE = """
 .layers figure { margin: 0; }
 .images { display: flex; flex-wrap: wrap; gap: 8px; }
 .images img { max-width: 100%; height: auto; }
+.scale { display: grid; grid-template-columns: 1fr auto 1fr; font-size: 0.75rem; line-height: 1.4;
+  margin: 4px 0 8px; max-width: 280px; }
+.scale i { height: 10px; border: 1px solid var(--line); }
+.scale i, .scale b { grid-column: 1 / -1; font-weight: normal; }
+.scale span:last-of-type { text-align: right; }
 .words { line-height: 1.9; } .words span { padding: 2px 0; } .words small { opacity: 0.65; }
 """
 
@@ -157,15 +181,14 @@ def picture_png(picture: TokenPicture, path: Path) -> None:
             bars[2 * number].set_axis_off()
             heat, top = _heat(picture, layer, number)
             steps = np.linspace(0, 1, 256)
-            label = "% of the weight per 1% of the picture's area"
-            _bar(bars[2 * number + 1], _over(1.0, steps), top, label, bool(heat.max() > top))
+            _bar(bars[2 * number + 1], _over(1.0, steps), top, _PER_AREA, bool(heat.max() > top))
         for axes in row:
             axes.set_axis_off()
         most = _draw_words(row[-1], picture.words(layer))
         row[-1].set_title("italic: the answer; grey: the template, without weight", fontsize=9)
         steps = np.linspace(0, _DARKEST, 256)[:, None]
         shades = 1 - steps + steps * np.array(_MARK)
-        _bar(bars[-1], shades, 100 * most, "% of the weight on a word")
+        _bar(bars[-1], shades, 100 * most, _PER_WORD)
     fig.savefig(path, dpi=110)
 
 

@@ -30,7 +30,7 @@ STYLE = """
 :root { --ink: #1b1b1b; --page: #ffffff; --line: #c8c8c8; --soft: #f2f2f2; --mark: 0, 114, 178;
   --s0: #0072b2; --s1: #b94f00; --s2: #007a59; --s3: #a2447c; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --page: #161616; --line: #4a4a4a; --soft: #242424; --mark: 86, 180, 233;
+  :root { --ink: #e8e8e8; --page: #161616; --line: #4a4a4a; --soft: #242424; --mark: 36, 120, 175;
     --s0: #56b4e9; --s1: #f08a3c; --s2: #2bc79a; --s3: #e39ac6; } }
 """
 

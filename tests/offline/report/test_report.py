@@ -330,6 +330,17 @@ def test_words_in_the_page_are_escaped_and_shaded(tmp_path: Path) -> None:
     assert "most in the middle centre ninth" in text or "most in the upper left ninth" in text
 
 
+def test_the_page_says_what_its_colours_mean(tmp_path: Path) -> None:
+    """75% of the weight on a 16th of the picture, the rest on a word."""
+    write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()])
+    scales = (tmp_path / "report.html").read_text().split('<div class="scale">')[1:]
+    numbers = "<span>0</span><span>{}</span><span>{}</span><b>{}</b>"
+    area, word = (scale.partition("</i>")[2].partition("</div>")[0] for scale in scales)
+    assert area == numbers.format(6, 12, "% of the weight per 1% of the picture's area")
+    assert word == numbers.format(12.5, 25, "% of the weight on a word")
+    assert scales[0].count("rgb(") == 9 and "rgba(var(--mark), 0.75))" in scales[1]
+
+
 def test_picture_as_png(tmp_path: Path) -> None:
     picture_png(make_picture(), tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
