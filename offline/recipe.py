@@ -150,10 +150,10 @@ class QuantRecipe(BaseModel):
 
     calib: str = Field(
         default=CAPTIONS,
-        description="calibration data: a JSONL file, a JSON of LLaVA's or LLaMA-Factory's form, a "
-        "CSV or parquet file with columns image and caption (or question and answer), a folder "
-        "of captioned images, hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, "
-        "or 'demo'",
+        description="calibration data: a JSON or JSONL file of our form or of LLaVA's, "
+        "LLaMA-Factory's, TRL's or The Cauldron's, a CSV or parquet file with columns image and "
+        "caption (or question and answer; parquet: those forms too), a folder of captioned "
+        "images, hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, or 'demo'",
     )
     image_folder: str | None = Field(
         default=None, description="where the images lie that the data name by path"
