@@ -24,7 +24,8 @@ from typing import Any
 from qig_serve.errors import UserError
 from qig_serve.model_directory import find_model, read_manifest
 from qig_serve.serving import batch_io, in_process
-from qig_serve.serving.batch_io import Request, Results
+from qig_serve.serving.batch_io import Request
+from qig_serve.serving.batch_results import Results
 from qig_serve.serving.limits import Limits
 
 _WAITING = 2
@@ -74,7 +75,7 @@ def generate(
     a whole; EngineDied if the engine died, after which `resume` continues.
     """
     from qig_serve.inspection import require_sound
-    from qig_serve.serve import parse_flags, set_environment
+    from qig_serve.serve import one_sentence, parse_flags, set_environment
     from qig_serve.serving.adapter_tensors import check_adapter_tensors
     from qig_serve.serving.adapters import check_adapters
 
@@ -96,7 +97,8 @@ def generate(
     results = Results(output, resume)
     try:
         requests = batch_io.read_requests(source, prompt, defaults)
-        return asyncio.run(_run(args, requests, source, results, quiet, give_way))
+        with one_sentence():
+            return asyncio.run(_run(args, requests, source, results, quiet, give_way))
     finally:
         results.close()
 

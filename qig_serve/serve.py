@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from qig_serve.errors import UserError
@@ -39,8 +40,8 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     """vLLM's `serve` arguments for a checkpoint: the user's flags, and our defaults.
 
     Registers the plugin and sets the process up as vLLM's own command line does. UserError for a
-    flag that would run code from a checkpoint, texts of it that are damaged, and folders that
-    cannot be written; vLLM's parser exits with 2 for one it refuses.
+    flag that would run code from a checkpoint, sizes below 1, texts of it that are damaged, and
+    folders that cannot be written; vLLM's parser exits with 2 for one it refuses.
     """
     from qig_serve.serving.describe import unsupported_version
 
@@ -75,6 +76,11 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
             "--trust-remote-code is refused: it would run Python code that comes with a "
             "checkpoint, and qig checkpoints never need it"
         )
+    for flag in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if (size := getattr(args, flag)) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} is {size}: it must be at least 1")
+    if not 0 <= args.port < 1 << 16:
+        raise UserError(f"--port is {args.port}: there are the ports 0 to 65535")
     args.model = args.model_tag or args.model
     command.validate(args)
     usual_share = EngineArgs.gpu_memory_utilization
@@ -87,6 +93,22 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
             "the buffers between the stages when it compiles; leave --enforce-eager out"
         )
     return args
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """UserError where vLLM, as it starts, refuses the value of a flag on a page of its own."""
+    from pydantic import ValidationError  # vLLM's settings are checked by it
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        named = ".".join(map(str, first["loc"]))
+        said = " ".join(first["msg"].removeprefix("Value error, ").split())
+        raise UserError(
+            f"vLLM does not start with these flags: {named}{': ' if named else ''}{said}"
+        ) from None
 
 
 def set_environment(limits: Limits) -> None:
@@ -137,7 +159,8 @@ def serve(model: Path | str, flags: Sequence[str], limits: Limits) -> int:
         address = page_address(args.host, args.port, bool(args.ssl_certfile))
         print(f"{'web page':16}  {address} when it has started", flush=True)
 
-    compat.serve_command().cmd(args)
+    with one_sentence():
+        compat.serve_command().cmd(args)
 
     from qig_serve.serving.engine_watch import THIS_PROCESS
 

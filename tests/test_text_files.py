@@ -18,6 +18,7 @@ from qig_serve.evaluate import read_outputs
 from qig_serve.records import read_samples
 from qig_serve.samples import sample_from_parts
 from qig_serve.serving import batch_io
+from qig_serve.serving.batch_results import Results
 
 MARK = b"\xef\xbb\xbf"
 WORDS = "café\u2028second\u0085third\x0cfourth"
@@ -227,7 +228,7 @@ def test_an_output_that_was_saved_in_another_form_is_not_continued(
     path = tmp_path / "out.csv"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"out\.csv: .*not .*this command's output"):
-        batch_io.Results(path, resume=True)
+        Results(path, resume=True)
 
 
 def test_written_files_are_read_again(tmp_path: Path) -> None:

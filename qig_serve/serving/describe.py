@@ -68,6 +68,9 @@ class Report:
     tensor_parallel_size: int
     tensor_parallel_refused: Mapping[int, str]
     """Sizes that do not fit, of tensor_parallel.SIZES and the one asked for -> why."""
+    pipeline_parallel_size: int
+    blocks: int | None
+    """Of the decoder; None if config.json does not say."""
     kv_bytes_per_token: int | None
     """KV cache per token, over all devices; None if config.json does not say."""
     recovery: dict[str, Any] | None
@@ -87,11 +90,18 @@ class Report:
     def problems(self) -> list[str]:
         """Why the checkpoint cannot be served here; empty if it can."""
         problems = []
+        per_layer = [f"{x.name}: {x.problem}" for x in self.layers if x.problem]
         if reason := self.tensor_parallel_refused.get(self.tensor_parallel_size):
             problems.append(
                 f"tensor parallel size {self.tensor_parallel_size} does not fit: {reason} "
                 f"(these sizes fit: {in_words(self.tensor_parallel_sizes, {})}); "
                 "--pipeline-parallel-size splits by layers instead"
+            )
+            per_layer = []  # parts of no size
+        if self.blocks is not None and self.pipeline_parallel_size > self.blocks:
+            problems.append(
+                f"pipeline parallel size {self.pipeline_parallel_size} does not fit: the decoder "
+                f"has {self.blocks} blocks, and each device needs one at least"
             )
         if self.memory_bytes > self.device_bytes:
             needed, there_is = map(sizes.in_words, (self.memory_bytes, self.device_bytes))
@@ -99,7 +109,7 @@ class Report:
                 f"the weights take {needed} of each device's memory, and it has {there_is}: use "
                 "more devices (--tensor-parallel-size, --pipeline-parallel-size)"
             )
-        return problems + [f"{x.name}: {x.problem}" for x in self.layers if x.problem]
+        return problems + per_layer
 
     def lines(self) -> list[str]:
         """For people: device, versions, kernels, sizes, memory, and why not."""
@@ -151,6 +161,7 @@ class Report:
             "tensor_parallel_refused": {
                 str(size): why for size, why in self.tensor_parallel_refused.items()
             },
+            "pipeline_parallel_size": self.pipeline_parallel_size,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kernels": self.kernels,
             "layers": [asdict(layer) for layer in self.layers],
@@ -242,6 +253,7 @@ def describe(
     size = tensor_parallel_size
     if reason := why_refused(config, scheme.cut_multiple, size, *split):
         refused[size] = reason
+    text = text_config(read_config(directory))
     return Report(
         manifest=manifest,
         device=device,
@@ -253,7 +265,9 @@ def describe(
         device_bytes=current_platform.get_device_total_memory(),
         tensor_parallel_size=tensor_parallel_size,
         tensor_parallel_refused=refused,
-        kv_bytes_per_token=_kv_bytes_per_token(text_config(read_config(directory)), dtype),
+        pipeline_parallel_size=pipeline_parallel_size,
+        blocks=_positive(text, "num_hidden_layers"),
+        kv_bytes_per_token=_kv_bytes_per_token(text, dtype),
         recovery=_read_recovery(directory),
     )
 

@@ -28,6 +28,7 @@ from qig_serve import batch
 from qig_serve.batch import EngineDied, Runner, Totals
 from qig_serve.errors import UserError
 from qig_serve.serving import batch_io
+from qig_serve.serving.batch_results import Results
 from qig_serve.serving.in_process import Chat
 
 
@@ -87,7 +88,7 @@ def run(
     engine: Engine, source: Path, output: Path, resume: bool = False, chat: Chat | None = None
 ) -> Totals:
     app = Starlette(routes=[Route(batch_io.URL, engine.answer, methods=["POST"])])
-    results = batch_io.Results(output, resume)
+    results = Results(output, resume)
 
     async def go() -> Totals:
         fake: Any = engine

@@ -14,7 +14,8 @@ import pytest
 from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.serving import batch_io
-from qig_serve.serving.batch_io import Request, Results
+from qig_serve.serving.batch_io import Request
+from qig_serve.serving.batch_results import Results
 
 GOOD = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
 BAD = GOOD | {"custom_id": "bad"}
@@ -262,6 +263,17 @@ def test_pictures_of_responses_are_embedded(tmp_path: Path) -> None:
     (turn,) = batch_io.embed_pictures(asked, tmp_path)["input"]
     assert turn["content"][0]["image_url"].startswith("data:image/jpeg;base64,")
     assert batch_io.embed_pictures({"input": "words"}, tmp_path) == {"input": "words"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_run_that_answers_nothing_leaves_no_file(tmp_path: Path, suffix: str) -> None:
+    """As where vLLM does not start: the next run would be told that its output exists."""
+    path = tmp_path / f"out.{suffix}"
+    Results(path, resume=False).close()
+    assert not path.exists()
+    path.touch()
+    Results(path, resume=True).close()
+    assert path.exists()  # which was there before
 
 
 def test_existing_output_is_not_overwritten(tmp_path: Path) -> None:

@@ -57,7 +57,18 @@ def test_fp32_takes_the_reference(checkpoints: dict[str, Path]) -> None:
 
 def test_uneven_split_is_a_problem(checkpoints: dict[str, Path]) -> None:
     report = describe(checkpoints["w3a16"], torch.bfloat16, tensor_parallel_size=4)
-    assert any("256 inputs of o in multiples of 128" in problem for problem in report.problems)
+    (problem,) = report.problems  # and not that of every layer too
+    assert "256 inputs of o in multiples of 128" in problem
+
+
+def test_more_stages_than_blocks_are_a_problem(checkpoints: dict[str, Path]) -> None:
+    assert not describe(checkpoints["w3a16"], torch.bfloat16, pipeline_parallel_size=2).problems
+    report = describe(checkpoints["w3a16"], torch.bfloat16, pipeline_parallel_size=3)
+    assert report.problems == [
+        "pipeline parallel size 3 does not fit: the decoder has 2 blocks, and each device needs "
+        "one at least"
+    ]
+    assert report.as_json()["pipeline_parallel_size"] == 3
 
 
 def test_whole_experts_are_shared_out(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from qig_serve import serve
+from qig_serve.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,28 @@ def test_cpu_cache_is_small_unless_asked_for(
     args = serve.parse_flags(Path("model"), flags)
     assert args.served_model_name == ["model"]  # once, where the folder and its path are called so
     assert os.environ.get("VLLM_CPU_KVCACHE_SPACE") == expected
+
+
+@pytest.mark.parametrize("flag", ["-tp", "-pp", "-dp", "--tensor-parallel-size"])
+@pytest.mark.parametrize("size", ["0", "-2"])
+def test_sizes_below_one_are_refused(flag: str, size: str) -> None:
+    with pytest.raises(UserError, match=rf"-parallel-size is {size}: it must be at least 1"):
+        serve.parse_flags(Path("model"), [flag, size])
+
+
+def test_a_port_that_no_machine_has() -> None:
+    with pytest.raises(UserError, match="--port is 65536: there are the ports 0 to 65535"):
+        serve.parse_flags(Path("model"), ["--port", "65536"])
+
+
+def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
+    from vllm.config import CacheConfig, SchedulerConfig
+
+    said = "vLLM does not start with these flags: "
+    with pytest.raises(UserError, match=f"{said}gpu_memory_utilization: "), serve.one_sentence():
+        CacheConfig(gpu_memory_utilization=7)
+    with pytest.raises(UserError, match=f"{said}max_num_seqs: "), serve.one_sentence():
+        SchedulerConfig(max_model_len=64, is_encoder_decoder=False, max_num_seqs=0)
 
 
 @pytest.mark.parametrize(
