@@ -96,12 +96,12 @@ def picture_html(picture: TokenPicture) -> str:
         for number in range(len(picture.images)):
             alternative = f"{picture.name}, {layer}: token weights over image {number + 1}, "
             shown = overlay(picture, layer, number)
-            image = _img(shown, alternative + _place(picture, layer, number))
+            drawn = _img(shown, alternative + _place(picture, layer, number))
             heat, top = _heat(picture, layer, number)
             colours = _over(1.0, np.linspace(0, 1, _STOPS))
             stops = ["rgb({:.0f} {:.0f} {:.0f})".format(*colour) for colour in 255 * colours]
             scale = _scale_html(stops, top, _PER_AREA, bool(heat.max() > top))
-            parts.append(f"<div>{image}{scale}</div>")
+            parts.append(f"<div>{drawn}{scale}</div>")
         words, most = _words_html(picture, layer)
         stops = ["rgba(var(--mark), 0)", f"rgba(var(--mark), {_DARKEST})"]
         parts.append(
