@@ -112,7 +112,10 @@ def _parse_line(number: int, text: str) -> Request:
         return Request(number, None, error=fault)
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        return Request(number, None, error="custom_id is missing or not a string")
+        fault = "custom_id is missing or not a string"
+        if "messages" in line:
+            fault += ": write the messages into the body of a request, as OpenAI's batches have it"
+        return Request(number, None, error=fault)
     url, body = line.get("url", URL), line.get("body")
     if line.get("method", "POST") != "POST":
         return Request(number, custom_id, error=f"method {line['method']!r}: only POST is known")
