@@ -151,7 +151,7 @@ def test_linear_matches_the_oracle(scheme: str, m: int, n: int, k: int, dtype: t
 def test_every_kind_of_tile(scheme: str, tile: Tile, m: int, n: int, k: int, use_ptx: bool) -> None:
     if INTERPRETED and m > 35 and tile.block_m <= 16 and tile.regime != "dequantize":
         pytest.skip("hundreds of programs, one after the other")
-    for dtype in DTYPES:
+    for dtype in DTYPES[n % 2 :][:1] if INTERPRETED else DTYPES:  # each with another shape
         case = make(scheme, m, n, k, dtype)
         got = run(scheme, case, n, case.bias, tile, use_ptx)
         assert_close(got, case.expected(scheme, case.bias), TOLERANCE[dtype])
@@ -185,14 +185,16 @@ def test_every_order_of_inputs(
     """Those of other GPUs and Tritons are right as well, if not fast."""
     monkeypatch.setattr(launch, "orders", lambda device: orders)
     m, n, k = 5, 130, 640
-    for dtype in DTYPES:
+    # Interpreted, each with other orders: what an order decides is the same in both.
+    for dtype in DTYPES[ORDERS.index(orders) % 2 :][:1] if INTERPRETED else DTYPES:
         case = make("w3a16", m, n, k, dtype)
         got = run("w3a16", case, n, None, TILES["w3a16"][name], not INTERPRETED)
         assert_close(got, case.expected("w3a16", None), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 5])
-@pytest.mark.parametrize("m", [1, 8, 9, 23])
+@pytest.mark.parametrize(
+    ("m", "splits"), [(9, 1), (9, 2), (9, 3), (9, 5), (1, 3), (8, 5), (23, 2), (23, 5)]
+)
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_any_number_of_splits(
     scheme: str, m: int, splits: int, monkeypatch: pytest.MonkeyPatch
@@ -212,12 +214,12 @@ def test_any_number_of_splits(
     assert_close(got, case.expected(scheme, case.bias), TOLERANCE[torch.float16])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 11, 40])
+@pytest.mark.parametrize("count", [1, 2, 7, 11, 20])
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_any_number_of_shares(scheme: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares that end anywhere: of 6 tiles with 10 groups each, up to one and a half a program."""
+    """Shares that end anywhere: of 6 tiles with 5 groups each, down to one and a half a program."""
     monkeypatch.setattr(launch, "programs", lambda *_: count)
-    m, n, k = 17, 300, 1280
+    m, n, k = 17, 300, 640
     case = make(scheme, m, n, k, torch.float16)
     tile = TILES[scheme]["stream"]
     scratch = launch.allocate(2 * count * tile.block_m * tile.block_n, DEVICE)
@@ -342,8 +344,8 @@ def test_shared_sums_do_not_depend_on_order(scheme: str, tile: Tile) -> None:
     n, k = 130, 1024
     case = make(scheme, 5, n, k, torch.float16)
     first = run(scheme, case, n, None, tile, not INTERPRETED)
-    again = run(scheme, case, n, None, tile, not INTERPRETED)
-    assert torch.equal(first, again)
+    if not INTERPRETED:  # there, programs run one after the other
+        assert torch.equal(run(scheme, case, n, None, tile, True), first)
     case.x = case.x[:2].contiguous()
     assert torch.equal(run(scheme, case, n, None, tile, not INTERPRETED), first[:2])
 

@@ -15,27 +15,24 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-CHECKS = ["kernel_checks.py", "quantizer_checks.py", "vocabulary_checks.py", "expert_checks.py"]
-
-
-def run_checks(checks: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_checks(**environment: str) -> subprocess.CompletedProcess[str]:
+    checks = [str(path) for path in sorted(FOLDER.glob("*_checks.py"))]
+    assert len(checks) == 4
     return subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider",
-         str(FOLDER / checks)],  # two: this file is what other processes wait for
+         *checks],  # two: this file is what other processes wait for
         env={**os.environ, "TRITON_INTERPRET": "1", **environment},
         cwd=FOLDER.parent.parent, capture_output=True, text=True,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("checks", CHECKS)
-def test_kernels_under_the_interpreter(checks: str) -> None:
-    done = run_checks(checks)
+def test_kernels_under_the_interpreter() -> None:
+    done = run_checks()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checks", CHECKS)
-def test_kernels_under_the_oldest_triton(checks: str, oldest_triton: Path) -> None:
-    done = run_checks(checks, PYTHONPATH=str(oldest_triton))
+def test_kernels_under_the_oldest_triton(oldest_triton: Path) -> None:
+    done = run_checks(PYTHONPATH=str(oldest_triton))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -42,11 +42,11 @@ def weight_of(stored: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_the_head(tile: Tile, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     case = make("w8a16", m, n, k, dtype)
     expected = case.x.float() @ weight_of(case.stored).t()
-    got = run("w8a16", case, n, None, tile, not INTERPRETED)
-    assert got.dtype == dtype
-    assert_close(got, expected, TOLERANCE[dtype])
-    got = run("w8a16", case, n, case.bias, tile, not INTERPRETED)
-    assert_close(got, expected + case.bias.float(), TOLERANCE[dtype])
+    biases = [None, case.bias]
+    for bias in biases[n % 2 :][:1] if INTERPRETED else biases:  # each with other shapes
+        got = run("w8a16", case, n, bias, tile, not INTERPRETED)
+        assert got.dtype == dtype
+        assert_close(got, expected if bias is None else expected + bias.float(), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("m", [0, 1, 9, 64, 65])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from qig_serve.offline.recipe import METHODS, make_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+SCHEMES = ("w3a16", "w4a8")
+
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def source(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,7 +30,14 @@ def source(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(request.param, directory / "source")
 
 
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def cases() -> Iterator[tuple[str, str]]:
+    """Every family in one scheme, those with experts in both; the slow test has all in both."""
+    for index, family in enumerate(sorted(FAMILIES)):
+        both = family.endswith("_moe")
+        yield from ((family, scheme) for scheme in SCHEMES if both or scheme == SCHEMES[index % 2])
+
+
+@pytest.mark.parametrize(("source", "scheme"), cases(), indirect=["source"])
 def test_rtn_is_the_source_with_fake_quantized_weights(
     source: Path, tmp_path: Path, scheme: str
 ) -> None:
@@ -65,7 +75,7 @@ def test_rtn_is_the_source_with_fake_quantized_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(source: Path, tmp_path: Path, method: str, scheme: str) -> None:
     """The canary has read each back before it is published."""

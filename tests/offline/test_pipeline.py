@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,22 @@ def recipe(calib: str, **fields: Any) -> QuantRecipe:
     )
 
 
+Finished = Callable[[str, str], tuple[Path, QuantizationReport]]
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir: Path, calib: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The checkpoint and report of a scheme and a method, made once."""
+
+    @cache
+    def of(scheme: str, method: str) -> tuple[Path, QuantizationReport]:
+        out = tmp_path_factory.mktemp("finished") / "out"
+        fields = {"scheme": scheme, "method": method}
+        return out, pipeline.quantize(model_dir, out, recipe(calib, **fields), quiet=True)
+
+    return of
+
+
 def shards_of(directory: Path) -> dict[str, str]:
     return {p.name: file_sha256(p) for p in sorted(directory.glob("*.safetensors"))}
 
@@ -100,11 +117,8 @@ def streams_of(model_dir: Path, calib: str, **fields: Any) -> tuple[Any, Streams
         ("w4a8", "qig+"),
     ],
 )
-def test_checkpoint(model_dir: Path, calib: str, tmp_path: Path, scheme: str, method: str) -> None:
-    output = tmp_path / "out"
-    report = pipeline.quantize(
-        model_dir, output, recipe(calib, scheme=scheme, method=method), quiet=True
-    )
+def test_checkpoint(model_dir: Path, finished: Finished, scheme: str, method: str) -> None:
+    output, report = finished(scheme, method)
     config = json.loads((output / "config.json").read_text())["quantization_config"]
     qc = read_quantization_config(config, "test")
     assert (qc.scheme, qc.method) == (scheme, method)
@@ -123,7 +137,7 @@ def test_checkpoint(model_dir: Path, calib: str, tmp_path: Path, scheme: str, me
     stored = QuantizationReport.model_validate_json((output / "report.json").read_text())
     assert stored == report and len(stored.blocks) == 2
     assert all(0 < b.output_error < 1 for b in stored.blocks)
-    assert not list(tmp_path.glob(".*"))
+    assert not list(output.parent.glob(".*"))
     for module in [m for b in stored.blocks for m in b.modules]:
         if method in ("awq", "mbq", "qig"):
             assert module.loss <= module.loss_rtn
@@ -171,11 +185,10 @@ def dequantized_model(model_dir: Path, output: Path, scheme: str) -> Any:
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_quantized_stream_is_the_checkpoint(
-    model_dir: Path, calib: str, tmp_path: Path, scheme: str
+    model_dir: Path, calib: str, finished: Finished, scheme: str
 ) -> None:
     """What the loop believes it wrote is what the files hold, run by plain transformers."""
-    output = tmp_path / "out"
-    report = pipeline.quantize(model_dir, output, recipe(calib, scheme=scheme), quiet=True)
+    output, report = finished(scheme, "qig")
     full = dequantized_model(model_dir, output, scheme)
     from transformers import AutoModelForImageTextToText
 
@@ -210,13 +223,14 @@ def test_quantized_stream_is_the_checkpoint(
     assert report.blocks[-1].output_error == pytest.approx(error / energy, rel=1e-3)
 
 
-def test_same_seed_same_bytes(model_dir: Path, calib: str, tmp_path: Path) -> None:
+def test_same_seed_same_bytes(
+    model_dir: Path, calib: str, finished: Finished, tmp_path: Path
+) -> None:
     """And nothing survives from one run into the next, in the same process."""
-    r = recipe(calib)
-    for name in ("a", "b"):
-        pipeline.quantize(model_dir, tmp_path / name, r, quiet=True)
+    first, _ = finished("w3a16", "qig")
+    pipeline.quantize(model_dir, tmp_path / "again", recipe(calib), quiet=True)
     pipeline.quantize(model_dir, tmp_path / "disk", recipe(calib, offload="disk"), quiet=True)
-    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") == shards_of(tmp_path / "disk")
+    assert shards_of(first) == shards_of(tmp_path / "again") == shards_of(tmp_path / "disk")
     assert not [p for p in (tmp_path / "disk").iterdir() if p.is_dir()]
 
 
@@ -232,13 +246,18 @@ def test_same_seed_same_bytes(model_dir: Path, calib: str, tmp_path: Path) -> No
 def test_resume_ends_with_the_same_bytes(
     model_dir: Path,
     calib: str,
+    finished: Finished,
     tmp_path: Path,
     fields: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     end_at_block: Callable[[int], None],
 ) -> None:
     r = recipe(calib, **fields)
-    whole = pipeline.quantize(model_dir, tmp_path / "whole", r, quiet=True)
+    if fields.keys() == {"scheme"}:
+        undisturbed, whole = finished(fields["scheme"], "qig")
+    else:
+        undisturbed = tmp_path / "whole"
+        whole = pipeline.quantize(model_dir, undisturbed, r, quiet=True)
     end_at_block(2)
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(model_dir, tmp_path / "part", r, quiet=True)
@@ -248,7 +267,7 @@ def test_resume_ends_with_the_same_bytes(
         other = recipe(calib, **fields, seed=1)
         pipeline.quantize(model_dir, tmp_path / "part", other, resume=True, quiet=True)
     resumed = pipeline.quantize(model_dir, tmp_path / "part", r, resume=True, quiet=True)
-    assert shards_of(tmp_path / "part") == shards_of(tmp_path / "whole")
+    assert shards_of(tmp_path / "part") == shards_of(undisturbed)
     assert [b.output_error for b in resumed.blocks] == [b.output_error for b in whole.blocks]
 
 
@@ -273,11 +292,16 @@ def test_qig_never_runs_the_whole_model_backward(
 
 
 def test_batches_bound_what_passes_a_block(
-    model_dir: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path,
+    calib: str,
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Never the whole calibration set at once; and the result does not depend on the cut."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+    _, large = finished("w3a16", "qig")
     seen: list[int] = []
     forward = Qwen2MLP.forward
 
@@ -290,7 +314,6 @@ def test_batches_bound_what_passes_a_block(
         model_dir, tmp_path / "a", recipe(calib, batch_tokens=150), quiet=True
     )
     assert max(seen) <= 150
-    large = pipeline.quantize(model_dir, tmp_path / "b", recipe(calib), quiet=True)
     for a, b in zip(small.blocks, large.blocks, strict=True):
         for m, n in zip(a.modules, b.modules, strict=True):
             assert m.losses == pytest.approx(n.losses, rel=1e-3)

@@ -248,8 +248,11 @@ def test_a_linear_on_a_gpu_installs_it_where_vllm_compiles(
     assert bool(installed(vllm_config)) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("m", "k"), [(1, 128), (5, 1152), (33, 300)])
+@pytest.mark.parametrize(
+    ("m", "k", "dtype"),
+    [(1, 128, torch.float16), (5, 1152, torch.float16), (33, 300, torch.bfloat16)],
+    ids=str,
+)
 def test_the_oracle_rounds_where_vllm_compiled_rounds(m: int, k: int, dtype: torch.dtype) -> None:
     """Bit for bit; the fused kernels are compared with the oracle in quantizer_checks.py.
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from qig_serve.inspection import verify
 from qig_serve.offline.disk import ResumableError, write_hashes
+from qig_serve.offline.report import plots
 from qig_serve.offline.report.card import public_name
 from qig_serve.offline.report.drawing import overlay, picture_png
 from qig_serve.offline.report.write import add_evaluation, write_reports
@@ -66,6 +67,7 @@ def evaluate(directory: Path, evaluation: Mapping[str, Any] = EVALUATION) -> Non
     add_evaluation(directory, evaluation)
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     write_reports(make_report(), tmp_path, CONFIG, None, [make_picture()])
     evaluate(tmp_path)
@@ -74,7 +76,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     page.feed(text)
     assert page.loads == [] and page.silent == []
     assert page.pictures == 7 + 2  # seven plots, the image and its overlay
-    assert len(page.ids) == len(set(page.ids))
+    assert len(page.ids) == len(set(page.ids)) > 100
     assert "#010203" not in text and "url(http" not in text and "@import" not in text
     for said in ("acme/tiny-vlm", "vision_tower", "ab" * 32, "after clipping", "90.0%"):
         assert said in text
@@ -85,12 +87,13 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert "Estimated by the dry run: 17 s, 1.50 GiB host memory" in text
 
 
-def test_references_inside_plots_resolve(tmp_path: Path) -> None:
-    write_reports(make_report(), tmp_path, CONFIG)
-    text = (tmp_path / "report.html").read_text()
+@pytest.mark.usefixtures("drawn_plots")
+def test_references_inside_a_plot_resolve_and_it_is_always_the_same() -> None:
+    text = str(plots.loss_plot(make_report()))
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     used = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text)
     assert used and set(used) <= ids
+    assert plots.loss_plot(make_report()) == text
 
 
 def test_warnings_come_first(tmp_path: Path) -> None:

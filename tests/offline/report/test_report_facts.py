@@ -42,6 +42,7 @@ def test_clip_ratio_and_clipped_weights(scheme: str) -> None:
     assert ratio < (0.7 if quant.group_size else 0.2)
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_a_run_reports_clip_ratios_and_clipped_tokens(tmp_path: Path) -> None:
     recipe = make_recipe(
         {"scheme": "w3a16", "method": "qig", "rounding": "clip", "calib": "demo"}

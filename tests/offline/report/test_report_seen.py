@@ -81,6 +81,7 @@ def test_contrast_and_colour_blind_readers(style: str) -> None:
             assert np.linalg.norm(_lab(matrix @ a) - _lab(matrix @ b)) > 10, sight
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_eight_lines_differ_without_colour() -> None:
     _, axes = plots.figure()
     for number in range(8):
@@ -90,6 +91,7 @@ def test_eight_lines_differ_without_colour() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn_plots")
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize(("theme", "preferred"), [("light", 1), ("dark", 0)])
 def test_chromium_draws_the_page(tmp_path: Path, theme: str, preferred: int) -> None:

@@ -7,6 +7,7 @@ changes most where its pixels did, so a wrong order of tiles, rows or merged pat
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -471,17 +472,23 @@ def _features(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return out.reshape(-1, out.shape[-1])
 
 
+@cache
+def built(family: str) -> Built:
+    torch.manual_seed(0)
+    model, processor, config = FAMILIES[family]()
+    for weight in model.eval().parameters():
+        if not weight.any():  # Gemma 3 starts its projection at zero
+            torch.nn.init.normal_(weight, std=0.02)
+    return model, processor, config
+
+
 @pytest.mark.parametrize("size", [(200, 120), (90, 170), (64, 64)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("spot", [(0.3, 0.4), (0.7, 0.6), (0.6, 0.25)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_changed_region_is_found_again(
     family: str, size: tuple[int, int], spot: tuple[float, float]
 ) -> None:
-    torch.manual_seed(0)
-    model, processor, config = FAMILIES[family]()
-    for weight in model.eval().parameters():
-        if not weight.any():  # Gemma 3 starts its projection at zero
-            torch.nn.init.normal_(weight, std=0.02)
+    model, processor, config = built(family)
     width, height = size
     noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     plain = Image.fromarray(noise // 8 + 100)

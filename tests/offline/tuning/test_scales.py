@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,21 @@ def recipe(calib: str, **fields: Any) -> QuantRecipe:
 
 def tuned(model: Path, out: Path, wanted: QuantRecipe, **more: Any) -> QuantizationReport:
     return pipeline.quantize(model, out, wanted, quiet=True, **more)
+
+
+Finished = Callable[[str, int], tuple[Path, QuantizationReport]]
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, calib: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The checkpoint and report of a scheme and a number of passes, made once."""
+
+    @cache
+    def of(scheme: str, passes: int) -> tuple[Path, QuantizationReport]:
+        out = tmp_path_factory.mktemp("finished") / "out"
+        return out, tuned(model, out, recipe(calib, scheme=scheme, tuning_passes=passes))
+
+    return of
 
 
 class Kept(Exception):
@@ -102,32 +119,29 @@ def _assert_downhill(tuning: Tuning, step: float, within: float) -> None:
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_scales_alone_change_and_kl_falls(
-    model: Path, calib: str, tmp_path: Path, scheme: str
+    model: Path, calib: str, finished: Finished, scheme: str
 ) -> None:
-    plain = tuned(model, tmp_path / "plain", recipe(calib, scheme=scheme, tuning_passes=0))
-    report = tuned(model, tmp_path / "tuned", recipe(calib, scheme=scheme))
+    (as_it_was, plain), (out, report) = finished(scheme, 0), finished(scheme, 2)
     assert plain.tuning is None and report.tuning is not None
     found = report.tuning
     assert found.kept and found.steps > 0 and found.kl_after < 0.95 * found.kl_before
-    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "tuned")
+    before, after = tensors_of(as_it_was), tensors_of(out)
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed == {n for n in before if n.endswith(".weight_scale")}
     assert all(before[n].dtype == after[n].dtype for n in changed)
     samples = load_samples(calib, None, 0)
-    reported = divergences(
-        model, [(n, tmp_path / n) for n in ("plain", "tuned")], samples, lambda *_: None
-    )
+    reported = divergences(model, [("plain", as_it_was), ("tuned", out)], samples, lambda *_: None)
     kl = {name: figures.kl_mean for name, figures in reported}
     assert kl["tuned"] < kl["plain"]
-    assert not list(tmp_path.glob(".*"))
+    assert list(out.parent.iterdir()) == [out]
 
 
-def test_compressed_tensors_have_the_tuned_scales(model: Path, calib: str, tmp_path: Path) -> None:
-    wanted = recipe(calib, scheme="w4a8")
-    tuned(model, tmp_path / "ours", wanted)
-    tuned(model, tmp_path / "theirs", wanted.model_copy(update={"format": "compressed-tensors"}))
-    ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
+def test_compressed_tensors_have_the_tuned_scales(
+    model: Path, calib: str, finished: Finished, tmp_path: Path
+) -> None:
+    tuned(model, tmp_path / "theirs", recipe(calib, scheme="w4a8", format="compressed-tensors"))
+    ours, theirs = tensors_of(finished("w4a8", 2)[0]), tensors_of(tmp_path / "theirs")
     names = [n for n in ours if n.endswith(".weight_scale")]
     assert names and all(torch.equal(ours[n].flatten(), theirs[n].flatten().float()) for n in names)
 
@@ -168,9 +182,9 @@ def test_too_few_samples_are_said(model: Path, calib: str, tmp_path: Path) -> No
 
 
 def test_what_does_not_help_is_not_kept(
-    model: Path, calib: str, tmp_path: Path, monkeypatch: Any
+    model: Path, calib: str, finished: Finished, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    tuned(model, tmp_path / "plain", recipe(calib, tuning_passes=0))
+    plain, _ = finished("w3a16", 0)
     downhill = scales.divergence
 
     def uphill(*given: Any, **named: Any) -> tuple[float, torch.Tensor]:
@@ -182,16 +196,16 @@ def test_what_does_not_help_is_not_kept(
     assert report.tuning is not None and not report.tuning.kept
     assert report.tuning.kl_after > report.tuning.kl_before
     assert "not kept" in report.tuning.line()
-    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "uphill")
+    before, after = tensors_of(plain), tensors_of(tmp_path / "uphill")
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
 @pytest.mark.parametrize("place", ["tuning", "publishing"])
 def test_resumed_runs_end_with_the_same_bytes(
-    model: Path, calib: str, tmp_path: Path, monkeypatch: Any, place: str
+    model: Path, calib: str, finished: Finished, tmp_path: Path, monkeypatch: Any, place: str
 ) -> None:
     wanted = recipe(calib, offload="disk" if place == "tuning" else "ram")
-    whole = tuned(model, tmp_path / "whole", wanted)
+    undisturbed, whole = finished("w3a16", 2)
 
     def killed(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -208,7 +222,7 @@ def test_resumed_runs_end_with_the_same_bytes(
     resumed = tuned(model, tmp_path / "part", wanted, resume=True)
     assert resumed.tuning is not None and whole.tuning is not None
     assert resumed.tuning.kl_after == whole.tuning.kl_after
-    one, two = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "part")
+    one, two = tensors_of(undisturbed), tensors_of(tmp_path / "part")
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
