@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ def generate(
     a whole; EngineDied if the engine died, after which `resume` continues.
     """
     from qig_serve.inspection import require_sound
-    from qig_serve.serve import one_sentence, parse_flags, set_environment
+    from qig_serve.serve import parse_flags, set_environment
     from qig_serve.serving.adapter_tensors import check_adapter_tensors
     from qig_serve.serving.adapters import check_adapters
 
@@ -97,8 +98,7 @@ def generate(
     results = Results(output, resume)
     try:
         requests = batch_io.read_requests(source, prompt, defaults)
-        with one_sentence():
-            return asyncio.run(_run(args, requests, source, results, quiet, give_way))
+        return asyncio.run(_run(args, requests, source, results, quiet, give_way))
     finally:
         results.close()
 
@@ -111,10 +111,13 @@ async def _run(
     quiet: bool,
     give_way: bool,
 ) -> Totals:
+    from qig_serve.serve import one_sentence
     from qig_serve.serving import media  # noqa: F401  registers the media connector
     from qig_serve.vllm_plugin import compat, patches
 
-    async with compat.engine_client()(args) as engine:
+    async with AsyncExitStack() as stack:
+        with one_sentence():
+            engine = await stack.enter_async_context(compat.engine_client()(args))
         tasks = await engine.get_supported_tasks()
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import tensors_of
+from helpers.checkpoints import Finished, made_once, tensors_of
 from helpers.small_llava import small_llava
 from safetensors.torch import load_file, save_file
 
@@ -71,20 +70,15 @@ def recipe(calib: str, **fields: Any) -> QuantRecipe:
     )
 
 
-Finished = Callable[[str, str], tuple[Path, QuantizationReport]]
-
-
 @pytest.fixture(scope="module")
 def finished(model_dir: Path, calib: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The checkpoint and report of a scheme and a method, made once."""
+    """Of a scheme and a method."""
 
-    @cache
-    def of(scheme: str, method: str) -> tuple[Path, QuantizationReport]:
-        out = tmp_path_factory.mktemp("finished") / "out"
+    def run(out: Path, scheme: str, method: str) -> QuantizationReport:
         fields = {"scheme": scheme, "method": method}
-        return out, pipeline.quantize(model_dir, out, recipe(calib, **fields), quiet=True)
+        return pipeline.quantize(model_dir, out, recipe(calib, **fields), quiet=True)
 
-    return of
+    return made_once(run, tmp_path_factory)
 
 
 def shards_of(directory: Path) -> dict[str, str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import tensors_of
+from helpers.checkpoints import Finished, made_once, tensors_of
 from helpers.processes import in_two_processes
 from helpers.small_llava import small_llava
 from helpers.tiny_models import FAMILIES, tiny_model
@@ -47,19 +45,14 @@ def tuned(model: Path, out: Path, wanted: QuantRecipe, **more: Any) -> Quantizat
     return pipeline.quantize(model, out, wanted, quiet=True, **more)
 
 
-Finished = Callable[[str, int], tuple[Path, QuantizationReport]]
-
-
 @pytest.fixture(scope="module")
 def finished(model: Path, calib: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The checkpoint and report of a scheme and a number of passes, made once."""
+    """Of a scheme and a number of passes."""
 
-    @cache
-    def of(scheme: str, passes: int) -> tuple[Path, QuantizationReport]:
-        out = tmp_path_factory.mktemp("finished") / "out"
-        return out, tuned(model, out, recipe(calib, scheme=scheme, tuning_passes=passes))
+    def run(out: Path, scheme: str, passes: int) -> QuantizationReport:
+        return tuned(model, out, recipe(calib, scheme=scheme, tuning_passes=passes))
 
-    return of
+    return made_once(run, tmp_path_factory)
 
 
 class Kept(Exception):
