@@ -44,7 +44,7 @@ class Rounding:
     statistics: bool = True
     """Whether it looks at the inputs of a linear, or only at its weight."""
     weighted: bool = False
-    """Whether token weights weigh those statistics; otherwise all real tokens count alike."""
+    """Whether token weights weigh those statistics; otherwise all tokens count alike."""
     shifted: bool = False
     """Whether it needs full-precision inputs beside those of the quantized prefix, in two halves
     of the samples."""
@@ -76,11 +76,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "smoothquant": {"equalize": "smoothquant", "token_weights": "uniform"},
     "gptq": {"equalize": "none", "token_weights": "uniform", "rounding": "gptq"},
     "gptq-qig": {"equalize": "none", "token_weights": "qig", "rounding": "gptq-weighted"},
-    "qig+": {"equalize": "channels", "token_weights": "qig", "steps": 2, "rounding": "qronos"},
+    "qig+": {
+        "equalize": "channels",
+        "token_weights": "qig",
+        "steps": 2,
+        "rounding": "qronos-outputs",
+    },
 }
-# The same where activations stay in 16 bits. With int8 activations rows that make up for each other
-# gain on small models of our own, and cost 8% of KL on a real decoder.
-OF_WEIGHTS_ALONE: dict[str, dict[str, Any]] = {"qig+": {"rounding": "qronos-outputs"}}
 
 
 if TYPE_CHECKING:
@@ -205,7 +207,7 @@ class QuantRecipe(BaseModel):
         default="nearest",
         description="how weights are rounded; qronos-outputs: rows make up for each other where "
         "the answers' gradients allow it, which takes two sweeps over the blocks and up to 8 GiB "
-        "beside the activations; qronos: the same without, which w4a8 takes",
+        "beside the activations; qronos: the same without",
     )
 
     tuning_passes: int = Field(
@@ -256,8 +258,6 @@ class QuantRecipe(BaseModel):
         scheme = SCHEMES.get(str(values.get("scheme", "w3a16")))
         if scheme is not None and scheme.activation_bits is not None:
             filled["baseline"] = "quantized"
-        else:
-            filled |= OF_WEIGHTS_ALONE.get(method, {})
         return {**filled, **values}
 
     @model_validator(mode="after")

@@ -79,13 +79,13 @@ def _part_weights(
     power = 2 if settings.kind == "channels" else 1
     flat = torch.cat(
         [
-            routed.token_weights(b, group.expert, weights[streams.mask(b)], power)
+            routed.token_weights(b, group.expert, weights.flatten(), power)
             for b, weights in enumerate(token_weights)
         ]
     )
     if not len(flat):  # no token in this process
         flat = torch.zeros(1, device=streams.device)
-    return [part[None] for part in flat.split([mask.numel() for mask in captured.masks])]
+    return [part[None] for part in flat.split(captured.sizes)]
 
 
 def _report(

@@ -14,7 +14,7 @@ from torch import nn
 
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
-from qig_serve.offline.calibration.batches import MODALITIES, CalibrationBatch
+from qig_serve.offline.calibration.batches import IMAGE, CalibrationBatch
 from qig_serve.offline.passes.capture import first_output
 from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.source.loaded_model import LoadedModel
@@ -125,7 +125,7 @@ def answer_gradients(
             for name, gradient in zip(names, gradients, strict=True):
                 mean = gradient.float().abs().mean(-1).cpu()
                 # Of tokens laid end to end too, as a shared expert gets them.
-                result.magnitude.setdefault(name, {})[b] = mean.reshape(batch.token_mask.shape)
+                result.magnitude.setdefault(name, {})[b] = mean.reshape(batch.shape)
     finally:
         for handle in handles:
             handle.remove()
@@ -136,30 +136,25 @@ def modality_means(
     magnitude: dict[int, torch.Tensor],
     batches: Sequence[CalibrationBatch],
     ranks: Ranks = ALONE,
-) -> dict[int, float]:
-    """Mean gradient magnitude of each modality's real tokens over the samples of all processes.
+) -> dict[bool, float]:
+    """Mean gradient magnitude of image and of language tokens over the samples of all processes.
 
-    Modality code -> mean; a modality without tokens is absent.
+    Whether of an image -> mean; tokens of the template are language, and what has no tokens is
+    absent.
     """
     means = {}
-    for code in MODALITIES.values():
+    for pictured in (False, True):
         total, count = 0.0, 0.0
         for b, values in magnitude.items():
-            batch = batches[b]
-            mask = (batch.token_mask & (batch.modality == code)).cpu()
+            mask = ((batches[b].modality == IMAGE) == pictured).cpu()
             total += float(values[mask].double().sum())
             count += int(mask.sum())
         total, count = ranks.total(total, count)
         if count:
-            means[code] = total / count
+            means[pictured] = total / count
     return means
 
 
-def modality_importance(
-    means: dict[int, float], modality: torch.Tensor, token_mask: torch.Tensor
-) -> torch.Tensor:
-    """MBQ's weights: every real token gets the mean of its modality; [B, T]."""
-    importance = torch.zeros(token_mask.shape, device=token_mask.device)
-    for code, mean in means.items():
-        importance = torch.where((modality == code) & token_mask, mean, importance)
-    return importance
+def modality_importance(means: dict[bool, float], modality: torch.Tensor) -> torch.Tensor:
+    """MBQ's weights: every token gets the mean of its modality; [B, T]."""
+    return torch.where(modality == IMAGE, means.get(True, 0.0), means.get(False, 0.0))

@@ -48,11 +48,6 @@ class GroupTokens:
     """For the sources modality and gradient."""
 
     @property
-    def masks(self) -> list[torch.Tensor]:
-        """Real tokens of each batch, bool [B, T]."""
-        return [self.streams.mask(b) for b in range(len(self.streams))]
-
-    @property
     def magnitude(self) -> dict[int, torch.Tensor]:
         """Gradient magnitudes at the group's loss module, by batch."""
         if self.gradients is None:
@@ -76,21 +71,24 @@ Importance = tuple[list[torch.Tensor], float | None]
 
 
 def _uniform(tokens: GroupTokens) -> Importance:
-    return [mask.float() for mask in tokens.masks], None
+    device = tokens.streams.device
+    return [torch.ones(batch.shape, device=device) for batch in tokens.streams.batches], None
 
 
 def _modality(tokens: GroupTokens) -> Importance:
     streams = tokens.streams
     means = modality_means(tokens.magnitude, streams.batches, streams.ranks)
-    masks = enumerate(tokens.masks)
-    return [modality_importance(means, streams.modality(b), mask) for b, mask in masks], None
+    batches = range(len(streams))
+    return [modality_importance(means, streams.modality(b)) for b in batches], None
 
 
 def _gradient(tokens: GroupTokens) -> Importance:
-    magnitude = tokens.magnitude
-    zero = torch.zeros(())  # of batches without an answer
-    masks = enumerate(tokens.masks)
-    return [magnitude.get(b, zero).to(mask.device) * mask for b, mask in masks], None
+    magnitude, streams = tokens.magnitude, tokens.streams
+    found = []
+    for b, batch in enumerate(streams.batches):
+        without = torch.zeros(batch.shape)  # an answer
+        found.append(magnitude.get(b, without).to(streams.device))
+    return found, None
 
 
 def _attention(tokens: GroupTokens) -> Importance:
@@ -100,9 +98,9 @@ def _attention(tokens: GroupTokens) -> Importance:
     if attention is None:  # gated delta-net, convolution
         return _uniform(tokens)
     found = []
-    for b, mask in enumerate(tokens.masks):
+    for b in range(len(streams)):
         call = catch_call(block, attention, streams.fp.get(b, streams.device), streams.kwargs(b))
-        found.append(attention_importance(attention, call, mask))
+        found.append(attention_importance(attention, call))
     return found, None
 
 
@@ -111,7 +109,7 @@ def _perturbation(tokens: GroupTokens) -> Importance:
     streams, captured = tokens.streams, tokens.captured
     module = tokens.block.get_submodule(tokens.group.loss_module)
     parts = []
-    for i, (call, mask) in enumerate(zip(captured.calls, captured.masks, strict=True)):
+    for i, call in enumerate(captured.calls):
         x = captured.inputs.get(i, streams.device)
         full, quantized = branches(
             module,
@@ -121,8 +119,8 @@ def _perturbation(tokens: GroupTokens) -> Importance:
             streams.dtype,
             inner_names(tokens.group, tokens.group.readers),
         )
-        parts.append(discrepancy(full(x), quantized(x)) * mask)
-    return captured.to_batches(parts, tokens.masks), None
+        parts.append(discrepancy(full(x), quantized(x)))
+    return captured.to_batches(parts, streams.batches), None
 
 
 _FINER = 6
@@ -147,7 +145,8 @@ def _integrated(tokens: GroupTokens) -> tuple[list[torch.Tensor], float]:
         sum(float(a.integral.double().sum()) for a in parts),
         sum(float(a.difference.double().sum()) for a in parts),
     )
-    importance = tokens.captured.to_batches([a.importance for a in parts], tokens.masks)
+    batches = tokens.streams.batches
+    importance = tokens.captured.to_batches([a.importance for a in parts], batches)
     return importance, completeness(integral, difference)
 
 
@@ -164,7 +163,6 @@ def attribute_part(tokens: GroupTokens, part: int) -> Attribution:
         inner_names(tokens.group),
         captured.calls[part].with_input(captured.inputs.get(part, streams.device)),
         x0,
-        captured.masks[part],
         streams.scheme,
         streams.dtype,
         quadrature(weighting.quadrature, weighting.steps),
@@ -190,11 +188,11 @@ def weigh_tokens(tokens: GroupTokens) -> WeighedTokens:
     importance_of, clips = SOURCES[source]
     raw, error = importance_of(tokens)
     weights, outliers, empty = [], [], 0
-    for importance, mask in zip(raw, tokens.masks, strict=True):
+    for importance in raw:
         clipped = importance
         if clips and tokens.weighting.iqr:
-            clipped = clip_outliers(importance, mask)
-        normalized, without = normalize(clipped, mask)
+            clipped = clip_outliers(importance)
+        normalized, without = normalize(clipped)
         weights.append(normalized)
         outliers.append(clipped != importance)
         empty += without
@@ -217,9 +215,9 @@ def _token_shares(
 ) -> dict[str, TokenShare]:
     """Share of importance and of token weight by modality, over the samples of all processes."""
     shares = {}
-    before, _ = zip(*(normalize(u, streams.mask(b)) for b, u in enumerate(raw)), strict=True)
+    before, _ = zip(*(normalize(u) for u in raw), strict=True)
     for name, code in MODALITIES.items():
-        chosen = [streams.mask(b) & (streams.modality(b) == code) for b in range(len(streams))]
+        chosen = [streams.modality(b) == code for b in range(len(streams))]
         samples, tokens, first, last, clipped = streams.ranks.total(
             sum(len(u) for u in raw),
             sum(int(m.sum()) for m in chosen),

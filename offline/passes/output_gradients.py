@@ -50,9 +50,9 @@ def planned(
     chosen: list[int] = []
     tokens = 0
     for b, batch in enumerate(batches):
-        if not chosen or tokens + batch.token_mask.numel() <= room:
+        if not chosen or tokens + batch.tokens <= room:
             chosen.append(b)
-            tokens += batch.token_mask.numel()
+            tokens += batch.tokens
     (answers,) = ranks.total(sum(int(said(batches[b]).sum()) for b in chosen))
     most = torch.tensor([tokens])  # of any process: all draw equally often
     ranks.maximum(most)
@@ -137,8 +137,8 @@ def stand_in(
         for key in found.keys(b):
             noise = torch.randn_like(streams.fp.get(b, "cpu"), dtype=torch.bfloat16)
             found.behind[0].put(key, noise)
-    followed = sum(batches[b].token_mask.numel() for b in chosen)
-    return found, followed / sum(batch.token_mask.numel() for batch in batches)
+    followed = sum(batches[b].tokens for b in chosen)
+    return found, followed / sum(batch.tokens for batch in batches)
 
 
 def _behind_the_last(
@@ -232,8 +232,9 @@ def output_moments(
     handles = [block.get_submodule(n).register_forward_hook(watch(n)) for n in names]
     try:
         for b in gradients.batches:
-            mask, half = streams.mask(b), streams.batches[b].half.to(streams.device)[:, None]
-            parts[:] = (mask & ~half).flatten(), (mask & half).flatten()
+            batch = streams.batches[b]
+            half = batch.half.to(streams.device).repeat_interleave(batch.shape[1])
+            parts[:] = ~half, half
             hidden = streams.fp.get(b, streams.device).requires_grad_()
             output = _run(block, hidden, streams.kwargs(b), streams.device)
             for key in gradients.keys(b):

@@ -10,6 +10,7 @@ from torch import nn
 
 from qig_serve.experts import Experts
 from qig_serve.family_row import SmoothingGroup
+from qig_serve.offline.calibration.batches import CalibrationBatch
 from qig_serve.offline.passes.capture import ModuleCall, Store, catch_call, check_finite, run_module
 from qig_serve.offline.passes.routing import RoutedTokens, expert_of
 from qig_serve.offline.passes.streams import Streams
@@ -20,9 +21,8 @@ class ModuleParts:
     """Inputs and targets of a group's loss module, in parts that pass it one at a time.
 
     A module that mixes tokens (attention) has the calibration batches as parts. For one that does
-    not (MLP, linear, experts with their tokens' routing) the real tokens of all batches are laid
-    end to end and cut into equal parts [1, tokens, C]: batches of every length then cost the same,
-    and template tokens nothing.
+    not (MLP, linear, experts with their tokens' routing) the tokens of all batches are laid end to
+    end and cut into equal parts [1, tokens, C]: batches of every length then cost the same.
     """
 
     tokenwise: bool
@@ -34,10 +34,10 @@ class ModuleParts:
     """What the quantized prefix gives in its place; None if nothing needs it."""
     targets: Store
     """f(X, W), [B, T, N]."""
-    masks: list[torch.Tensor]
-    """Real tokens of the parts, bool [B, T]."""
+    sizes: list[int]
+    """Tokens of the parts."""
     act_mean: torch.Tensor
-    """mean |X_c| over the real tokens of all processes, [C]."""
+    """mean |X_c| over the tokens of all processes, [C]."""
     act_max: torch.Tensor
     """max |X_c| over the same tokens, [C]."""
 
@@ -47,27 +47,21 @@ class ModuleParts:
             if store is not None:
                 store.clear()
 
-    def to_parts(
-        self, values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Values of batches [B, T] as values of parts; `masks` are the batches'."""
+    def to_parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Values of batches [B, T] as values of parts."""
         if not self.tokenwise:
             return list(values)
-        flat = torch.cat([v[m] for v, m in zip(values, masks, strict=True)])
-        return [part[None] for part in flat.split([m.numel() for m in self.masks])]
+        flat = torch.cat([v.flatten() for v in values])
+        return [part[None] for part in flat.split(self.sizes)]
 
     def to_batches(
-        self, values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+        self, values: Sequence[torch.Tensor], batches: Sequence[CalibrationBatch]
     ) -> list[torch.Tensor]:
-        """Inverse of `to_parts`; tokens that are not real become zero."""
+        """Inverse of `to_parts`."""
         if not self.tokenwise:
             return list(values)
-        flat = torch.cat([v[0] for v in values]).split([int(m.sum()) for m in masks])
-        batches = []
-        for part, mask in zip(flat, masks, strict=True):
-            batches.append(torch.zeros(mask.shape, dtype=part.dtype, device=part.device))
-            batches[-1][mask] = part
-        return batches
+        flat = torch.cat([v[0] for v in values]).split([batch.tokens for batch in batches])
+        return [part.view(batch.shape) for part, batch in zip(flat, batches, strict=True)]
 
 
 def inner_names(group: SmoothingGroup, names: Sequence[str] | None = None) -> list[str]:
@@ -87,22 +81,22 @@ def capture_parts(
     module = block.get_submodule(group.loss_module)
     found = [("x", streams.fp), *([("xq", streams.quantized)] if quantized else [])]
     stores = {name: streams.new_store(f"{group.name}-{name}") for name, _ in found}
-    masks = [streams.mask(b) for b in range(len(streams))]
+    sizes = [batch.tokens for batch in streams.batches]
     calls: list[ModuleCall] = []
     are_experts = isinstance(module, Experts)
     routing: list[tuple[torch.Tensor, ...]] = []  # that of full precision, whatever the input
     for name, stream in found:
         parts = _Cutter(stores[name], streams.batch_tokens)
-        for b, mask in enumerate(masks):
+        for b in range(len(streams)):
             hidden = stream.get(b, streams.device)
             call = catch_call(block, module, hidden, streams.kwargs(b, stream))
             check_finite(call.hidden, f"{where}, input")
             if stream is streams.fp:
                 calls.append(call.without_input())
             if are_experts and stream is streams.fp:
-                routing.append(tuple(given[mask.flatten()] for given in call.args[1:]))
+                routing.append(tuple(call.args[1:]))
             if call.only_hidden or are_experts:
-                parts.add(call.hidden[mask])
+                parts.add(call.hidden.flatten(0, -2))
             else:
                 stores[name].put(b, call.hidden)
         parts.flush()
@@ -112,10 +106,10 @@ def capture_parts(
         if are_experts:
             cut = [torch.cat(given).split(parts.sizes) for given in zip(*routing, strict=True)]
             calls = [ModuleCall((None, *given), {}) for given in zip(*cut, strict=True)]
-        masks = [torch.ones(1, n, dtype=torch.bool, device=streams.device) for n in parts.sizes]
+        sizes = parts.sizes
 
     captured = (tokenwise, calls, stores["x"], stores.get("xq"))
-    return _with_targets(module, captured, masks, group, streams, where)
+    return _with_targets(module, captured, sizes, group, streams, where)
 
 
 @torch.no_grad()
@@ -135,35 +129,39 @@ def capture_expert(
         parts.add(torch.zeros(1, expert.down_proj.in_features, device=streams.device))
         parts.flush()
     calls = [ModuleCall((None,), {})] * parts.count
-    masks = [torch.full((1, n), real, device=streams.device) for n in parts.sizes]
-    return _with_targets(module, (True, calls, store, None), masks, group, streams, where)
+    captured = (True, calls, store, None)
+    return _with_targets(module, captured, parts.sizes, group, streams, where, real)
 
 
 def _with_targets(
     module: nn.Module,
     captured: tuple[bool, list[ModuleCall], Store, Store | None],
-    masks: list[torch.Tensor],
+    sizes: list[int],
     group: SmoothingGroup,
     streams: Streams,
     where: str,
+    real: bool = True,
 ) -> ModuleParts:
-    """The parts, with what the module makes of them; `captured` are ModuleParts' first fields."""
+    """The parts, with what the module makes of them; `captured` are ModuleParts' first fields.
+
+    If not `real` they are of a stand-in, whose activations do not count.
+    """
     _, calls, inputs, _ = captured
     targets = streams.new_store(f"{group.name}-y")
     total, peak, tokens = torch.zeros(()), torch.zeros(()), 0
-    for i, (call, mask) in enumerate(zip(calls, masks, strict=True)):
+    for i, call in enumerate(calls):
         x = inputs.get(i, streams.device)
         target = run_module(module, call.with_input(x))
         check_finite(target, f"{where}, output")
         targets.put(i, target)
-        real = x[mask].float().abs()  # [tokens, C]
-        total, tokens = total.to(x.device) + real.sum(0), tokens + len(real)
-        if len(real):
-            peak = torch.maximum(peak.to(x.device), real.amax(0))
+        if real:
+            seen = x.flatten(0, -2).float().abs()  # [tokens, C]
+            total, tokens = total.to(x.device) + seen.sum(0), tokens + len(seen)
+            peak = torch.maximum(peak.to(x.device), seen.amax(0))
     streams.ranks.sum(total)
     streams.ranks.maximum(peak)
     act_mean = total / max(streams.ranks.total(tokens)[0], 1)
-    return ModuleParts(*captured, targets, masks, act_mean, peak)
+    return ModuleParts(*captured, targets, sizes, act_mean, peak)
 
 
 class _Cutter:

@@ -51,7 +51,7 @@ class RoutedTokens:
         return rows, (self.weights[b] * hit).sum(-1)[rows]
 
     def token_weights(self, b: int, expert: int, weights: torch.Tensor, power: int) -> torch.Tensor:
-        """lambda p^power [m] of the rows `seen`; `weights` are lambda [n] of all real tokens.
+        """lambda p^power [m] of the rows `seen`; `weights` are lambda [n] of all tokens.
 
         Where all that an expert sees weighs nothing (an image's tokens can), they count alike.
         """
@@ -87,11 +87,9 @@ def capture_routed(
             call = catch_call(block, module, hidden, streams.kwargs(b, stream))
         found, index, routing = call.args
         check_finite(found, f"{where}, input of the experts")
-        mask = streams.mask(b)
-        inputs.put(b, found[mask])
-        real = mask.flatten()
-        chosen.append(index[real].cpu())
-        weights.append(routing[real].float().cpu())
+        inputs.put(b, found.flatten(0, -2))
+        chosen.append(index.cpu())
+        weights.append(routing.float().cpu())
         counts += torch.bincount(chosen[-1].flatten(), minlength=len(module))
     streams.ranks.sum(counts)
     least = int(RARE * expert_of(block, 0).gate_proj.in_features * streams.share)

@@ -48,7 +48,7 @@ def round_block(
     linear's statistics see what the linears before it, in this block too, have already lost.
     `original` is the block before equalization; its inputs, divided by a group's columns, are what
     the equalized linear would see in full precision. `results` are those of `equalize_group`, or
-    empty where nothing was searched: then real tokens count alike. `seconds` is filled with the
+    empty where nothing was searched: then all tokens count alike. `seconds` is filled with the
     wall time of gathering "statistics" of inputs and what is known of "outputs".
     """
     linears = {name: block.get_submodule(name) for group in groups for name in group.linears}

@@ -10,8 +10,8 @@ texts GPTQ's 1% left several times the error on texts that it had not seen.
 Ranges. Between a group's extremes and the range of least error lie candidates; each row is rounded
 by GPTQ (gptq.py) with all of them and keeps the one that leaves least of its output error.
 
-`qronos-outputs`, which qig+ takes where activations stay in 16 bits, is the same with rows that
-make up for each other (outputs.py), where all tokens pass a linear; experts are rounded as here.
+`qronos-outputs`, which qig+ takes, is the same with rows that make up for each other (outputs.py),
+where all tokens pass a linear; experts are rounded as here.
 
 Tried here and left out, because they lowered the error on calibration samples and not KL on
 questions held out: a range search that decides without trying (on a real decoder it does as well),

@@ -55,9 +55,9 @@ class BlockStatistics:
                 routed.clear()
 
     def of(self, name: str, result: GroupResult | None) -> LinearStats:
-        """Of the input of linear `name`, over the real tokens of all batches.
+        """Of the input of linear `name`, over the tokens of all batches.
 
-        result: of its group's equalization; without, real tokens count alike.
+        result: of its group's equalization; without, all tokens count alike.
         """
         linear = self.block.get_submodule(name)
         accumulator = StatsAccumulator(linear.in_features, self.method.shifted, self.streams.device)
@@ -65,18 +65,17 @@ class BlockStatistics:
         if expert is not None:
             self._caught()  # of all processes together
         for b in range(len(self.streams)):
-            mask = self.streams.mask(b)
-            weights = mask.float()
+            batch = self.streams.batches[b]
+            found = torch.ones(batch.tokens, device=self.streams.device)
             if result is not None and self.method.weighted:
-                weights = result.token_weights[b]
-            half = self.streams.batches[b].half.to(mask.device)[:, None].expand_as(mask)[mask]
+                found = result.token_weights[b].flatten()
+            half = batch.half.to(found.device).repeat_interleave(batch.shape[1])
             if expert is None:
-                x_q, x_fp = self._inputs(b, name, mask)
-                found = weights[mask]
+                x_q, x_fp = self._inputs(b, name)
             else:
                 x_q, x_fp, rows = self._expert_inputs(b, name, expert)
                 assert self._routed is not None
-                found = self._routed.token_weights(b, expert, weights[mask], 2)
+                found = self._routed.token_weights(b, expert, found, 2)
                 half = half[rows.to(half.device)]
             check_finite(x_q, f"{self.where}, {name}, input")
             if x_fp is None:
@@ -88,20 +87,18 @@ class BlockStatistics:
                 accumulator.accumulate(x_q[part], x_fp[part], found[part], second)
         return accumulator.finish(self.streams.ranks)
 
-    def _inputs(
-        self, b: int, name: str, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Real tokens [n, K] as the quantized prefix gives them; in full precision if needed."""
+    def _inputs(self, b: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens [n, K] as the quantized prefix gives them; in full precision if needed."""
         streams = self.streams
         with quantized_activations(self.linears, streams.quantizes_activations):
             hidden = streams.quantized.get(b, streams.device)
             kwargs = streams.kwargs(b, streams.quantized)
             x_q = catch_call(self.block, self.block.get_submodule(name), hidden, kwargs).hidden
         if not self.method.shifted:
-            return x_q[mask], None
+            return x_q.flatten(0, -2), None
         hidden, kwargs = streams.fp.get(b, streams.device), streams.kwargs(b)
         x_fp = catch_call(self.original, self.original.get_submodule(name), hidden, kwargs).hidden
-        return x_q[mask], x_fp[mask]
+        return x_q.flatten(0, -2), x_fp.flatten(0, -2)
 
     def _expert_inputs(
         self, b: int, name: str, expert: int

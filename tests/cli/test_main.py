@@ -96,7 +96,7 @@ def test_help_of_quantize_has_the_defaults_that_a_run_takes(
     with pytest.raises(SystemExit):
         main(["quantize", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "w4a8 takes (default: the method's; qig+ has qronos-outputs)" in text
+    assert "the same without (default: the method's; qig+ has qronos-outputs)" in text
     assert "noise (default: the method's; qig+ has channels)" in text
     assert "start of the integration path (default: zero, for w4a8 quantized) --" in text
     assert "calibration samples (default: 128)" in text

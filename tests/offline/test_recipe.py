@@ -60,9 +60,8 @@ def test_every_source_of_token_weights_has_a_function() -> None:
     assert set(get_args(TokenWeightSource)) == set(SOURCES)
 
 
-def test_rounding_of_ours_follows_the_scheme() -> None:
-    assert QuantRecipe(scheme="w3a16").rounding == "qronos-outputs"
-    assert QuantRecipe(scheme="w4a8").rounding == "qronos"
+def test_rounding_is_the_methods_unless_set() -> None:
+    assert QuantRecipe(scheme="w4a8").rounding == "qronos-outputs"
     assert QuantRecipe(scheme="w3a16", rounding="qronos").rounding == "qronos"
     assert QuantRecipe(scheme="w3a16", method="gptq").rounding == "gptq"
 

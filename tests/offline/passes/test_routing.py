@@ -41,8 +41,7 @@ def all_common(monkeypatch: pytest.MonkeyPatch) -> None:
 def _weights(streams: Streams) -> list[torch.Tensor]:
     """Token weights of each batch, [B, T]."""
     generator = torch.Generator().manual_seed(5)
-    masks = [streams.mask(b) for b in range(len(streams))]
-    return [torch.rand(mask.shape, generator=generator) * mask for mask in masks]
+    return [torch.rand(batch.shape, generator=generator) for batch in streams.batches]
 
 
 def _statistics(loaded: LoadedModel, streams: Streams, block: nn.Module, method: str) -> Any:
@@ -52,12 +51,12 @@ def _statistics(loaded: LoadedModel, streams: Streams, block: nn.Module, method:
 
 
 def _sparse_outputs(block: nn.Module, streams: Streams) -> list[torch.Tensor]:
-    """Of the experts module, [n, H], real tokens of each batch."""
+    """Of the experts module, [n, H], of each batch."""
     found = []
     for b in range(len(streams)):
         hidden = streams.quantized.get(b, streams.device)
         call = catch_call(block, block.mlp.experts, hidden, streams.kwargs(b))
-        found.append(block.mlp.experts(*call.args)[streams.mask(b)])
+        found.append(block.mlp.experts(*call.args).flatten(0, -2))
     return found
 
 
@@ -81,7 +80,7 @@ def test_the_hessian_is_what_the_sparse_mlp_loses(
     after = _sparse_outputs(block, streams)
     lost = total = 0.0
     for b, (x, y) in enumerate(zip(before, after, strict=True)):
-        real = weights[b][streams.mask(b)]
+        real = weights[b].flatten()
         lost += float((real * (x - y).double().square().sum(-1)).sum())
         total += float(found.token_weights(b, expert, real, 2).double().sum())
     predicted = float(((change @ stats.hessian) * change).sum()) * total
@@ -113,7 +112,7 @@ def test_inputs_of_gate_and_up_are_the_tokens_routed(
             assert routed.report.tokens[e] == 0
             continue
         assert len(torch.cat(ours)) == routed.report.tokens[e] <= len(everything)
-        for row in torch.cat(ours):  # template tokens are routed too, and do not count
+        for row in torch.cat(ours):
             assert (everything == row).all(-1).any()
 
 
@@ -123,7 +122,7 @@ def test_a_rare_expert_is_calibrated_on_all_tokens(model: tuple[LoadedModel, Str
     block = loaded.block(0)
     weights = _weights(streams)
     statistics = _statistics(loaded, streams, block, "gptq-weighted")
-    tokens = sum(int(streams.mask(b).sum()) for b in range(len(streams)))
+    tokens = sum(batch.tokens for batch in streams.batches)
     first = statistics.of("mlp.experts.0.up_proj", GroupResult(None, weights))
     report = statistics.experts
     assert report is not None and report.least == 64
@@ -135,8 +134,8 @@ def test_a_rare_expert_is_calibrated_on_all_tokens(model: tuple[LoadedModel, Str
         catch_call(block, block.mlp, streams.quantized.get(b, "cpu"), streams.kwargs(b)).hidden
         for b in range(len(streams))
     ]
-    x = torch.cat([h[streams.mask(b)] for b, h in enumerate(router)])
-    w = torch.cat([weights[b][streams.mask(b)] for b in range(len(streams))])
+    x = torch.cat([h.flatten(0, -2) for h in router])
+    w = torch.cat([w.flatten() for w in weights])
     torch.testing.assert_close(stats.hessian, (x.T * w) @ x / w.sum(), rtol=1e-4, atol=1e-6)
     assert stats.tokens == tokens
     assert first.tokens == (tokens if 0 in report.rare else report.tokens[0])
@@ -195,7 +194,7 @@ def test_parts_of_experts_beside_an_mlp_keep_their_tokens_routing(tmp_path: Path
         for found, stream in ((expected, streams.fp), (other, streams.quantized)):
             call = catch_call(block, block.experts, stream.get(b, "cpu"), streams.kwargs(b))
             output = block.experts(*call.args) if stream is streams.fp else call.hidden
-            found.append(output[streams.mask(b)])
+            found.append(output.flatten(0, -2))
     parts = capture_parts(block, group, streams, True, "layer 0")
     assert parts.tokenwise and len(parts.calls) > len(streams) and parts.quantized_inputs
     count = range(len(parts.calls))

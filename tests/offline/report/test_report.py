@@ -363,7 +363,7 @@ def test_the_png_says_what_its_colours_mean(
     picture = dataclasses.replace(
         picture,
         tokens=tokens,
-        counted=torch.cat([picture.counted, more.bool()]),
+        template=torch.cat([picture.template, more.bool()]),
         weights={"layer 0": torch.cat([picture.weights["layer 0"], more])},
     )
     picture_png(picture, tmp_path / "p.png")
