@@ -321,7 +321,7 @@ def test_words_are_joined_and_weighed() -> None:
     words = picture.words("layer 0")
     assert [w[0] for w in words] == ["<user>", "What", " is", " <b>?", "\n", "A", " square"]
     assert dict((w[0], w[1]) for w in words)[" <b>?"] == 0.25
-    assert [w[3] for w in words] == [False] * 5 + [True] * 2 and words[0][2] is False
+    assert [w[3] for w in words] == [False] * 5 + [True] * 2 and words[0][2] is True
     assert picture.image_share("layer 0") == pytest.approx(0.75)
 
 
