@@ -122,6 +122,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def read_model_type(directory: Path) -> str:
+    """The model's family, `model_type` of config.json; UserError where it names none."""
+    named = read_config(directory).get("model_type")
+    if not isinstance(named, str) or not named:
+        raise UserError(
+            f"{directory / CONFIG_FILE} names no model_type: give the config.json that was "
+            "published with these weights"
+        )
+    return named
+
+
 def check_mark(path: Path) -> None:
     """UserError for a file that begins with a byte-order mark."""
     with path.open("rb") as file:
@@ -189,7 +200,7 @@ def load_config(directory: Path) -> Any:
 
     UserError if it cannot be read, or holds values that the class refuses.
     """
-    read_config(directory)  # transformers' own message for a missing file is about its hub
+    read_model_type(directory)  # transformers' own message for a missing file is about its hub
 
     from transformers import AutoConfig
 
