@@ -79,7 +79,7 @@ def generate(
     engine died, after which `resume` continues.
     """
     from qig_serve.inspection import require_sound
-    from qig_serve.serve import parse_flags, set_environment
+    from qig_serve.serve import check_values, parse_flags, set_environment
     from qig_serve.serving.adapter_tensors import check_adapter_tensors
     from qig_serve.serving.adapters import check_adapters
 
@@ -106,6 +106,7 @@ def generate(
             runner = Runner(None, None, folder, results, lambda _: None)
             asyncio.run(runner.run(batch_io.read_requests(source, prompt, defaults), 1))
             return runner.totals
+        check_values(args)
         requests = batch_io.read_requests(source, prompt, defaults)
         return asyncio.run(_run(args, requests, source, folder, results, quiet, give_way))
     finally:
@@ -132,13 +133,11 @@ async def _run(
     quiet: bool,
     give_way: bool,
 ) -> Totals:
-    from qig_serve.serve import one_sentence
     from qig_serve.serving import media  # noqa: F401  registers the media connector
     from qig_serve.vllm_plugin import compat, patches
 
     async with AsyncExitStack() as stack:
-        with one_sentence():
-            engine = await stack.enter_async_context(compat.engine_client()(args))
+        engine = await stack.enter_async_context(compat.engine_client()(args))
         tasks = await engine.get_supported_tasks()
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)

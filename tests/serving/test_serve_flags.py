@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from qig_serve import serve
+from qig_serve.batch import generate
 from qig_serve.errors import UserError
+from qig_serve.serving.limits import Limits
+from qig_serve.vllm_plugin import compat
 
 
 @pytest.mark.parametrize(
@@ -55,8 +59,53 @@ def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
     said = "vLLM does not start with these flags: "
     with pytest.raises(UserError, match=f"{said}gpu_memory_utilization: "), serve.one_sentence():
         CacheConfig(gpu_memory_utilization=7)
-    with pytest.raises(UserError, match=f"{said}max_num_seqs: "), serve.one_sentence():
+    with pytest.raises(UserError, match=f"{said}.*max_num_seqs: "), serve.one_sentence():
         SchedulerConfig(max_model_len=64, is_encoder_decoder=False, max_num_seqs=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--load-format nonsense", "Load format .nonsense. is not supported"),
+        ("--block-size 7", "block_size: CPU_ATTN takes .*32.*, not 7"),
+        ("--block-size 0", "block_size: Input should be greater than 0"),
+        ("--max-num-seqs 0", ".*; max_num_seqs: Input should be greater than or equal to 1"),
+        ("--max-model-len 0", "max_model_len must be a positive integer"),
+        ("--tokenizer-mode nonsense", "No tokenizer registered for tokenizer_mode='nonsense'"),
+        ("--attention-backend nonsense", "Unknown attention backend: 'NONSENSE'"),
+        ("--reasoning-parser nonsense", "Reasoning parser 'nonsense' not found"),
+        ("--enable-auto-tool-choice", "Error: --enable-auto-tool-choice requires"),
+        ("--enable-auto-tool-choice --tool-call-parser x", "invalid tool call parser: x "),
+        ("--chat-template /nowhere", "The supplied chat template string ./nowhere. appears"),
+    ],
+)
+def test_values_are_refused_before_the_engine(checkpoint: Path, flags: str, wanted: str) -> None:
+    with pytest.raises(UserError, match=f"vLLM does not start with these flags: {wanted}") as told:
+        serve.check_values(serve.parse_flags(checkpoint, flags.split()))
+    assert "\n" not in str(told.value)
+
+
+def test_values_that_fit_are_left_as_they_are(checkpoint: Path) -> None:
+    args = serve.parse_flags(checkpoint, ["--block-size", "64", "--max-model-len", "128"])
+    before = repr(args)
+    serve.check_values(args)
+    assert repr(args) == before
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_commands_refuse_them_before_the_engine(
+    checkpoint: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "What?"}]}}
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(request))
+    monkeypatch.setattr(compat, "engine_client", None)
+    with pytest.raises(UserError, match="block_size"):
+        if command == "serve":
+            serve.serve(checkpoint, ["--block-size", "7"], Limits())
+        else:
+            generate(checkpoint, source, output, flags=["--block-size", "7"])
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
