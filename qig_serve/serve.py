@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import errno
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,12 @@ CPU_CACHE_GIB = 4
 """Memory for the KV cache on a CPU, or a quarter of what is free if that is less; vLLM would take
 (and touch, before it answers) nine tenths of the machine. --kv-cache-memory-bytes,
 --gpu-memory-utilization and VLLM_CPU_KVCACHE_SPACE change it."""
+
+_CANNOT_LISTEN = (
+    *(errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, errno.ENOENT),
+    *(socket.EAI_NONAME, socket.EAI_AGAIN, socket.EAI_ADDRFAMILY),
+)
+"""What binding a socket fails with, which vLLM does before its engine starts."""
 
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
@@ -210,7 +218,14 @@ def serve(model: Path | str, flags: Sequence[str], limits: Limits) -> int:
         address = page_address(args.host, args.port, bool(args.ssl_certfile))
         print(f"{'web page':16}  {address} when it has started", flush=True)
 
-    compat.serve_command().cmd(args)
+    try:
+        compat.serve_command().cmd(args)
+    except OSError as error:
+        if error.filename or error.errno not in _CANNOT_LISTEN:
+            raise
+        host = f"--host {args.host} " if args.host else ""
+        asked = f"--uds {args.uds}" if args.uds else f"{host}--port {args.port}"
+        raise UserError(f"cannot listen on {asked}: {error.strerror}: give another") from None
 
     from qig_serve.serving.engine_watch import THIS_PROCESS
 

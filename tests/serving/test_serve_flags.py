@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,21 @@ def test_values_that_fit_are_left_as_they_are(checkpoint: Path) -> None:
     before = repr(args)
     serve.check_values(args)
     assert repr(args) == before
+
+
+def test_an_address_that_cannot_be_listened_on(checkpoint: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = {
+            f"--host 127.0.0.1 --port {port}": "Address already in use",
+            "--host 999.1.1.1 --port 8000": ".*",
+            f"--uds {tmp_path}/none/socket": "No such file or directory",
+        }
+        for flags, said in cases.items():
+            with pytest.raises(UserError, match=f"cannot listen on {flags}: {said}: give another"):
+                serve.serve(checkpoint, flags.split(), Limits())
 
 
 @pytest.mark.parametrize("command", ["serve", "generate"])
