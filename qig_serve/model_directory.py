@@ -27,6 +27,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 _GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILE = "tokenizer.json"
 _TEXTS = (
     _GENERATION_FILE,
     "processor_config.json",
@@ -231,6 +232,8 @@ def load_processor(directory: Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # a package that is missing, a value that is none of its own
+        if (directory / _TOKENIZER_FILE).is_file():
+            read_json(directory / _TOKENIZER_FILE)  # its name is not in what was raised
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")[:400]
         raise UserError(
             f"{directory} has no usable processor ({reason}): {_COPY_AGAIN}, or install the "

@@ -92,7 +92,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     if not 0 <= args.port < 1 << 16:
         raise UserError(f"--port is {args.port}: there are the ports 0 to 65535")
     args.model = args.model_tag or args.model
-    with one_sentence():
+    with one_sentence(directory):
         command.validate(args)
     usual_share = EngineArgs.gpu_memory_utilization
     if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == usual_share:
@@ -107,7 +107,7 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
+def one_sentence(model: Path | str) -> Iterator[None]:
     """UserError where vLLM refuses the value of a flag, with a page of its own or a stack trace."""
     from pydantic import ValidationError  # vLLM's settings are checked by it
 
@@ -121,14 +121,16 @@ def one_sentence() -> Iterator[None]:
         places = [".".join(map(str, one["loc"])) for one in refused]
         texts = [one["msg"].removeprefix("Value error, ") for one in refused]
         pairs = zip(places, texts, strict=True)
-        raise _refused("; ".join(f"{at}: {text}" if at else text for at, text in pairs)) from None
+        raise _refused(
+            model, "; ".join(f"{at}: {text}" if at else text for at, text in pairs)
+        ) from None
     except (*faults, compat.validation_error()) as error:
         said = error.args[0] if isinstance(error, KeyError) else error  # str() would quote it
-        raise _refused(str(said) or type(error).__name__) from None
+        raise _refused(model, str(said) or type(error).__name__) from None
 
 
-def _refused(said: str) -> UserError:
-    return UserError(f"vLLM does not start with these flags: {' '.join(said.split())}")
+def _refused(model: Path | str, said: str) -> UserError:
+    return UserError(f"vLLM does not serve {model} with these flags: {' '.join(said.split())}")
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -146,7 +148,7 @@ def check_values(args: argparse.Namespace) -> None:
     headless = {"headless": True} if args.headless else {}
     logging.disable(logging.INFO)  # it is said again at the start
     try:
-        with one_sentence():
+        with one_sentence(args.model):
             if not args.tool_parser_plugin and not args.reasoning_parser_plugin:
                 compat.parsers_check()(args)  # or they are known only when those are imported
             made_of = copy.deepcopy(args)  # or it would be changed by the making

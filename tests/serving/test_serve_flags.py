@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,10 +59,13 @@ def test_a_port_that_no_machine_has() -> None:
 def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
     from vllm.config import CacheConfig, SchedulerConfig
 
-    said = "vLLM does not start with these flags: "
-    with pytest.raises(UserError, match=f"{said}gpu_memory_utilization: "), serve.one_sentence():
+    said = "vLLM does not serve DIR with these flags: "
+    with (
+        pytest.raises(UserError, match=f"{said}gpu_memory_utilization: "),
+        serve.one_sentence("DIR"),
+    ):
         CacheConfig(gpu_memory_utilization=7)
-    with pytest.raises(UserError, match=f"{said}.*max_num_seqs: "), serve.one_sentence():
+    with pytest.raises(UserError, match=f"{said}.*max_num_seqs: "), serve.one_sentence("DIR"):
         SchedulerConfig(max_model_len=64, is_encoder_decoder=False, max_num_seqs=0)
 
 
@@ -81,7 +86,9 @@ def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
     ],
 )
 def test_values_are_refused_before_the_engine(checkpoint: Path, flags: str, wanted: str) -> None:
-    with pytest.raises(UserError, match=f"vLLM does not start with these flags: {wanted}") as told:
+    with pytest.raises(
+        UserError, match=f"vLLM does not serve .* with these flags: {wanted}"
+    ) as told:
         serve.check_values(serve.parse_flags(checkpoint, flags.split()))
     assert "\n" not in str(told.value)
 
@@ -93,6 +100,16 @@ def test_values_that_fit_are_left_as_they_are(checkpoint: Path) -> None:
     assert repr(args) == before
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """vLLM's server takes SIGTERM to itself as it starts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_an_address_that_cannot_be_listened_on(checkpoint: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
