@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,8 @@ _WAITING = 2
 
 _LOWEST_PRIORITY = 19
 
+_ERRORS_TOLD = 10
+
 _SECONDS_A_LINE = 60.0
 """Off a terminal progress is said this often."""
 
@@ -47,9 +49,9 @@ class Totals:
     skipped: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """From the first request to the last row; the model was loaded before."""
-    first_error: str = ""
-    """What the first row that failed says."""
+    """From the first request to the last row; the model was loaded before. 0 without an engine."""
+    first_errors: list[str] = field(default_factory=list)
+    """What the first rows that failed say, ten at most."""
 
 
 class EngineDied(RuntimeError):
@@ -72,11 +74,12 @@ def generate(
 
     model: the checkpoint's directory, or its org/name where the hub's local cache has it;
     flags: of `vllm serve`; quiet: no progress bar; give_way: the engine's processes go first, and
-    the calling thread keeps its lowest priority afterwards. UserError for input that is wrong as
-    a whole; EngineDied if the engine died, after which `resume` continues.
+    the calling thread keeps its lowest priority afterwards. The engine is started only if a
+    request can be sent to it. UserError for input that is wrong as a whole; EngineDied if the
+    engine died, after which `resume` continues.
     """
     from qig_serve.inspection import require_sound
-    from qig_serve.serve import parse_flags, set_environment
+    from qig_serve.serve import check_values, parse_flags, set_environment
     from qig_serve.serving.adapter_tensors import check_adapter_tensors
     from qig_serve.serving.adapters import check_adapters
 
@@ -96,28 +99,45 @@ def generate(
     args.disable_log_stats = True  # the progress bar shows it, at no cost per token
     defaults["model"] = (args.served_model_name or [args.model])[0]
     results = Results(output, resume)
+    folder = source if source.is_dir() else source.parent
     try:
         requests = batch_io.read_requests(source, prompt, defaults)
-        return asyncio.run(_run(args, requests, source, results, quiet, give_way))
+        if not any(_sendable(request, folder, results) for request in requests):
+            runner = Runner(None, None, folder, results, lambda _: None)
+            asyncio.run(runner.run(batch_io.read_requests(source, prompt, defaults), 1))
+            return runner.totals
+        check_values(args)
+        requests = batch_io.read_requests(source, prompt, defaults)
+        return asyncio.run(_run(args, requests, source, folder, results, quiet, give_way))
     finally:
         results.close()
+
+
+def _sendable(request: Request, folder: Path, results: Results) -> bool:
+    """Whether the engine is needed for a request: it has no row yet, and can be sent."""
+    if results.has(request):
+        return False
+    try:
+        batch_io.body_to_send(request, folder)
+    except ValueError:
+        return False
+    return True
 
 
 async def _run(
     args: Any,
     requests: Iterator[Request],
     source: Path,
+    folder: Path,
     results: Results,
     quiet: bool,
     give_way: bool,
 ) -> Totals:
-    from qig_serve.serve import one_sentence
     from qig_serve.serving import media  # noqa: F401  registers the media connector
     from qig_serve.vllm_plugin import compat, patches
 
     async with AsyncExitStack() as stack:
-        with one_sentence():
-            engine = await stack.enter_async_context(compat.engine_client()(args))
+        engine = await stack.enter_async_context(compat.engine_client()(args))
         tasks = await engine.get_supported_tasks()
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)
@@ -127,7 +147,6 @@ async def _run(
         patches.blame_dead_grammars(engine)
         at_once = _WAITING * engine.vllm_config.scheduler_config.max_num_seqs
         with _Progress(batch_io.count_requests(source), quiet) as progress:
-            folder = source if source.is_dir() else source.parent
             handler = getattr(app.state, "openai_serving_chat", None)  # of models that generate
             chat = in_process.chat_of(handler) if handler else None
             runner = Runner(app, engine, folder, results, progress, chat)
@@ -184,16 +203,15 @@ class Runner:
             self.totals.done += 1
             if row["error"] is not None:
                 self.totals.failed += 1
-                self.totals.first_error = self.totals.first_error or row["error"]["message"]
+                if len(self.totals.first_errors) < _ERRORS_TOLD:
+                    self.totals.first_errors.append(row["error"]["message"])
             self.totals.tokens += batch_io.completion_tokens(row)
             self.progress(self.totals)
 
     async def _answer(self, request: Request) -> dict[str, Any]:
-        if request.body is None:
-            return batch_io.error_row(request, request.error or "not a request")
         names: dict[str, str] = {}
         try:
-            body = batch_io.embed_pictures(request.body, self.folder, names)
+            body = batch_io.body_to_send(request, self.folder, names)
         except ValueError as error:
             return batch_io.error_row(request, str(error))
         request_id = uuid.uuid4().hex

@@ -27,6 +27,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 _GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILE = "tokenizer.json"
 _TEXTS = (
     _GENERATION_FILE,
     "processor_config.json",
@@ -122,6 +123,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def read_model_type(directory: Path) -> str:
+    """The model's family, `model_type` of config.json; UserError where it names none."""
+    named = read_config(directory).get("model_type")
+    if not isinstance(named, str) or not named:
+        raise UserError(
+            f"{directory / CONFIG_FILE} names no model_type: give the config.json that was "
+            "published with these weights"
+        )
+    return named
+
+
 def check_mark(path: Path) -> None:
     """UserError for a file that begins with a byte-order mark."""
     with path.open("rb") as file:
@@ -189,7 +201,7 @@ def load_config(directory: Path) -> Any:
 
     UserError if it cannot be read, or holds values that the class refuses.
     """
-    read_config(directory)  # transformers' own message for a missing file is about its hub
+    read_model_type(directory)  # transformers' own message for a missing file is about its hub
 
     from transformers import AutoConfig
 
@@ -220,6 +232,8 @@ def load_processor(directory: Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # a package that is missing, a value that is none of its own
+        if (directory / _TOKENIZER_FILE).is_file():
+            read_json(directory / _TOKENIZER_FILE)  # its name is not in what was raised
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")[:400]
         raise UserError(
             f"{directory} has no usable processor ({reason}): {_COPY_AGAIN}, or install the "

@@ -21,7 +21,7 @@ from PIL import Image
 from qig_serve.errors import UserError
 from qig_serve.samples import ImageSource, Sample
 from qig_serve.text_files import lines, parse_json, read_list
-from qig_serve.turns import with_turns
+from qig_serve.turns import is_rejected, with_turns
 
 _ROLES = ("system", "user", "assistant")
 _SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in _ROLES}
@@ -114,6 +114,11 @@ def parse_record(
     `pictures`: those of a dataset's row, whose columns hold pictures instead of paths; without a
     mark they stand before the first question, as TRL has it.
     """
+    if is_rejected(record):
+        raise UserError(
+            f"{where}: its answer is marked as one that is not wanted (label or kto_tag is "
+            "false): leave the line out"
+        )
     if isinstance(record, dict):
         record = with_turns(record, where)
     if isinstance(record, dict) and isinstance(record.get("messages"), list):

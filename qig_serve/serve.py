@@ -8,7 +8,11 @@ vLLM's own openings: `--middleware` (serving/safeguards.py) and VLLM_MEDIA_CONNE
 from __future__ import annotations
 
 import argparse
+import copy
+import errno
+import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +36,12 @@ CPU_CACHE_GIB = 4
 """Memory for the KV cache on a CPU, or a quarter of what is free if that is less; vLLM would take
 (and touch, before it answers) nine tenths of the machine. --kv-cache-memory-bytes,
 --gpu-memory-utilization and VLLM_CPU_KVCACHE_SPACE change it."""
+
+_CANNOT_LISTEN = (
+    *(errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, errno.ENOENT),
+    *(socket.EAI_NONAME, socket.EAI_AGAIN, socket.EAI_ADDRFAMILY),
+)
+"""What binding a socket fails with, which vLLM does before its engine starts."""
 
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
@@ -82,7 +92,8 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     if not 0 <= args.port < 1 << 16:
         raise UserError(f"--port is {args.port}: there are the ports 0 to 65535")
     args.model = args.model_tag or args.model
-    command.validate(args)
+    with one_sentence(directory):
+        command.validate(args)
     usual_share = EngineArgs.gpu_memory_utilization
     if args.kv_cache_memory_bytes is None and args.gpu_memory_utilization == usual_share:
         space = min(CPU_CACHE_GIB, psutil.virtual_memory().available // 2**30 // 4)
@@ -96,19 +107,68 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """UserError where vLLM, as it starts, refuses the value of a flag on a page of its own."""
+def one_sentence(model: Path | str) -> Iterator[None]:
+    """UserError where vLLM refuses the value of a flag, with a page of its own or a stack trace."""
     from pydantic import ValidationError  # vLLM's settings are checked by it
 
+    from qig_serve.vllm_plugin import compat
+
+    faults = (ValueError, TypeError, LookupError, OSError, NotImplementedError, AssertionError)
     try:
         yield
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        named = ".".join(map(str, first["loc"]))
-        said = " ".join(first["msg"].removeprefix("Value error, ").split())
-        raise UserError(
-            f"vLLM does not start with these flags: {named}{': ' if named else ''}{said}"
+        refused = error.errors(include_url=False, include_input=False, include_context=False)
+        places = [".".join(map(str, one["loc"])) for one in refused]
+        texts = [one["msg"].removeprefix("Value error, ") for one in refused]
+        pairs = zip(places, texts, strict=True)
+        raise _refused(
+            model, "; ".join(f"{at}: {text}" if at else text for at, text in pairs)
         ) from None
+    except (*faults, compat.validation_error()) as error:
+        said = error.args[0] if isinstance(error, KeyError) else error  # str() would quote it
+        raise _refused(model, str(said) or type(error).__name__) from None
+
+
+def _refused(model: Path | str, said: str) -> UserError:
+    return UserError(f"vLLM does not serve {model} with these flags: {' '.join(said.split())}")
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """UserError for a flag whose value vLLM refuses, before its engine takes minutes to start.
+
+    Makes the settings as the start will make them, and looks up the loader, the tokenizer and the
+    backend of attention.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from qig_serve.vllm_plugin import compat
+
+    headless = {"headless": True} if args.headless else {}
+    logging.disable(logging.INFO)  # it is said again at the start
+    try:
+        with one_sentence(args.model):
+            if not args.tool_parser_plugin and not args.reasoning_parser_plugin:
+                compat.parsers_check()(args)  # or they are known only when those are imported
+            made_of = copy.deepcopy(args)  # or it would be changed by the making
+            config = AsyncEngineArgs.from_cli_args(made_of).create_engine_config(**headless)
+            get_model_loader(config.load_config)
+            if not args.skip_tokenizer_init:
+                compat.tokenizer_loader()(config.model_config)
+            if args.block_size is not None:
+                model, kept = config.model_config, config.cache_config
+                with set_current_vllm_config(config):
+                    backend = compat.attention_backend()(
+                        model.get_head_size(), model.dtype, kept.cache_dtype
+                    )
+                if not backend.supports_block_size(kept.block_size):
+                    known = backend.get_supported_kernel_block_sizes()
+                    raise ValueError(
+                        f"block_size: {backend.get_name()} takes {known}, not {kept.block_size}"
+                    )
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def set_environment(limits: Limits) -> None:
@@ -151,6 +211,7 @@ def serve(model: Path | str, flags: Sequence[str], limits: Limits) -> int:
         )
     note = check_adapters(directory, manifest, args)
     check_adapter_tensors(directory, args)
+    check_values(args)
     print("\n".join([*report.lines(), *([note] if note else [])]), flush=True)
 
     from qig_serve.vllm_plugin import compat
@@ -159,8 +220,14 @@ def serve(model: Path | str, flags: Sequence[str], limits: Limits) -> int:
         address = page_address(args.host, args.port, bool(args.ssl_certfile))
         print(f"{'web page':16}  {address} when it has started", flush=True)
 
-    with one_sentence():
+    try:
         compat.serve_command().cmd(args)
+    except OSError as error:
+        if error.filename or error.errno not in _CANNOT_LISTEN:
+            raise
+        host = f"--host {args.host} " if args.host else ""
+        asked = f"--uds {args.uds}" if args.uds else f"{host}--port {args.port}"
+        raise UserError(f"cannot listen on {asked}: {error.strerror}: give another") from None
 
     from qig_serve.serving.engine_watch import THIS_PROCESS
 

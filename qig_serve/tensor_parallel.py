@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qig_serve.architectures import ARCHITECTURES
+from qig_serve.errors import UserError
 
 SIZES = (1, 2, 4, 8, 16)
 """The sizes that are looked at."""
@@ -31,11 +32,16 @@ def why_refused(
     linear's inputs must be a multiple of (`QuantScheme.cut_multiple`). split_tower: whether the
     vision tower is split too, as vLLM does by default (--mm-encoder-tp-mode). split_experts:
     whether experts are; not where whole ones are shared out (--enable-expert-parallel).
+    UserError for a configuration without attention heads.
     """
     text = config.get_text_config()
     reasons, inputs = [], _mlp_widths(text, split_experts)
     for before, block in enumerate(_kinds_of_block(text)):
         heads = int(block.num_attention_heads)
+        if heads < 1:
+            raise UserError(
+                f"config.json: num_attention_heads is {heads}: give the one of these weights"
+            )
         kv_heads = int(getattr(block, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(block, "head_dim", None) or block.hidden_size // heads)
         if heads % size:

@@ -5,6 +5,8 @@
 {"chosen": [...], "rejected": [...]}                  the same, with the question in each
 {"messages": [...], "chosen": ..., "rejected": ...}   LLaMA-Factory's, conversations too
 {"texts": [{"user": ..., "assistant": ...}, ...]}     The Cauldron's
+
+"label": false (TRL) or "kto_tag": false (LLaMA-Factory) says of an answer that it is not wanted.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ TURNS = ("messages", "conversations")
 """Keys of turns as records.py reads them."""
 FORMS = ("prompt", "completion", "chosen", "rejected", "texts")
 """Keys of the other forms."""
+_VERDICTS = ("label", "kto_tag")
 _USER = ("user", "human")
 _ASSISTANT = ("assistant", "gpt")
 
@@ -35,6 +38,15 @@ def has_turns(record: Mapping[str, Any]) -> bool:
     )
 
 
+def is_rejected(record: Any) -> bool:
+    """Whether a record says that its answer is one that is not wanted."""
+    return (
+        isinstance(record, Mapping)
+        and any(record.get(key) is False for key in _VERDICTS)
+        and ("completion" in record or any(_ends_with(record.get(k), _ASSISTANT) for k in TURNS))
+    )
+
+
 def with_turns(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The record with its turns under "messages" or "conversations"; as it is if it has no form.
 
@@ -45,7 +57,11 @@ def with_turns(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {key: value for key, value in record.items() if key not in FORMS}
     key = next((key for key in TURNS if record.get(key)), None)
     if key is not None:
-        if not record.get("chosen") or not _ends_with(record[key], _USER):
+        if not record.get("chosen"):
+            return dict(record)
+        if _ends_with(record[key], _ASSISTANT):
+            _check_same_answer(record, key, where)
+        if not _ends_with(record[key], _USER):
             return dict(record)
         if found.get("answer") is not None:
             raise UserError(f'{where}: "answer" and "chosen": give the answer in one of them')
@@ -77,6 +93,20 @@ def _role(turn: Any) -> Any:
 
 def _ends_with(turns: Any, roles: tuple[str, ...]) -> bool:
     return isinstance(turns, list) and bool(turns) and _role(turns[-1]) in roles
+
+
+def _check_same_answer(record: Mapping[str, Any], key: str, where: str) -> None:
+    """UserError where the turns of `key` end with another answer than the one that was chosen."""
+    answer, chosen = record[key][-1], _chosen(record, where)[-1]
+    if _said(answer) != _said(chosen):
+        raise UserError(
+            f'{where}: "{key}" ends with an answer, and "chosen" with another: give the answer in '
+            "one of them"
+        )
+
+
+def _said(turn: Mapping[str, Any]) -> Any:
+    return turn.get("content", turn.get("value"))
 
 
 def _chosen(record: Mapping[str, Any], where: str) -> list[Any]:

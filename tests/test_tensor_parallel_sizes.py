@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qig_serve.errors import UserError
 from qig_serve.tensor_parallel import (
     SIZES,
     fitting_sizes,
@@ -94,3 +95,10 @@ def test_an_mlp_beside_experts_is_split_too() -> None:
     assert whole == "2112 inputs of down in multiples of 128 cannot be split 2 ways"
     text.enable_moe_block = False
     assert "expert" not in str(why_refused(config, 128, 2))
+
+
+def test_no_heads_at_all() -> None:
+    text = SimpleNamespace(num_attention_heads=0, hidden_size=256, intermediate_size=512)
+    config = SimpleNamespace(model_type="llava", get_text_config=lambda: text)
+    with pytest.raises(UserError, match=r"config\.json: num_attention_heads is 0: give the one"):
+        why_refused(config, 128, 1)

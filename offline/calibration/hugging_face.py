@@ -5,8 +5,8 @@ A row's picture may be one, or a list of them: decoded, encoded bytes (or their 
 data URL), {"bytes", "path"}, or a path from the dataset's folder. A caption may be a list: the
 first counts. Without such a column the turns of "messages" or "conversations", or of the forms of
 turns.py, are read (records.py), with the pictures of "image" or "images"; without turns, "question"
-and "answer", or "question" and "chosen". Rows without a picture, or with neither caption nor turns,
-are left out, and counted.
+and "answer", or "question" and "chosen". Rows without a picture, with neither caption nor turns, or
+whose answer is marked as not wanted, are left out, and counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qig_serve.records import (
     resolve_picture,
 )
 from qig_serve.samples import ImageSource, Sample, load_image
-from qig_serve.turns import FORMS, TURNS, has_turns, with_turns
+from qig_serve.turns import FORMS, TURNS, has_turns, is_rejected, with_turns
 
 CAPTION_QUESTION = "Describe the image."
 _OPTIONS = {"split": "train", "image": "image", "answer": "caption", "question": ""}
@@ -231,6 +231,8 @@ def _conversation(
         elif column not in columns and not (known and _PICTURE_COLUMN.search(column)):
             # Where the pictures are known, names and sizes of them are no loss.
             record[column] = _plain(value)
+    if is_rejected(record):
+        return "a wanted answer (label or kto_tag is false)"
     record = with_turns({k: v for k, v in record.items() if v or k not in TURNS}, where)
     record = {"id": identifier} | {k: v for k, v in record.items() if v is not None}
     turns = [turn for column in TURNS for turn in record.get(column) or []]

@@ -19,13 +19,14 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qig_serve import text_files
 from qig_serve.errors import UserError
 from qig_serve.offline.calibration.hugging_face import CAPTION_QUESTION, hugging_face
 from qig_serve.records import MissingPicture, parse_record, records, resolve_picture, shown
 from qig_serve.samples import IMAGE_SUFFIXES, Sample, sample_from_parts
+from qig_serve.turns import is_rejected
 
 CAPTIONS = "hf:lmms-lab/COCO-Caption2017?split=val&image=image&question=question&answer=answer"
 """Pairs of an image and a caption, the paper's kind of calibration data."""
@@ -116,11 +117,29 @@ def _from_path(
     if path.suffix.lower() == ".csv":
         return _choose(_captioned(_captions_csv(path, folder), str(path), notes), n, seed)
     # Chosen before they are parsed: such files hold hundreds of thousands.
-    chosen = _choose(list(records(path)), n, seed)
+    chosen = _choose(_wanted(list(records(path)), path, notes), n, seed)
     try:
         return [parse_record(record, where, folder, number) for where, number, record in chosen]
     except MissingPicture as error:
         raise UserError(f"{error}; see --image-folder") from None
+
+
+def _wanted(
+    found: list[tuple[str, int, Any]], path: Path, notes: list[str]
+) -> list[tuple[str, int, Any]]:
+    """The records without those whose answer is marked as not wanted; `notes` gets how many."""
+    wanted = [record for record in found if not is_rejected(record[2])]
+    if left_out := len(found) - len(wanted):
+        notes.append(
+            f"records of {path} were left out: {left_out} whose answer is not wanted (label or "
+            "kto_tag is false)"
+        )
+    if found and not wanted:
+        raise UserError(
+            f"{path}: the answers of all its {len(found)} records are marked as not wanted (label "
+            "or kto_tag is false): give samples with answers that are"
+        )
+    return wanted
 
 
 def _captioned_folder(folder: Path, image_folder: Path | None) -> list[Sample]:

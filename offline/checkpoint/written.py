@@ -45,7 +45,7 @@ class WrittenModel(LoadedModel):
         cls, directory: Path, processor: Any, device: torch.device | str = "cpu"
     ) -> WrittenModel:
         """UserError unless all tensors that the model has are there, and no others."""
-        arch = get_architecture(str(model_directory.read_config(directory).get("model_type")))
+        arch = get_architecture(model_directory.read_model_type(directory))
         config = cls._config(directory)
         model, info = load_front(directory, config)
         inside = (*arch.source_prefixes, f"{arch.decoder}.layers.")  # looked at in _check_blocks

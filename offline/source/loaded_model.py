@@ -303,7 +303,7 @@ def quantizable_config(directory: Path) -> Any:
     check_full_precision(directory)
     check_block_count(raw, directory / model_directory.CONFIG_FILE)
     # Before transformers, whose message is about remote code.
-    get_architecture(str(raw.get("model_type")))
+    get_architecture(model_directory.read_model_type(directory))
     return model_directory.load_config(directory)
 
 

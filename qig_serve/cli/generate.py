@@ -6,7 +6,8 @@
 The input is OpenAI's batch JSONL, a CSV file with columns image, prompt and perhaps custom_id, or
 a folder of pictures with --prompt. Image paths are relative to the input; pictures are read when
 their request is sent. Rows are written as they come. A line or picture that is wrong becomes an
-error row that names it. Exit status 1 if a row failed.
+error row that names it. Exit status 1 if a row failed. Where no line can be sent, the engine is
+not started.
 """
 
 from __future__ import annotations
@@ -99,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
             f"{totals.skipped} were there already",
             file=sys.stderr,
         )
-        if totals.first_error:
-            print(f"the first error: {totals.first_error}", file=sys.stderr)
+        for said in totals.first_errors:
+            print(f"- {said}", file=sys.stderr)
+        if totals.failed > len(totals.first_errors):
+            print("- and more, all in that file", file=sys.stderr)
+        if not totals.seconds:
+            print("no request was left to send, so the engine was not started", file=sys.stderr)
     return 1 if totals.failed else 0

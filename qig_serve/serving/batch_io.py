@@ -172,6 +172,18 @@ def _question(image: str, prompt: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}]}
 
 
+def body_to_send(
+    request: Request, folder: Path, names: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The body of a request, its pictures embedded (`embed_pictures`).
+
+    ValueError, with a sentence, if its line is no request, or a picture cannot be read.
+    """
+    if request.body is None:
+        raise ValueError(request.error or "not a request")
+    return embed_pictures(request.body, folder, names)
+
+
 def embed_pictures(
     body: dict[str, Any], folder: Path, names: dict[str, str] | None = None
 ) -> dict[str, Any]:

@@ -76,6 +76,23 @@ _LAUNCHERS = "vllm.entrypoints.launchers"
 _API_SERVER = "vllm.entrypoints.openai.api_server"
 
 
+def parsers_check() -> Any:
+    """Serve arguments -> None; KeyError for a parser of tool calls or thoughts that is unknown."""
+    return find("validate_api_server_args", f"{_LAUNCHERS}.launcher", _API_SERVER)
+
+
+def tokenizer_loader() -> Any:
+    """Model config -> tokenizer, which is kept for the next who asks."""
+    return find(
+        "cached_tokenizer_from_config", "vllm.tokenizers", "vllm.transformers_utils.tokenizer"
+    )
+
+
+def attention_backend() -> Any:
+    """(head size, dtype, KV cache's dtype) -> the class of attention's backend."""
+    return find("get_attn_backend", "vllm.v1.attention.selector", "vllm.attention.selector")
+
+
 def engine_client() -> Any:
     """Asynchronous context manager: serve arguments -> engine client."""
     return find("build_async_engine_client", f"{_LAUNCHERS}.api_server.entry", _API_SERVER)

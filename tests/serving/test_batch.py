@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from starlette.routing import Route
 
 from qig_serve import batch
 from qig_serve.batch import EngineDied, Runner, Totals
+from qig_serve.cli import main
 from qig_serve.errors import UserError
 from qig_serve.serving import batch_io
 from qig_serve.serving.batch_results import Results
@@ -208,7 +210,7 @@ def test_chat_goes_to_the_handler_and_what_it_cannot_answer_to_the_application(
     assert engine.seen == 3 and rows[5]["error"]["code"] == "500"
     assert handler.ids == [rows[line]["response"]["request_id"] for line in (1, 4)]
     assert totals.done == 5 and totals.failed == 1 and totals.tokens == 2 * 2 + 2 * 3
-    assert totals.first_error == rows[5]["error"]["message"]
+    assert totals.first_errors == [rows[5]["error"]["message"]]
 
 
 def command(checkpoint: Path, *arguments: str | Path) -> list[str]:
@@ -228,6 +230,39 @@ def start(words: list[str], output: Path, rows: int) -> Iterator[subprocess.Pope
         assert process.poll() is None
         time.sleep(0.05)
     yield process
+
+
+def test_without_a_line_to_send_no_engine_is_started(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("vllm")
+    source, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    shutil.rmtree(tmp_path / "images")
+    with source.open("a") as file:
+        file.write("{torn\n" * 9)
+
+    async def started(*_: Any) -> Totals:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(batch, "_run", started)
+    words = ["generate", str(checkpoint), "-i", str(source), "-o", str(output)]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert f"{output}: 12 rows written, 12 of them errors, 0 were there already" in said
+    assert "\n- line 1: cannot read the picture" in said and "\n- line 10: not JSON" in said
+    assert "\n- and more, all in that file\n" in said
+    assert said.endswith("\nno request was left to send, so the engine was not started\n")
+    rows = read_rows(output)
+    assert [row["line"] for row in rows] == list(range(1, 13)) and all(row["error"] for row in rows)
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert main([*words, "--resume"]) == 1 and len(read_rows(output)) == 12
+    assert "9 of them errors, 3 were there already" in capsys.readouterr().err
+    write_batch(source, 1)
+    with pytest.raises(AssertionError, match="was started"):
+        main([*words[:-1], str(tmp_path / "again.jsonl")])
 
 
 @pytest.mark.slow
@@ -274,7 +309,7 @@ def test_generate_from_a_folder_to_csv(checkpoint: Path, tmp_path: Path) -> None
         timeout=900,
     )
     assert done.returncode == 1, done.stderr[-2000:]
-    assert done.stdout == "" and "the first error: broken.png: " in done.stderr
+    assert done.stdout == "" and "\n- broken.png: " in done.stderr
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))
     rows.sort(key=lambda row: row["custom_id"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from qig_serve import serve
+from qig_serve.batch import generate
 from qig_serve.errors import UserError
+from qig_serve.serving.limits import Limits
+from qig_serve.vllm_plugin import compat
 
 
 @pytest.mark.parametrize(
@@ -52,11 +59,86 @@ def test_a_port_that_no_machine_has() -> None:
 def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
     from vllm.config import CacheConfig, SchedulerConfig
 
-    said = "vLLM does not start with these flags: "
-    with pytest.raises(UserError, match=f"{said}gpu_memory_utilization: "), serve.one_sentence():
+    said = "vLLM does not serve DIR with these flags: "
+    with (
+        pytest.raises(UserError, match=f"{said}gpu_memory_utilization: "),
+        serve.one_sentence("DIR"),
+    ):
         CacheConfig(gpu_memory_utilization=7)
-    with pytest.raises(UserError, match=f"{said}max_num_seqs: "), serve.one_sentence():
+    with pytest.raises(UserError, match=f"{said}.*max_num_seqs: "), serve.one_sentence("DIR"):
         SchedulerConfig(max_model_len=64, is_encoder_decoder=False, max_num_seqs=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--load-format nonsense", "Load format .nonsense. is not supported"),
+        ("--block-size 7", "block_size: CPU_ATTN takes .*32.*, not 7"),
+        ("--block-size 0", "block_size: Input should be greater than 0"),
+        ("--max-num-seqs 0", ".*; max_num_seqs: Input should be greater than or equal to 1"),
+        ("--max-model-len 0", "max_model_len must be a positive integer"),
+        ("--tokenizer-mode nonsense", "No tokenizer registered for tokenizer_mode='nonsense'"),
+        ("--attention-backend nonsense", "Unknown attention backend: 'NONSENSE'"),
+        ("--reasoning-parser nonsense", "Reasoning parser 'nonsense' not found"),
+        ("--enable-auto-tool-choice", "Error: --enable-auto-tool-choice requires"),
+        ("--enable-auto-tool-choice --tool-call-parser x", "invalid tool call parser: x "),
+        ("--chat-template /nowhere", "The supplied chat template string ./nowhere. appears"),
+    ],
+)
+def test_values_are_refused_before_the_engine(checkpoint: Path, flags: str, wanted: str) -> None:
+    with pytest.raises(
+        UserError, match=f"vLLM does not serve .* with these flags: {wanted}"
+    ) as told:
+        serve.check_values(serve.parse_flags(checkpoint, flags.split()))
+    assert "\n" not in str(told.value)
+
+
+def test_values_that_fit_are_left_as_they_are(checkpoint: Path) -> None:
+    args = serve.parse_flags(checkpoint, ["--block-size", "64", "--max-model-len", "128"])
+    before = repr(args)
+    serve.check_values(args)
+    assert repr(args) == before
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """vLLM's server takes SIGTERM to itself as it starts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_an_address_that_cannot_be_listened_on(checkpoint: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = {
+            f"--host 127.0.0.1 --port {port}": "Address already in use",
+            "--host 999.1.1.1 --port 8000": ".*",
+            f"--uds {tmp_path}/none/socket": "No such file or directory",
+        }
+        for flags, said in cases.items():
+            with pytest.raises(UserError, match=f"cannot listen on {flags}: {said}: give another"):
+                serve.serve(checkpoint, flags.split(), Limits())
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_commands_refuse_them_before_the_engine(
+    checkpoint: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "What?"}]}}
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(request))
+    monkeypatch.setattr(compat, "engine_client", None)
+    with pytest.raises(UserError, match="block_size"):
+        if command == "serve":
+            serve.serve(checkpoint, ["--block-size", "7"], Limits())
+        else:
+            generate(checkpoint, source, output, flags=["--block-size", "7"])
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ def test_arguments_that_are_passed_are_taken() -> None:
         compat.app_builder: ["args", "supported_tasks", "model_config"],
         compat.app_state_initializer: ["engine_client", "state", "args", "supported_tasks"],
         compat.engine_client: ["args"],
+        compat.parsers_check: ["args"],
+        compat.tokenizer_loader: ["model_config"],
+        compat.attention_backend: ["head_size", "dtype", "kv_cache_dtype"],
     }
     for place, names in wanted.items():
         parameters = list(inspect.signature(place()).parameters)

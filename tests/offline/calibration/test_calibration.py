@@ -178,6 +178,29 @@ def test_conversations_with_lists_of_images(tmp_path: Path, pictures: dict[str, 
     assert all(s.images == [tmp_path / "a.png"] and s.question == "What?" for s in samples)
 
 
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_answers_that_are_not_wanted_are_left_out(tmp_path: Path, key: str) -> None:
+    """And counted, before samples are chosen; a label of another kind says nothing of an answer."""
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a star"}]
+    records: list[dict[str, Any]] = [
+        {"prompt": "What?", "completion": "a heart", key: False},
+        {"messages": turns, key: False},
+        {"prompt": "What?", "completion": "a star", key: True},
+        {"messages": turns, key: 0},
+        {"messages": turns[:1], key: False},
+    ]
+    path = _write(tmp_path / "kto.jsonl", "\n".join(map(json.dumps, records)))
+    notes: list[str] = []
+    samples = load_calibration(str(path), 3, text_only=True, notes=notes)
+    assert [s.answer for s in samples] == ["a star", "a star", None]
+    assert [n.partition(": ")[2] for n in notes] == [
+        "2 whose answer is not wanted (label or kto_tag is false)"
+    ]
+    _write(path, json.dumps(records[0]))
+    with pytest.raises(UserError, match=r"kto\.jsonl: the answers of all its 1 records are marked"):
+        load_calibration(str(path), 3, text_only=True)
+
+
 @pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "image_path"])
 def test_conversations_with_other_media(tmp_path: Path, key: str) -> None:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a star"}]

@@ -410,6 +410,21 @@ def test_rows_without_picture_or_turns_are_counted(tmp_path: Path) -> None:
     assert notes == [f"rows of {source} were left out: 2 without a picture, 2 without turns"]
 
 
+def test_rows_whose_answer_is_not_wanted_are_counted(tmp_path: Path) -> None:
+    columns = {"prompt": (TEXT, ["What?"] * 3), "completion": (TEXT, ["a star", "b", "c"])}
+    columns |= {
+        "label": (datasets.Value("bool"), [True, False, False]),
+        "image": (PICTURES, [RED] * 3),
+    }
+    source = write(tmp_path, "parquet", columns)
+    notes: list[str] = []
+    (sample,) = load_calibration(source, 8, notes=notes)
+    assert sample.answer == "a star"
+    assert notes == [
+        f"rows of {source} were left out: 2 without a wanted answer (label or kto_tag is false)"
+    ]
+
+
 def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
     columns = {"images": (datasets.List(PICTURES), [[RED]])}
     columns["texts"] = (datasets.List(TEXT), [["a star", "a red star"]])

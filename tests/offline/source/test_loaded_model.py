@@ -63,6 +63,10 @@ def _unknown_family(d: Path) -> None:
     _config(d, json.dumps({"model_type": "bert"}))
 
 
+def _no_family(d: Path) -> None:
+    _config(d, json.dumps({"architectures": ["LlavaForConditionalGeneration"]}))
+
+
 def _another_decoder(d: Path) -> None:
     """Gemma's norms multiply by (1 + w): folding them as Llama's would break the model."""
     config = json.loads((d / "config.json").read_text())
@@ -229,6 +233,7 @@ def test_tables_of_older_files_are_copied(model: Path) -> None:
         (_no_config, "has no config.json"),
         (_config_is_no_json, "config.json cannot be read"),
         (_unknown_family, r"'bert' are not supported; known types: exaone4_5, .*smolvlm"),
+        (_no_family, r"/config\.json names no model_type: give the config\.json that was publ"),
         (_another_decoder, r"llava model with a 'gemma' decoder.*known decoders: llama"),
         (_quantized_already, "quantized already"),
         (_no_processor, "has no usable processor|no image processor"),
