@@ -114,9 +114,9 @@ class Estimate:
 
 def heaviest(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
     """The batch of the longest sample, and the one with most tokens if that is another."""
-    longest = max(batches, key=lambda b: b.shape[1])
-    fullest = max(batches, key=lambda b: b.tokens)
-    if fullest.tokens == longest.tokens:
+    longest = max(batches, key=lambda b: b.token_mask.shape[1])
+    fullest = max(batches, key=lambda b: b.token_mask.numel())
+    if fullest.token_mask.numel() == longest.token_mask.numel():
         return [longest]
     return [longest, fullest]
 
@@ -132,7 +132,7 @@ def dry_run(
     Gradients of the whole model are left out of it, and of the estimate.
     """
     chosen = heaviest(batches)
-    tokens = sum(b.tokens for b in chosen)
+    tokens = sum(b.token_mask.numel() for b in chosen)
     try:
         started = _now(loaded.device)
         dry = recipe.model_copy(
@@ -143,7 +143,7 @@ def dry_run(
                 else recipe.token_weights,
             }
         )
-        everything = sum(b.tokens for b in batches)
+        everything = sum(b.token_mask.numel() for b in batches)
         # An expert is as rare as it will be.
         streams = replace(first_streams(chosen), share=tokens / everything)
         before = _now(loaded.device) - started
@@ -156,7 +156,7 @@ def dry_run(
             raise
         raise UserError(
             f"the dry run on calibration sample {chosen[0].ids[0]} "
-            f"({chosen[0].shape[1]} tokens) ran out of memory on {loaded.device}: lower "
+            f"({chosen[0].token_mask.shape[1]} tokens) ran out of memory on {loaded.device}: lower "
             f"--batch-tokens (now {recipe.batch_tokens}) or --max-length, or use smaller images"
             + widest_linear(loaded, recipe)
         ) from None

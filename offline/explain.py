@@ -19,7 +19,7 @@ from qig_serve.errors import UserError
 from qig_serve.family_row import SmoothingGroup
 from qig_serve.formats import QuantScheme, get_scheme
 from qig_serve.model_directory import find_model
-from qig_serve.offline.calibration.batches import SPECIAL, CalibrationBatch, make_batches
+from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.importance.attribution import (
     Quadrature,
     attribute,
@@ -91,8 +91,8 @@ def explain_sample(
         loaded.processor,
         batch.inputs,
         pictures,
-        batch.modality[0] == SPECIAL,
-        int(answered[0]) if len(answered) else batch.shape[1],
+        batch.token_mask[0],
+        int(answered[0]) if len(answered) else batch.token_mask.shape[1],
         {},
     )
     rule = quadrature("gauss", steps)
@@ -113,6 +113,7 @@ def explain_layers(
 ) -> dict[int, LayerWeights]:
     """Layer -> its token weights, for a batch of one sample; one block in memory at a time."""
     before = loaded.block_inputs(batch.inputs)
+    mask = batch.token_mask.to(before.hidden.device)
     full = rounded = before.hidden
     before_rounded = before.apart()
     found: dict[int, LayerWeights] = {}
@@ -124,7 +125,9 @@ def explain_layers(
         if index in chosen:
             start = rounded if scheme.activation_bits is not None else None
             groups = [group for group in loaded.groups(block) if group.expert is None]
-            found[index] = _explain(block, groups, full, start, kwargs, scheme, loaded.dtype, rule)
+            found[index] = _explain(
+                block, groups, full, start, kwargs, mask, scheme, loaded.dtype, rule
+            )
         full = first_output(block(full, **kwargs))
         if scheme.activation_bits is not None:
             linears = loaded.linears(block)
@@ -156,20 +159,21 @@ def _explain(
     hidden: torch.Tensor,
     start: torch.Tensor | None,
     kwargs: Mapping[str, Any],
+    mask: torch.Tensor,
     scheme: QuantScheme,
     dtype: torch.dtype,
     rule: Quadrature,
 ) -> LayerWeights:
     """`start` is the block's input in the rounded model, None for paths that start at zero."""
-    total, worst = torch.zeros(hidden.shape[:2], device=hidden.device), 0.0
+    total, worst = torch.zeros(mask.shape, device=mask.device), 0.0
     for group in groups:
         module, x0 = block.get_submodule(group.loss_module), None
         call = catch_call(block, module, hidden, kwargs)
         if start is not None:
             x0 = fake_quantize_activation(catch_call(block, module, start, kwargs).hidden)
         names, readers = inner_names(group), inner_names(group, group.readers)
-        result = attribute(module, names, call, x0, scheme, dtype, rule, readers)
-        weights, _ = normalize(clip_outliers(result.importance))
+        result = attribute(module, names, call, x0, mask, scheme, dtype, rule, readers)
+        weights, _ = normalize(clip_outliers(result.importance, mask), mask)
         total += weights
         error = completeness(float(result.integral.sum()), float(result.difference.sum()))
         worst = max(worst, error)

@@ -215,7 +215,8 @@ def look_ahead(
     """The dry run on the longest samples, and what the run will take, printed."""
     longest = heaviest(batches)[0]
     progress.line(
-        f"dry run of one block on the longest sample, {longest.ids[0]}: {longest.shape[1]} tokens"
+        f"dry run of one block on the longest sample, {longest.ids[0]}: "
+        f"{longest.token_mask.shape[1]} tokens"
     )
 
     def streams(chosen: Sequence[CalibrationBatch]) -> Streams:

@@ -118,7 +118,7 @@ class BlockReport(_Data):
     """None without experts, and where nothing is calibrated on what they see."""
     output_error: float = 0.0
     """Mean squared error of the block's output in the quantized model over the mean square of
-    the full-precision output."""
+    the full-precision output, real tokens only."""
     seconds: float = 0.0
     host_bytes: int = 0
     """Peak resident memory of the process so far."""

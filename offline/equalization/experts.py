@@ -85,7 +85,7 @@ def _part_weights(
     )
     if not len(flat):  # no token in this process
         flat = torch.zeros(1, device=streams.device)
-    return [part[None] for part in flat.split(captured.sizes)]
+    return [part[None] for part in flat.split([mask.numel() for mask in captured.masks])]
 
 
 def _report(

@@ -61,7 +61,8 @@ def equalize_group(
     after_capture = time.monotonic()
     tokens = weigh_tokens(GroupTokens(block, group, index, streams, captured, weighting, gradients))
     after_weights = time.monotonic()
-    weights = captured.to_parts(tokens.weights)
+    masks = [streams.mask(b) for b in range(len(streams))]
+    weights = captured.to_parts(tokens.weights, masks)
     found = search_scales(block, group, streams, settings, captured, weights, where)
     captured.clear()
     report = ModuleReport(
@@ -174,10 +175,10 @@ def _least_noise(
     damping = None if streams.quantizes_activations else settings.compensation
     moments = token_moments(
         (
-            (captured.inputs.get(i, streams.device).flatten(0, -2), weights.flatten())
-            for i, weights in enumerate(token_weights)
+            (captured.inputs.get(i, streams.device)[mask], token_weights[i][mask])
+            for i, mask in enumerate(captured.masks)
         ),
-        sum(captured.sizes),
+        sum(int(mask.sum()) for mask in captured.masks),
         streams.quantizes_activations,
         compensates=damping is not None,
     )

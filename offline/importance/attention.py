@@ -9,8 +9,10 @@ from qig_serve.offline.passes.capture import ModuleCall
 
 
 @torch.no_grad()
-def attention_importance(attention: nn.Module, call: ModuleCall) -> torch.Tensor:
-    """Attention that each token receives, mean over heads and queries; [B, T].
+def attention_importance(
+    attention: nn.Module, call: ModuleCall, token_mask: torch.Tensor
+) -> torch.Tensor:
+    """Attention that each token receives, mean over heads and over real queries; [B, T].
 
     `call` is the block's call of its attention module. Runs it with the eager implementation,
     the one that returns its weights.
@@ -22,8 +24,10 @@ def attention_importance(attention: nn.Module, call: ModuleCall) -> torch.Tensor
         output = attention(*call.args, **{**call.kwargs, **_additive_mask(call)})
     finally:
         config._attn_implementation = before
-    weights: torch.Tensor = output[1]  # [B, H, queries, keys]
-    return weights.mean((1, 2))
+    weights = output[1]  # [B, H, queries, keys]
+    queries = token_mask[:, None, :, None]
+    received = (weights * queries).sum(2).mean(1) / token_mask.sum(-1, keepdim=True)
+    return received * token_mask
 
 
 def _additive_mask(call: ModuleCall) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ class Attribution:
     """Result for one batch."""
 
     importance: torch.Tensor
-    """u, [B, T]."""
+    """u, [B, T]; zero outside the token mask."""
     integral: torch.Tensor
     """Sum of I over tokens and channels, [B]."""
     difference: torch.Tensor
@@ -76,15 +76,17 @@ def integrate(
     quantized: Branch,
     x: torch.Tensor,
     x0: torch.Tensor,
+    token_mask: torch.Tensor,
     rule: Quadrature,
 ) -> Attribution:
     """Integrated gradients of F along the straight path from `x0` to `x` ([B, T, C] each).
 
+    `token_mask` [B, T] is True for real tokens; the others have no discrepancy and no importance.
     The samples of a batch must not influence each other.
     """
 
     def f(z: torch.Tensor) -> torch.Tensor:
-        return discrepancy(full(z), quantized(z)).sum(-1)  # [B]
+        return (discrepancy(full(z), quantized(z)) * token_mask).sum(-1)  # [B]
 
     delta = x - x0
     gradient = torch.zeros_like(x)
@@ -97,7 +99,7 @@ def integrate(
     with torch.no_grad():
         difference = f(x) - f(x0)
     return Attribution(
-        importance=attribution.abs().mean(-1),
+        importance=attribution.abs().mean(-1) * token_mask,
         integral=attribution.sum((1, 2)),
         difference=difference,
     )
@@ -134,6 +136,7 @@ def attribute(
     linears: Sequence[str],
     call: ModuleCall,
     x0: torch.Tensor | None,
+    token_mask: torch.Tensor,
     scheme: QuantScheme,
     dtype: torch.dtype,
     rule: Quadrature,
@@ -148,7 +151,7 @@ def attribute(
         rule = quadrature("gauss", 1)
     start = torch.zeros_like(call.hidden) if x0 is None else x0
     full, quantized = branches(module, linears, call, scheme, dtype, readers)
-    return integrate(full, quantized, call.hidden, start, rule)
+    return integrate(full, quantized, call.hidden, start, token_mask, rule)
 
 
 def completeness(integral: float, difference: float) -> float:
@@ -156,21 +159,31 @@ def completeness(integral: float, difference: float) -> float:
     return abs(integral - difference) / max(abs(difference), 1e-30)
 
 
-def clip_outliers(importance: torch.Tensor) -> torch.Tensor:
-    """Clips each sample's importance [B, T] to [Q1 - 1.5 IQR, Q3 + 1.5 IQR] of its own tokens."""
-    quartiles = torch.tensor([0.25, 0.75], device=importance.device)
-    q1, q3 = torch.quantile(importance, quartiles, dim=-1, keepdim=True).unbind()
-    reach = 1.5 * (q3 - q1)
-    return importance.clamp(q1 - reach, q3 + reach)
+def clip_outliers(importance: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+    """Clips each sample's importance to [Q1 - 1.5 IQR, Q3 + 1.5 IQR] of its own real tokens.
+
+    Both arguments are [B, T]; masked tokens have no part in the quartiles and become zero.
+    """
+    clipped = torch.zeros_like(importance)
+    for b, mask in enumerate(token_mask):
+        u = importance[b, mask]
+        if not u.numel():
+            continue
+        q1, q3 = torch.quantile(u, torch.tensor([0.25, 0.75], device=u.device)).unbind()
+        reach = 1.5 * (q3 - q1)
+        clipped[b, mask] = u.clamp(q1 - reach, q3 + reach)
+    return clipped
 
 
-def normalize(importance: torch.Tensor) -> tuple[torch.Tensor, int]:
+def normalize(importance: torch.Tensor, token_mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Token weights [B, T] that sum to 1 for each sample, and the number of samples without any.
 
     A sample whose importance is zero everywhere, or not finite, gets uniform weights; the caller
     must report how many there were.
     """
+    importance = importance * token_mask
     total = importance.sum(-1, keepdim=True)
     usable = torch.isfinite(total) & (total > 0)
-    weights = torch.where(usable, importance / total, 1 / importance.shape[-1])
+    uniform = token_mask / token_mask.sum(-1, keepdim=True).clamp(min=1)
+    weights = torch.where(usable, importance / total, uniform)
     return weights, int((~usable).sum())

@@ -14,7 +14,7 @@ from torch import nn
 
 from qig_serve.errors import UserError
 from qig_serve.experts import unfuse
-from qig_serve.offline.calibration.batches import IMAGE, CalibrationBatch
+from qig_serve.offline.calibration.batches import MODALITIES, CalibrationBatch
 from qig_serve.offline.passes.capture import first_output
 from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.source.loaded_model import LoadedModel
@@ -125,7 +125,7 @@ def answer_gradients(
             for name, gradient in zip(names, gradients, strict=True):
                 mean = gradient.float().abs().mean(-1).cpu()
                 # Of tokens laid end to end too, as a shared expert gets them.
-                result.magnitude.setdefault(name, {})[b] = mean.reshape(batch.shape)
+                result.magnitude.setdefault(name, {})[b] = mean.reshape(batch.token_mask.shape)
     finally:
         for handle in handles:
             handle.remove()
@@ -136,25 +136,30 @@ def modality_means(
     magnitude: dict[int, torch.Tensor],
     batches: Sequence[CalibrationBatch],
     ranks: Ranks = ALONE,
-) -> dict[bool, float]:
-    """Mean gradient magnitude of image and of language tokens over the samples of all processes.
+) -> dict[int, float]:
+    """Mean gradient magnitude of each modality's real tokens over the samples of all processes.
 
-    Whether of an image -> mean; tokens of the template are language, and what has no tokens is
-    absent.
+    Modality code -> mean; a modality without tokens is absent.
     """
     means = {}
-    for pictured in (False, True):
+    for code in MODALITIES.values():
         total, count = 0.0, 0.0
         for b, values in magnitude.items():
-            mask = ((batches[b].modality == IMAGE) == pictured).cpu()
+            batch = batches[b]
+            mask = (batch.token_mask & (batch.modality == code)).cpu()
             total += float(values[mask].double().sum())
             count += int(mask.sum())
         total, count = ranks.total(total, count)
         if count:
-            means[pictured] = total / count
+            means[code] = total / count
     return means
 
 
-def modality_importance(means: dict[bool, float], modality: torch.Tensor) -> torch.Tensor:
-    """MBQ's weights: every token gets the mean of its modality; [B, T]."""
-    return torch.where(modality == IMAGE, means.get(True, 0.0), means.get(False, 0.0))
+def modality_importance(
+    means: dict[int, float], modality: torch.Tensor, token_mask: torch.Tensor
+) -> torch.Tensor:
+    """MBQ's weights: every real token gets the mean of its modality; [B, T]."""
+    importance = torch.zeros(token_mask.shape, device=token_mask.device)
+    for code, mean in means.items():
+        importance = torch.where((modality == code) & token_mask, mean, importance)
+    return importance

@@ -48,6 +48,11 @@ class GroupTokens:
     """For the sources modality and gradient."""
 
     @property
+    def masks(self) -> list[torch.Tensor]:
+        """Real tokens of each batch, bool [B, T]."""
+        return [self.streams.mask(b) for b in range(len(self.streams))]
+
+    @property
     def magnitude(self) -> dict[int, torch.Tensor]:
         """Gradient magnitudes at the group's loss module, by batch."""
         if self.gradients is None:
@@ -71,24 +76,21 @@ Importance = tuple[list[torch.Tensor], float | None]
 
 
 def _uniform(tokens: GroupTokens) -> Importance:
-    device = tokens.streams.device
-    return [torch.ones(batch.shape, device=device) for batch in tokens.streams.batches], None
+    return [mask.float() for mask in tokens.masks], None
 
 
 def _modality(tokens: GroupTokens) -> Importance:
     streams = tokens.streams
     means = modality_means(tokens.magnitude, streams.batches, streams.ranks)
-    batches = range(len(streams))
-    return [modality_importance(means, streams.modality(b)) for b in batches], None
+    masks = enumerate(tokens.masks)
+    return [modality_importance(means, streams.modality(b), mask) for b, mask in masks], None
 
 
 def _gradient(tokens: GroupTokens) -> Importance:
-    magnitude, streams = tokens.magnitude, tokens.streams
-    found = []
-    for b, batch in enumerate(streams.batches):
-        without = torch.zeros(batch.shape)  # an answer
-        found.append(magnitude.get(b, without).to(streams.device))
-    return found, None
+    magnitude = tokens.magnitude
+    zero = torch.zeros(())  # of batches without an answer
+    masks = enumerate(tokens.masks)
+    return [magnitude.get(b, zero).to(mask.device) * mask for b, mask in masks], None
 
 
 def _attention(tokens: GroupTokens) -> Importance:
@@ -98,9 +100,9 @@ def _attention(tokens: GroupTokens) -> Importance:
     if attention is None:  # gated delta-net, convolution
         return _uniform(tokens)
     found = []
-    for b in range(len(streams)):
+    for b, mask in enumerate(tokens.masks):
         call = catch_call(block, attention, streams.fp.get(b, streams.device), streams.kwargs(b))
-        found.append(attention_importance(attention, call))
+        found.append(attention_importance(attention, call, mask))
     return found, None
 
 
@@ -109,7 +111,7 @@ def _perturbation(tokens: GroupTokens) -> Importance:
     streams, captured = tokens.streams, tokens.captured
     module = tokens.block.get_submodule(tokens.group.loss_module)
     parts = []
-    for i, call in enumerate(captured.calls):
+    for i, (call, mask) in enumerate(zip(captured.calls, captured.masks, strict=True)):
         x = captured.inputs.get(i, streams.device)
         full, quantized = branches(
             module,
@@ -119,8 +121,8 @@ def _perturbation(tokens: GroupTokens) -> Importance:
             streams.dtype,
             inner_names(tokens.group, tokens.group.readers),
         )
-        parts.append(discrepancy(full(x), quantized(x)))
-    return captured.to_batches(parts, streams.batches), None
+        parts.append(discrepancy(full(x), quantized(x)) * mask)
+    return captured.to_batches(parts, tokens.masks), None
 
 
 _FINER = 6
@@ -145,8 +147,7 @@ def _integrated(tokens: GroupTokens) -> tuple[list[torch.Tensor], float]:
         sum(float(a.integral.double().sum()) for a in parts),
         sum(float(a.difference.double().sum()) for a in parts),
     )
-    batches = tokens.streams.batches
-    importance = tokens.captured.to_batches([a.importance for a in parts], batches)
+    importance = tokens.captured.to_batches([a.importance for a in parts], tokens.masks)
     return importance, completeness(integral, difference)
 
 
@@ -163,6 +164,7 @@ def attribute_part(tokens: GroupTokens, part: int) -> Attribution:
         inner_names(tokens.group),
         captured.calls[part].with_input(captured.inputs.get(part, streams.device)),
         x0,
+        captured.masks[part],
         streams.scheme,
         streams.dtype,
         quadrature(weighting.quadrature, weighting.steps),
@@ -188,11 +190,11 @@ def weigh_tokens(tokens: GroupTokens) -> WeighedTokens:
     importance_of, clips = SOURCES[source]
     raw, error = importance_of(tokens)
     weights, outliers, empty = [], [], 0
-    for importance in raw:
+    for importance, mask in zip(raw, tokens.masks, strict=True):
         clipped = importance
         if clips and tokens.weighting.iqr:
-            clipped = clip_outliers(importance)
-        normalized, without = normalize(clipped)
+            clipped = clip_outliers(importance, mask)
+        normalized, without = normalize(clipped, mask)
         weights.append(normalized)
         outliers.append(clipped != importance)
         empty += without
@@ -215,9 +217,9 @@ def _token_shares(
 ) -> dict[str, TokenShare]:
     """Share of importance and of token weight by modality, over the samples of all processes."""
     shares = {}
-    before, _ = zip(*(normalize(u) for u in raw), strict=True)
+    before, _ = zip(*(normalize(u, streams.mask(b)) for b, u in enumerate(raw)), strict=True)
     for name, code in MODALITIES.items():
-        chosen = [streams.modality(b) == code for b in range(len(streams))]
+        chosen = [streams.mask(b) & (streams.modality(b) == code) for b in range(len(streams))]
         samples, tokens, first, last, clipped = streams.ranks.total(
             sum(len(u) for u in raw),
             sum(int(m.sum()) for m in chosen),

@@ -50,9 +50,9 @@ def planned(
     chosen: list[int] = []
     tokens = 0
     for b, batch in enumerate(batches):
-        if not chosen or tokens + batch.tokens <= room:
+        if not chosen or tokens + batch.token_mask.numel() <= room:
             chosen.append(b)
-            tokens += batch.tokens
+            tokens += batch.token_mask.numel()
     (answers,) = ranks.total(sum(int(said(batches[b]).sum()) for b in chosen))
     most = torch.tensor([tokens])  # of any process: all draw equally often
     ranks.maximum(most)
@@ -137,8 +137,8 @@ def stand_in(
         for key in found.keys(b):
             noise = torch.randn_like(streams.fp.get(b, "cpu"), dtype=torch.bfloat16)
             found.behind[0].put(key, noise)
-    followed = sum(batches[b].tokens for b in chosen)
-    return found, followed / sum(batch.tokens for batch in batches)
+    followed = sum(batches[b].token_mask.numel() for b in chosen)
+    return found, followed / sum(batch.token_mask.numel() for batch in batches)
 
 
 def _behind_the_last(
@@ -233,7 +233,7 @@ def output_moments(
     try:
         for b in gradients.batches:
             batch = streams.batches[b]
-            half = batch.half.to(streams.device).repeat_interleave(batch.shape[1])
+            half = batch.half.repeat_interleave(batch.token_mask.shape[1]).to(streams.device)
             parts[:] = ~half, half
             hidden = streams.fp.get(b, streams.device).requires_grad_()
             output = _run(block, hidden, streams.kwargs(b), streams.device)

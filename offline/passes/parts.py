@@ -10,7 +10,6 @@ from torch import nn
 
 from qig_serve.experts import Experts
 from qig_serve.family_row import SmoothingGroup
-from qig_serve.offline.calibration.batches import CalibrationBatch
 from qig_serve.offline.passes.capture import ModuleCall, Store, catch_call, check_finite, run_module
 from qig_serve.offline.passes.routing import RoutedTokens, expert_of
 from qig_serve.offline.passes.streams import Streams
@@ -21,8 +20,9 @@ class ModuleParts:
     """Inputs and targets of a group's loss module, in parts that pass it one at a time.
 
     A module that mixes tokens (attention) has the calibration batches as parts. For one that does
-    not (MLP, linear, experts with their tokens' routing) the tokens of all batches are laid end to
-    end and cut into equal parts [1, tokens, C]: batches of every length then cost the same.
+    not (MLP, linear, experts with their tokens' routing) the real tokens of all batches are laid
+    end to end and cut into equal parts [1, tokens, C]: batches of every length then cost the same,
+    and template tokens nothing.
     """
 
     tokenwise: bool
@@ -34,10 +34,10 @@ class ModuleParts:
     """What the quantized prefix gives in its place; None if nothing needs it."""
     targets: Store
     """f(X, W), [B, T, N]."""
-    sizes: list[int]
-    """Tokens of the parts."""
+    masks: list[torch.Tensor]
+    """Real tokens of the parts, bool [B, T]."""
     act_mean: torch.Tensor
-    """mean |X_c| over the tokens of all processes, [C]."""
+    """mean |X_c| over the real tokens of all processes, [C]."""
     act_max: torch.Tensor
     """max |X_c| over the same tokens, [C]."""
 
@@ -47,21 +47,27 @@ class ModuleParts:
             if store is not None:
                 store.clear()
 
-    def to_parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Values of batches [B, T] as values of parts."""
+    def to_parts(
+        self, values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Values of batches [B, T] as values of parts; `masks` are the batches'."""
         if not self.tokenwise:
             return list(values)
-        flat = torch.cat([v.flatten() for v in values])
-        return [part[None] for part in flat.split(self.sizes)]
+        flat = torch.cat([v[m] for v, m in zip(values, masks, strict=True)])
+        return [part[None] for part in flat.split([m.numel() for m in self.masks])]
 
     def to_batches(
-        self, values: Sequence[torch.Tensor], batches: Sequence[CalibrationBatch]
+        self, values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Inverse of `to_parts`."""
+        """Inverse of `to_parts`; tokens that are not real become zero."""
         if not self.tokenwise:
             return list(values)
-        flat = torch.cat([v[0] for v in values]).split([batch.tokens for batch in batches])
-        return [part.view(batch.shape) for part, batch in zip(flat, batches, strict=True)]
+        flat = torch.cat([v[0] for v in values]).split([int(m.sum()) for m in masks])
+        batches = []
+        for part, mask in zip(flat, masks, strict=True):
+            batches.append(torch.zeros(mask.shape, dtype=part.dtype, device=part.device))
+            batches[-1][mask] = part
+        return batches
 
 
 def inner_names(group: SmoothingGroup, names: Sequence[str] | None = None) -> list[str]:
@@ -81,22 +87,22 @@ def capture_parts(
     module = block.get_submodule(group.loss_module)
     found = [("x", streams.fp), *([("xq", streams.quantized)] if quantized else [])]
     stores = {name: streams.new_store(f"{group.name}-{name}") for name, _ in found}
-    sizes = [batch.tokens for batch in streams.batches]
+    masks = [streams.mask(b) for b in range(len(streams))]
     calls: list[ModuleCall] = []
     are_experts = isinstance(module, Experts)
     routing: list[tuple[torch.Tensor, ...]] = []  # that of full precision, whatever the input
     for name, stream in found:
         parts = _Cutter(stores[name], streams.batch_tokens)
-        for b in range(len(streams)):
+        for b, mask in enumerate(masks):
             hidden = stream.get(b, streams.device)
             call = catch_call(block, module, hidden, streams.kwargs(b, stream))
             check_finite(call.hidden, f"{where}, input")
             if stream is streams.fp:
                 calls.append(call.without_input())
             if are_experts and stream is streams.fp:
-                routing.append(tuple(call.args[1:]))
+                routing.append(tuple(given[mask.flatten()] for given in call.args[1:]))
             if call.only_hidden or are_experts:
-                parts.add(call.hidden.flatten(0, -2))
+                parts.add(call.hidden[mask])
             else:
                 stores[name].put(b, call.hidden)
         parts.flush()
@@ -106,10 +112,10 @@ def capture_parts(
         if are_experts:
             cut = [torch.cat(given).split(parts.sizes) for given in zip(*routing, strict=True)]
             calls = [ModuleCall((None, *given), {}) for given in zip(*cut, strict=True)]
-        sizes = parts.sizes
+        masks = [torch.ones(1, n, dtype=torch.bool, device=streams.device) for n in parts.sizes]
 
     captured = (tokenwise, calls, stores["x"], stores.get("xq"))
-    return _with_targets(module, captured, sizes, group, streams, where)
+    return _with_targets(module, captured, masks, group, streams, where)
 
 
 @torch.no_grad()
@@ -129,39 +135,35 @@ def capture_expert(
         parts.add(torch.zeros(1, expert.down_proj.in_features, device=streams.device))
         parts.flush()
     calls = [ModuleCall((None,), {})] * parts.count
-    captured = (True, calls, store, None)
-    return _with_targets(module, captured, parts.sizes, group, streams, where, real)
+    masks = [torch.full((1, n), real, device=streams.device) for n in parts.sizes]
+    return _with_targets(module, (True, calls, store, None), masks, group, streams, where)
 
 
 def _with_targets(
     module: nn.Module,
     captured: tuple[bool, list[ModuleCall], Store, Store | None],
-    sizes: list[int],
+    masks: list[torch.Tensor],
     group: SmoothingGroup,
     streams: Streams,
     where: str,
-    real: bool = True,
 ) -> ModuleParts:
-    """The parts, with what the module makes of them; `captured` are ModuleParts' first fields.
-
-    If not `real` they are of a stand-in, whose activations do not count.
-    """
+    """The parts, with what the module makes of them; `captured` are ModuleParts' first fields."""
     _, calls, inputs, _ = captured
     targets = streams.new_store(f"{group.name}-y")
     total, peak, tokens = torch.zeros(()), torch.zeros(()), 0
-    for i, call in enumerate(calls):
+    for i, (call, mask) in enumerate(zip(calls, masks, strict=True)):
         x = inputs.get(i, streams.device)
         target = run_module(module, call.with_input(x))
         check_finite(target, f"{where}, output")
         targets.put(i, target)
-        if real:
-            seen = x.flatten(0, -2).float().abs()  # [tokens, C]
-            total, tokens = total.to(x.device) + seen.sum(0), tokens + len(seen)
-            peak = torch.maximum(peak.to(x.device), seen.amax(0))
+        real = x[mask].float().abs()  # [tokens, C]
+        total, tokens = total.to(x.device) + real.sum(0), tokens + len(real)
+        if len(real):
+            peak = torch.maximum(peak.to(x.device), real.amax(0))
     streams.ranks.sum(total)
     streams.ranks.maximum(peak)
     act_mean = total / max(streams.ranks.total(tokens)[0], 1)
-    return ModuleParts(*captured, targets, sizes, act_mean, peak)
+    return ModuleParts(*captured, targets, masks, act_mean, peak)
 
 
 class _Cutter:

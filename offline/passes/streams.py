@@ -91,6 +91,10 @@ class Streams:
         """An empty store beside the streams."""
         return Store(self.folder, name)
 
+    def mask(self, b: int) -> torch.Tensor:
+        """Real tokens of batch b, bool [B, T]: no padding, no template."""
+        return self.batches[b].token_mask.to(self.device)
+
     def modality(self, b: int) -> torch.Tensor:
         """0 special, 1 text, 2 image; [B, T]."""
         return self.batches[b].modality.to(self.device)
@@ -102,8 +106,8 @@ class Streams:
         """Sends both streams through a block: the original, and the quantized one.
 
         `linears` are those of the quantized block that see int8 inputs under w4a8. Returns the
-        mean squared error between the streams over the mean square of the full-precision one, of
-        all processes.
+        mean squared error between the streams over the mean square of the full-precision one,
+        real tokens of all processes only.
         """
         error, energy = 0.0, 0.0
         for b in range(len(self)):
@@ -113,8 +117,9 @@ class Streams:
                 other = first_output(quantized(self.quantized.get(b, self.device), **kwargs))
             check_finite(full, f"{where}, full-precision output")
             check_finite(other, f"{where}, output after quantization")
-            error += float((full - other).double().square().sum())
-            energy += float(full.double().square().sum())
+            mask = self.mask(b)
+            error += float((full - other)[mask].double().square().sum())
+            energy += float(full[mask].double().square().sum())
             self.fp.put(b, full)
             self.quantized.put(b, other)
         self.index += 1

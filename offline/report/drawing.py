@@ -134,10 +134,12 @@ def _words_html(picture: TokenPicture, layer: str) -> tuple[str, float]:
     words = picture.words(layer)
     most = max((weight for _, weight, _, _ in words), default=0.0) or 1.0
     out = []
-    for text, weight, template, answer in words:
+    for text, weight, counts, answer in words:
         shown = html.escape(text).replace("\n", "&crarr;<wbr>")
-        inner = f"<u>{shown}</u>" if answer and not template else shown
-        inner = f"<small>{inner}</small>" if template else inner
+        if not counts:
+            out.append(f"<small>{shown}</small>")
+            continue
+        inner = f"<u>{shown}</u>" if answer else shown
         style = f"background: rgba(var(--mark), {_DARKEST * weight / most:.2f})"
         out.append(f'<span style="{style}" title="weight {weight:.2%}">{inner}</span>')
     return "".join(out), most
@@ -183,7 +185,7 @@ def picture_png(picture: TokenPicture, path: Path) -> None:
         for axes in row:
             axes.set_axis_off()
         most = _draw_words(row[-1], picture.words(layer))
-        row[-1].set_title("italic: the answer; grey: the template", fontsize=9)
+        row[-1].set_title("italic: the answer; grey: the template, without weight", fontsize=9)
         steps = np.linspace(0, _DARKEST, 256)[:, None]
         shades = 1 - steps + steps * np.array(_MARK)
         _bar(bars[-1], shades, 100 * most, _PER_WORD)
@@ -206,9 +208,9 @@ def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]]) -> fl
     """Words in a monospaced face, shaded up to the largest weight of one, which is returned."""
     axes.set_xlim(0, _WIDTH)
     axes.set_ylim(-_LINES, 1)
-    most = max((weight for _, weight, _, _ in words), default=0.0) or 1.0
+    most = max((weight for _, weight, counts, _ in words if counts), default=0.0) or 1.0
     column, line = 0, 0
-    for text, weight, template, answer in words:
+    for text, weight, counts, answer in words:
         shown = text.replace("\n", " ").strip()
         if not shown:
             continue
@@ -224,9 +226,9 @@ def _draw_words(axes: Any, words: Sequence[tuple[str, float, bool, bool]]) -> fl
             family="monospace",
             fontsize=8,
             style="italic" if answer else "normal",
-            alpha=0.5 if template else 1.0,
+            alpha=1.0 if counts else 0.5,
             bbox={
-                "facecolor": (*_MARK, _DARKEST * weight / most),
+                "facecolor": (*_MARK, _DARKEST * weight / most if counts else 0.0),
                 "edgecolor": "none",
                 "pad": 1.5,
             },

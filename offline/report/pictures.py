@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from qig_serve.errors import UserError
-from qig_serve.offline.calibration.batches import SPECIAL, CalibrationBatch
+from qig_serve.offline.calibration.batches import CalibrationBatch
 from qig_serve.offline.report.token_map import Box, token_boxes
 from qig_serve.samples import Sample, load_image
 
@@ -31,8 +31,8 @@ class TokenPicture:
     """Position of an image token -> (which picture, its box): token_map.token_boxes."""
     tokens: tuple[str, ...]
     """Text of every token, "" for image tokens."""
-    template: torch.Tensor
-    """[T] bool: tokens of the chat template."""
+    counted: torch.Tensor
+    """[T] bool: tokens that take part in the method; template tokens do not."""
     answer_start: int
     """Position of the first token of the answer; len(tokens) if there is none."""
     weights: Mapping[str, torch.Tensor]
@@ -50,11 +50,11 @@ class TokenPicture:
             "tokens": [
                 {
                     "text": text,
-                    "template": bool(template),
+                    "counted": bool(counted),
                     "image": self.boxes[i][0] if i in self.boxes else None,
                     "box": self.boxes[i][1] if i in self.boxes else None,
                 }
-                for i, (text, template) in enumerate(zip(self.tokens, self.template, strict=True))
+                for i, (text, counted) in enumerate(zip(self.tokens, self.counted, strict=True))
             ],
             "layers": {
                 layer: {
@@ -67,7 +67,7 @@ class TokenPicture:
         }
 
     def words(self, layer: str) -> list[tuple[str, float, bool, bool]]:
-        """(word, its weight, whether of the template, whether of the answer) in order.
+        """(word, its weight, whether it counts, whether it is of the answer) in order.
 
         A word ends before a space or where the answer begins; its weight is its tokens' sum.
         """
@@ -75,13 +75,13 @@ class TokenPicture:
         for position, text in enumerate(self.tokens):
             if position in self.boxes or not text:
                 continue
-            template, answer = bool(self.template[position]), position >= self.answer_start
+            counts, answer = bool(self.counted[position]), position >= self.answer_start
             weight = float(self.weights[layer][position])
             glued = words and not text[0].isspace() and not words[-1][0][-1:].isspace()
-            if glued and words[-1][2:] == (template, answer):
-                words[-1] = (words[-1][0] + text, words[-1][1] + weight, template, answer)
+            if glued and words[-1][2:] == (counts, answer):
+                words[-1] = (words[-1][0] + text, words[-1][1] + weight, counts, answer)
             else:
-                words.append((text, weight, template, answer))
+                words.append((text, weight, counts, answer))
         return words
 
 
@@ -91,7 +91,7 @@ def token_picture(
     processor: Any,
     inputs: Mapping[str, Any],
     images: Sequence[Image.Image],
-    template: torch.Tensor,
+    counted: torch.Tensor,
     answer_start: int,
     weights: Mapping[str, torch.Tensor],
 ) -> TokenPicture:
@@ -109,7 +109,7 @@ def token_picture(
         tuple(images),
         boxes,
         tuple(texts),
-        template.reshape(-1).bool().cpu(),
+        counted.reshape(-1).bool().cpu(),
         answer_start,
         {layer: w.reshape(-1).float().cpu() for layer, w in weights.items()},
     )
@@ -168,7 +168,7 @@ class KeptWeights:
                     processor,
                     inputs,
                     images,
-                    batch.modality[row] == SPECIAL,
+                    batch.token_mask[row],
                     int(answer[0]) if len(answer) else length,
                     weights,
                 )

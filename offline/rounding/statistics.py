@@ -66,10 +66,10 @@ class BlockStatistics:
             self._caught()  # of all processes together
         for b in range(len(self.streams)):
             batch = self.streams.batches[b]
-            found = torch.ones(batch.tokens, device=self.streams.device)
+            found = torch.ones(batch.token_mask.numel(), device=self.streams.device)
             if result is not None and self.method.weighted:
                 found = result.token_weights[b].flatten()
-            half = batch.half.to(found.device).repeat_interleave(batch.shape[1])
+            half = batch.half.repeat_interleave(batch.token_mask.shape[1]).to(found.device)
             if expert is None:
                 x_q, x_fp = self._inputs(b, name)
             else:

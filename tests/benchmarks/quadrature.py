@@ -66,6 +66,7 @@ def main() -> None:
                 base.weighting.needs_quantized_input,
                 f"layer {index}, {group.name}",
             )
+            masks = [streams.mask(b) for b in range(len(streams))]
             reference: list[torch.Tensor] = []
             for rule, steps in [REFERENCE, *RULES]:
                 weighting = replace(base.weighting, quadrature=rule, steps=steps)
@@ -74,8 +75,12 @@ def main() -> None:
                 with torch.no_grad():
                     parts = [attribute_part(tokens, i) for i in range(len(captured.calls))]
                 seconds = time.process_time() - started
-                raw = captured.to_batches([p.importance for p in parts], streams.batches)
-                vectors = [u for us in raw for u in us]
+                raw = captured.to_batches([p.importance for p in parts], masks)
+                vectors = [
+                    u[m]
+                    for us, ms in zip(raw, masks, strict=True)
+                    for u, m in zip(us, ms, strict=True)
+                ]
                 if (rule, steps) == REFERENCE:
                     reference = vectors
                     continue

@@ -114,12 +114,12 @@ def make_picture(hot: int = 5) -> TokenPicture:
     words = ["<user>", *[""] * 16, "What", " is", " <b>?", "\n", "A", " square"]
     weights = torch.zeros(len(words))
     weights[1 + hot], weights[19] = 0.75, 0.25
-    template = torch.zeros(len(words), dtype=torch.bool)
-    template[0] = True
+    counted = torch.ones(len(words), dtype=torch.bool)
+    counted[0] = False
     boxes = {1 + i: (0, box) for i, box in enumerate(grid_boxes(4, 4))}
     image = Image.new("RGB", (64, 64), (200, 200, 200))
     return TokenPicture(
-        "sample 7", (image,), boxes, tuple(words), template, 21, {"layer 0": weights}
+        "sample 7", (image,), boxes, tuple(words), counted, 21, {"layer 0": weights}
     )
 
 

@@ -117,7 +117,7 @@ def test_wrong_values_are_found_at_once(
 
 
 def batch(samples: int, tokens: int) -> Any:
-    return SimpleNamespace(shape=(samples, tokens), tokens=samples * tokens)
+    return SimpleNamespace(token_mask=torch.ones(samples, tokens, dtype=torch.bool))
 
 
 def test_longest_and_fullest() -> None:

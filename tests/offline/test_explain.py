@@ -89,8 +89,7 @@ def test_the_weight_lies_where_the_picture_matters(
     # Clipping to the quartile fences leaves an outlier little above the rest, but above.
     assert (heat == heat.max()).sum() == 1
     assert float(picture.weights["layer 0"].sum()) == pytest.approx(1, abs=1e-4)
-    words = picture.words("layer 0")
-    answer = [word for word, _, template, answered in words if answered and not template]
+    answer = [w for w, _, counts, of_answer in picture.words("layer 0") if of_answer and counts]
     assert "".join(answer).strip() == "white"
     if scheme == "w3a16":  # with int8 activations the gradient is straight-through: approximate
         assert max(errors.values()) < 0.02

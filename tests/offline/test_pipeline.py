@@ -212,8 +212,9 @@ def test_quantized_stream_is_the_checkpoint(
         with torch.no_grad():
             full(**batch.inputs)
             reference(**batch.inputs)
-        error += float((last["full"] - last["quantized"]).square().sum())
-        energy += float(last["full"].square().sum())
+        mask = batch.token_mask
+        error += float((last["full"] - last["quantized"])[mask].square().sum())
+        energy += float(last["full"][mask].square().sum())
     assert report.blocks[-1].output_error == pytest.approx(error / energy, rel=1e-3)
 
 
@@ -322,9 +323,12 @@ def test_first_search_has_real_token_weights(model_dir: Path, calib: str, scheme
     for group in loaded.arch.groups:
         result = equalize_group(block, group, streams, r.equalization, None, 0)
         assert not result.fallbacks
-        for weights in result.token_weights:
+        for b, weights in enumerate(result.token_weights):
+            mask = streams.mask(b)
+            assert float(weights[~mask].abs().max()) == 0
             torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
-            assert float(weights.std(-1).min()) > 1e-4
+            for row, real in zip(weights, mask, strict=True):
+                assert float(row[real].std()) > 1e-4
 
 
 def test_token_weights_change_the_loss(model_dir: Path, calib: str) -> None:
@@ -348,14 +352,36 @@ def test_token_weights_change_the_loss(model_dir: Path, calib: str) -> None:
     assert len({round(v, 9) for v in losses.values()}) == len(losses)
 
 
-def test_all_tokens_are_calibrated_on(model_dir: Path, calib: str) -> None:
+def test_template_tokens_do_not_enter_activation_means(model_dir: Path, calib: str) -> None:
+    loaded, streams, _ = streams_of(model_dir, calib)
+    block, group = loaded.block(0), loaded.arch.groups[2]  # the MLP: token by token
+    clean = capture_parts(block, group, streams, False, "x")
+    for b in range(len(streams)):
+        hidden = streams.fp.get(b, "cpu").clone()
+        # Later than any real token, so that attention cannot carry it into one.
+        assert not streams.mask(b)[:, -1].any()
+        hidden[:, -1] *= 1e4
+        streams.fp.put(b, hidden)
+    dirty = capture_parts(block, group, streams, False, "x")
+    torch.testing.assert_close(clean.act_mean, dirty.act_mean)
+    torch.testing.assert_close(clean.act_max, dirty.act_max)
+    qkv = capture_parts(block, loaded.arch.groups[0], streams, False, "x")
+    total = sum(
+        float(qkv.inputs.get(b, "cpu")[streams.mask(b)].abs().sum()) for b in range(len(streams))
+    )
+    tokens = sum(int(streams.mask(b).sum()) for b in range(len(streams)))
+    assert float(qkv.act_mean.sum()) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_rounding_is_calibrated_on_all_tokens(model_dir: Path, calib: str) -> None:
     """Those of the template too: what attends to the first token feels its error everywhere."""
     loaded, streams, _ = streams_of(model_dir, calib)
-    block, group = loaded.block(0), loaded.arch.groups[0]
-    parts = capture_parts(block, group, streams, False, "x")
-    inputs = torch.cat([parts.inputs.get(b, "cpu").flatten(0, 1) for b in range(len(streams))])
+    block = loaded.block(0)
+    count = range(len(streams))
+    hidden = [block.input_layernorm(streams.fp.get(b, "cpu")).flatten(0, 1) for b in count]
+    inputs = torch.cat(hidden)
     assert len(inputs) == sum(batch.inputs["input_ids"].numel() for batch in streams.batches)
-    torch.testing.assert_close(parts.act_mean, inputs.abs().mean(0))
+    assert len(inputs) > sum(int(streams.mask(b).sum()) for b in count)
     for method in ("gptq", "qronos-outputs"):
         statistics = BlockStatistics(block, block, [], streams, ROUNDINGS[method], "x")
         found = statistics.of("self_attn.q_proj", None)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from qig_serve.cli import main
@@ -44,7 +45,7 @@ def _batches(samples: list[Sample], processor: Any, **options: Any) -> Any:
     return make_batches(samples, processor, processor.image_token_id, **options)
 
 
-def test_modalities_separate_images_words_and_template(tmp_path: Path, processor: Any) -> None:
+def test_masks_separate_images_words_and_template(tmp_path: Path, processor: Any) -> None:
     image = _image(tmp_path / "a.png")
     sample = sample_from_parts("7", "caption", image, "What color is the star?", "a red star")
     (batch,) = _batches([sample], processor)
@@ -53,6 +54,7 @@ def test_modalities_separate_images_words_and_template(tmp_path: Path, processor
     assert decode(ids[batch.answer_mask[0]]) == "a red star"
     assert decode(ids[batch.modality[0] == 1]) == "What color is the star?a red star"
     assert int((batch.modality == 2).sum()) == 36
+    assert torch.equal(batch.token_mask, batch.modality != 0)
     template = decode(ids[batch.modality[0] == 0])
     assert template == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
 
@@ -73,7 +75,7 @@ def test_same_length_samples_share_a_batch_without_padding(processor: Any, tmp_p
     image = _image(tmp_path / "a.png")
     samples = [sample_from_parts(str(i), "all", image, "Describe", "a red") for i in range(5)]
     samples.append(sample_from_parts("long", "all", image, "Describe", "a red star " * 5))
-    length = _batches(samples[:1], processor)[0].shape[1]
+    length = _batches(samples[:1], processor)[0].token_mask.shape[1]
     batches = _batches(samples, processor, batch_tokens=3 * length)
     assert [len(b.ids) for b in batches] == [1, 3, 2]
     assert batches[0].ids == ("long",)
@@ -87,7 +89,7 @@ def test_same_length_samples_share_a_batch_without_padding(processor: Any, tmp_p
         for half in b.half.tolist()
     ]
     assert shared == [False] * 3 + [True] * 3
-    assert sum(token_counts(batches).values()) == sum(b.tokens for b in batches)
+    assert sum(token_counts(batches).values()) == sum(b.token_mask.numel() for b in batches)
 
 
 def test_too_long_is_rejected_by_name(processor: Any, tmp_path: Path) -> None:

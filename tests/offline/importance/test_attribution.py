@@ -1,4 +1,4 @@
-"""Integrated gradients: completeness, the straight-through estimator, quartile clipping."""
+"""Integrated gradients: completeness, the straight-through estimator, masks, quartile clipping."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ def x() -> torch.Tensor:
     return x
 
 
+def everything(x: torch.Tensor) -> torch.Tensor:
+    return torch.ones(x.shape[:2], dtype=torch.bool)
+
+
 @pytest.mark.parametrize(("rule", "steps"), [("gauss", 4), ("gauss", 8), ("uniform", 32)])
 def test_quadrature_integrates_the_unit_interval(rule: str, steps: int) -> None:
     q = quadrature(rule, steps)
@@ -67,7 +71,9 @@ def test_quadrature_integrates_the_unit_interval(rule: str, steps: int) -> None:
 @pytest.mark.parametrize(("rule", "steps"), [("gauss", 4), ("uniform", 128)])
 def test_completeness_weight_only(x: torch.Tensor, rule: str, steps: int) -> None:
     mlp = Mlp("w3a16", False)
-    a = integrate(mlp.full, mlp.quantized, x, torch.zeros_like(x), quadrature(rule, steps))
+    a = integrate(
+        mlp.full, mlp.quantized, x, torch.zeros_like(x), everything(x), quadrature(rule, steps)
+    )
     assert float(a.difference.min()) > 0
     for integral, difference in zip(a.integral, a.difference, strict=True):
         assert completeness(float(integral), float(difference)) < 0.02
@@ -76,7 +82,7 @@ def test_completeness_weight_only(x: torch.Tensor, rule: str, steps: int) -> Non
 def test_one_node_is_exact_for_a_linear(x: torch.Tensor) -> None:
     w = torch.randn(64, 128)
     q = fake_quantize(w, get_scheme("w3a16"))
-    arguments = (lambda z: z @ w.T, lambda z: z @ q.T, x, torch.zeros_like(x))
+    arguments = (lambda z: z @ w.T, lambda z: z @ q.T, x, torch.zeros_like(x), everything(x))
     one = integrate(*arguments, quadrature("gauss", 1))
     many = integrate(*arguments, quadrature("uniform", 64))
     torch.testing.assert_close(one.importance, many.importance, rtol=1e-3, atol=1e-5)
@@ -87,12 +93,12 @@ def test_quantized_branch_has_a_gradient(x: torch.Tensor) -> None:
     mlp = Mlp("w4a8", True)
     x0 = torch.zeros_like(x)
     rule = quadrature("gauss", 4)
-    right = integrate(mlp.full, mlp.quantized, x, x0, rule)
+    right = integrate(mlp.full, mlp.quantized, x, x0, everything(x), rule)
 
     def constant(z: torch.Tensor) -> torch.Tensor:
         return mlp.quantized(z).detach()
 
-    wrong = integrate(mlp.full, constant, x, x0, rule)
+    wrong = integrate(mlp.full, constant, x, x0, everything(x), rule)
     d = float(right.difference.sum())
     assert completeness(float(right.integral.sum()), d) < 0.1
     assert completeness(float(wrong.integral.sum()), d) > 0.4
@@ -106,6 +112,20 @@ def test_straight_through_estimator() -> None:
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
+def test_padding_has_no_say(x: torch.Tensor) -> None:
+    mlp = Mlp("w3a16", False)
+    mask = everything(x)
+    mask[0, 20:] = False
+    rule = quadrature("gauss", 4)
+    clean = integrate(mlp.full, mlp.quantized, x, torch.zeros_like(x), mask, rule)
+    dirty_x = x.clone()
+    dirty_x[0, 20:] = 1e3
+    dirty = integrate(mlp.full, mlp.quantized, dirty_x, torch.zeros_like(x), mask, rule)
+    assert float(clean.importance[0, 20:].abs().max()) == 0
+    torch.testing.assert_close(clean.importance, dirty.importance)
+    torch.testing.assert_close(clean.difference, dirty.difference)
+
+
 def test_no_overflow_in_half_precision_outputs() -> None:
     """Discrepancies are taken in fp32: scaling them by 1000 in fp16, as released, overflows."""
     w = torch.randn(64, 128) * 100
@@ -116,39 +136,44 @@ def test_no_overflow_in_half_precision_outputs() -> None:
         lambda z: (z @ q.T).half(),
         x,
         torch.zeros_like(x),
+        everything(x),
         quadrature("gauss", 2),
     )
     assert torch.isfinite(a.importance).all()
     assert float(a.importance.min()) > 0
 
 
-def test_clipping_is_to_the_quartile_fences() -> None:
-    u = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 1000.0]])
-    clipped = clip_outliers(u)
-    q1, q3 = torch.quantile(u[0], 0.25), torch.quantile(u[0], 0.75)
+def test_clipping_is_applied_and_ignores_masked_tokens() -> None:
+    u = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 1000.0, 7777.0, 7777.0]])
+    mask = torch.tensor([[True] * 6 + [False] * 2])
+    clipped = clip_outliers(u, mask)
+    q1, q3 = torch.quantile(u[0, :6], 0.25), torch.quantile(u[0, :6], 0.75)
     assert float(clipped[0, 5]) == pytest.approx(float(q3 + 1.5 * (q3 - q1)))
     assert clipped[0, :5].tolist() == [1, 2, 3, 4, 5]
+    assert clipped[0, 6:].tolist() == [0, 0]
 
 
 def test_quartiles_are_a_samples_own() -> None:
     u = torch.stack([torch.arange(8.0), 100 * torch.arange(8.0)])
-    both = clip_outliers(u)
-    assert torch.equal(both[1:], clip_outliers(u[1:]))
+    both = clip_outliers(u, torch.ones(2, 8, dtype=torch.bool))
+    assert torch.equal(both[1:], clip_outliers(u[1:], torch.ones(1, 8, dtype=torch.bool)))
     assert torch.equal(both, u)
 
 
 def test_weights_sum_to_one_a_sample_and_fallbacks_are_counted() -> None:
-    u = torch.tensor([[1.0, 3.0], [0.0, 0.0], [float("nan"), 1.0]])
-    weights, without = normalize(u)
+    u = torch.tensor([[1.0, 3.0, 9.0], [0.0, 0.0, 0.0], [float("nan"), 1.0, 1.0]])
+    mask = torch.tensor([[True, True, False]] * 3)
+    weights, without = normalize(u, mask)
     assert without == 2
     torch.testing.assert_close(weights.sum(-1), torch.ones(3))
-    assert weights.tolist() == [[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]
+    assert weights[0].tolist() == [0.25, 0.75, 0]
+    assert weights[1].tolist() == [0.5, 0.5, 0]
 
 
 def test_no_state_between_runs(x: torch.Tensor) -> None:
     """The first call and the tenth give the same weights: nothing counts calls."""
     mlp = Mlp("w3a16", False)
-    arguments = (mlp.full, mlp.quantized, x, torch.zeros_like(x))
+    arguments = (mlp.full, mlp.quantized, x, torch.zeros_like(x), everything(x))
     runs = [integrate(*arguments, quadrature("gauss", 3)).importance for _ in range(8)]
     assert all(torch.equal(runs[0], r) for r in runs)
     assert float(runs[0].std()) > 0

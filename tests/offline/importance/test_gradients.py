@@ -28,7 +28,7 @@ def make_batch(answered: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
         inputs={"input_ids": torch.randint(0, 64, (2, 10))},
         modality=modality,
-        shape=tuple(modality.shape),
+        token_mask=modality != 0,
         answer_mask=answer,
     )
 
@@ -101,19 +101,22 @@ def test_modality_means_and_weights() -> None:
     values = torch.zeros(2, 10)
     values[batch.modality == 1] = 3.0
     values[batch.modality == 2] = 5.0
-    values[batch.modality == 0] = 7.0  # the template is language
+    values[batch.modality == 0] = 1e6  # the template has no say
     means = modality_means({0: values}, [batch])
-    assert means == {False: pytest.approx(33 / 7), True: 5.0}
-    weights = modality_importance(means, batch.modality)
-    assert torch.equal(weights, torch.where(batch.modality == 2, 5.0, means[False]))
+    assert means == {1: 3.0, 2: 5.0}
+    weights = modality_importance(means, batch.modality, batch.token_mask)
+    assert torch.equal(weights, torch.where(batch.token_mask, values, 0.0))
 
 
 def test_attention_received() -> None:
     block, kwargs, x = make_block()
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 10:] = False
     call = catch_call(block, block.self_attn, x, kwargs)
     before = block.self_attn.config._attn_implementation
-    received = attention_importance(block.self_attn, call)
+    received = attention_importance(block.self_attn, call, mask)
     assert block.self_attn.config._attn_implementation == before
-    # Every query hands out 1; keys after it get nothing.
+    # Every real query hands out 1; keys after it get nothing.
     torch.testing.assert_close(received.sum(-1), torch.ones(2))
-    assert float(received[:, 0].min()) > float(received[:, 11].max())
+    assert float(received[:, 10:].max()) == 0
+    assert float(received[:, 0].min()) > float(received[:, 9].max())

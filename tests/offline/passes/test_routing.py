@@ -41,7 +41,8 @@ def all_common(monkeypatch: pytest.MonkeyPatch) -> None:
 def _weights(streams: Streams) -> list[torch.Tensor]:
     """Token weights of each batch, [B, T]."""
     generator = torch.Generator().manual_seed(5)
-    return [torch.rand(batch.shape, generator=generator) for batch in streams.batches]
+    masks = [streams.mask(b) for b in range(len(streams))]
+    return [torch.rand(mask.shape, generator=generator) * mask for mask in masks]
 
 
 def _statistics(loaded: LoadedModel, streams: Streams, block: nn.Module, method: str) -> Any:
@@ -122,7 +123,7 @@ def test_a_rare_expert_is_calibrated_on_all_tokens(model: tuple[LoadedModel, Str
     block = loaded.block(0)
     weights = _weights(streams)
     statistics = _statistics(loaded, streams, block, "gptq-weighted")
-    tokens = sum(batch.tokens for batch in streams.batches)
+    tokens = sum(batch.token_mask.numel() for batch in streams.batches)
     first = statistics.of("mlp.experts.0.up_proj", GroupResult(None, weights))
     report = statistics.experts
     assert report is not None and report.least == 64
@@ -194,7 +195,7 @@ def test_parts_of_experts_beside_an_mlp_keep_their_tokens_routing(tmp_path: Path
         for found, stream in ((expected, streams.fp), (other, streams.quantized)):
             call = catch_call(block, block.experts, stream.get(b, "cpu"), streams.kwargs(b))
             output = block.experts(*call.args) if stream is streams.fp else call.hidden
-            found.append(output.flatten(0, -2))
+            found.append(output[streams.mask(b)])
     parts = capture_parts(block, group, streams, True, "layer 0")
     assert parts.tokenwise and len(parts.calls) > len(streams) and parts.quantized_inputs
     count = range(len(parts.calls))

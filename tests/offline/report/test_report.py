@@ -321,7 +321,7 @@ def test_words_are_joined_and_weighed() -> None:
     words = picture.words("layer 0")
     assert [w[0] for w in words] == ["<user>", "What", " is", " <b>?", "\n", "A", " square"]
     assert dict((w[0], w[1]) for w in words)[" <b>?"] == 0.25
-    assert [w[3] for w in words] == [False] * 5 + [True] * 2 and words[0][2] is True
+    assert [w[3] for w in words] == [False] * 5 + [True] * 2 and words[0][2] is False
     assert picture.image_share("layer 0") == pytest.approx(0.75)
 
 
@@ -363,7 +363,7 @@ def test_the_png_says_what_its_colours_mean(
     picture = dataclasses.replace(
         picture,
         tokens=tokens,
-        template=torch.cat([picture.template, more.bool()]),
+        counted=torch.cat([picture.counted, more.bool()]),
         weights={"layer 0": torch.cat([picture.weights["layer 0"], more])},
     )
     picture_png(picture, tmp_path / "p.png")

@@ -72,7 +72,7 @@ def test_a_sample_without_a_picture_is_named() -> None:
         ids=["7"],
         inputs={"input_ids": torch.tensor([[1, 5, 2]])},
         answer_mask=torch.tensor([[False, False, True]]),
-        modality=torch.tensor([[0, 1, 1]]),
+        token_mask=torch.ones(1, 3, dtype=torch.bool),
     )
     kept = KeptWeights((0,), [batch], {(0, 0): sample})  # type: ignore[list-item]
     kept.keep(0, "qkv", [torch.full((1, 3), 1 / 3)])
