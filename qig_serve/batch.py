@@ -16,7 +16,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,8 +135,7 @@ async def _run(
     from qig_serve.serving import media  # noqa: F401  registers the media connector
     from qig_serve.vllm_plugin import compat, patches
 
-    async with AsyncExitStack() as stack:
-        engine = await stack.enter_async_context(compat.engine_client()(args))
+    async with compat.engine_client()(args) as engine:
         tasks = await engine.get_supported_tasks()
         app = compat.app_builder()(args, tasks, engine.model_config)
         await compat.app_state_initializer()(engine, app.state, args, tasks)

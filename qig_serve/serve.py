@@ -43,6 +43,12 @@ _CANNOT_LISTEN = (
 )
 """What binding a socket fails with, which vLLM does before its engine starts."""
 
+_REFUSALS = (
+    *(ValueError, TypeError, LookupError, OSError),
+    *(NotImplementedError, AssertionError),
+)
+"""What vLLM's checks of flags' values raise, beside its own exception, which is none of these."""
+
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
 
@@ -113,7 +119,6 @@ def one_sentence(model: Path | str) -> Iterator[None]:
 
     from qig_serve.vllm_plugin import compat
 
-    faults = (ValueError, TypeError, LookupError, OSError, NotImplementedError, AssertionError)
     try:
         yield
     except ValidationError as error:
@@ -124,9 +129,10 @@ def one_sentence(model: Path | str) -> Iterator[None]:
         raise _refused(
             model, "; ".join(f"{at}: {text}" if at else text for at, text in pairs)
         ) from None
-    except (*faults, compat.validation_error()) as error:
+    except (*_REFUSALS, compat.validation_error()) as error:
         said = error.args[0] if isinstance(error, KeyError) else error  # str() would quote it
-        raise _refused(model, str(said) or type(error).__name__) from None
+        # With its cause, should the fault be one of ours.
+        raise _refused(model, str(said) or type(error).__name__) from error
 
 
 def _refused(model: Path | str, said: str) -> UserError:
@@ -146,7 +152,8 @@ def check_values(args: argparse.Namespace) -> None:
     from qig_serve.vllm_plugin import compat
 
     headless = {"headless": True} if args.headless else {}
-    logging.disable(logging.INFO)  # it is said again at the start
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.INFO))  # it is said again at the start
     try:
         with one_sentence(args.model):
             if not args.tool_parser_plugin and not args.reasoning_parser_plugin:
@@ -168,7 +175,7 @@ def check_values(args: argparse.Namespace) -> None:
                         f"block_size: {backend.get_name()} takes {known}, not {kept.block_size}"
                     )
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def set_environment(limits: Limits) -> None:
