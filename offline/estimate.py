@@ -45,7 +45,7 @@ _PASSES_TO_DRAW = 2
 """Of the output head: the mean prediction is its softmax."""
 _PASSES_OF_A_DRAW = 4
 """Drawing, forward and back."""
-COPIES = 11
+COPIES = 10
 """Of a linear's second moments [K, K] in fp32: what is held while it is rounded."""
 FirstStreams = Callable[[Sequence[CalibrationBatch]], Streams]
 """Runs what comes before the decoder on some batches."""

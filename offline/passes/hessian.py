@@ -52,8 +52,10 @@ def factorize(hessian: torch.Tensor, damping: Damping) -> Factor:
     does. Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
     """
     order, lower, power = _cholesky(hessian, damping)
+    lower = lower.float()
     eye = torch.eye(len(lower), device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower.float(), eye, upper=False)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    del lower, eye  # of wide linears each is a gigabyte
     return Factor(order, inverse.flip(0, 1), damping.fraction, power)
 
 
@@ -114,7 +116,7 @@ def validated_damping(halves: Sequence[torch.Tensor], least: float) -> HeldOut:
     have seen twice as much. In fp32, on moments scaled to a unit diagonal, so that it costs little
     beside that factor.
     """
-    energy = (halves[0] + halves[1]).diagonal()
+    energy = halves[0].diagonal() + halves[1].diagonal()
     order = torch.argsort(energy, descending=True, stable=True)
     order = order[energy[order] > 0]
     # In reverse, as in `_cholesky`: of two columns the one that is rounded later comes first.

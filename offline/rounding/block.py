@@ -73,7 +73,6 @@ def round_block(
             weight = linears[name].weight
             # Each process rounds some of the linears, and all of them get the same codes.
             source, found = (k + (groups[i].expert or 0)) % streams.ranks.size, None
-            costs = outputs.pop(name, None)
             if streams.ranks.rank == source:
                 found = round_linear(
                     weight,
@@ -82,8 +81,9 @@ def round_block(
                     streams.dtype,
                     method,
                     f"{where}, {name}",
-                    costs,
+                    outputs.get(name),
                 )
+            outputs.pop(name, None)
             rounded = _broadcast(found, source, streams)
             weight.copy_(rounded.dequantized())
             packed = pack_linear(

@@ -31,7 +31,7 @@ def round_weight(task: RoundingTask) -> RoundedLinear:
     return compensate(task, task.weight, [minmax])
 
 
-ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
+ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
 """Of targets that are rounded together, all candidates counted: five times as many in fp32 wait."""
 
 
@@ -43,7 +43,7 @@ def compensate(
     Rows do not touch each other, so that each can have what leaves least of its part of f.
     """
     (n, k), count = target.shape, len(candidates)
-    rows = max(1, ELEMENTS.get(target.device.type, 1 << 28) // (k * count))
+    rows = max(1, ELEMENTS.get(target.device.type, 1 << 27) // (k * count))
     found = []
     for first in range(0, n, rows):
         part = slice(first, first + rows)
@@ -80,30 +80,30 @@ def compensated_codes(
     the stored layout does not change. `block_size` columns are updated lazily together, without
     effect on the result beyond rounding.
     """
-    k = target.shape[1]
+    n, k = target.shape
     order, upper = factor.order, factor.upper
     group = torch.arange(k, device=target.device) // group_inputs(k, scale.shape[1])
-    scales = scale.T[group[order]]  # [K, N]
-    low = torch.full_like(scales, scheme.qmin)
-    high = torch.full_like(scales, scheme.qmax)
-    if zero is not None:
-        zeros = zero.float().T[group[order]]
-        low, high = low - zeros, high - zeros
     w = target.T[order].contiguous()  # [K, N]: a column of the weight is a row here
-    levels = torch.empty_like(w)
+    dtype = torch.int8 if scheme.symmetric else torch.uint8
+    codes = torch.empty(k, n, dtype=dtype, device=target.device)
     for start in range(0, k, block_size):
-        stop = min(start + block_size, k)
+        columns = order[start : start + block_size]
+        stop = start + len(columns)
         block = w[start:stop]
         u = upper[start:stop, start:stop]
         diagonal = u.diagonal().tolist()
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            j = start + i
-            level = (block[i] / scales[j]).round_().clamp_(low[j], high[j])
-            levels[j] = level
-            errors[i] = (block[i] - level * scales[j]) / diagonal[i]
+        scales = scale.T[group[columns]]
+        low = torch.full_like(scales, scheme.qmin)
+        high = torch.full_like(scales, scheme.qmax)
+        if zero is not None:
+            zeros = zero.float().T[group[columns]]
+            low, high = low - zeros, high - zeros
+        levels, errors = torch.empty_like(block), torch.empty_like(block)
+        for i in range(len(columns)):
+            level = (block[i] / scales[i]).round_().clamp_(low[i], high[i])
+            levels[i] = level
+            errors[i] = (block[i] - level * scales[i]) / diagonal[i]
             block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    codes = torch.empty_like(levels)
-    codes[order] = levels if zero is None else levels + zeros
-    return codes.T.to(torch.int8 if scheme.symmetric else torch.uint8).contiguous()
+        codes[columns] = (levels if zero is None else levels + zeros).to(dtype)
+    return codes.T.contiguous()
