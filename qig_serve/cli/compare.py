@@ -115,6 +115,8 @@ def make_recipes(
                 name, equals, value = field.partition("=")
                 if not equals:
                     raise UserError(f"{written}: {field!r} must be FIELD=VALUE")
+                if name in values:
+                    raise UserError(f"{written}: {name} is given twice, here or as an option")
                 try:
                     values[name] = yaml.safe_load(value)
                 except yaml.YAMLError:
@@ -173,9 +175,13 @@ def _quantize_apart(model: Path, output: str, recipe: QuantRecipe) -> Outcome:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize everything, evaluate everything, print and write."""
-    if args.seeds < 1 or args.samples < 1 or args.kl_samples < 0 or args.max_tokens < 1:
-        raise UserError("--seeds, --samples and --max-tokens must be at least 1")
-    check_targets(args.json, args.plot)
+    if args.seeds < 1 or args.samples < 1:
+        raise UserError("--seeds and --samples must be at least 1")
+    if args.kl_samples < 0 or not 1 <= args.max_tokens < 1 << 31:
+        raise UserError("--kl-samples must be at least 0, --max-tokens at least 1 and below 2^31")
+    if args.engine == "none" and args.kl_samples == 0:
+        raise UserError("--engine none with --kl-samples 0 compares nothing: leave one of them out")
+    check_targets(args.json, args.plot, read=(args.model, args.calib, args.data))
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     # Wrong ones fail now.
