@@ -26,6 +26,8 @@ _CONTEXT = 8192  # tokens of context that vLLM is asked for, where the model has
 _CPU_SEQUENCES = 32
 _HTTP_AT_ONCE = 8
 _BATCH = 32
+_FIRST_SECONDS = 30
+"""How long a server may take to name its model; an answer may take minutes."""
 
 
 def choose_engine(engine: Engine) -> Literal["vllm", "transformers", "forced", "none"]:
@@ -101,6 +103,8 @@ def _through_vllm(
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
+    from qig_serve.vllm_plugin import compat
+
     class Bar(tqdm):
         """What vLLM takes for its progress bar; draws nothing and reports to `progress`."""
 
@@ -141,6 +145,8 @@ def _through_vllm(
                 use_tqdm=Bar,
             )
             return [output.outputs[0].text for output in outputs]
+        except (ValueError, compat.validation_error()) as error:
+            raise UserError(f"vLLM refuses a sample: {' '.join(str(error).split())}") from error
         finally:
             del llm
             gc.collect()
@@ -243,7 +249,7 @@ def ask_server(
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai_client(url, key, timeout=600, purpose="--server")
     try:
-        model = model or _text(client.models.list().data[0].id)
+        model = model or _text(client.models.list(timeout=_FIRST_SECONDS).data[0].id)
     except Exception as error:
         raise UserError(
             f"the server at {without_password(url)} does not answer{proxy_in_words(url)} "

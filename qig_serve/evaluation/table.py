@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qig_serve.evaluation import Progress
 
@@ -100,7 +100,7 @@ def progress_bars(
 
     seen: dict[str, int] = {}
     with rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeElapsedColumn(),
@@ -115,6 +115,7 @@ def progress_bars(
                     console.print(
                         f"{what}: {total} {unit.removesuffix('s') if total == 1 else unit}",
                         highlight=False,
+                        markup=False,
                     )
             bars.update(seen[what], completed=done)  # type: ignore[arg-type]
 
@@ -126,7 +127,8 @@ def print_whole(console: Console, table: Table) -> None:
     from rich.console import Console
     from rich.measure import Measurement
 
-    endless = Console(width=1000)
+    as_written: Any = {"markup": False, "emoji": False}  # a type of questions may be "[/b]"
+    endless = Console(width=1000, **as_written)
     needed = Measurement.get(endless, endless.options, table).maximum
-    wide = Console(file=console.file, quiet=console.quiet, width=max(needed, console.width))
-    wide.print(table)
+    width = max(needed, console.width)
+    Console(file=console.file, quiet=console.quiet, width=width, **as_written).print(table)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from qig_serve import evaluate as evaluation
 from qig_serve.cli import main
 from qig_serve.demo import MODEL_DIR
 from qig_serve.errors import UserError
+from qig_serve.evaluation import generation
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model
 from qig_serve.evaluation.statistics import exact_match
@@ -80,9 +83,29 @@ def test_a_result_file_serves_as_reference(scripted: dict[str, list[str]], tmp_p
     assert second.paired is not None and second.paired.right_to_wrong == 7
     with pytest.raises(UserError, match="other questions"):
         evaluate(tmp_path / "low", path, _questions()[::-1])
-    path.write_text("[]")
-    with pytest.raises(UserError, match="not a result"):
-        evaluate(tmp_path / "low", path, _questions())
+    number = json.loads(path.read_text())
+    number["answers"][0]["output"] = 5
+    for record in ([], number):
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match="not a result"):
+            evaluate(tmp_path / "low", path, _questions())
+
+
+def test_names_are_printed_as_they_are(
+    scripted: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich takes [red] for a colour, and :red_circle: for a picture of one."""
+    name, kind = "low[red]", ":red_circle: [/x]"
+    (tmp_path / "low").rename(tmp_path / name)
+    scripted[name] = ["1"]
+    data = tmp_path / "q.jsonl"
+    line = {"messages": [{"role": "user", "content": "1?"}], "answer": "1", "type": kind}
+    data.write_text(json.dumps(line))
+    words = ["evaluate", str(tmp_path / name), "--data", str(data), "--engine", "transformers"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert f"  {kind} (1) " in shown.out and f" {name} " in shown.out
+    assert f"{name}: answers (transformers): 1 question\n" in shown.err
 
 
 def test_overlap_with_calibration_is_found(scripted: dict[str, list[str]], tmp_path: Path) -> None:
@@ -107,6 +130,16 @@ def test_what_is_refused(tmp_path: Path, twins: tuple[Path, Path]) -> None:
         evaluate(twins[0], quantized, questions)
     with pytest.raises(UserError, match="samples with answers"):
         evaluate(twins[0], None, [])
+    other = tmp_path / "other"
+    shutil.copytree(twins[0], other)
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was not made of the reference .*: vocab_size is"):
+        evaluate(twins[0], other, questions)
+    long = sample_from_parts("long", "x", questions[0].images[0], "red " * 2000, "red")
+    with pytest.raises(UserError, match=r"sample long is \d+ tokens long, and the model has"):
+        evaluation.evaluate_many([("m", twins[1])], twins[0], [long], engine="none")
     with pytest.raises(UserError, match="unknown split"):
         evaluation.load_samples("demo:exam", 1)
     with pytest.raises(UserError, match="at least 1"):
@@ -242,6 +275,9 @@ def test_a_server_as_reference_for_another(
     assert record["paired"]["n"] == 7 and record["agreement"] == 1  # question 3 has no answer
 
 
-def test_a_server_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="is it running"):
-        evaluation.evaluate_server("http://127.0.0.1:9", None, _questions(1))
+def test_a_server_that_is_not_there_or_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_FIRST_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (9, silent.getsockname()[1]):
+            with pytest.raises(UserError, match="is it running"):
+                evaluation.evaluate_server(f"http://127.0.0.1:{port}", None, _questions(1))
