@@ -249,7 +249,8 @@ def ask_server(
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai_client(url, key, timeout=600, purpose="--server")
     try:
-        model = model or _text(client.models.list(timeout=_FIRST_SECONDS).data[0].id)
+        first = client.with_options(timeout=_FIRST_SECONDS, max_retries=0)
+        model = model or _text(first.models.list().data[0].id)
     except Exception as error:
         raise UserError(
             f"the server at {without_password(url)} does not answer{proxy_in_words(url)} "

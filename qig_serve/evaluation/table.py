@@ -46,7 +46,7 @@ def results_table(results: Mapping[str, EvaluationResult]) -> Table:
 
     row("questions", [str(len(r.scored)) for r in columns])
     row("failed requests", [str(len(r.failures)) if r.failures else "-" for r in columns])
-    row("exact match", [percent(r.exact_match) for r in columns])
+    row("exact match", [percent(r.exact_match if r.scored else None) for r in columns])
     for kind in kinds:
         found = [r.by_type().get(kind, (0, None)) for r in columns]
         row(f"  {kind} ({max(n for n, _ in found)})", [percent(share) for _, share in found])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from qig_serve import evaluate as evaluation
 from qig_serve.cli import main
@@ -23,6 +25,7 @@ from qig_serve.evaluation import generation
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model
 from qig_serve.evaluation.statistics import exact_match
+from qig_serve.evaluation.table import results_table
 from qig_serve.json_output import write_json
 from qig_serve.model_directory import load_processor, model_dtype
 from qig_serve.samples import Sample, data_url, sample_from_parts, sample_sha256
@@ -249,6 +252,14 @@ def test_failed_requests_are_counted_and_not_scored(server: str) -> None:
     assert (record["n"], record["failed"], record["exact_match"]) == (7, 1, 1.0)
     assert record["n_by_type"] == {"even": 4, "odd": 3}
     assert "no threes" in record["failures"][0] and record["answers"][3]["output"] is None
+
+
+def test_no_share_of_nothing_is_printed() -> None:
+    answers = (evaluation.Answer("1", "all", "red", None),)
+    result = evaluation.EvaluationResult("s", "s", "server", answers, "", failures=("no",))
+    with Console(record=True, file=io.StringIO()) as console:
+        console.print(results_table({"s": result}))
+    assert "failed requests" in (shown := console.export_text()) and "exact match" not in shown
 
 
 def test_a_server_as_reference_for_another(
