@@ -20,6 +20,7 @@ A method may carry recipe fields, as NAME:FIELD=VALUE:FIELD=VALUE, for ablations
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import signal
@@ -173,6 +174,11 @@ def _quantize_apart(model: Path, output: str, recipe: QuantRecipe) -> Outcome:
         process.join()
 
 
+def _checkpoint(folder: Path, key: tuple[str, str], seed: int) -> Path:
+    """Where the checkpoint of a scheme and method goes."""
+    return folder / "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantize everything, evaluate everything, print and write."""
     if args.seeds < 1 or args.samples < 1:
@@ -185,7 +191,13 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     # Wrong ones fail now.
-    make_recipes(args.schemes, args.methods, args.calib, args.samples, 0, args.text_only)
+    wanted = make_recipes(args.schemes, args.methods, args.calib, args.samples, 0, args.text_only)
+    if args.keep:
+        if args.keep.exists() and not args.keep.is_dir():
+            raise UserError(f"{args.keep} is a file: --keep takes a folder")
+        for seed, key in itertools.product(range(args.seeds), wanted):
+            if os.path.lexists(kept := _checkpoint(args.keep, key, seed)):
+                raise UserError(f"{kept} is there already: name another --keep, or remove it")
     require("matplotlib", "the report of a quantized model")
 
     from rich.console import Console
@@ -277,8 +289,7 @@ def _one_seed(
     costs: dict[tuple[str, str], tuple[float, int]] = {}
     directories: dict[tuple[str, str], Path] = {}
     for number, (key, recipe) in enumerate(recipes.items(), start=1):
-        name = "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
-        directories[key] = folder / name
+        directories[key] = _checkpoint(folder, key, seed)
         doing = f"seed {seed}, {number}/{len(recipes)}: quantizing by {key[1]} to {key[0]}"
         messages.print(doing, highlight=False, markup=False)
         seconds, peak, wrong = _quantize_apart(args.model, str(directories[key]), recipe)

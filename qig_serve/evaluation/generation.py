@@ -7,11 +7,12 @@ import importlib.util
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
@@ -266,16 +267,23 @@ def ask_server(
                 temperature=0,
                 max_tokens=max_tokens,
             )
-            return _text(reply.choices[0].message.content or ""), ""
+            content = reply.choices[0].message.content
+            return _text("" if content is None else content), ""
         except Exception as error:
             return None, f"sample {sample.id}: {_in_words(error)}"
 
-    answers: list[str | None] = []
-    failures = []
-    with ThreadPoolExecutor(_HTTP_AT_ONCE) as pool:
-        for answer, failure in pool.map(ask, samples):
-            answers.append(answer)
-            if failure:
-                failures.append(failure)
-            progress(len(answers), len(samples))
-    return answers, failures
+    left = iter(enumerate(samples))
+    done: SimpleQueue[tuple[int, str | None, str]] = SimpleQueue()
+
+    def work() -> None:
+        for index, sample in left:  # shared: each takes the next
+            done.put((index, *ask(sample)))
+
+    for _ in range(_HTTP_AT_ONCE):  # daemons: Ctrl-C does not wait for a server that hangs
+        threading.Thread(target=work, daemon=True).start()
+    answers: list[str | None] = [None] * len(samples)
+    failures = [""] * len(samples)
+    for count in range(1, len(samples) + 1):
+        index, answers[index], failures[index] = done.get()
+        progress(count, len(samples))
+    return answers, [failure for failure in failures if failure]

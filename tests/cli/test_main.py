@@ -225,6 +225,10 @@ def test_targets_are_looked_at_before_the_work(
             "rtn:scheme=w4a8: scheme is given twice, here or as an option",
         ),
         (["compare", "gone", "--calib=a", "--data=b", "--methods=qig:iqr=0:iqr=1"], "iqr is given"),
+        (
+            ["compare", "gone", "--calib=a", "--data=b", f"--keep={__file__}"],
+            "test_main.py is a file: --keep takes a folder",
+        ),
         (["attribute", "gone", "--image=a", "--prompt=b", "-oo.png", "--steps=257"], "at most 256"),
         (["attribute", "gone", "--image=a", "--prompt=b\udcff", "-oo.png"], "no text in UTF-8"),
     ],

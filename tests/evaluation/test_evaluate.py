@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -252,6 +255,30 @@ def test_failed_requests_are_counted_and_not_scored(server: str) -> None:
     assert (record["n"], record["failed"], record["exact_match"]) == (7, 1, 1.0)
     assert record["n_by_type"] == {"even": 4, "odd": 3}
     assert "no threes" in record["failures"][0] and record["answers"][3]["output"] is None
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
+    over = threading.Event()
+
+    class Silent(_Server):
+        def do_POST(self) -> None:
+            over.wait(20)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as httpd:
+            threading.Thread(target=httpd.serve_forever, daemon=True).start()
+            began = time.monotonic()
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                evaluation.evaluate_server(
+                    f"http://127.0.0.1:{httpd.server_address[1]}", None, _questions()
+                )
+            assert time.monotonic() - began < 10
+            over.set()
+            httpd.shutdown()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_no_share_of_nothing_is_printed() -> None:
