@@ -18,7 +18,7 @@ from torch import nn
 from qig_serve.errors import UserError
 from qig_serve.family_row import SmoothingGroup
 from qig_serve.formats import QuantScheme, get_scheme
-from qig_serve.model_directory import find_model
+from qig_serve.model_directory import context_length, find_model
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.importance.attribution import (
     Quadrature,
@@ -80,7 +80,11 @@ def explain_sample(
     loaded = loaded_model.load(find_model(model))
     chosen = choose_layers(loaded.num_blocks)
     (batch,) = make_batches(
-        [sample], loaded.processor, loaded.image_token_id, max_length=_MAX_LENGTH
+        [sample],
+        loaded.processor,
+        loaded.image_token_id,
+        max_length=_MAX_LENGTH,
+        context=context_length(loaded.text_config),
     )
     answered = batch.answer_mask[0].nonzero()
     names = ", ".join(i.name if isinstance(i, Path) else "a picture" for i in images)

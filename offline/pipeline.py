@@ -25,7 +25,7 @@ import torch
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 from qig_serve.formats import QuantScheme, unsupported_shape
-from qig_serve.model_directory import find_model
+from qig_serve.model_directory import context_length, find_model
 from qig_serve.offline.calibration.batches import CalibrationBatch, make_batches
 from qig_serve.offline.calibration.sources import load_calibration
 from qig_serve.offline.checkpoint import compressed_tensors
@@ -54,7 +54,6 @@ from qig_serve.offline.results import (
 )
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.source import loaded_model, mlp_width
-from qig_serve.offline.source.decoder_config import context_length
 from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
 from qig_serve.offline.source.vocabulary import in_eight_bits, rounded_inputs
 from qig_serve.offline.tuning.run import tune_scales

@@ -24,7 +24,7 @@ from qig_serve.evaluation import Progress
 from qig_serve.evaluation.generation import Engine, ask_server, choose_engine, generate
 from qig_serve.evaluation.statistics import Paired, exact_match, is_repeating, normalize, paired
 from qig_serve.http_clients import without_password
-from qig_serve.model_directory import find_model, quantization, read_config
+from qig_serve.model_directory import find_model, quantization, read_config, text_config
 from qig_serve.records import read_samples
 from qig_serve.samples import Sample, overlap, sample_sha256, set_sha256
 from qig_serve.text_files import read_json
@@ -195,6 +195,8 @@ def evaluate_many(
     divergences: dict[str, Divergence] = {}
     if full is not None:
         others = [(name, path) for name, path in jobs if path.resolve() != full.resolve()]
+        if kl_samples > 0 or used == "forced":
+            _check_alike(full, [path for _, path in others])
         if others and kl_samples > 0:
             from qig_serve.evaluation.divergence import divergences as compare
 
@@ -234,6 +236,25 @@ def _full_precision(directory: Path) -> Path:
         raise UserError(f"the reference {directory} is quantized: give the full-precision model")
     check_reference(directory)
     return directory
+
+
+def _check_alike(full: Path, others: Sequence[Path]) -> None:
+    """UserError for a model that cannot be compared with the reference token by token."""
+
+    def sizes(directory: Path) -> dict[str, Any]:
+        config = read_config(directory)
+        text = text_config(config)
+        found = {key: text.get(key) for key in ("vocab_size", "hidden_size")}
+        return {"model_type": config.get("model_type"), **found}
+
+    wanted = sizes(full)
+    for directory in others:
+        for key, value in sizes(directory).items():
+            if None not in (value, wanted[key]) and value != wanted[key]:
+                raise UserError(
+                    f"{directory} was not made of the reference {full}: {key} is {value} in one "
+                    f"config.json and {wanted[key]} in the other: give the model it was made of"
+                )
 
 
 def _answers(
@@ -331,6 +352,8 @@ def read_outputs(path: Path, samples: Sequence[Sample], evaluation_sha256: str) 
     try:
         outputs = [a["output"] for a in record["answers"]]
         ids = [a["id"] for a in record["answers"]]
+        if not all(output is None or isinstance(output, str) for output in outputs):
+            raise TypeError
     except (LookupError, TypeError):
         raise UserError(f"{path} is not a result of qig-serve evaluate --json") from None
     same_order = ids == [s.id for s in samples]

@@ -45,11 +45,12 @@ def openai_client(url: str, api_key: str, timeout: float, purpose: str) -> Any:
     require("openai", purpose)
     from openai import DefaultHttpxClient, OpenAI
 
+    no_address = UserError(
+        f"{without_password(url)!r} is no address of a server: write http://HOST:PORT or "
+        "https://HOST"
+    )
     if not _is_address(url):
-        raise UserError(
-            f"{without_password(url)!r} is no address of a server: write http://HOST:PORT or "
-            "https://HOST"
-        )
+        raise no_address
     if not (api_key.isascii() and api_key.isprintable()):
         raise UserError(
             "the key for the server (OPENAI_API_KEY) has characters that no request can carry: "
@@ -61,7 +62,10 @@ def openai_client(url: str, api_key: str, timeout: float, purpose: str) -> Any:
         http = DefaultHttpxClient(trust_env=not is_loopback(base))
     except Exception as error:  # of whichever HTTP package openai is built on
         raise UserError(_unusable(error)) from None
-    return OpenAI(base_url=base, api_key=api_key, timeout=timeout, http_client=http)
+    try:
+        return OpenAI(base_url=base, api_key=api_key, timeout=timeout, http_client=http)
+    except Exception:  # of the same package: what it takes for no address, such as 999.1.1.1
+        raise no_address from None
 
 
 def _is_address(url: str) -> bool:

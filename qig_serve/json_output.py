@@ -1,4 +1,4 @@
-"""Figures and settings that commands write as JSON."""
+"""Figures and settings that commands write as JSON, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -30,21 +30,26 @@ def standard_output(only_json: bool) -> Iterator[None]:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """JSON beside the target, then renamed onto it, so that no half file is left.
-
-    For STANDARD_OUTPUT it is kept until the command has ended. Into what is no file of its own,
-    such as /dev/stdout, a pipe or a link, it is written at once.
-    """
+    """JSON through `write_whole`; for STANDARD_OUTPUT it is kept until the command has ended."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     if path == STANDARD_OUTPUT:
         _for_standard_output[:] = [text]
-        return
+    else:
+        write_whole(path, text.encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file beside the target, then renamed onto it, so that no half file is left.
+
+    Into what is no file of its own, such as /dev/stdout, a pipe or a link, it is written at once.
+    UserError where it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
         else:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(data)
             partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

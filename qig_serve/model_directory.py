@@ -155,13 +155,13 @@ def check_texts(directory: Path) -> None:
             if path.suffix != ".json":
                 text_files.check_utf8(path)
             elif name == _GENERATION_FILE:
-                _check_generation(path, read_json(path))
+                check_generation(path, read_json(path))
             else:
                 read_json(path)
             check_mark(path)
 
 
-def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
+def check_generation(path: Path | str, settings: Mapping[str, Any]) -> None:
     """UserError for a default of every answer that none can be given with."""
     for key, (kind, wanted, fits) in _GENERATION.items():
         value: Any = settings.get(key)
@@ -280,6 +280,15 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that is the decoder's; all of it in older files."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def context_length(text: Any) -> int | None:
+    """How many positions a decoder is made for; None if its configuration does not say."""
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    factors = [float(part["factor"]) for part in parts if part.get("factor")]
+    return None if positions is None else int(positions * max([1.0, *factors]))
 
 
 def quantization(directory: Path) -> dict[str, Any] | None:

@@ -10,15 +10,26 @@ from __future__ import annotations
 import argparse
 import copy
 import errno
-import logging
+import importlib
+import inspect
+import operator
 import os
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from qig_serve.errors import UserError
-from qig_serve.model_directory import check_texts, find_model, model_name, read_manifest
+from qig_serve.model_directory import (
+    check_generation,
+    check_texts,
+    find_model,
+    model_name,
+    read_json,
+    read_manifest,
+)
 from qig_serve.serving.adapter_tensors import check_adapter_tensors
 from qig_serve.serving.adapters import check_adapters
 from qig_serve.serving.folders import check_folders
@@ -48,6 +59,14 @@ _REFUSALS = (
     *(NotImplementedError, AssertionError),
 )
 """What vLLM's checks of flags' values raise, beside its own exception, which is none of these."""
+
+_NO_MODULES = ("", "auto", "mp", "uni", "ray", "external_launcher")
+"""Values of flags that may name a class by its module."""
+
+_FILES = (
+    *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"),
+    *("log_config_file", "tool_parser_plugin", "reasoning_parser_plugin"),
+)
 
 MIDDLEWARE = "qig_serve.serving.safeguards.Safeguards"
 
@@ -86,17 +105,29 @@ def parse_flags(directory: Path, flags: Sequence[str]) -> argparse.Namespace:
     command = compat.serve_command()
     parser = compat.argument_parser()(prog="qig-serve")
     command.subparser_init(parser.add_subparsers(dest="subparser"))
-    args: argparse.Namespace = parser.parse_args(words)
+    with one_sentence(directory):  # of a file of flags (--config)
+        args: argparse.Namespace = parser.parse_args(words)
     if args.trust_remote_code:
         raise UserError(
             "--trust-remote-code is refused: it would run Python code that comes with a "
             "checkpoint, and qig checkpoints never need it"
         )
-    for flag in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if (size := getattr(args, flag)) < 1:
+    sizes = ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
+    sizes += ["kv_cache_memory_bytes", "num_gpu_blocks_override", "h11_max_header_count"]
+    sizes += ["h11_max_incomplete_event_size", *([] if args.headless else ["api_server_count"])]
+    for flag in sizes:
+        if (size := getattr(args, flag, None)) is not None and size < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {size}: it must be at least 1")
+    if args.headless and args.api_server_count:
+        raise UserError("--headless starts no API server: leave --api-server-count out")
     if not 0 <= args.port < 1 << 16:
         raise UserError(f"--port is {args.port}: there are the ports 0 to 65535")
+    if not 0 <= (args.seed or 0) < 1 << 32:
+        raise UserError(f"--seed is {args.seed}: it must be a number from 0 to {(1 << 32) - 1}")
+    if not all(args.api_key or ["none"]):
+        raise UserError(  # vLLM would serve whoever asks
+            "--api-key is empty, as where a variable is not set: give a key, or leave --api-key out"
+        )
     args.model = args.model_tag or args.model
     with one_sentence(directory):
         command.validate(args)
@@ -142,40 +173,94 @@ def _refused(model: Path | str, said: str) -> UserError:
 def check_values(args: argparse.Namespace) -> None:
     """UserError for a flag whose value vLLM refuses, before its engine takes minutes to start.
 
-    Makes the settings as the start will make them, and looks up the loader, the tokenizer and the
-    backend of attention.
+    Makes the settings, which the start then takes, and looks up the loader, the tokenizer, the
+    backend of attention, files, and what is named by its module.
     """
     from vllm import AsyncEngineArgs
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
-    from qig_serve.vllm_plugin import compat
+    from qig_serve.vllm_plugin import compat, patches
 
-    headless = {"headless": True} if args.headless else {}
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.INFO))  # it is said again at the start
+    with one_sentence(args.model):
+        if not args.tool_parser_plugin and not args.reasoning_parser_plugin:
+            compat.parsers_check()(args)  # or they are known only when those are imported
+        known = get_args(compat.model_implementations())
+        if known and args.model_impl not in known:  # which vLLM takes for its own
+            raise ValueError(f"model_impl: {args.model_impl} is none of {', '.join(known)}")
+        _check_named(args)
+        _check_files(args)
+        made_of = copy.deepcopy(args)  # or it would be changed by the making
+        engine_args = AsyncEngineArgs.from_cli_args(made_of)
+        config = patches.make_settings_once(engine_args, headless=args.headless)
+        get_model_loader(config.load_config)
+        if not args.skip_tokenizer_init:
+            compat.tokenizer_loader()(config.model_config)
+        if args.block_size is not None:
+            model, kept = config.model_config, config.cache_config
+            with set_current_vllm_config(config):
+                backend = compat.attention_backend()(
+                    model.get_head_size(), model.dtype, kept.cache_dtype
+                )
+            if not backend.supports_block_size(kept.block_size):
+                known = backend.get_supported_kernel_block_sizes()
+                raise ValueError(
+                    f"block_size: {backend.get_name()} takes {known}, not {kept.block_size}"
+                )
+
+
+def _check_named(args: argparse.Namespace) -> None:
+    """ValueError for what a flag names by its module, and that is not there."""
+    named = [("middleware", ".", name) for name in args.middleware]
+    named += [("logits_processors", ":", name) for name in args.logits_processors or ()]
+    for flag in (
+        *("worker_cls", "worker_extension_cls", "scheduler_cls"),
+        "distributed_executor_backend",
+    ):
+        if (name := getattr(args, flag)) not in (None, *_NO_MODULES):
+            named.append((flag, ".", name))
+    for flag, mark, name in named:
+        module, _, attribute = name.rpartition(mark)
+        try:
+            found = operator.attrgetter(attribute)(importlib.import_module(module))
+        except Exception as error:  # of whatever the module runs as it is imported
+            raise ValueError(
+                f"{flag}: {name} cannot be imported ({error}): write MODULE{mark}NAME"
+            ) from error
+        if not inspect.isclass(found) and not inspect.iscoroutinefunction(found):
+            raise ValueError(f"{flag}: {name} is no class")
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """ValueError for files that are not there, and for certificates of which no server can start.
+
+    UserError for settings of generation that no request can be answered with.
+    """
+    from uvicorn.config import create_ssl_context  # vLLM brings it
+
+    paths = {flag: path for flag in _FILES if (path := getattr(args, flag, None))}
+    for flag, path in paths.items():
+        if not os.path.isfile(path):
+            raise ValueError(f"{flag}: {path} is no file")
+    if os.path.isdir(args.chat_template or ""):
+        raise ValueError(f"chat_template: {args.chat_template} is a folder")
+    if args.allowed_local_media_path and not os.path.isdir(args.allowed_local_media_path):
+        raise ValueError(f"allowed_local_media_path: {args.allowed_local_media_path} is no folder")
+    if args.generation_config not in ("auto", "vllm"):
+        file = Path(args.generation_config, "generation_config.json")
+        check_generation(file, read_json(file))
+    check_generation("--override-generation-config", args.override_generation_config)
+    if not args.ssl_keyfile and not args.ssl_certfile:
+        return
+    if not args.ssl_certfile:
+        raise ValueError("ssl_keyfile: give --ssl-certfile with it")
+    version, wanted = ssl.PROTOCOL_TLS_SERVER, args.ssl_cert_reqs
+    files = (args.ssl_certfile, args.ssl_keyfile)
     try:
-        with one_sentence(args.model):
-            if not args.tool_parser_plugin and not args.reasoning_parser_plugin:
-                compat.parsers_check()(args)  # or they are known only when those are imported
-            made_of = copy.deepcopy(args)  # or it would be changed by the making
-            config = AsyncEngineArgs.from_cli_args(made_of).create_engine_config(**headless)
-            get_model_loader(config.load_config)
-            if not args.skip_tokenizer_init:
-                compat.tokenizer_loader()(config.model_config)
-            if args.block_size is not None:
-                model, kept = config.model_config, config.cache_config
-                with set_current_vllm_config(config):
-                    backend = compat.attention_backend()(
-                        model.get_head_size(), model.dtype, kept.cache_dtype
-                    )
-                if not backend.supports_block_size(kept.block_size):
-                    known = backend.get_supported_kernel_block_sizes()
-                    raise ValueError(
-                        f"block_size: {backend.get_name()} takes {known}, not {kept.block_size}"
-                    )
-    finally:
-        logging.disable(disabled)
+        create_ssl_context(*files, None, version, wanted, args.ssl_ca_certs, args.ssl_ciphers)
+    except (OSError, ValueError) as error:
+        given = ", ".join(f"{flag} {path}" for flag, path in paths.items() if flag[:3] == "ssl")
+        raise ValueError(f"no server can be started with {given}: {error}") from error
 
 
 def set_environment(limits: Limits) -> None:

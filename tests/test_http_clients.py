@@ -137,7 +137,17 @@ def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "url",
-    ["h:8000", "ftp://h", "http://", "http://[::1", "http://h:x", " http://h", "http://h?a=b", ""],
+    [
+        "h:8000",
+        "ftp://h",
+        "http://",
+        "http://[::1",
+        "http://h:x",
+        " http://h",
+        "http://h?a=b",
+        "http://999.1.1.1",
+        "",
+    ],
 )
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(UserError, match=r"is no address of a server: write http://HOST:PORT"):

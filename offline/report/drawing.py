@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qig_serve.json_output import write_whole
 from qig_serve.offline.report.pictures import TokenPicture
 from qig_serve.offline.report.token_map import heat_map
 
@@ -189,7 +190,9 @@ def picture_png(picture: TokenPicture, path: Path) -> None:
         steps = np.linspace(0, _DARKEST, 256)[:, None]
         shades = 1 - steps + steps * np.array(_MARK)
         _bar(bars[-1], shades, 100 * most, _PER_WORD)
-    fig.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    fig.savefig(drawn, dpi=110, format="png")
+    write_whole(path, drawn.getvalue())
 
 
 def _bar(axes: Any, colours: np.ndarray, top: float, label: str, more: bool = False) -> None:

@@ -120,15 +120,6 @@ def check_positions(directory: Path, rotary: Any, config: Any) -> None:
         )
 
 
-def context_length(text: Any) -> int | None:
-    """How many positions a decoder is made for; None if its configuration does not say."""
-    positions = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
-    factors = [float(part["factor"]) for part in parts if part.get("factor")]
-    return None if positions is None else int(positions * max([1.0, *factors]))
-
-
 def _check_tied(directory: Path, config: Any) -> None:
     """UserError where a config.json with no part for the decoder says of the head what is not read.
 

@@ -12,7 +12,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -124,6 +124,15 @@ def add_model(
     parser.add_argument(name, type=find_model, metavar=metavar, help=text, **more)
 
 
+def utf8(text: str) -> str:
+    """A text from the command line, where bytes may be any; for argparse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no text in UTF-8") from None
+    return text
+
+
 def _json_before_a_folder(words: list[str]) -> list[str]:
     """Has `--json DIR` mean the flag and a checkpoint: a folder is no file to write into."""
     return [
@@ -132,14 +141,21 @@ def _json_before_a_folder(words: list[str]) -> list[str]:
     ]
 
 
-def check_targets(*paths: Path | None) -> None:
-    """UserError for a file that cannot be written when the work is done; None is no file."""
+def check_targets(*paths: Path | None, read: Iterable[object] = ()) -> None:
+    """UserError for a file that cannot be written when the work is done; None is no file.
+
+    read: what the command reads; of that, files and what is in folders are not written over.
+    """
     from qig_serve.errors import UserError
 
+    sources = [os.path.realpath(str(source)) for source in read if os.path.lexists(str(source))]
     wanted = [path for path in paths if path not in (None, STANDARD_OUTPUT)]
-    for path in wanted:
-        if wanted.count(path) > 1:
+    targets = [Path(os.path.realpath(path)) for path in wanted]
+    for path, target in zip(wanted, targets, strict=True):
+        if targets.count(target) > 1:
             raise UserError(f"{path} is to be written twice: give two names")
+        if target.is_file() and not {str(target), *map(str, target.parents)}.isdisjoint(sources):
+            raise UserError(f"{path} is there, and among what this command reads: name a new file")
         if path.is_dir():
             raise UserError(f"{path} is a folder: name a file in it")
         if not path.absolute().parent.is_dir():

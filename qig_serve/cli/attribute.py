@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qig_serve.cli import add_json, add_model, check_targets
+from qig_serve.cli import add_json, add_model, check_targets, utf8
 from qig_serve.errors import UserError
-from qig_serve.json_output import write_json
+from qig_serve.json_output import write_json, write_whole
 
 _MOST_STEPS = 256
 HELP = "show on a picture which tokens the method weighs, without quantizing"
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_model(parser, "model", "MODEL", "full-precision model directory")
     parser.add_argument("--image", action="append", required=True, metavar="FILE", help="picture")
-    parser.add_argument("--prompt", required=True, help="question about it")
-    parser.add_argument("--answer", help="answer, to be weighed with the rest")
+    parser.add_argument("--prompt", type=utf8, required=True, help="question about it")
+    parser.add_argument("--answer", type=utf8, help="answer, to be weighed with the rest")
     parser.add_argument(
         "--layers", metavar="I,J,...", help="decoder layers (default: first, middle, last)"
     )
@@ -60,11 +60,14 @@ def parse_layers(text: str | None, count: int) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Attribute and write the picture."""
+    from qig_serve.records import resolve_picture
+
     if args.output.suffix not in (".html", ".png"):
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
-    check_targets(args.output, args.json)
     if not 1 <= args.steps <= _MOST_STEPS:
         raise UserError(f"--steps must be at least 1 and at most {_MOST_STEPS}")
+    images = [resolve_picture(image, "--image", Path()) for image in args.image]
+    check_targets(args.output, args.json, read=[args.model, *images])
 
     from qig_serve.extras import require
 
@@ -75,13 +78,12 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.explain import explain_sample
     from qig_serve.offline.report.page import picture_page
-    from qig_serve.records import resolve_picture
 
     console = Console(stderr=True)
     with progress_bars(console, args.quiet, unit="layers") as progress:
         picture, errors = explain_sample(
             args.model,
-            [resolve_picture(image, "--image", Path()) for image in args.image],
+            images,
             args.prompt,
             args.answer,
             lambda count: parse_layers(args.layers, count),
@@ -94,9 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
         picture_png(picture, args.output)
     else:
-        args.output.write_text(
-            picture_page(picture, str(args.model), args.scheme), encoding="utf-8"
-        )
+        page = picture_page(picture, str(args.model), args.scheme)
+        write_whole(args.output, page.encode(errors="replace"))
     if args.json:
         write_json(args.json, picture.to_json(errors))
     if not args.quiet:

@@ -20,6 +20,7 @@ A method may carry recipe fields, as NAME:FIELD=VALUE:FIELD=VALUE, for ablations
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import signal
@@ -115,6 +116,8 @@ def make_recipes(
                 name, equals, value = field.partition("=")
                 if not equals:
                     raise UserError(f"{written}: {field!r} must be FIELD=VALUE")
+                if name in values:
+                    raise UserError(f"{written}: {name} is given twice, here or as an option")
                 try:
                     values[name] = yaml.safe_load(value)
                 except yaml.YAMLError:
@@ -171,15 +174,30 @@ def _quantize_apart(model: Path, output: str, recipe: QuantRecipe) -> Outcome:
         process.join()
 
 
+def _checkpoint(folder: Path, key: tuple[str, str], seed: int) -> Path:
+    """Where the checkpoint of a scheme and method goes."""
+    return folder / "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantize everything, evaluate everything, print and write."""
-    if args.seeds < 1 or args.samples < 1 or args.kl_samples < 0 or args.max_tokens < 1:
-        raise UserError("--seeds, --samples and --max-tokens must be at least 1")
-    check_targets(args.json, args.plot)
+    if args.seeds < 1 or args.samples < 1:
+        raise UserError("--seeds and --samples must be at least 1")
+    if args.kl_samples < 0 or not 1 <= args.max_tokens < 1 << 31:
+        raise UserError("--kl-samples must be at least 0, --max-tokens at least 1 and below 2^31")
+    if args.engine == "none" and args.kl_samples == 0:
+        raise UserError("--engine none with --kl-samples 0 compares nothing: leave one of them out")
+    check_targets(args.json, args.plot, read=(args.model, args.calib, args.data))
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     # Wrong ones fail now.
-    make_recipes(args.schemes, args.methods, args.calib, args.samples, 0, args.text_only)
+    wanted = make_recipes(args.schemes, args.methods, args.calib, args.samples, 0, args.text_only)
+    if args.keep:
+        if args.keep.exists() and not args.keep.is_dir():
+            raise UserError(f"{args.keep} is a file: --keep takes a folder")
+        for seed, key in itertools.product(range(args.seeds), wanted):
+            if os.path.lexists(kept := _checkpoint(args.keep, key, seed)):
+                raise UserError(f"{kept} is there already: name another --keep, or remove it")
     require("matplotlib", "the report of a quantized model")
 
     from rich.console import Console
@@ -271,8 +289,7 @@ def _one_seed(
     costs: dict[tuple[str, str], tuple[float, int]] = {}
     directories: dict[tuple[str, str], Path] = {}
     for number, (key, recipe) in enumerate(recipes.items(), start=1):
-        name = "-".join([*key, str(seed)]).replace(":", "_").replace("=", "_")
-        directories[key] = folder / name
+        directories[key] = _checkpoint(folder, key, seed)
         doing = f"seed {seed}, {number}/{len(recipes)}: quantizing by {key[1]} to {key[0]}"
         messages.print(doing, highlight=False, markup=False)
         seconds, peak, wrong = _quantize_apart(args.model, str(directories[key]), recipe)

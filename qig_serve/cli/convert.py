@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.offline.source.internvl2 import convert
 
-    check_targets(args.json)
+    check_targets(args.json, read=[args.source])
     unwind_on_sigterm()
     with progress_bars(Console(stderr=True), args.quiet, unit="tensors") as progress:
         convert(args.source, args.output, progress)

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.serving.describe import describe, serving_dtype
     from qig_serve.serving.folders import check_folders
 
-    check_targets(args.json)
+    check_targets(args.json, read=[args.directory])
     if min(args.tensor_parallel_size, args.pipeline_parallel_size) < 1:
         raise UserError("--tensor-parallel-size and --pipeline-parallel-size must be at least 1")
     read_manifest(args.directory)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 
-from qig_serve.cli import add_json, add_model, check_targets
+from qig_serve.cli import add_json, add_model, check_targets, utf8
 from qig_serve.errors import UserError
 from qig_serve.json_output import write_json
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--server", metavar="URL", help="ask an OpenAI-compatible server instead of loading DIR"
     )
-    parser.add_argument("--server-model", metavar="NAME", help="model name at the server")
+    parser.add_argument("--server-model", type=utf8, metavar="NAME", help="model name there")
     add_json(parser, "figures and answers")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
 
@@ -75,9 +75,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--server-model is for --server: leave it out")
     if args.server is not None and args.engine != "auto":
         raise UserError("--engine is for a model directory, and a server has its own: leave it out")
-    check_targets(args.json)
-    if args.kl_samples < 0 or args.max_tokens < 1:
-        raise UserError("--kl-samples must be at least 0 and --max-tokens at least 1")
+    if args.seed and args.data.partition(":")[0] != "demo":
+        raise UserError("--seed draws questions of 'demo', and a file has its own: leave it out")
+    check_targets(args.json, read=(args.model, args.reference, args.data))
+    if args.kl_samples < 0 or not 1 <= args.max_tokens < 1 << 31:
+        raise UserError("--kl-samples must be at least 0, --max-tokens at least 1 and below 2^31")
 
     from rich.console import Console
 

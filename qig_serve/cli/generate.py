@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qig_serve.cli import add_json, add_model, check_targets, expand_home
+from qig_serve.cli import add_json, add_model, check_targets, expand_home, utf8
 from qig_serve.json_output import write_json
 
 HELP = "answer a batch of requests (OpenAI JSONL, CSV, or a folder of pictures)"
@@ -41,7 +41,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="required: .jsonl, .csv or a folder of pictures",
     )
     add("-o", "--output", type=Path, metavar="FILE", help="required: .jsonl or .csv")
-    add("--prompt", help="the question for every picture of a folder, or of a CSV file without one")
+    question = "the question for every picture of a folder, or of a CSV file without one"
+    add("--prompt", type=utf8, help=question)
     add(
         "--max-tokens",
         type=int,
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     expand_home(args)
     if args.input is None or args.output is None:
         raise UserError("say what to read with -i and where to write with -o")
-    check_targets(args.json)
+    check_targets(args.json, args.output)
+    check_targets(args.json, read=(args.directory, args.input))
     # Its lines are no result.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if args.quiet:

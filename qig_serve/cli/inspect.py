@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import progress_bars
     from qig_serve.inspection import inspect, verify
 
-    check_targets(args.json)
+    check_targets(args.json, read=[args.directory])
     console = Console(highlight=False, markup=False, soft_wrap=True)
     wrong: list[str] = []
     found = None

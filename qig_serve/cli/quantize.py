@@ -127,9 +127,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise UserError("say where the checkpoint goes: --output DIR")
 
-    check_targets(args.json)
+    sources = (args.model, args.recipe, recipe.calib, recipe.image_folder, args.evaluate)
+    check_targets(args.json, read=sources)
     if args.json is not None and args.json.absolute() == args.output.absolute():
         raise UserError(f"--json and --output are both {args.json}: give two names")
+    if args.evaluate_n is not None and not args.evaluate:
+        raise UserError("--evaluate-n is for --evaluate SRC: leave it out, or name the questions")
     if args.evaluate and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--evaluate works in one process: run `qig-serve evaluate` afterwards")
 

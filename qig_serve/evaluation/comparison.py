@@ -8,6 +8,7 @@ question file the questions are the same for every seed, so pooled p values are 
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qig_serve.evaluate import EvaluationResult
 from qig_serve.evaluation.statistics import Paired, paired
 from qig_serve.evaluation.table import percent, small
+from qig_serve.json_output import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -291,4 +293,6 @@ def plot(runs: Sequence[Run], full: Mapping[int, EvaluationResult], path: Path) 
         line[0].set_ylabel(label)
     if asked(runs):
         grid[1][0].legend(fontsize="small")
-    fig.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    fig.savefig(drawn, dpi=120, format=path.suffix[1:])
+    write_whole(path, drawn.getvalue())

@@ -7,11 +7,12 @@ import importlib.util
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
@@ -26,6 +27,8 @@ _CONTEXT = 8192  # tokens of context that vLLM is asked for, where the model has
 _CPU_SEQUENCES = 32
 _HTTP_AT_ONCE = 8
 _BATCH = 32
+_FIRST_SECONDS = 30
+"""How long a server may take to name its model; an answer may take minutes."""
 
 
 def choose_engine(engine: Engine) -> Literal["vllm", "transformers", "forced", "none"]:
@@ -101,6 +104,8 @@ def _through_vllm(
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
+    from qig_serve.vllm_plugin import compat
+
     class Bar(tqdm):
         """What vLLM takes for its progress bar; draws nothing and reports to `progress`."""
 
@@ -141,6 +146,8 @@ def _through_vllm(
                 use_tqdm=Bar,
             )
             return [output.outputs[0].text for output in outputs]
+        except (ValueError, compat.validation_error()) as error:
+            raise UserError(f"vLLM refuses a sample: {' '.join(str(error).split())}") from error
         finally:
             del llm
             gc.collect()
@@ -243,7 +250,8 @@ def ask_server(
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai_client(url, key, timeout=600, purpose="--server")
     try:
-        model = model or _text(client.models.list().data[0].id)
+        first = client.with_options(timeout=_FIRST_SECONDS, max_retries=0)
+        model = model or _text(first.models.list().data[0].id)
     except Exception as error:
         raise UserError(
             f"the server at {without_password(url)} does not answer{proxy_in_words(url)} "
@@ -259,16 +267,23 @@ def ask_server(
                 temperature=0,
                 max_tokens=max_tokens,
             )
-            return _text(reply.choices[0].message.content or ""), ""
+            content = reply.choices[0].message.content
+            return _text("" if content is None else content), ""
         except Exception as error:
             return None, f"sample {sample.id}: {_in_words(error)}"
 
-    answers: list[str | None] = []
-    failures = []
-    with ThreadPoolExecutor(_HTTP_AT_ONCE) as pool:
-        for answer, failure in pool.map(ask, samples):
-            answers.append(answer)
-            if failure:
-                failures.append(failure)
-            progress(len(answers), len(samples))
-    return answers, failures
+    left = iter(enumerate(samples))
+    done: SimpleQueue[tuple[int, str | None, str]] = SimpleQueue()
+
+    def work() -> None:
+        for index, sample in left:  # shared: each takes the next
+            done.put((index, *ask(sample)))
+
+    for _ in range(_HTTP_AT_ONCE):  # daemons: Ctrl-C does not wait for a server that hangs
+        threading.Thread(target=work, daemon=True).start()
+    answers: list[str | None] = [None] * len(samples)
+    failures = [""] * len(samples)
+    for count in range(1, len(samples) + 1):
+        index, answers[index], failures[index] = done.get()
+        progress(count, len(samples))
+    return answers, [failure for failure in failures if failure]

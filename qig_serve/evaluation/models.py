@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from qig_serve.model_directory import cannot_be_loaded, quantization
+from qig_serve.errors import UserError
+from qig_serve.model_directory import cannot_be_loaded, context_length, quantization
 from qig_serve.rendering import check_marks, process, render
 from qig_serve.samples import Sample, load_image
 from qig_serve.weight_files import check_index, weight_files
@@ -95,7 +96,8 @@ def model_inputs(
 
     `texts` are rendered conversations.
 
-    Special tokens are the chat template's own, as in vLLM: the tokenizer adds none.
+    Special tokens are the chat template's own, as in vLLM: the tokenizer adds none. UserError names
+    the sample that is longer than the model has positions.
     """
     images = [[load_image(image) for image in s.images] for s in samples]
     for sample in samples:
@@ -108,6 +110,15 @@ def model_inputs(
         padding=True,
         padding_side="left",
     )
+    context = context_length(model.config.get_text_config())
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    for sample, length in zip(samples, lengths, strict=True):
+        if context is not None and length > context:
+            raise UserError(
+                f"sample {sample.id} is {length} tokens long, and the model has {context} "
+                "positions (max_position_embeddings in config.json): leave it out, or shrink its "
+                "images"
+            )
     return dict(inputs.to(model.device, dtype=model.dtype))
 
 

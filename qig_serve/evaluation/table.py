@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qig_serve.evaluation import Progress
 
@@ -46,7 +46,7 @@ def results_table(results: Mapping[str, EvaluationResult]) -> Table:
 
     row("questions", [str(len(r.scored)) for r in columns])
     row("failed requests", [str(len(r.failures)) if r.failures else "-" for r in columns])
-    row("exact match", [percent(r.exact_match) for r in columns])
+    row("exact match", [percent(r.exact_match if r.scored else None) for r in columns])
     for kind in kinds:
         found = [r.by_type().get(kind, (0, None)) for r in columns]
         row(f"  {kind} ({max(n for n, _ in found)})", [percent(share) for _, share in found])
@@ -100,7 +100,7 @@ def progress_bars(
 
     seen: dict[str, int] = {}
     with rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeElapsedColumn(),
@@ -115,6 +115,7 @@ def progress_bars(
                     console.print(
                         f"{what}: {total} {unit.removesuffix('s') if total == 1 else unit}",
                         highlight=False,
+                        markup=False,
                     )
             bars.update(seen[what], completed=done)  # type: ignore[arg-type]
 
@@ -126,7 +127,8 @@ def print_whole(console: Console, table: Table) -> None:
     from rich.console import Console
     from rich.measure import Measurement
 
-    endless = Console(width=1000)
+    as_written: Any = {"markup": False, "emoji": False}  # a type of questions may be "[/b]"
+    endless = Console(width=1000, **as_written)
     needed = Measurement.get(endless, endless.options, table).maximum
-    wide = Console(file=console.file, quiet=console.quiet, width=max(needed, console.width))
-    wide.print(table)
+    width = max(needed, console.width)
+    Console(file=console.file, quiet=console.quiet, width=width, **as_written).print(table)

@@ -27,6 +27,8 @@ class Results:
         self._answered: set[str] = set()  # custom_ids
         self._refused: set[int] = set()  # lines that have none
         self._began = not path.exists()
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
         if path.exists() and not resume:
             raise UserError(f"{path} exists: continue it with --resume, or name another file")
         try:
@@ -54,6 +56,9 @@ class Results:
         """Note what has a row, and cut off a row that a killed run left unfinished."""
         whole = 0
         with self.path.open("rb") as file:
+            begins = _csv_line(CSV_COLUMNS) if self.kind == "csv" else '{"id": "batch_req_'
+            first = file.read(len(begins))
+            file.seek(0)
             if self.kind == "csv":
                 whole = self._read_csv_rows(file.read())
             else:
@@ -66,6 +71,8 @@ class Results:
                     except (ValueError, KeyError, TypeError):
                         raise self._not_ours(whole) from None
                     whole += len(raw)
+        if whole == 0 and not begins.encode().startswith(first):
+            raise self._not_ours(whole)
         with self.path.open("rb+") as file:
             file.truncate(whole)
 

@@ -93,6 +93,11 @@ def attention_backend() -> Any:
     return find("get_attn_backend", "vllm.v1.attention.selector", "vllm.attention.selector")
 
 
+def model_implementations() -> Any:
+    """The type of what --model-impl may be."""
+    return find("ModelImpl", "vllm.config.model", "vllm.config")
+
+
 def engine_client() -> Any:
     """Asynchronous context manager: serve arguments -> engine client."""
     return find("build_async_engine_client", f"{_LAUNCHERS}.api_server.entry", _API_SERVER)

@@ -8,6 +8,7 @@ nothing of other people's. `PATCHES` lists them; tests hold the installed versio
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import signal
@@ -135,6 +136,29 @@ def failed_in_rendering(error: BaseException) -> bool:
 def engine_did_not_start(error: BaseException) -> bool:
     """Whether it is what vLLM raises when the engine's process, which has said why, is gone."""
     return str(error).startswith("Engine core initialization failed")
+
+
+@_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
+def make_settings_once(engine_args: Any, headless: bool = False) -> Any:
+    """The engine's settings of `engine_args`, as vLLM's server makes them.
+
+    The next who asks in this process for those of the same arguments gets these, once, and vLLM
+    does not say again what it has to say of them.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    kind, given = type(engine_args), copy.deepcopy(engine_args)  # which the making changes
+    asked: dict[str, Any] = {"usage_context": UsageContext.OPENAI_API_SERVER}
+    asked |= {"headless": True} if headless else {}
+    config = engine_args.create_engine_config(**asked)
+
+    def taken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        del kind.create_engine_config  # the inherited one is there again
+        same = not args and kwargs == asked and self == given
+        return config if same else self.create_engine_config(*args, **kwargs)
+
+    kind.create_engine_config = taken
+    return config
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)

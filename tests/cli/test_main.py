@@ -172,6 +172,16 @@ def test_targets_are_looked_at_before_the_work(
         check_targets(tmp_path / "gone" / "x.json")
     with pytest.raises(UserError, match=r"new\.json is to be written twice"):
         check_targets(tmp_path / "new.json", tmp_path / "new.json")
+    (tmp_path / "link.json").symlink_to("new.json")
+    with pytest.raises(UserError, match=r"new\.json is to be written twice"):
+        check_targets(tmp_path / "new.json", tmp_path / "link.json")
+    there = tmp_path / "there.json"
+    there.touch()
+    check_targets(there, tmp_path / "new.json", read=[None, "demo", tmp_path / "gone"])
+    check_targets(tmp_path / "new.json", read=[tmp_path])
+    for read in (there, str(tmp_path), tmp_path.parent):
+        with pytest.raises(UserError, match=r"there\.json is there, and among what this command r"):
+            check_targets(there, read=[read])
     monkeypatch.setattr("os.access", lambda *_: False)  # of root, nothing is read-only
     with pytest.raises(UserError, match="cannot be written: its folder, or the file, is read-only"):
         check_targets(tmp_path / "new.json")
@@ -190,6 +200,16 @@ def test_targets_are_looked_at_before_the_work(
             ["evaluate", "--server", "http://a", "--data", "x", "--engine", "vllm"],
             "--engine is",
         ),
+        (["evaluate", "gone", "--data=x", "--seed=1"], "--seed draws questions of 'demo'"),
+        (["evaluate", "gone", "--data=x", "--max-tokens=9999999999"], "below 2^31"),
+        (
+            ["quantize", "gone", "--calib=x", "--output=y", "--evaluate-n=1"],
+            "is for --evaluate SRC",
+        ),
+        (
+            ["compare", "gone", "--calib=a", "--data=b", "--engine=none", "--kl-samples=0"],
+            "compares nothing",
+        ),
         (["doctor", "gone", "--tensor-parallel-size=0"], "--tensor-parallel-size and --pipeline-p"),
         (["doctor", "gone", "--pipeline-parallel-size=-1"], "must be at least 1"),
         (
@@ -200,7 +220,17 @@ def test_targets_are_looked_at_before_the_work(
             ["compare", "gone", "--calib=a", "--data=b", "--methods=rtn", "--keep=k"],
             "file b does not",
         ),
+        (
+            ["compare", "gone", "--calib=a", "--data=b", "--methods=rtn:scheme=w4a8"],
+            "rtn:scheme=w4a8: scheme is given twice, here or as an option",
+        ),
+        (["compare", "gone", "--calib=a", "--data=b", "--methods=qig:iqr=0:iqr=1"], "iqr is given"),
+        (
+            ["compare", "gone", "--calib=a", "--data=b", f"--keep={__file__}"],
+            "test_main.py is a file: --keep takes a folder",
+        ),
         (["attribute", "gone", "--image=a", "--prompt=b", "-oo.png", "--steps=257"], "at most 256"),
+        (["attribute", "gone", "--image=a", "--prompt=b\udcff", "-oo.png"], "no text in UTF-8"),
     ],
 )
 def test_flags_that_mean_nothing(

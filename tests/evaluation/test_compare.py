@@ -87,6 +87,8 @@ def test_a_stress_scheme_from_end_to_end(
     from qig_serve.packing import fake_quantize
 
     (folder,) = kept.iterdir()
+    with pytest.raises(UserError, match=r"w2a16-channel-rtn-0 is there already: name another --k"):
+        _compare(str(twins[0]), *words)
     plain = {}
     for shard in folder.glob("*.safetensors"):
         plain |= load_file(shard)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
+import os
 import re
+import shutil
+import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from qig_serve import evaluate as evaluation
 from qig_serve.cli import main
 from qig_serve.demo import MODEL_DIR
 from qig_serve.errors import UserError
+from qig_serve.evaluation import generation
 from qig_serve.evaluation.generation import generate_with
 from qig_serve.evaluation.models import load_model
 from qig_serve.evaluation.statistics import exact_match
+from qig_serve.evaluation.table import results_table
 from qig_serve.json_output import write_json
 from qig_serve.model_directory import load_processor, model_dtype
 from qig_serve.samples import Sample, data_url, sample_from_parts, sample_sha256
@@ -80,9 +89,29 @@ def test_a_result_file_serves_as_reference(scripted: dict[str, list[str]], tmp_p
     assert second.paired is not None and second.paired.right_to_wrong == 7
     with pytest.raises(UserError, match="other questions"):
         evaluate(tmp_path / "low", path, _questions()[::-1])
-    path.write_text("[]")
-    with pytest.raises(UserError, match="not a result"):
-        evaluate(tmp_path / "low", path, _questions())
+    number = json.loads(path.read_text())
+    number["answers"][0]["output"] = 5
+    for record in ([], number):
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match="not a result"):
+            evaluate(tmp_path / "low", path, _questions())
+
+
+def test_names_are_printed_as_they_are(
+    scripted: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich takes [red] for a colour, and :red_circle: for a picture of one."""
+    name, kind = "low[red]", ":red_circle: [/x]"
+    (tmp_path / "low").rename(tmp_path / name)
+    scripted[name] = ["1"]
+    data = tmp_path / "q.jsonl"
+    line = {"messages": [{"role": "user", "content": "1?"}], "answer": "1", "type": kind}
+    data.write_text(json.dumps(line))
+    words = ["evaluate", str(tmp_path / name), "--data", str(data), "--engine", "transformers"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert f"  {kind} (1) " in shown.out and f" {name} " in shown.out
+    assert f"{name}: answers (transformers): 1 question\n" in shown.err
 
 
 def test_overlap_with_calibration_is_found(scripted: dict[str, list[str]], tmp_path: Path) -> None:
@@ -107,6 +136,16 @@ def test_what_is_refused(tmp_path: Path, twins: tuple[Path, Path]) -> None:
         evaluate(twins[0], quantized, questions)
     with pytest.raises(UserError, match="samples with answers"):
         evaluate(twins[0], None, [])
+    other = tmp_path / "other"
+    shutil.copytree(twins[0], other)
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was not made of the reference .*: vocab_size is"):
+        evaluate(twins[0], other, questions)
+    long = sample_from_parts("long", "x", questions[0].images[0], "red " * 2000, "red")
+    with pytest.raises(UserError, match=r"sample long is \d+ tokens long, and the model has"):
+        evaluation.evaluate_many([("m", twins[1])], twins[0], [long], engine="none")
     with pytest.raises(UserError, match="unknown split"):
         evaluation.load_samples("demo:exam", 1)
     with pytest.raises(UserError, match="at least 1"):
@@ -218,6 +257,38 @@ def test_failed_requests_are_counted_and_not_scored(server: str) -> None:
     assert "no threes" in record["failures"][0] and record["answers"][3]["output"] is None
 
 
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
+    over = threading.Event()
+
+    class Silent(_Server):
+        def do_POST(self) -> None:
+            over.wait(20)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as httpd:
+            threading.Thread(target=httpd.serve_forever, daemon=True).start()
+            began = time.monotonic()
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                evaluation.evaluate_server(
+                    f"http://127.0.0.1:{httpd.server_address[1]}", None, _questions()
+                )
+            assert time.monotonic() - began < 10
+            over.set()
+            httpd.shutdown()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_share_of_nothing_is_printed() -> None:
+    answers = (evaluation.Answer("1", "all", "red", None),)
+    result = evaluation.EvaluationResult("s", "s", "server", answers, "", failures=("no",))
+    with Console(record=True, file=io.StringIO()) as console:
+        console.print(results_table({"s": result}))
+    assert "failed requests" in (shown := console.export_text()) and "exact match" not in shown
+
+
 def test_a_server_as_reference_for_another(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +313,9 @@ def test_a_server_as_reference_for_another(
     assert record["paired"]["n"] == 7 and record["agreement"] == 1  # question 3 has no answer
 
 
-def test_a_server_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="is it running"):
-        evaluation.evaluate_server("http://127.0.0.1:9", None, _questions(1))
+def test_a_server_that_is_not_there_or_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_FIRST_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (9, silent.getsockname()[1]):
+            with pytest.raises(UserError, match="is it running"):
+                evaluation.evaluate_server(f"http://127.0.0.1:{port}", None, _questions(1))

@@ -146,6 +146,15 @@ def test_pictures_are_named_as_in_samples(
         assert main([*command, "--image", name, "-o", str(tmp_path / "x.html")]) == 2
         assert says in (error := capsys.readouterr().err) and len(error) < 500
     assert not (tmp_path / "x.html").exists()
+    command += ["--image", str(path)]
+    for name in ("full.html", "full.png"):
+        (tmp_path / name).symlink_to("/dev/full")
+        assert main([*command, "-o", str(tmp_path / name)]) == 2
+        assert f"{name} cannot be written: No space left" in capsys.readouterr().err
+    assert main([*command, "-o", str(path)]) == 2
+    assert "p.png is there, and among what this command reads" in capsys.readouterr().err
+    assert main([*command, "-o", str(tmp_path / "x.html"), "--answer", "red " * 2000]) == 2
+    assert "tokens long, and the model has 1024 positions" in capsys.readouterr().err
 
 
 def test_a_missing_picture_is_named(planted: Path, tmp_path: Path) -> None:

@@ -286,6 +286,20 @@ def test_existing_output_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a row of this command's output"):
         Results(path, resume=True)
     assert json.loads(path.read_text()) == {"something": "else"}
+    with pytest.raises(UserError, match="is a folder: name a file in it"):
+        Results(tmp_path, resume=False)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("text", ["my notes", '{"answers": 5}'])
+def test_what_is_no_beginning_of_a_row_is_not_taken_for_a_torn_one(
+    tmp_path: Path, suffix: str, text: str
+) -> None:
+    path = tmp_path / f"out.{suffix}"
+    path.write_text(text)  # without a line end, as if it had been cut
+    with pytest.raises(UserError, match="not a row of this command's output"):
+        Results(path, resume=True)
+    assert path.read_text() == text
 
 
 def test_refused_request_says_why() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,16 +47,30 @@ def test_cpu_cache_is_small_unless_asked_for(
     assert os.environ.get("VLLM_CPU_KVCACHE_SPACE") == expected
 
 
-@pytest.mark.parametrize("flag", ["-tp", "-pp", "-dp", "--tensor-parallel-size"])
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--port 65536", "--port is 65536: there are the ports 0 to 65535"),
+        ("--seed -1", "--seed is -1: it must be a number from 0 to 4294967295"),
+        ("--api-key=", "--api-key is empty, as where a variable is not set"),
+        ("--headless --api-server-count 2", "--headless starts no API server"),
+        ("--config /nowhere", "with these flags: Config file must be of a yaml"),
+        ("--generation-config /nowhere", "/nowhere/generation_config.json does not exist"),
+        ('--override-generation-config {"top_p":7}', "generation-config: top_p is 7, and must be"),
+    ],
+)
+def test_flags_are_refused(checkpoint: Path, flags: str, wanted: str) -> None:
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        serve.check_values(serve.parse_flags(checkpoint, flags.split()))
+
+
+@pytest.mark.parametrize(
+    "flag", ["-tp", "-pp", "-dp", "--kv-cache-memory-bytes", "--api-server-count"]
+)
 @pytest.mark.parametrize("size", ["0", "-2"])
 def test_sizes_below_one_are_refused(flag: str, size: str) -> None:
-    with pytest.raises(UserError, match=rf"-parallel-size is {size}: it must be at least 1"):
+    with pytest.raises(UserError, match=rf"--[a-z-]+ is {size}: it must be at least 1"):
         serve.parse_flags(Path("model"), [flag, size])
-
-
-def test_a_port_that_no_machine_has() -> None:
-    with pytest.raises(UserError, match="--port is 65536: there are the ports 0 to 65535"):
-        serve.parse_flags(Path("model"), ["--port", "65536"])
 
 
 def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
@@ -83,6 +100,18 @@ def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
         ("--enable-auto-tool-choice", "Error: --enable-auto-tool-choice requires"),
         ("--enable-auto-tool-choice --tool-call-parser x", "invalid tool call parser: x "),
         ("--chat-template /nowhere", "The supplied chat template string ./nowhere. appears"),
+        ("--middleware nonsense", "middleware: nonsense cannot be imported .*: write MODULE.NAME"),
+        ("--middleware os.path", "middleware: os.path is no class"),
+        ("--worker-cls os.nonsense", "worker_cls: os.nonsense cannot be imported .*no attribute"),
+        ("--distributed-executor-backend x", "distributed_executor_backend: x cannot be imported"),
+        ("--logits-processors os.path", "logits_processors: os.path .*: write MODULE:NAME"),
+        ("--model-impl nonsense", "model_impl: nonsense is none of auto, vllm"),
+        ("--chat-template /", "chat_template: / is a folder"),
+        ("--allowed-local-media-path /nowhere", "allowed_local_media_path: /nowhere is no folder"),
+        ("--tool-parser-plugin /nowhere", "tool_parser_plugin: /nowhere is no file"),
+        ("--ssl-keyfile /nowhere", "ssl_keyfile: /nowhere is no file"),
+        (f"--ssl-keyfile {__file__}", "ssl_keyfile: give --ssl-certfile with it"),
+        (f"--ssl-certfile {__file__}", f"no server can be started with ssl_certfile {__file__}: "),
     ],
 )
 def test_values_are_refused_before_the_engine(checkpoint: Path, flags: str, wanted: str) -> None:
@@ -98,6 +127,31 @@ def test_values_that_fit_are_left_as_they_are(checkpoint: Path) -> None:
     before = repr(args)
     serve.check_values(args)
     assert repr(args) == before
+
+
+def test_settings_are_made_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are not taken for those of other arguments."""
+    from vllm import AsyncEngineArgs, EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    made = []
+    make = EngineArgs.create_engine_config
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", counted)
+    args = serve.parse_flags(checkpoint, ["--max-model-len", "128"])
+    for length, times in ((128, 1), (64, 2)):
+        serve.check_values(args)
+        asked = argparse.Namespace(**{**vars(args), "max_model_len": length})
+        engine_args = AsyncEngineArgs.from_cli_args(asked)
+        context = UsageContext.OPENAI_API_SERVER
+        config = engine_args.create_engine_config(usage_context=context)
+        assert config is made[-1] and config.model_config.max_model_len == length
+        assert len(made) == times
+        made.clear()
 
 
 @pytest.fixture
