@@ -32,7 +32,7 @@ from qig_serve.offline.equalization import experts as equalize_experts
 from qig_serve.offline.equalization import group as equalize
 from qig_serve.offline.estimate import time_block
 from qig_serve.offline.passes.capture import Store
-from qig_serve.offline.passes.streams import Streams
+from qig_serve.offline.passes.streams import OutputGradients, Streams
 from qig_serve.offline.placement import pick_device
 from qig_serve.offline.progress import device_bytes, duration, gibibytes, host_bytes
 from qig_serve.offline.recipe import QuantRecipe
@@ -45,6 +45,7 @@ STEPS = {
     "token_weights": "token weights",
     "search": "forward passes of the grid",
     "statistics": "Hessians",
+    "outputs": "gradients at outputs",
     "advance": "advance both streams",
     "candidates": "quantize weights, the grid",
     "rounding": "channel scales, round and pack",
@@ -178,11 +179,16 @@ def main() -> None:
     names = [name for group in groups for name in group.linears]
     loaded: Any = SimpleNamespace(
         device=device,
+        has_experts=False,  # its block 0 is the one that stands for all
         block=lambda index: block,
         groups=lambda block: groups,
         linears=lambda block: [block.get_submodule(name) for name in names],
     )
     streams = random_streams(recipe.model_copy(update={"grid": 2}), rotary, args, device)
+    if recipe.rounding_method.outputs:
+        gradients = streams.new_store("gradients-0")
+        gradients.put(0, torch.randn(args.samples, args.tokens, args.hidden).bfloat16())
+        streams.output_gradients = OutputGradients((0,), 1, (gradients,))
     with torch.no_grad():
         seconds = time_block(loaded, streams, recipe, recipe.candidates)
     factor = args.run_samples * args.run_tokens / (args.samples * args.tokens)
