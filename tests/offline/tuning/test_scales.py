@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers.checkpoints import Finished, made_once, tensors_of
 from helpers.processes import in_two_processes
-from helpers.small_llava import small_llava
 from helpers.tiny_models import FAMILIES, tiny_model
 
 from qig_serve.demo.questions import write_jsonl
@@ -25,8 +24,8 @@ from qig_serve.offline.tuning.scales import Tuning, drawn, rate, split, tune
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_llava(tmp_path_factory.mktemp("small") / "model")
+def model(tiny_llava: Path) -> Path:
+    return tiny_llava
 
 
 @pytest.fixture(scope="module")
