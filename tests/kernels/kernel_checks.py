@@ -204,10 +204,10 @@ def test_any_number_of_splits(
     monkeypatch.setattr(
         launch, "programs", lambda tile, output_tiles, blocks, sms: output_tiles * splits
     )
-    n, k = 260, 1280
+    n, k = 130, 1280
     case = make(scheme, m, n, k, torch.float16)
     tile = TILES[scheme]["halves" if scheme == "w3a16" else "split"]
-    tiles = -(-m // tile.block_m) * 3
+    tiles = -(-m // tile.block_m) * 2
     scratch = launch.allocate(tiles * splits * tile.block_m * tile.block_n, DEVICE)
     got = ops.KERNELS[scheme].linear(
         case.x, case.prepared, n, case.bias, tile, scratch, not INTERPRETED
