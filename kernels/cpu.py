@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 
 from qig_serve.formats import SCHEMES, QuantScheme, unsupported_shape
-from qig_serve.kernels.library import Prepared
+from qig_serve.kernels.library import LinearJob, Prepared
 from qig_serve.packing import unpack
 
 KERNELS: dict[str, ModuleType] = {
@@ -69,13 +69,9 @@ def prepare(scheme: QuantScheme, tensors: Prepared, dtype: torch.dtype) -> Prepa
 
 
 def linear(
-    scheme: QuantScheme,
-    x: torch.Tensor,
-    prepared: Prepared,
-    n: int,
-    k: int,
+    scheme: QuantScheme, x: torch.Tensor, prepared: Prepared, n: int, k: int,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """x [..., K] times the prepared weight [N, K] transposed, plus bias [N]: [..., N]."""
     out = KERNELS[scheme.name].linear(x.reshape(-1, k), prepared, n, bias)
     return out.reshape(*x.shape[:-1], n)
@@ -88,24 +84,10 @@ def embedding(
     return KERNELS[scheme.name].embedding(ids, prepared, dtype)
 
 
-def compile_ahead(
-    scheme: QuantScheme,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    has_bias: bool = False,
-) -> None:
+def compile_ahead(job: LinearJob) -> None:
     """Nothing is compiled on a CPU."""
 
 
-def warm_up(
-    scheme: QuantScheme,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    has_bias: bool = False,
-) -> None:
+def warm_up(job: LinearJob) -> None:
     """Nothing to compile; finds out once what this processor offers."""
-    KERNELS[scheme.name].look_up()
+    KERNELS[job.scheme.name].look_up()

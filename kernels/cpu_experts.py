@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qig_serve.formats import SCHEMES
 from qig_serve.kernels import cpu
-from qig_serve.kernels.library import Prepared, define
+from qig_serve.kernels.library import ExpertsJob, Prepared, define
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -24,16 +24,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _experts(
-    x: torch.Tensor,
-    routing: torch.Tensor,
-    ids: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    names: str,
-    inter: int,
-    scheme: str,
-    activation: str,
-) -> torch.Tensor:
+    x: torch.Tensor, routing: torch.Tensor, ids: torch.Tensor, gate_up: list[torch.Tensor],
+    down: list[torch.Tensor], names: str, inter: int, scheme: str, activation: str,
+) -> torch.Tensor:  # fmt: skip
     act = ACTIVATIONS[activation]
     k, top_k = x.shape[1], ids.shape[1]
     out = torch.zeros(x.shape, dtype=torch.float32)
@@ -66,15 +59,9 @@ define(
 
 
 def apply(
-    scheme: str,
-    x: torch.Tensor,
-    routing: torch.Tensor,
-    ids: torch.Tensor,
-    gate_up: Prepared,
-    down: Prepared,
-    inter: int,
-    activation: str,
-) -> torch.Tensor:
+    scheme: str, x: torch.Tensor, routing: torch.Tensor, ids: torch.Tensor, gate_up: Prepared,
+    down: Prepared, inter: int, activation: str,
+) -> torch.Tensor:  # fmt: skip
     """The layer for x [M, K]: [M, K] of x's dtype.
 
     routing and ids [M, top_k], id -1 for an expert that is elsewhere; gate_up [E, 2 * inter, K] and
@@ -85,16 +72,10 @@ def apply(
     return torch.ops.qig.cpu_experts(x, routing, ids, *both, names, inter, scheme, activation)
 
 
-def compile_ahead(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
-    dtype: torch.dtype, device: torch.device,
-) -> None:  # fmt: skip
+def compile_ahead(job: ExpertsJob) -> None:
     """Nothing is compiled on a CPU."""
 
 
-def warm_up(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
-    dtype: torch.dtype, device: torch.device,
-) -> None:  # fmt: skip
+def warm_up(job: ExpertsJob) -> None:
     """Nothing to compile; finds out once what this processor offers."""
-    cpu.KERNELS[scheme].look_up()
+    cpu.KERNELS[job.scheme].look_up()

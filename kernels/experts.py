@@ -45,7 +45,7 @@ from qig_serve.kernels import (
 )
 from qig_serve.kernels.expert_blocks import Blocks
 from qig_serve.kernels.launch import Kernel
-from qig_serve.kernels.library import Prepared
+from qig_serve.kernels.library import ExpertsJob, Prepared
 from qig_serve.kernels.ops import KERNELS, on_device
 from qig_serve.kernels.tiles import Tile
 from qig_serve.kernels.warm_up import COMPILATION
@@ -279,15 +279,9 @@ def run(
 
 
 def _experts(
-    x: torch.Tensor,
-    routing: torch.Tensor,
-    ids: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    inter: int,
-    scheme: str,
-    activation: str,
-) -> torch.Tensor:
+    x: torch.Tensor, routing: torch.Tensor, ids: torch.Tensor, gate_up: list[torch.Tensor],
+    down: list[torch.Tensor], inter: int, scheme: str, activation: str,
+) -> torch.Tensor:  # fmt: skip
     if not ids.numel():
         return torch.zeros_like(x)
     tile = select(scheme, ids.numel(), down[0].shape[0])
@@ -308,47 +302,32 @@ library.define(
 
 
 def apply(
-    scheme: str,
-    x: torch.Tensor,
-    routing: torch.Tensor,
-    ids: torch.Tensor,
-    gate_up: Prepared,
-    down: Prepared,
-    inter: int,
-    activation: str,
-) -> torch.Tensor:
+    scheme: str, x: torch.Tensor, routing: torch.Tensor, ids: torch.Tensor, gate_up: Prepared,
+    down: Prepared, inter: int, activation: str,
+) -> torch.Tensor:  # fmt: skip
     """`run` through the op, with the tile of TILES; M may be 0."""
     both = list(gate_up.values()), list(down.values())
     return torch.ops.qig.experts(x, routing, ids, *both, inter, scheme, activation)
 
 
-def compile_ahead(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
-    dtype: torch.dtype, device: torch.device,
-) -> None:  # fmt: skip
+def compile_ahead(job: ExpertsJob) -> None:
     """Begin to compile, in the background, what a layer launches for any number of tokens."""
-    if device.type != "cuda":
+    if job.device.type != "cuda":
         return
-    device = launch.indexed(device)
-    for _, tile in TILES[scheme]:
-        job = (scheme, k, inter, experts, top_k, activation, dtype, device, tile)
-        COMPILATION.begin(("experts", *job), functools.partial(on_device, device, _launch, *job))
+    job = job._replace(device=(device := launch.indexed(job.device)))
+    for _, tile in TILES[job.scheme]:
+        COMPILATION.begin((job, tile), functools.partial(on_device, device, _launch, job, tile))
 
 
-def warm_up(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
-    dtype: torch.dtype, device: torch.device,
-) -> None:  # fmt: skip
+def warm_up(job: ExpertsJob) -> None:
     """Wait until every kernel that was begun, and this layer's, is compiled."""
-    compile_ahead(scheme, k, inter, experts, top_k, activation, dtype, device)
+    compile_ahead(job)
     COMPILATION.finish()
 
 
-def _launch(
-    scheme: str, k: int, inter: int, experts: int, top_k: int, activation: str,
-    dtype: torch.dtype, device: torch.device, tile: Tile,
-) -> None:  # fmt: skip
+def _launch(job: ExpertsJob, tile: Tile) -> None:
     """Launches for few tokens and for many on zeros, of which only expert 0 is there."""
+    scheme, k, inter, experts, top_k, activation, dtype, device = job
     both = [KERNELS[scheme].zeros(n, m, device) for n, m in ((2 * inter, k), (k, inter))]
     gate_up, down = (
         {name: tensor.expand(experts, *tensor.shape) for name, tensor in prepared.items()}

@@ -5,14 +5,16 @@ How the programs of a launch divide its work is sharing.py's."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 
+from qig_serve.kernels import library
 from qig_serve.kernels.layout import GROUP
-from qig_serve.kernels.tiles import SHARED, Tile, architecture_of, tile_table
+from qig_serve.kernels.tiles import SHARED, Tile, architecture_of, select, tile_table
 
 INTERPRETER_ARCHITECTURE = "sm_80"  # whose tiles are taken where there is no GPU
 _INTERPRETER_SMS = 4  # stands in for a GPU's multiprocessors, so that K is split there too
@@ -275,6 +277,32 @@ def run(
         *tensors, partials, scratch.counters, *sizes, tiles_m,
         *shares(count, output_tiles, blocks, aligned), ALIGNED=aligned, **constants,
     )  # fmt: skip
+
+
+def op_of(
+    scheme: str, names: tuple[str, str], linear: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """A scheme's `linear` as an op, with the tile of tiles.json.
+
+    The op takes x [M, K], the prepared tensors of those names, bias [N] or None, N: [M, N].
+    """
+
+    def op(
+        x: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None,
+        n: int,
+    ) -> torch.Tensor:
+        m, k = x.shape
+        if m == 0:
+            return x.new_empty(0, n)
+        tile = select(scheme, architecture(x.device), n, k, m)
+        prepared = dict(zip(names, (first, second), strict=True))
+        x, memory = library.aligned(x), scratch(x.device)
+        return linear(x, prepared, n, bias, tile, memory, library.use_ptx(x))
+
+    return op
 
 
 def _places(tile: Tile, count: int) -> int:

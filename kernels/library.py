@@ -7,12 +7,39 @@ TRITON_INTERPRET=1, slowly, which is how the tests run them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from qig_serve.formats import QuantScheme
+
 Prepared = dict[str, torch.Tensor]
 """A linear's tensors in the kernels' layout, by name."""
+
+
+class LinearJob(NamedTuple):
+    """A linear [n, k] whose kernels are to be compiled, for activations of `dtype`."""
+
+    scheme: QuantScheme
+    n: int
+    k: int
+    dtype: torch.dtype
+    device: torch.device
+    has_bias: bool = False
+
+
+class ExpertsJob(NamedTuple):
+    """The same of a layer of experts: gate_up [2 * inter, k] and down [k, inter] of each."""
+
+    scheme: str
+    k: int
+    inter: int
+    experts: int
+    top_k: int
+    activation: str
+    dtype: torch.dtype
+    device: torch.device
+
 
 _library = torch.library.Library("qig", "FRAGMENT")
 

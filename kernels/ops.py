@@ -24,7 +24,7 @@ import torch
 
 from qig_serve.formats import SCHEMES, QuantScheme, unsupported_shape
 from qig_serve.kernels import launch, layout, library, tiles
-from qig_serve.kernels.library import Prepared
+from qig_serve.kernels.library import LinearJob, Prepared
 from qig_serve.kernels.tiles import Tile
 from qig_serve.kernels.warm_up import COMPILATION
 
@@ -77,13 +77,9 @@ def prepare(scheme: QuantScheme, tensors: Prepared, dtype: torch.dtype) -> Prepa
 
 
 def linear(
-    scheme: QuantScheme,
-    x: torch.Tensor,
-    prepared: Prepared,
-    n: int,
-    k: int,
+    scheme: QuantScheme, x: torch.Tensor, prepared: Prepared, n: int, k: int,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """x [..., K] times the prepared weight [N, K] transposed, plus bias [N]: [..., N]."""
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     out = KERNELS[scheme.name].apply(flat, prepared, n, bias)
@@ -122,39 +118,25 @@ def fuses_activations(scheme: QuantScheme) -> bool:
     return bool(KERNELS[scheme.name].FUSES_ACTIVATIONS)
 
 
-def compile_ahead(
-    scheme: QuantScheme,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    has_bias: bool = False,
-) -> None:
-    """Begin to compile, in the background, what a linear [N, K] launches for any number of
-    tokens."""
-    if device.type != "cuda":
+def compile_ahead(job: LinearJob) -> None:
+    """Begin to compile, in the background, what a linear launches for any number of tokens."""
+    if job.device.type != "cuda":
         return
-    device = launch.indexed(device)
-    module = KERNELS[scheme.name]
+    job = job._replace(device=(device := launch.indexed(job.device)))
+    module, of_inputs = KERNELS[job.scheme.name], (job.k, job.dtype, device)
     COMPILATION.begin(
-        (scheme.name, k, dtype, device),
-        functools.partial(on_device, device, module.warm_up, k, dtype, device),
+        (job.scheme.name, *of_inputs),
+        functools.partial(on_device, device, module.warm_up, *of_inputs),
     )
-    for tile, m in warm_up_tiles(scheme, n, k, device):
-        arguments = (scheme, n, k, dtype, device, tile, m, has_bias)
-        COMPILATION.begin(arguments, functools.partial(on_device, device, _launch, *arguments))
+    for tile, m in warm_up_tiles(job.scheme, job.n, job.k, device):
+        COMPILATION.begin(
+            (job, tile, m), functools.partial(on_device, device, _launch, job, tile, m)
+        )
 
 
-def warm_up(
-    scheme: QuantScheme,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    has_bias: bool = False,
-) -> None:
+def warm_up(job: LinearJob) -> None:
     """Wait until every kernel that was begun, and this linear's, is compiled."""
-    compile_ahead(scheme, n, k, dtype, device, has_bias)
+    compile_ahead(job)
     COMPILATION.finish()
 
 
@@ -165,17 +147,9 @@ def on_device(device: torch.device, function: Callable[..., None], *arguments: A
         torch.cuda.synchronize(device)
 
 
-def _launch(
-    scheme: QuantScheme,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    tile: Tile,
-    m: int,
-    has_bias: bool,
-) -> None:
+def _launch(job: LinearJob, tile: Tile, m: int) -> None:
     """One launch on zeros, in scratch memory of its own: Triton compiles what it has not yet."""
+    scheme, n, k, dtype, device, has_bias = job
     prepared = KERNELS[scheme.name].zeros(n, k, device)
     x = torch.zeros(m, k, dtype=dtype, device=device)
     bias = torch.zeros(n, dtype=dtype, device=device) if has_bias else None

@@ -221,23 +221,32 @@ def quantize(x: torch.Tensor) -> Codes:
     return codes, scale
 
 
-def rms_norm_quantize(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMSNorm of x (+ residual) [M, K], then `quantize`: codes, scale, x + residual (or x)."""
+def _launch_rms_norm(
+    kernel: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None,
+    out: tuple[torch.Tensor, ...], sizes: tuple[int, ...], **constants: int,
+) -> torch.Tensor:  # fmt: skip
+    """Run a kernel of RMSNorm, which fills `out`; the sum x + residual, or x."""
     m, k = x.shape
-    codes, scale = empty_codes(x, k)
     added = x if residual is None else torch.empty_like(x)
     if m:
-        rms_norm_quantize_kernel[(m,)](
-            x, residual, weight, codes, scale, added, k, eps,
-            HAS_RESIDUAL=residual is not None, **row_options(k), **_pad(k),
+        kernel[(m,)](
+            x, residual, weight, *out, added, *sizes, eps,
+            HAS_RESIDUAL=residual is not None, **constants, **row_options(k),
             **launch.early(x.device),
         )  # fmt: skip
-    return codes, scale, added
+    return added
+
+
+def rms_norm_quantize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMSNorm of x (+ residual) [M, K], then `quantize`: codes, scale, x + residual (or x)."""
+    k = x.shape[1]
+    out = empty_codes(x, k)
+    added = _launch_rms_norm(
+        rms_norm_quantize_kernel, x, weight, eps, residual, out, (k,), **_pad(k)
+    )
+    return *out, added
 
 
 def silu_mul_quantize(gate_up: torch.Tensor, activation: str = "silu") -> Codes:
@@ -280,15 +289,12 @@ def rms_norm_halves(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMSNorm of x (+ residual) [M, K], then `split_halves`, and x + residual (or x)."""
     m, k = x.shape
-    halves, x_scale_sum = empty_halves(x, k)
-    added = x if residual is None else torch.empty_like(x)
-    if m:
-        rms_norm_halves_kernel[(m,)](
-            x, residual, weight, halves, x_scale_sum, added, m, k, eps, ORDER=_order(x, tile),
-            HAS_RESIDUAL=residual is not None, **row_options(k), **_pad(k),
-            **launch.early(x.device),
-        )  # fmt: skip
-    return halves, x_scale_sum, added
+    out = empty_halves(x, k)
+    added = _launch_rms_norm(
+        rms_norm_halves_kernel, x, weight, eps, residual, out, (m, k), ORDER=_order(x, tile),
+        **_pad(k),
+    )  # fmt: skip
+    return *out, added
 
 
 def silu_mul_halves(
@@ -307,21 +313,11 @@ def silu_mul_halves(
 
 
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of x (+ residual) [M, K] in its dtype, and x + residual (or x)."""
-    m, k = x.shape
     out = torch.empty_like(x)
-    added = x if residual is None else torch.empty_like(x)
-    if m:
-        rms_norm_kernel[(m,)](
-            x, residual, weight, out, added, k, eps,
-            HAS_RESIDUAL=residual is not None, **row_options(k), **launch.early(x.device),
-        )  # fmt: skip
-    return out, added
+    return out, _launch_rms_norm(rms_norm_kernel, x, weight, eps, residual, (out,), (x.shape[1],))
 
 
 def silu_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:

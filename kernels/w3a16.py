@@ -239,14 +239,9 @@ def zeros(n: int, k: int, device: torch.device) -> Prepared:
 
 
 def linear(
-    x: torch.Tensor,
-    prepared: Prepared,
-    n: int,
-    bias: torch.Tensor | None,
-    tile: Tile,
-    scratch: Scratch,
-    use_ptx: bool = True,
-) -> torch.Tensor:
+    x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None, tile: Tile,
+    scratch: Scratch, use_ptx: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """x [M, K] contiguous times the prepared weight transposed (+ bias [N]): [M, N] of x's dtype.
 
     use_ptx=False takes the pure Triton twin. ValueError if the scratch memory does not suffice.
@@ -336,22 +331,6 @@ def _tiles_of_halves(architecture: str) -> list[Tile]:
     return list({launch.uses_wgmma(tile): tile for tile in every}.values())
 
 
-def _w3a16_linear(
-    x: torch.Tensor,
-    weight_planes: torch.Tensor,
-    scale_zero: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-) -> torch.Tensor:
-    m, k = x.shape
-    if m == 0:
-        return x.new_empty(0, n)
-    tile = select("w3a16", launch.architecture(x.device), n, k, m)
-    prepared = {"weight_planes": weight_planes, "scale_zero": scale_zero}
-    x, scratch = library.aligned(x), launch.scratch(x.device)
-    return linear(x, prepared, n, bias, tile, scratch, library.use_ptx(x))
-
-
 def _of_halves(
     x: torch.Tensor,
     weight_planes: torch.Tensor,
@@ -376,6 +355,7 @@ def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], rest[-1])
 
 
+_w3a16_linear = launch.op_of("w3a16", ("weight_planes", "scale_zero"), linear)
 _ARGUMENTS = "Tensor weight_planes, Tensor scale_zero, Tensor? bias, int n"
 library.define(f"w3a16_linear(Tensor x, {_ARGUMENTS}) -> Tensor", _w3a16_linear, _fake)
 define_fused("w3a16_linear", _ARGUMENTS, _w3a16_linear, _of_halves, _fake)

@@ -230,14 +230,9 @@ def zeros(n: int, k: int, device: torch.device) -> Prepared:
 
 
 def linear(
-    x: torch.Tensor,
-    prepared: Prepared,
-    n: int,
-    bias: torch.Tensor | None,
-    tile: Tile,
-    scratch: Scratch,
-    use_ptx: bool = True,
-) -> torch.Tensor:
+    x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None, tile: Tile,
+    scratch: Scratch, use_ptx: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """x [M, K] contiguous, quantized, times the prepared weight transposed (+ bias): [M, N]."""
     codes, token_scale = quantize_activation.quantize(x)
     return product(codes, token_scale, prepared, n, bias, x.dtype, tile, scratch, use_ptx)

@@ -20,7 +20,7 @@ import triton.language as tl
 from qig_serve.kernels import halves, launch, layout, library, quantize_activation
 from qig_serve.kernels.launch import Scratch
 from qig_serve.kernels.library import Prepared
-from qig_serve.kernels.tiles import Tile, select, tiles_of
+from qig_serve.kernels.tiles import Tile, tiles_of
 
 FUSES_ACTIVATIONS = False
 _MOST_HALVES = 64
@@ -103,14 +103,9 @@ def zeros(n: int, k: int, device: torch.device) -> Prepared:
 
 
 def linear(
-    x: torch.Tensor,
-    prepared: Prepared,
-    n: int,
-    bias: torch.Tensor | None,
-    tile: Tile,
-    scratch: Scratch,
-    use_ptx: bool = True,
-) -> torch.Tensor:
+    x: torch.Tensor, prepared: Prepared, n: int, bias: torch.Tensor | None, tile: Tile,
+    scratch: Scratch, use_ptx: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """x [M, K] contiguous times the prepared table transposed (+ bias [N]): [M, N] of x's dtype.
 
     use_ptx: as of the other schemes; there is nothing to unpack. ValueError for a tile that wants x
@@ -173,22 +168,6 @@ def warm_up(k: int, dtype: torch.dtype, device: torch.device) -> None:
     _rows(zeros(1, k, device), ids, 0, 1, x)
 
 
-def _w8a16_linear(
-    x: torch.Tensor,
-    weight_bytes: torch.Tensor,
-    row_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-) -> torch.Tensor:
-    m, k = x.shape
-    if m == 0:
-        return x.new_empty(0, n)
-    tile = select("w8a16", launch.architecture(x.device), n, k, m)
-    prepared = {"weight_bytes": weight_bytes, "row_scale": row_scale}
-    scratch = launch.scratch(x.device)
-    return linear(library.aligned(x), prepared, n, bias, tile, scratch, library.use_ptx(x))
-
-
 def _w8a16_embedding(
     ids: torch.Tensor,
     weight_bytes: torch.Tensor,
@@ -205,7 +184,7 @@ def _w8a16_embedding(
 _TABLE = "Tensor weight_bytes, Tensor row_scale"
 library.define(
     f"w8a16_linear(Tensor x, {_TABLE}, Tensor? bias, int n) -> Tensor",
-    _w8a16_linear,
+    launch.op_of("w8a16", ("weight_bytes", "row_scale"), linear),
     lambda x, weight_bytes, row_scale, bias, n: x.new_empty(x.shape[0], n),
 )
 library.define(

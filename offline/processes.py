@@ -65,11 +65,11 @@ class Ranks:
         """Maximum of each entry over processes, in place."""
         self._reduce(tensor, dist.ReduceOp.MAX)
 
-    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
-        """Overwrites a tensor with that of process `source`, in place."""
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Overwrites a tensor with that of process 0, in place."""
         if self.size > 1:
             self.barrier()
-            dist.broadcast(tensor, src=source)
+            dist.broadcast(tensor, src=0)
 
     def total(self, *values: float) -> list[float]:
         """Each number summed over processes, in fp64."""

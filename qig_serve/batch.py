@@ -161,25 +161,17 @@ async def _run(
     return runner.totals
 
 
+@dataclass
 class Runner:
     """Sends requests as fast as they are taken, and writes rows as they come."""
 
-    def __init__(
-        self,
-        app: Any,
-        engine: Any,
-        folder: Path,
-        results: Results,
-        progress: Any,
-        chat: in_process.Chat | None = None,
-    ) -> None:
-        self.app = app
-        self.chat = chat
-        self.engine = engine
-        self.folder = folder
-        self.results = results
-        self.progress = progress
-        self.totals = Totals()
+    app: Any
+    engine: Any
+    folder: Path
+    results: Results
+    progress: Any
+    chat: in_process.Chat | None = None
+    totals: Totals = field(default_factory=Totals)
 
     async def run(self, requests: Iterator[Request], at_once: int) -> None:
         """Answer them all; the first failure that is not a request's own ends the batch."""

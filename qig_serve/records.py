@@ -99,12 +99,11 @@ def records(path: Path) -> Iterator[tuple[str, int, Any]]:
         yield where, number, value
 
 
+_Pictures = Sequence[ImageSource] | None
+
+
 def parse_record(
-    record: Any,
-    where: str,
-    folder: Path,
-    number: int,
-    pictures: Sequence[ImageSource] | None = None,
+    record: Any, where: str, folder: Path, number: int, pictures: _Pictures = None
 ) -> Sample:
     """A sample from the value of its JSON; `number` names it if it has no id.
 
@@ -137,11 +136,7 @@ def parse_record(
 
 
 def _from_messages(
-    record: dict[str, Any],
-    where: str,
-    folder: Path,
-    number: int,
-    pictures: Sequence[ImageSource] | None,
+    record: dict[str, Any], where: str, folder: Path, number: int, pictures: _Pictures
 ) -> Sample:
     answer = record.get("answer")
     if answer is not None and not isinstance(answer, str):
@@ -157,11 +152,7 @@ def _from_messages(
 
 
 def _from_conversations(
-    record: dict[str, Any],
-    where: str,
-    folder: Path,
-    number: int,
-    pictures: Sequence[ImageSource] | None,
+    record: dict[str, Any], where: str, folder: Path, number: int, pictures: _Pictures
 ) -> Sample:
     """[{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a star"}]."""
     check_media(record, where, read=("image", "images"))

@@ -25,9 +25,10 @@ def guard(event, args):
         tried.append([event, repr(args[1:] if sends else args)])
         raise OSError(f"network at import: {event}")
 sys.addaudithook(guard)
+"""
+IMPORTS = """
 for name in sys.argv[1:]:
     importlib.import_module(name)
-print(json.dumps(tried))
 """
 
 COMMAND = """
@@ -37,14 +38,12 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     main(["families", "--help"])
 """
 SETTING = COMMAND + "print(json.dumps(os.environ['VLLM_NO_USAGE_STATS']))"
-BELIEVED = (
-    COMMAND
-    + """
+BELIEVED = """
 from huggingface_hub import constants
 from vllm.usage.usage_lib import is_usage_stats_enabled
-print(json.dumps([is_usage_stats_enabled(), constants.HF_HUB_DISABLE_TELEMETRY]))
+print(json.dumps([tried, is_usage_stats_enabled(), constants.HF_HUB_DISABLE_TELEMETRY]))
 """
-)
+UNSET = ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "VLLM_DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY")
 
 
 def _last_line(code: str, *words: str, env: dict[str, str] | None = None) -> Any:
@@ -71,10 +70,15 @@ def _modules() -> list[str]:
     return sorted(names)
 
 
-def test_no_module_uses_a_network_when_imported() -> None:
+def _unset() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in UNSET}
+
+
+def test_no_module_uses_a_network_when_imported_and_reports_are_off() -> None:
     names = _modules()
     assert {"qig_serve.serve", "qig_serve.offline.pipeline", "qig_serve.kernels.ops"} <= {*names}
-    assert _last_line(GUARD, *names) == []
+    found = _last_line(GUARD + COMMAND + IMPORTS + BELIEVED, *names, env=_unset())
+    assert found == [[], False, True]
 
 
 def test_the_guard_sees_an_attempt(tmp_path: Path) -> None:
@@ -84,12 +88,10 @@ def test_the_guard_sees_an_attempt(tmp_path: Path) -> None:
         "    urllib.request.urlopen('http://198.51.100.1/')\n"
     )
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    tried = _last_line(GUARD, "caller", env=env | {"PYTHONPATH": str(tmp_path)})
+    code = GUARD + IMPORTS + "print(json.dumps(tried))"
+    tried = _last_line(code, "caller", env=env | {"PYTHONPATH": str(tmp_path)})
     assert tried and "198.51.100.1" in tried[0][1]
 
 
-def test_usage_reports_are_off_and_can_be_asked_for() -> None:
-    unset = ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "VLLM_DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY")
-    env = {k: v for k, v in os.environ.items() if k not in unset}
-    assert _last_line(BELIEVED, env=env) == [False, True]
-    assert _last_line(SETTING, env=env | {"VLLM_NO_USAGE_STATS": "0"}) == "0"
+def test_usage_reports_can_be_asked_for() -> None:
+    assert _last_line(SETTING, env=_unset() | {"VLLM_NO_USAGE_STATS": "0"}) == "0"

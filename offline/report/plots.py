@@ -59,8 +59,9 @@ def series(axes: Any, number: int, x: Sequence[float], y: Sequence[float], label
     axes.plot(x, y, color=_SERIES[i], marker=marker, ls=dash, label=label, ms=4, lw=1.5)
 
 
-def finish(axes: Any, x: str, y: str) -> None:
-    """Axis names and legend."""
+def finish(axes: Any, x: str, y: str, scale: str = "linear") -> None:
+    """Axis names and legend; scale: of y."""
+    axes.set_yscale(scale)
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
     handles, _ = axes.get_legend_handles_labels()
@@ -240,8 +241,7 @@ def rounding_plot(report: QuantizationReport) -> str | None:
     index = [block.index for block in blocks]
     series(axes, 0, index, nearest, "RTN")
     series(axes, 1, index, found, report.method)
-    axes.set_yscale("log")
-    finish(axes, "block", "error / energy")
+    finish(axes, "block", "error / energy", "log")
     return svg(
         fig,
         f"Output error of the linears, a mean over blocks: {_mean(nearest):.2g} rounded to "
@@ -256,8 +256,7 @@ def output_error_plot(report: QuantizationReport) -> str | None:
     fig, axes = figure(height=2.4)
     values = [b.output_error for b in report.blocks]
     series(axes, 0, [b.index for b in report.blocks], values, "hidden state")
-    axes.set_yscale("log")
-    finish(axes, "block", "squared error / square")
+    finish(axes, "block", "squared error / square", "log")
     return svg(
         fig,
         f"Error of the hidden state after each block of the quantized model, from {values[0]:.2g} "

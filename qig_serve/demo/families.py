@@ -13,9 +13,9 @@ from qig_serve.demo.family_row import (
     IMAGE_TOKENS,
     Family,
     Positions,
+    common_fields,
     decoder_sizes,
     pixel_options,
-    token_ids,
 )
 from qig_serve.demo.pictures import CELL, GRID, IMAGE_SIZE
 
@@ -36,14 +36,13 @@ def _llava_config(spec: ModelSpec, tokenizer: Any) -> Any:
             patch_size=CELL,
             projection_dim=spec.vision_hidden,
         ),
-        text_config=Qwen2Config(**decoder_sizes(spec), **token_ids(tokenizer)),
+        text_config=Qwen2Config(**decoder_sizes(spec), **common_fields(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=IMAGE_TOKENS,
         projector_hidden_act="gelu",
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
-        tie_word_embeddings=False,
-        **token_ids(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -104,7 +103,7 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
         },
         text_config={
             **decoder_sizes(spec),
-            **token_ids(tokenizer),
+            **common_fields(tokenizer),
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
@@ -116,8 +115,7 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-        tie_word_embeddings=False,
-        **token_ids(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -164,7 +162,7 @@ def _qwen3_vl_moe_config(spec: ModelSpec, tokenizer: Any) -> Any:
     from transformers import Qwen3VLMoeConfig
 
     dense = _qwen2_vl_config(spec, tokenizer)
-    text = {**decoder_sizes(spec), **token_ids(tokenizer), "rms_norm_eps": 1e-6}
+    text = {**decoder_sizes(spec), **common_fields(tokenizer), "rms_norm_eps": 1e-6}
     rope = {**dense.text_config.rope_parameters, "mrope_interleaved": True}
     config = Qwen3VLMoeConfig(
         vision_config={
@@ -191,8 +189,7 @@ def _qwen3_vl_moe_config(spec: ModelSpec, tokenizer: Any) -> Any:
         video_token_id=dense.video_token_id,
         vision_start_token_id=dense.vision_start_token_id,
         vision_end_token_id=dense.vision_end_token_id,
-        tie_word_embeddings=False,
-        **token_ids(tokenizer),
+        **common_fields(tokenizer),
     )
     config._experts_implementation = "eager"  # one expert after another: all that a CPU has
     return config
@@ -230,13 +227,12 @@ def _internvl_config(spec: ModelSpec, tokenizer: Any) -> Any:
             image_size=[IMAGE_SIZE, IMAGE_SIZE],
             patch_size=[_PATCH, _PATCH],
         ),
-        text_config=Qwen2Config(**decoder_sizes(spec), **token_ids(tokenizer)),
+        text_config=Qwen2Config(**decoder_sizes(spec), **common_fields(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=IMAGE_TOKENS,
         downsample_ratio=1 / _MERGE,
         vision_feature_layer=-1,
-        tie_word_embeddings=False,
-        **token_ids(tokenizer),
+        **common_fields(tokenizer),
     )
 
 
@@ -261,6 +257,10 @@ def _internvl_image_tokens(model: Any, pixels: Any) -> Any:
     return torch.stack(list(features))
 
 
+_LANGUAGE_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
 _QWEN2_VL = Family(
     special_tokens=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     image_token="<|image_pad|>",
@@ -291,8 +291,7 @@ FAMILIES: dict[str, Family] = {
         make_processor=_llava_processor,
         image_processor_type="CLIPImageProcessor",
         published=(
-            ("model.language_model.", "language_model.model."),
-            ("lm_head.", "language_model.lm_head."),
+            *_LANGUAGE_NAMES,
             ("model.vision_tower.", "vision_tower.vision_model."),
             ("model.multi_modal_projector.", "multi_modal_projector."),
         ),
@@ -318,11 +317,7 @@ FAMILIES: dict[str, Family] = {
         model_class="InternVLForConditionalGeneration",
         make_processor=_internvl_processor,
         image_processor_type="GotOcr2ImageProcessor",
-        published=(
-            ("model.language_model.", "language_model.model."),
-            ("lm_head.", "language_model.lm_head."),
-            ("model.", ""),
-        ),
+        published=(*_LANGUAGE_NAMES, ("model.", "")),
         image_tokens=_internvl_image_tokens,
         image_positions=_in_a_row,
         token_roles=(

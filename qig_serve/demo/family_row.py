@@ -37,9 +37,10 @@ class Family:
     token_roles: tuple[tuple[str, str], ...] = ()  # attributes the processor asks the tokenizer for
 
 
-def token_ids(tokenizer: Any) -> dict[str, Any]:
-    """Fields of a configuration, a model's and its decoder's, that the tokenizer knows."""
-    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+def common_fields(tokenizer: Any) -> dict[str, Any]:
+    """Fields of a configuration that a model's and its decoder's have in common."""
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {**ids, "tie_word_embeddings": False}
 
 
 def decoder_sizes(spec: ModelSpec) -> dict[str, Any]:
@@ -52,7 +53,6 @@ def decoder_sizes(spec: ModelSpec) -> dict[str, Any]:
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.kv_heads,
         "max_position_embeddings": spec.max_positions,
-        "tie_word_embeddings": False,
         "bos_token_id": None,
     }
 

@@ -138,19 +138,14 @@ def make_processor(spec: ModelSpec, tokenizer: Any) -> Any:
     return family.make_processor(tokenizer, chat_template(family))
 
 
-def make_config(spec: ModelSpec, tokenizer: Any) -> Any:
-    """The Hugging Face configuration of a specification."""
-    return get_family(spec.family).make_config(spec, tokenizer)
-
-
 def make_model(spec: ModelSpec, tokenizer: Any) -> Any:
     """A freshly initialized float32 model with the massive channel in place."""
     import torch
     import transformers
 
     torch.manual_seed(spec.seed)
-    model_class = getattr(transformers, get_family(spec.family).model_class)
-    model = model_class(make_config(spec, tokenizer))
+    family = get_family(spec.family)
+    model = getattr(transformers, family.model_class)(family.make_config(spec, tokenizer))
     with torch.no_grad():
         table = model.get_input_embeddings().weight  # [vocab, hidden]
         table.normal_(std=0.05)

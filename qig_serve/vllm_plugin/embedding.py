@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.utils import set_weight_attrs
 
 from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
+from qig_serve.kernels.library import LinearJob
 from qig_serve.vllm_plugin.linear import (
     check_scales,
     checked,
@@ -41,15 +42,10 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.backend = kernel_backend()
 
     def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
+        self, layer: torch.nn.Module, input_size_per_partition: int,
+        output_partition_sizes: list[int], input_size: int, output_size: int,
+        params_dtype: torch.dtype, **extra_weight_attrs: Any,
+    ) -> None:  # fmt: skip
         """Parameters of this rank's rows, shapes from formats.tensor_specs.
 
         ValueError, one sentence, if no kernel can run them.
@@ -80,7 +76,7 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     def _compile(self, layer: torch.nn.Module, how: Any, device: torch.device) -> None:
         rows = min(layer.qig_n, _WARM_ROWS + layer.qig_n % 16)
         has_bias = getattr(layer, "bias", None) is not None
-        how(VOCABULARY_SCHEME, rows, layer.qig_k, layer.qig_dtype, device, has_bias)
+        how(LinearJob(VOCABULARY_SCHEME, rows, layer.qig_k, layer.qig_dtype, device, has_bias))
 
     def tie_weights(
         self, layer: torch.nn.Module, embed_tokens: VocabParallelEmbedding

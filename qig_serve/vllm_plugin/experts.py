@@ -16,6 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from qig_serve.formats import TensorSpec, tensor_specs
+from qig_serve.kernels.library import ExpertsJob
 from qig_serve.vllm_plugin.linear import (
     check_scales,
     check_shape,
@@ -202,10 +203,11 @@ class QigExpertsMethod(FusedMoEMethodBase):
         return [places.index(place) for place in range(local)]
 
     def _compile(self, layer: torch.nn.Module, how: Callable[..., None], device: Any) -> None:
-        how(
+        job = ExpertsJob(
             self.scheme.name, layer.qig_k, layer.qig_inter, self.moe.num_local_experts,
             self.moe.experts_per_token, self.activation, layer.qig_dtype, device,
         )  # fmt: skip
+        how(job)
 
     def apply(
         self,

@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs
+from qig_serve.kernels.library import LinearJob
 from qig_serve.tensor_parallel import sizes_for_inputs
 
 if TYPE_CHECKING:
@@ -74,15 +75,10 @@ class QigLinearMethod(LinearMethodBase):
             fusion.install(get_current_vllm_config())
 
     def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
+        self, layer: torch.nn.Module, input_size_per_partition: int,
+        output_partition_sizes: list[int], input_size: int, output_size: int,
+        params_dtype: torch.dtype, **extra_weight_attrs: Any,
+    ) -> None:  # fmt: skip
         """Parameters of this rank's part, shapes from formats.tensor_specs.
 
         ValueError, one sentence, if the part cannot be stored or no kernel can run it.
@@ -91,7 +87,8 @@ class QigLinearMethod(LinearMethodBase):
         check_shape(self.backend, self.scheme, self.prefix, n, k, input_size, params_dtype)
         layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, params_dtype
         # While weights are read. Parameters are made on the device that vLLM has set.
-        self.backend.compile_ahead(self.scheme, n, k, params_dtype, torch.get_default_device())
+        job = LinearJob(self.scheme, n, k, params_dtype, torch.get_default_device())
+        self.backend.compile_ahead(job)
 
         on_disk = tensor_specs(self.scheme, n, input_size)
         for suffix, spec in tensor_specs(self.scheme, n, k).items():
@@ -127,9 +124,8 @@ class QigLinearMethod(LinearMethodBase):
         # vLLM's LoRA layers ask a tensor of one of their known names where the layer lies.
         layer.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
         has_bias = getattr(layer, "bias", None) is not None
-        self.backend.warm_up(
-            self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device, has_bias
-        )
+        n, k, dtype = layer.qig_n, layer.qig_k, layer.qig_dtype
+        self.backend.warm_up(LinearJob(self.scheme, n, k, dtype, device, has_bias))
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None

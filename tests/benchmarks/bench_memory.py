@@ -108,14 +108,13 @@ def write_samples(directory: Path, count: int) -> Path:
 class PeakMemory(threading.Thread):
     """Largest RssAnon and VmRSS of this process, in bytes, while it runs."""
 
-    def __init__(self, interval: float = 0.02) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._interval = interval
         self._stopped = threading.Event()
         self.peak = {"RssAnon": 0, "VmRSS": 0}
 
     def run(self) -> None:
-        while not self._stopped.wait(self._interval):
+        while not self._stopped.wait(0.02):
             for line in Path("/proc/self/status").read_text().splitlines():
                 name, _, value = line.partition(":")
                 if name in self.peak:

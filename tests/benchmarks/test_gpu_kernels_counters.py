@@ -6,34 +6,29 @@ import gpu_kernels_counters as counters
 import pytest
 from gpu_kernels_plan import Failed
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "ID": ("", "0", "1", "2"),
-    "Kernel Name": ("", "halves_kernel", "w3a16_prefill_kernel(int, int)", "w4a8_shared_kernel"),
-    "gpu__time_duration.sum": ("ns", "25,344", "1,700,000", "31000"),
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("%", "81.5", "12.5", "40"),
-    "dram__bytes_read.sum.per_second": ("Tbyte/s", "3.9", "0.6", "1.6"),
-    "smsp__issue_active.avg.pct_of_peak_sustained_active": ("%", "55.2", "31", "43"),
-    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": ("%", "37", "11", "n/a"),
-    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active": ("%", "0", "0", "0"),
-    "sm__pipe_tensor_op_gmma_cycles_active.avg.pct_of_peak_sustained_active": (
-        "%", "20", "58", "9"
-    ),
-    "sm__warps_active.avg.pct_of_peak_sustained_active": ("%", "24", "12", "7.0"),
-    "launch__registers_per_thread": ("register/thread", "96", "168", "128"),
-    "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": ("inst", "0.6", "0.3", "0.7"),
-    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": ("inst", "0.4", "4", "0"),
-    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": (
-        "inst", "0.2", "0.1", "1.9"
-    ),
-    "smsp__average_warps_issue_stalled_selected_per_issue_active.ratio": ("inst", "1", "1", "1"),
-    "smsp__average_warps_issue_stalled_gmma_per_issue_active.ratio": ("inst", "0", "0.2", "0.1"),
-}  # fmt: skip
+METRICS = """
+ID |  | 0 | 1 | 2
+Kernel Name |  | halves_kernel | w3a16_prefill_kernel(int, int) | w4a8_shared_kernel
+gpu__time_duration.sum | ns | 25,344 | 1,700,000 | 31000
+dram__throughput.avg.pct_of_peak_sustained_elapsed | % | 81.5 | 12.5 | 40
+dram__bytes_read.sum.per_second | Tbyte/s | 3.9 | 0.6 | 1.6
+smsp__issue_active.avg.pct_of_peak_sustained_active | % | 55.2 | 31 | 43
+sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active | % | 37 | 11 | n/a
+sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active | % | 0 | 0 | 0
+sm__pipe_tensor_op_gmma_cycles_active.avg.pct_of_peak_sustained_active | % | 20 | 58 | 9
+sm__warps_active.avg.pct_of_peak_sustained_active | % | 24 | 12 | 7.0
+launch__registers_per_thread | register/thread | 96 | 168 | 128
+smsp__average_warps_issue_stalled_wait_per_issue_active.ratio | inst | 0.6 | 0.3 | 0.7
+smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio | inst | 0.4 | 4 | 0
+smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio | inst | 0.2 | 0.1 | 1.9
+smsp__average_warps_issue_stalled_selected_per_issue_active.ratio | inst | 1 | 1 | 1
+smsp__average_warps_issue_stalled_gmma_per_issue_active.ratio | inst | 0 | 0.2 | 0.1
+"""
 
 
 def raw_page() -> list[str]:
-    lines = [",".join(f'"{name}"' for name in COLUMNS)]
-    for i in range(4):
-        lines.append(",".join(f'"{cells[i]}"' for cells in COLUMNS.values()))
+    columns = [line.split(" | ") for line in METRICS.strip().splitlines()]
+    lines = [",".join(f'"{cell}"' for cell in cells) for cells in zip(*columns, strict=True)]
     return ["==PROF== Connected to process 7", "a line of the program's own", *lines]
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText
 
 from qig_serve.demo import MODEL_DIR
 from qig_serve.demo.batches import Encoder
+from qig_serve.demo.families import get_family
 from qig_serve.demo.measure import answers_right, by_type, rounded_to_nearest
-from qig_serve.demo.model import get_spec, load_model, make_config
+from qig_serve.demo.model import get_spec, load_model
 from qig_serve.demo.outliers import Outliers, activation_spread, add_outliers
 from qig_serve.demo.questions import TYPES, Question, samples
 from qig_serve.formats import get_scheme
@@ -48,7 +49,7 @@ def test_it_is_complete_and_small() -> None:
 
 def test_it_is_what_the_specification_says(bundled: tuple[Any, Any]) -> None:
     model, processor = bundled
-    expected = make_config(get_spec("llava"), processor.tokenizer)
+    expected = get_family("llava").make_config(get_spec("llava"), processor.tokenizer)
     for part in ("text_config", "vision_config"):
         theirs = getattr(model.config, part).to_dict()
         for key, value in getattr(expected, part).to_dict().items():

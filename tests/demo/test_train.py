@@ -40,7 +40,7 @@ def test_training_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     try:
         train(tmp_path, minutes=0.04, processes=1, **options)
         first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        minutes = first["elapsed"] / 60 + 0.1
+        minutes = first["elapsed"] / 60 + 0.06
         folder = train(tmp_path, minutes=minutes, processes=1, resume=True, **options)
     finally:
         torch.set_num_threads(threads)

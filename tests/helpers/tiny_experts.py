@@ -18,10 +18,10 @@ from qig_serve.offline.recipe import QuantRecipe, make_recipe
 from qig_serve.offline.source.loaded_model import LoadedModel, load
 
 
-def several_samples(directory: Path, count: int = 4) -> str:
+def several_samples(directory: Path) -> str:
     """A JSONL of questions of several lengths about pictures in several colours; its path."""
     lines = []
-    for i in range(count):
+    for i in range(4):
         Image.new("RGB", (56, 56), (40 * i, 255 - 50 * i, 90)).save(directory / f"{i}.png")
         text = "What color is the star? Describe it. " * (2 + i)
         content = [{"type": "image_url", "image_url": {"url": f"{i}.png"}}]

@@ -123,6 +123,11 @@ def token_id(tokenizer: Any, token: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
+def token_ids(tokenizer: Any, **tokens: str) -> dict[str, int]:
+    """image="<image>": {"image_token_id": its number}."""
+    return {f"{name}_token_id": token_id(tokenizer, token) for name, token in tokens.items()}
+
+
 VISION = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -242,13 +247,20 @@ _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
 
 
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "out_hidden_size": 256,
+    "num_heads": 2,
+    "patch_size": 14,
+}
+
+
 def qwen_ids(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "image_token_id": token_id(tokenizer, "<|image_pad|>"),
-        "video_token_id": token_id(tokenizer, "<|video_pad|>"),
-        "vision_start_token_id": token_id(tokenizer, "<|vision_start|>"),
-        "vision_end_token_id": token_id(tokenizer, "<|vision_end|>"),
-    }
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    pads = token_ids(tokenizer, image="<|image_pad|>", video="<|video_pad|>")
+    return {**pads, **token_ids(tokenizer, vision_start=start, vision_end=end)}
 
 
 def _qwen2_vl_config(tokenizer: Any) -> Any:
@@ -273,16 +285,7 @@ def _qwen2_5_vl_config(tokenizer: Any) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "out_hidden_size": 256,
-            "num_heads": 2,
-            "patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-        },
+        vision_config={**QWEN_VISION, "window_size": 112, "fullatt_block_indexes": [1]},
         text_config=text_fields(tokenizer, rope_parameters=MROPE),
         **qwen_ids(tokenizer),
         **common_fields(tokenizer),
@@ -295,12 +298,8 @@ def _qwen3_vl_config(tokenizer: Any) -> Any:
     rope = {**MROPE, "mrope_interleaved": True}
     return Qwen3VLConfig(
         vision_config={
+            **QWEN_VISION,
             "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "out_hidden_size": 256,
-            "num_heads": 2,
-            "patch_size": 14,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
@@ -542,22 +541,17 @@ def _glm4v_config(tokenizer: Any) -> Any:
     rope |= {"rope_type": "default", "mrope_section": [4, 6, 6]}
     text = text_fields(tokenizer, rope_parameters=rope, attention_bias=True)
     return Glm4vConfig(
-        vision_config={
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "out_hidden_size": 256,
-            "num_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        vision_config={**QWEN_VISION, "image_size": 56},
         text_config=text,
-        image_token_id=token_id(tokenizer, "<|image|>"),
-        video_token_id=token_id(tokenizer, "<|video|>"),
-        image_start_token_id=token_id(tokenizer, "<|begin_of_image|>"),
-        image_end_token_id=token_id(tokenizer, "<|end_of_image|>"),
-        video_start_token_id=token_id(tokenizer, "<|begin_of_video|>"),
-        video_end_token_id=token_id(tokenizer, "<|end_of_video|>"),
+        **token_ids(
+            tokenizer,
+            image="<|image|>",
+            video="<|video|>",
+            image_start="<|begin_of_image|>",
+            image_end="<|end_of_image|>",
+            video_start="<|begin_of_video|>",
+            video_end="<|end_of_video|>",
+        ),
         **common_fields(tokenizer),
     )
 
@@ -649,15 +643,7 @@ def _qwen3_5_config(tokenizer: Any) -> Any:
     from transformers import Qwen3_5Config
 
     return Qwen3_5Config(
-        vision_config={
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "out_hidden_size": 256,
-            "num_heads": 2,
-            "patch_size": 14,
-            "num_position_embeddings": 64,
-        },
+        vision_config={**QWEN_VISION, "num_position_embeddings": 64},
         text_config=_qwen3_5_text(tokenizer, mtp_num_hidden_layers=1),
         **qwen_ids(tokenizer),
         **common_fields(tokenizer),
@@ -716,8 +702,7 @@ def _minicpmv4_6_config(tokenizer: Any) -> Any:
         text_config=_qwen3_5_text(tokenizer, model_type="qwen3_5_text"),
         insert_layer_id=0,
         image_size=64,
-        image_token_id=token_id(tokenizer, "<|image_pad|>"),
-        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        **token_ids(tokenizer, image="<|image_pad|>", video="<|video_pad|>"),
         **common_fields(tokenizer),
     )
 
@@ -798,18 +783,9 @@ def _gemma4_fields(tokenizer: Any) -> dict[str, Any]:
         initializer_range=0.02,  # or tied embeddings repeat a token for ever
         tie_word_embeddings=True,
     )
-    ids = {
-        f"{name}_token_{kind}": token_id(tokenizer, token)
-        for name, kind, token in (
-            ("image", "id", "<|image|>"),
-            ("video", "id", "<|video|>"),
-            ("audio", "id", "<|audio|>"),
-            ("boi", "id", "<|image>"),
-            ("eoi", "id", "<image|>"),
-            ("boa", "id", "<|audio>"),
-            ("eoa", "index", "<audio|>"),
-        )
-    }
+    ids = token_ids(tokenizer, image="<|image|>", video="<|video|>", audio="<|audio|>")
+    ids |= token_ids(tokenizer, boi="<|image>", eoi="<image|>", boa="<|audio>")
+    ids["eoa_token_index"] = token_id(tokenizer, "<audio|>")
     return {**common_fields(tokenizer), **ids, "text_config": text, "tie_word_embeddings": True}
 
 
@@ -982,19 +958,14 @@ def _exaone4_5_config(tokenizer: Any) -> Any:
     )
     return Exaone4_5_Config(
         vision_config={
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "out_hidden_size": 256,
+            **QWEN_VISION,
             "num_heads": 4,
             "num_key_value_heads": 2,
-            "patch_size": 14,
             "window_size": 112,
             "fullatt_block_indexes": [1],
         },
         text_config=text,
-        image_token_id=token_id(tokenizer, "<|image_pad|>"),
-        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        **token_ids(tokenizer, image="<|image_pad|>", video="<|video_pad|>"),
         **common_fields(tokenizer),
     )
 
@@ -1009,9 +980,8 @@ def _paddleocr_vl_config(tokenizer: Any) -> Any:
         # One position: of several, transformers aligns the corners of the table, and vLLM does not.
         vision_config={**VISION, "image_size": 14, "patch_size": 14},
         text_config=text_fields(tokenizer, rope_parameters=MROPE),
-        image_token_id=token_id(tokenizer, "<|IMAGE_PLACEHOLDER|>"),
-        vision_start_token_id=token_id(tokenizer, "<|IMAGE_START|>"),
-        vision_end_token_id=token_id(tokenizer, "<|IMAGE_END|>"),
+        **token_ids(tokenizer, image="<|IMAGE_PLACEHOLDER|>"),
+        **token_ids(tokenizer, vision_start="<|IMAGE_START|>", vision_end="<|IMAGE_END|>"),
         **common_fields(tokenizer),
     )
 
@@ -1051,8 +1021,7 @@ def _muse_glimmer_config(tokenizer: Any) -> Any:
         text_config=text_fields(tokenizer, sliding_window=32, output_multiplier=1.0),
         out_hidden_size=512,
         projector_hidden_size=128,
-        image_token_id=token_id(tokenizer, "<|patch|>"),
-        video_token_id=token_id(tokenizer, "<|video|>"),
+        **token_ids(tokenizer, image="<|patch|>", video="<|video|>"),
         **common_fields(tokenizer),
     )
 

@@ -29,6 +29,7 @@ from qig_serve.kernels import (
     w3a16_dequantize,
     w4a8,
 )
+from qig_serve.kernels.library import LinearJob
 from qig_serve.kernels.tiles import Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -203,10 +204,10 @@ def test_any_number_of_splits(
     monkeypatch.setattr(
         launch, "programs", lambda tile, output_tiles, blocks, sms: output_tiles * splits
     )
-    n, k = 260, 1280
+    n, k = 130, 1280
     case = make(scheme, m, n, k, torch.float16)
     tile = TILES[scheme]["halves" if scheme == "w3a16" else "split"]
-    tiles = -(-m // tile.block_m) * 3
+    tiles = -(-m // tile.block_m) * 2
     scratch = launch.allocate(tiles * splits * tile.block_m * tile.block_n, DEVICE)
     got = ops.KERNELS[scheme].linear(
         case.x, case.prepared, n, case.bias, tile, scratch, not INTERPRETED
@@ -431,7 +432,7 @@ def test_tuning_keeps_the_fastest_tile_of_a_bucket(
 def test_cuda_graph_and_torch_compile(scheme: str, m: int) -> None:
     n, k = 300, 384
     case = make(scheme, m, n, k, torch.bfloat16)
-    ops.warm_up(SCHEMES[scheme], n, k, torch.bfloat16, torch.device("cuda", 0))
+    ops.warm_up(LinearJob(SCHEMES[scheme], n, k, torch.bfloat16, torch.device("cuda", 0)))
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return ops.linear(SCHEMES[scheme], x, case.prepared, n, k, case.bias)

@@ -27,7 +27,7 @@ from qig_serve.kernels import (
 from qig_serve.kernels.library import define
 from qig_serve.kernels.tiles import Tile
 
-SHAPES = [(1, 128), (3, 3584), (7, 1152), (16, 1024), (33, 384), (2, 1088)]
+SHAPES = [(1, 128), (3, 3584), (7, 1152), (4, 1024), (17, 384), (2, 1088)]
 ops = torch.ops.qig
 ORDER = launch.orders(DEVICE).activations
 NEW = INTERPRETED or launch.orders_of((8, 0)).activations == 32

@@ -10,6 +10,7 @@ import torch
 
 from qig_serve.formats import get_scheme
 from qig_serve.kernels import launch, ops, tiles
+from qig_serve.kernels.library import LinearJob
 from qig_serve.kernels.warm_up import Compilation
 
 
@@ -61,10 +62,11 @@ def test_a_linear_has_every_bucket_compiled(scheme: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(ops, "on_device", lambda device, function, *rest: launched.append(rest))
     for _ in range(28):
         for has_bias in (False, True):
-            ops.compile_ahead(get_scheme(scheme), 4608, 3584, torch.bfloat16, device, has_bias)
+            job = LinearJob(get_scheme(scheme), 4608, 3584, torch.bfloat16, device, has_bias)
+            ops.compile_ahead(job)
     compilation.finish()
     buckets = tiles.buckets(scheme, "sm_90", 4608, 3584)
     assert len(launched) == 2 * len(buckets) + 1
-    linears = [rest for rest in launched if len(rest) > 3]
-    assert {rest[5] for rest in linears} == {tile for _, tile in buckets}
-    assert all(tiles.select(scheme, "sm_90", 4608, 3584, rest[6]) == rest[5] for rest in linears)
+    linears = [rest for rest in launched if isinstance(rest[0], LinearJob)]
+    assert {tile for _, tile, _ in linears} == {tile for _, tile in buckets}
+    assert all(tiles.select(scheme, "sm_90", 4608, 3584, m) == tile for _, tile, m in linears)

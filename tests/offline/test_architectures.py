@@ -206,7 +206,7 @@ def test_unknown_family_lists_the_known_ones() -> None:
 REFUSED = [(row.name, *field) for row in ARCHITECTURES.values() for field in row.refused]
 
 
-@pytest.mark.parametrize(("family", "field", "what"), REFUSED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("family", "field", "what"), REFUSED, ids=str)
 def test_members_of_a_family_that_are_refused(
     family: str, field: str, what: str, tmp_path: Path
 ) -> None:
@@ -225,7 +225,7 @@ def test_members_of_a_family_that_are_refused(
 ASSUMED = [(row.name, *field) for row in ARCHITECTURES.values() for field in row.assumed]
 
 
-@pytest.mark.parametrize(("family", "path", "value"), ASSUMED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("family", "path", "value"), ASSUMED, ids=str)
 def test_fields_that_vllm_alone_asks_for(
     family: str, path: str, value: Any, tmp_path: Path
 ) -> None:

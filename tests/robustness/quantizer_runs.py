@@ -9,31 +9,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qig_serve.demo.model import ModelSpec, make_model, make_processor, save_model, train_tokenizer
+from helpers.small_llava import SMALL
+
+from qig_serve.demo.model import make_model, make_processor, save_model, train_tokenizer
 from qig_serve.demo.questions import samples, write_jsonl
 from qig_serve.hashes import file_sha256
 from qig_serve.offline import pipeline
 from qig_serve.offline.recipe import QuantRecipe
 
 LAYERS = 3
-TINY = ModelSpec(
-    name="tiny",
-    family="llava",
-    hidden=128,
-    intermediate=128,
-    layers=LAYERS,
-    heads=2,
-    kv_heads=2,
-    vision_hidden=64,
-    vision_heads=2,
-    vision_layers=1,
-    vision_intermediate=64,
-    vocab_size=384,
-    seed=20,
-)
+TINY = replace(SMALL, intermediate=128, layers=LAYERS, heads=2, vision_intermediate=64)
 # They say how long a run took and what memory it had, which no two runs share.
 TIMED = ("report.json", "report.html", "README.md", "qig_manifest.json", "quantize.log")
 

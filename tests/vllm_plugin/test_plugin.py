@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from qig_serve.errors import UserError
 from qig_serve.formats import tensor_specs
+from qig_serve.kernels.library import LinearJob
 from qig_serve.vllm_plugin import check_vllm_version, register
 from qig_serve.vllm_plugin.config import QigConfig
 from qig_serve.vllm_plugin.linear import QigLinearMethod, check_shape, checked
@@ -178,8 +179,8 @@ def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
     from qig_serve.kernels import launch, ops, tiles
 
     monkeypatch.setattr("qig_serve.vllm_plugin.linear.kernel_backend", lambda: ops)
-    warmed: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(ops, "warm_up", lambda *arguments: warmed.append(arguments))
+    warmed: list[LinearJob] = []
+    monkeypatch.setattr(ops, "warm_up", warmed.append)
     launch.scratch_of.cache_clear()
     for name, n, k in (("qkv_proj", 300, 256), ("down_proj", 128, 384)):
         config = QigConfig.from_config(quantization_config(scheme))

@@ -45,10 +45,9 @@ def _weights(streams: Streams) -> list[torch.Tensor]:
     return [torch.rand(mask.shape, generator=generator) * mask for mask in masks]
 
 
-def _statistics(loaded: LoadedModel, streams: Streams, block: nn.Module, method: str) -> Any:
-    return BlockStatistics(
-        block, block, loaded.linears(block), streams, ROUNDINGS[method], "layer 0"
-    )
+def _statistics(loaded: LoadedModel, streams: Streams, block: nn.Module) -> Any:
+    method = ROUNDINGS["gptq-weighted"]
+    return BlockStatistics(block, block, loaded.linears(block), streams, method, "layer 0")
 
 
 def _sparse_outputs(block: nn.Module, streams: Streams) -> list[torch.Tensor]:
@@ -69,7 +68,7 @@ def test_the_hessian_is_what_the_sparse_mlp_loses(
     loaded, streams = model
     block = loaded.block(0)
     weights = _weights(streams)
-    statistics = _statistics(loaded, streams, block, "gptq-weighted")
+    statistics = _statistics(loaded, streams, block)
     before = _sparse_outputs(block, streams)
     found = capture_routed(block, streams, streams.quantized, "routed", "layer 0")
     expert = max(range(8), key=found.report.tokens.__getitem__)
@@ -122,7 +121,7 @@ def test_a_rare_expert_is_calibrated_on_all_tokens(model: tuple[LoadedModel, Str
     loaded, streams = model
     block = loaded.block(0)
     weights = _weights(streams)
-    statistics = _statistics(loaded, streams, block, "gptq-weighted")
+    statistics = _statistics(loaded, streams, block)
     tokens = sum(batch.token_mask.numel() for batch in streams.batches)
     first = statistics.of("mlp.experts.0.up_proj", GroupResult(None, weights))
     report = statistics.experts

@@ -22,7 +22,19 @@ from qig_serve.offline.report.token_map import grid_boxes, heat_map, token_boxes
 
 Built = tuple[Any, Any, Any]  # model, processor, config
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "out_hidden_size": 32,
+    "num_heads": 2,
+}
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -31,6 +43,7 @@ TEXT = {
     "num_key_value_heads": 1,
     "vocab_size": 64,
 }
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
 
 
 def _llava(crop: bool) -> Built:
@@ -38,9 +51,7 @@ def _llava(crop: bool) -> Built:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            **VISION, num_attention_heads=2, image_size=64, patch_size=8
-        ),
+        vision_config=CLIPVisionConfig(**VISION, image_size=64, patch_size=8),
         text_config=Qwen2Config(**TEXT),
         image_token_id=5,
         vision_feature_layer=-1,
@@ -60,9 +71,7 @@ def _llava_next() -> Built:
 
     pinpoints = [[64, 128], [128, 64], [128, 128], [64, 192], [192, 64]]
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            **VISION, num_attention_heads=2, image_size=64, patch_size=8
-        ),
+        vision_config=CLIPVisionConfig(**VISION, image_size=64, patch_size=8),
         text_config=Qwen2Config(**TEXT),
         image_token_index=5,
         image_grid_pinpoints=pinpoints,
@@ -89,9 +98,7 @@ def _llava_onevision(most: int) -> Built:
 
     pinpoints = [[64 * r, 64 * c] for r in range(1, 4) for c in range(1, 4)]
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
-            **VISION, num_attention_heads=2, image_size=64, patch_size=8
-        ),
+        vision_config=SiglipVisionConfig(**VISION, image_size=64, patch_size=8),
         text_config=Qwen2Config(**TEXT),
         image_token_id=5,
         image_grid_pinpoints=pinpoints,
@@ -103,73 +110,24 @@ def _llava_onevision(most: int) -> Built:
     return LlavaOnevisionModel(config), SimpleNamespace(image_processor=images), config
 
 
-def _qwen2_vl() -> Built:
-    from transformers import Qwen2VLConfig, Qwen2VLModel
+def _qwen_vl(name: str, vision: dict[str, Any], patch: int = 14, **text: int) -> Built:
+    import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    config = Qwen2VLConfig(
-        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
-        text_config={
-            **TEXT,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
-        image_token_id=5,
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=vision, text_config={**TEXT, **MROPE, **text}, image_token_id=5
     )
-    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 16, max_pixels=28 * 28 * 60)
-    return Qwen2VLModel(config), SimpleNamespace(image_processor=images), config
-
-
-def _qwen2_5_vl() -> Built:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    config = Qwen2_5_VLConfig(
-        # Windows of 4 x 4 merged patches: the tower reorders them, and puts them back.
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "out_hidden_size": 32,
-            "num_heads": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-        },
-        text_config={
-            **TEXT,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
-        image_token_id=5,
+    pixels = (2 * patch) ** 2  # of an image token
+    images = Qwen2VLImageProcessorPil(
+        patch_size=patch, min_pixels=pixels * 16, max_pixels=pixels * 60
     )
-    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28 * 16, max_pixels=28 * 28 * 60)
-    return Qwen2_5_VLModel(config), SimpleNamespace(image_processor=images), config
+    model = getattr(transformers, f"{name}Model")(config)
+    return model, SimpleNamespace(image_processor=images), config
 
 
 def _qwen3_vl() -> Built:
-    from transformers import Qwen3VLConfig, Qwen3VLModel
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    config = Qwen3VLConfig(
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "out_hidden_size": 32,
-            "num_heads": 2,
-            "patch_size": 16,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-        },
-        text_config={
-            **TEXT,
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
-        image_token_id=5,
-    )
-    images = Qwen2VLImageProcessorPil(
-        patch_size=16, min_pixels=32 * 32 * 16, max_pixels=32 * 32 * 60
-    )
-    return Qwen3VLModel(config), SimpleNamespace(image_processor=images), config
+    vision = {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return _qwen_vl("Qwen3VL", {**QWEN_VISION, **vision}, 16, head_dim=16)
 
 
 def _internvl() -> Built:
@@ -177,12 +135,7 @@ def _internvl() -> Built:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     config = InternVLConfig(
-        vision_config={
-            **VISION,
-            "num_attention_heads": 2,
-            "image_size": [64, 64],
-            "patch_size": [8, 8],
-        },
+        vision_config={**VISION, "image_size": [64, 64], "patch_size": [8, 8]},
         text_config={"model_type": "qwen2", **TEXT},
         image_token_id=5,
     )
@@ -199,7 +152,7 @@ def _idefics3(name: str = "Idefics3") -> Built:
     place = f"transformers.models.{name.lower()}.image_processing_pil_{name.lower()}"
     make_images = getattr(import_module(place), f"{name}ImageProcessorPil")
     config = getattr(transformers, f"{name}Config")(
-        vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
+        vision_config={**VISION, "image_size": 64, "patch_size": 8},
         text_config={"model_type": "llama", **TEXT},
         image_token_id=5,
         scale_factor=2,
@@ -214,7 +167,7 @@ def _gemma3() -> Built:
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     config = Gemma3Config(
-        vision_config={**VISION, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
+        vision_config={**VISION, "image_size": 64, "patch_size": 8},
         text_config={**TEXT, "head_dim": 16},
         image_token_id=5,
         mm_tokens_per_image=16,
@@ -228,7 +181,7 @@ def _mistral3() -> Built:
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
     config = Mistral3Config(
-        vision_config={**VISION, "num_attention_heads": 2, "image_size": 160, "patch_size": 8},
+        vision_config={**VISION, "image_size": 160, "patch_size": 8},
         text_config={"model_type": "mistral", **TEXT},
         image_token_index=5,
     )
@@ -240,7 +193,7 @@ def _pixtral() -> Built:
     from transformers import LlavaConfig, LlavaModel
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-    vision = {"model_type": "pixtral", **VISION, "num_attention_heads": 2, "image_size": 160}
+    vision = {"model_type": "pixtral", **VISION, "image_size": 160}
     config = LlavaConfig(
         vision_config={**vision, "patch_size": 16},
         text_config={"model_type": "mistral", **TEXT},
@@ -258,10 +211,9 @@ def _paddleocr_vl() -> Built:
         PaddleOCRVLImageProcessorPil,
     )
 
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
     config = PaddleOCRVLConfig(
-        vision_config={**VISION, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
-        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope},
+        vision_config={**VISION, "image_size": 56, "patch_size": 14},
+        text_config={**TEXT, "head_dim": 16, **MROPE},
         image_token_id=5,
     )
     size = {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}
@@ -273,7 +225,7 @@ def _muse_glimmer() -> Built:
     from transformers import MuseGlimmerConfig, MuseGlimmerImageProcessor, MuseGlimmerModel
 
     # Windows of 8 x 8 patches: the tower reorders them, and puts them back.
-    vision = {"num_attention_heads": 2, "pos_emb_height": 8, "pos_emb_width": 8, "patch_size": 8}
+    vision = {"pos_emb_height": 8, "pos_emb_width": 8, "patch_size": 8}
     config = MuseGlimmerConfig(
         vision_config={**VISION, **vision, "num_hidden_layers": 2},
         text_config={**TEXT, "head_dim": 16},
@@ -289,9 +241,8 @@ def _glm_ocr() -> Built:
     from transformers import GlmOcrConfig, GlmOcrModel
 
     _, processor, large = _glm4v()
-    names = ("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_heads")
     config = GlmOcrConfig(
-        vision_config={name: getattr(large.vision_config, name) for name in names},
+        vision_config=QWEN_VISION,
         text_config={**TEXT, "rope_parameters": dict(large.text_config.rope_parameters)},
         image_token_id=5,
     )
@@ -303,18 +254,8 @@ def _glm4v() -> Built:
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 
     config = Glm4vConfig(
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "out_hidden_size": 32,
-            "num_heads": 2,
-            "image_size": 112,
-        },
-        text_config={
-            **TEXT,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
+        vision_config={**QWEN_VISION, "image_size": 112},
+        text_config={**TEXT, **MROPE},
         image_token_id=5,
     )
     size = {"shortest_edge": 28 * 28 * 64, "longest_edge": 28 * 28 * 120}
@@ -328,13 +269,9 @@ def _glm4v() -> Built:
 def _qwen3_5() -> Built:
     from transformers import Qwen3_5Config, Qwen3_5Model
 
-    _, processor, qwen3 = _qwen3_vl()
-    vision = {
-        k: getattr(qwen3.vision_config, k)
-        for k in ("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_heads")
-    }
+    _, processor, _ = _qwen3_vl()
     config = Qwen3_5Config(
-        vision_config={**vision, "patch_size": 16, "num_position_embeddings": 64},
+        vision_config={**QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64},
         text_config={
             **TEXT,
             "head_dim": 32,
@@ -352,7 +289,7 @@ def _minicpmv4_6(mode: str) -> Built:
     )
 
     config = MiniCPMV4_6Config(
-        vision_config={**VISION, "num_attention_heads": 2, "image_size": 128, "patch_size": 4},
+        vision_config={**VISION, "image_size": 128, "patch_size": 4},
         text_config={
             **TEXT,
             "model_type": "qwen3_5_text",
@@ -376,7 +313,6 @@ def _gemma4() -> Built:
     config = Gemma4Config(
         vision_config={
             **VISION,
-            "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "head_dim": 16,
             "patch_size": 8,
@@ -416,7 +352,7 @@ def _lfm2_vl() -> Built:
     from transformers import Lfm2VlConfig, Lfm2VlImageProcessor, Lfm2VlModel
 
     config = Lfm2VlConfig(
-        vision_config={**VISION, "num_attention_heads": 2, "patch_size": 8, "num_patches": 64},
+        vision_config={**VISION, "patch_size": 8, "num_patches": 64},
         text_config={"model_type": "lfm2", **TEXT},
         image_token_id=5,
         projector_hidden_size=32,
@@ -438,8 +374,14 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "llava-next": _llava_next,
     "llava-onevision": lambda: _llava_onevision(9),
     "llava-onevision-shrunk": lambda: _llava_onevision(2),
-    "qwen2-vl": _qwen2_vl,
-    "qwen2.5-vl": _qwen2_5_vl,
+    "qwen2-vl": lambda: _qwen_vl(
+        "Qwen2VL", {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+    ),
+    # Windows of 4 x 4 merged patches: the tower reorders them, and puts them back.
+    "qwen2.5-vl": lambda: _qwen_vl(
+        "Qwen2_5_VL",
+        {**QWEN_VISION, "depth": 2, "window_size": 112, "fullatt_block_indexes": [1]},
+    ),
     "qwen3-vl": _qwen3_vl,
     "internvl": _internvl,
     "idefics3": _idefics3,

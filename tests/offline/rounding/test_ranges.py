@@ -12,14 +12,13 @@ from qig_serve.packing import dequantize, minmax_params, quantize
 SCHEME_NAMES = sorted(SCHEMES)
 
 
-def _heavy_tailed(n: int, k: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, k, generator=generator) ** 3
+def _heavy_tailed(n: int, k: int) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(0)) ** 3
 
 
-def _metric(k: int, scheme: QuantScheme, full: bool, seed: int = 1) -> torch.Tensor:
+def _metric(k: int, scheme: QuantScheme, full: bool) -> torch.Tensor:
     groups = scheme.num_groups(k)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     if not full:
         return torch.rand(groups, k // groups, generator=generator) ** 4
     root = torch.randn(groups, k // groups, k // groups, generator=generator)

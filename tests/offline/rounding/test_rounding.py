@@ -19,7 +19,7 @@ from qig_serve.offline.rounding.rounded import RoundingTask, objective
 from qig_serve.packing import dequantize, minmax_params, quantize
 
 SCHEME_NAMES = sorted(SCHEMES)
-NEAREST, CLIP, GPTQ = ROUNDINGS["nearest"], ROUNDINGS["clip"], ROUNDINGS["gptq"]
+NEAREST, GPTQ = ROUNDINGS["nearest"], ROUNDINGS["gptq"]
 
 
 def _inputs(tokens: int, k: int, seed: int = 0) -> torch.Tensor:
