@@ -66,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"the output must end in .html or .png, not {args.output.name!r}")
     if not 1 <= args.steps <= _MOST_STEPS:
         raise UserError(f"--steps must be at least 1 and at most {_MOST_STEPS}")
-    images = [resolve_picture(image, "--image", Path()) for image in args.image]
-    check_targets(args.output, args.json, read=[args.model, *images])
 
     from qig_serve.extras import require
 
     require("matplotlib", "the picture")
+    images = [resolve_picture(image, "--image", Path()) for image in args.image]
+    check_targets(args.output, args.json, read=[args.model, *images])
 
     from rich.console import Console
 

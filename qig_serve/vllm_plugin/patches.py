@@ -148,15 +148,14 @@ def make_settings_once(engine_args: Any, headless: bool = False) -> Any:
     from vllm.usage.usage_lib import UsageContext
 
     kind, given = type(engine_args), copy.deepcopy(engine_args)  # which the making changes
-    making = kind.create_engine_config
     asked: dict[str, Any] = {"usage_context": UsageContext.OPENAI_API_SERVER}
     asked |= {"headless": True} if headless else {}
     config = engine_args.create_engine_config(**asked)
 
     def taken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kind.create_engine_config = making
+        del kind.create_engine_config  # the inherited one is there again
         same = not args and kwargs == asked and self == given
-        return config if same else making(self, *args, **kwargs)
+        return config if same else self.create_engine_config(*args, **kwargs)
 
     kind.create_engine_config = taken
     return config

@@ -355,7 +355,7 @@ def test_the_png_says_what_its_colours_mean(
 ) -> None:
     """75% of the weight on a 16th of the picture, the rest on a word that is no formula."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     picture = make_picture()
     tokens = tuple(t.replace("<b>", "$\\frac$") for t in picture.tokens)
     tokens += tuple(f" word{i}" for i in range(400))
