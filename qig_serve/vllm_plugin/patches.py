@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import shutil
 import signal
@@ -56,12 +57,16 @@ def call_before_shutdown(client: Any, note: Callable[[], None]) -> None:
     """Have an engine client call `note` before it shuts down.
 
     vLLM's server calls `shutdown` when it is asked to stop and not when its engine dies; either
-    way it then stops the HTTP server, and exits with 0.
+    way it then stops the HTTP server, and exits with 0. That the outputs end with the engine, which
+    it logs as an error with a traceback, is not said of an engine that was asked to stop.
     """
     shutdown = client.shutdown
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         note()
+        logging.getLogger("vllm.v1.engine.async_llm").addFilter(
+            lambda record: not record.getMessage().startswith("AsyncLLM output_handler failed")
+        )
         return shutdown(*args, **kwargs)
 
     client.shutdown = noted

@@ -382,6 +382,7 @@ def test_a_stop_lets_a_stream_finish(checkpoint: Path, tmp_path: Path, number: i
     assert rest[-1].choices[0].finish_reason == "length" and len(rest) > 200
     stopper.join()
     assert stopped == [0], server.output[-2000:]
+    assert "Traceback" not in server.output
 
 
 @pytest.mark.slow
