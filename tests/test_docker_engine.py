@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -111,7 +112,7 @@ def server(models: Path, compose: list[str]) -> Iterator[str]:
         run(*compose, "up", "-d", "--no-build", "cpu", environment=settings)
         (identity,) = run(*compose, "ps", "-q", "cpu", environment=settings).split()
         deadline = time.monotonic() + 900
-        while state(identity)["Health"]["Status"] != "healthy":  # type: ignore[index]
+        while state(identity)["Health"]["Status"] != "healthy":
             assert state(identity)["Running"], run("docker", "logs", identity)
             assert time.monotonic() < deadline, run("docker", "logs", identity)
             time.sleep(3)
@@ -120,9 +121,9 @@ def server(models: Path, compose: list[str]) -> Iterator[str]:
         run(*compose, "down", "-v", environment=settings)
 
 
-def state(identity: str) -> dict[str, object]:
+def state(identity: str) -> dict[str, Any]:
     """What the engine says of a container."""
-    found: dict[str, object] = json.loads(run("docker", "inspect", identity))[0]["State"]
+    found: dict[str, Any] = json.loads(run("docker", "inspect", identity))[0]["State"]
     return found
 
 

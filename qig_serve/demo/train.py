@@ -135,7 +135,7 @@ class MasterAdamW:
         self._adam.load_state_dict(state["adam"])
 
 
-def _cell_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def loss_of_cells(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the cells' labels, [B, 36, sum(classes)] against [B, 36, 7]."""
     occupied = labels[..., :5].any(-1)
     weight = torch.where(occupied, 1.0, 0.1).flatten()  # most cells are empty
@@ -256,10 +256,10 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
         if vision:
             pixels = to_pixels(x.pixels for x in lessons).to(device, model.dtype)
             answer_loss = torch.zeros(())
-            loss = cell_loss = _cell_loss(cells(family.image_tokens(model, pixels)), labels)
+            loss = cell_loss = loss_of_cells(cells(family.image_tokens(model, pixels)), labels)
         else:
             answer_loss, image = _answer_loss(model, encoder, lessons, device)
-            cell_loss = _cell_loss(cells(image), labels)
+            cell_loss = loss_of_cells(cells(image), labels)
             loss = answer_loss + settings.cell_loss * cell_loss
         loss.backward()
         optimizer.step(rate, world)

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from qig_serve.demo.batches import Batch, make_batch, one_axis, to_pixels
+from qig_serve.demo.batches import Batch, Encoder, make_batch, one_axis, to_pixels
 from qig_serve.demo.family_row import IMAGE_TOKENS
 from qig_serve.demo.measure import by_type
 from qig_serve.demo.model import to_bfloat16
@@ -47,7 +47,7 @@ from qig_serve.demo.pictures import (
     cell_labels,
 )
 from qig_serve.demo.questions import Question, make_lesson, samples
-from qig_serve.demo.train import LESSON_SEED, VISION_SEED, MasterAdamW, _cell_loss
+from qig_serve.demo.train import LESSON_SEED, VISION_SEED, MasterAdamW, loss_of_cells
 
 sys.path.insert(0, str(Path(__file__).parent))
 from real_decoder import configuration
@@ -83,29 +83,27 @@ class Settings:
     port: int
 
 
-class Encoder:
-    """Turns questions into ids as processor and template do; what `make_batch` asks for."""
+class GemmaEncoder(Encoder):
+    """The demonstration models' encoder with Gemma's own template."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._cache = {}
         soft = "<image_soft_token>" * IMAGE_TOKENS
         before = "<bos><start_of_turn>user\n\n\n<start_of_image>"
-        self.before_image = len(self._ids(before))
-        self.prefix = self._ids(f"{before}{soft}<end_of_image>\n\n")
+        self.before_image = len(self._encode(before))
+        self.prefix = self._encode(f"{before}{soft}<end_of_image>\n\n")
         self.positions = one_axis(0, len(self.prefix))
         self.next_position = len(self.prefix)
         self.pad = int(tokenizer.pad_token_id)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def question(self, text: str) -> list[int]:
         """What follows the image up to the answer."""
-        return self._ids(text + TURN)
+        return self._cached(text + TURN)
 
     def answer(self, text: str) -> list[int]:
         """The answer with the token that ends it."""
-        return self._ids(text + END)
+        return self._cached(text + END)
 
 
 def make_model(decoder: Path) -> tuple[Any, Any]:
@@ -215,7 +213,7 @@ def answers_right(model: Any, encoder: Encoder, asked: list[Question]) -> list[b
     for start in range(0, len(asked), 20):
         part = asked[start : start + 20]
         batch = make_batch(
-            encoder,  # type: ignore[arg-type]
+            encoder,
             [np.asarray(s.image) for s in part],
             [[(s.type, s.question, s.answer)] for s in part],
             model.dtype,
@@ -266,7 +264,7 @@ def worker(rank: int, settings: Settings) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     model, processor = make_model(settings.decoder)
     model.set_attn_implementation("eager")
-    encoder = Encoder(processor.tokenizer)
+    encoder = GemmaEncoder(processor.tokenizer)
     texts = text_pieces(settings.decoder / "calibration.jsonl", processor.tokenizer)
     random.Random(rank).shuffle(texts)
     torch.manual_seed(rank)
@@ -326,11 +324,11 @@ def worker(rank: int, settings: Settings) -> None:
             pixels = to_pixels(x.pixels for x in lessons_now).to(model.dtype)
             answer_loss = torch.zeros(())
             image = image_tokens(model, pixels)
-            cell_loss = _cell_loss(cells(image), labels)
+            cell_loss = loss_of_cells(cells(image), labels)
             loss = cell_loss + WORD_WEIGHT * word_loss(image, labels, table)
         else:
             batch = make_batch(
-                encoder,  # type: ignore[arg-type]
+                encoder,
                 [x.pixels for x in lessons_now],
                 [x.questions for x in lessons_now],
                 model.dtype,
@@ -343,7 +341,7 @@ def worker(rank: int, settings: Settings) -> None:
                 logits.float(), torch.searchsorted(chosen, batch.target), reduction="none"
             )
             answer_loss = (losses * batch.weight).sum() / batch.weight.sum()
-            cell_loss = _cell_loss(cells(image), labels)
+            cell_loss = loss_of_cells(cells(image), labels)
             loss = answer_loss + CELL_WEIGHT * cell_loss
         loss.backward()
         if phase == "all" and step % TEXT_EVERY == 0:

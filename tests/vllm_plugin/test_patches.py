@@ -6,6 +6,7 @@ import asyncio
 import base64
 import importlib.metadata
 import inspect
+import logging
 import os
 import signal
 import subprocess
@@ -51,12 +52,21 @@ def test_every_patch_is_in_the_table() -> None:
     assert list(patches.PATCHES) == functions
 
 
-def test_shutdown_is_noted_and_done() -> None:
+def test_shutdown_is_noted_and_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM logs of outputs that end is said before, and not once the engine is to stop."""
+    logger = logging.getLogger("vllm.v1.engine.async_llm")
+    monkeypatch.setattr(logger, "filters", [])
+
+    def says(text: str) -> bool:
+        return bool(logger.filter(logging.LogRecord(logger.name, 40, "", 0, text, (), None)))
+
     calls: list[Any] = []
     client = SimpleNamespace(shutdown=lambda timeout: calls.append(timeout))
     patches.call_before_shutdown(client, lambda: calls.append("noted"))
+    assert says("AsyncLLM output_handler failed.")
     client.shutdown(timeout=3)
     assert calls == ["noted", 3]
+    assert says("another") and not says("AsyncLLM output_handler failed.")
 
 
 def test_a_picture_is_known_to_the_engine_when_it_was_sent() -> None:
