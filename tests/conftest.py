@@ -21,6 +21,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, or one process would end long before the other."""
+    rank = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+_LONG = ["test_vllm_range", "test_interpreted", "test_server", "test_golden", "test_in_vllm"]
+_LONG += ["test_compare", "test_pipeline", "test_scales", "test_source_matrix"]
+
+
 class _NoAxes:
     """Takes every call and draws nothing."""
 

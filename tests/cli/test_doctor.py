@@ -53,9 +53,11 @@ def test_as_it_was_written(checkpoint: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_generation_settings_that_no_request_can_be_answered_with(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are the defaults of every request: each would have been refused."""
+    # Or Ctrl-C would be blocked in the process of the tests.
+    monkeypatch.setattr("qig_serve.serving.stop_signals.take_stop_signals", lambda: None)
     change_json(checkpoint / "generation_config.json", lambda c: c.update(temperature=-5))
     batch = ["-i", str(checkpoint / "config.json"), "-o", str(checkpoint / "out.jsonl")]
     for command in (["doctor"], ["serve"], ["generate", *batch]):

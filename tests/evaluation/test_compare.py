@@ -108,17 +108,17 @@ def test_kl_alone(
     line = {"id": "1", "messages": [{"role": "user", "content": "a large red"}], "answer": "star"}
     calib.write_text(json.dumps(line) + "\n")
     words = ["--methods", "rtn", "--calib", str(calib), "--text-only", "--samples", "1"]
+    words += ["--schemes", "w3a16"]
     words += ["--data", str(calib), "--engine", "none", "--quiet"]
     words += ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
     assert _compare(str(twins[0]), *words) == 0
     table = capsys.readouterr().out
     assert "row less column" not in table and "exact match" not in table
-    for scheme in ("w3a16", "w4a8"):
-        rows = [line.replace("│", " ").split() for line in table.splitlines()]
-        (row,) = [words for words in rows if words[:1] == [scheme]]
-        assert float(row[2]) > 0
+    rows = [line.replace("│", " ").split() for line in table.splitlines()]
+    (row,) = [words for words in rows if words[:1] == ["w3a16"]]
+    assert float(row[2]) > 0
     record = json.loads((tmp_path / "c.json").read_text())
-    assert [run["n"] for run in record["runs"]] == [0, 0]
+    assert [run["n"] for run in record["runs"]] == [0]
     assert {s["exact_match"] for s in (*record["summary"], *record["runs"])} == {None}
     assert not record["pairwise"] and not any(s["against_full"] for s in record["summary"])
     assert record["settings"]["text_only"] and (tmp_path / "c.png").exists()
