@@ -34,6 +34,7 @@ def test_masters_keep_what_bf16_loses() -> None:
     assert bias[0] == weight[0, 0]
 
 
+@pytest.mark.slow
 def test_training_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     options = {"pictures": 2, "vision_pictures": 2, "dev_samples": 8, "vision_share": 0.4}

@@ -271,7 +271,7 @@ def test_what_is_not_finite_stays_in_its_token(dtype: torch.dtype) -> None:
     assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("m", [1, 7, 33])
+@pytest.mark.parametrize("m", [1, 7, 17])
 @pytest.mark.parametrize("k", [384, 1024])
 def test_eight_bit_weights(m: int, k: int) -> None:
     """As an output head has them: the same kernel, bytes for planes, one scale per row."""
@@ -280,7 +280,7 @@ def test_eight_bit_weights(m: int, k: int) -> None:
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
     scale = torch.rand(n, 1, generator=generator) * 0.01
     orders = launch.orders(DEVICE)
-    for dtype in DTYPES:
+    for dtype in DTYPES[k // 384 % 2 :][:1] if INTERPRETED else DTYPES:  # each with another K
         x = torch.randn(m, k, generator=generator).to(DEVICE, dtype)
         weight = layout.repack_w8a16(codes.to(DEVICE), scale.to(DEVICE), orders.activations)
         tile = TILES["w3a16"]["halves"]

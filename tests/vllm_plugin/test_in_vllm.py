@@ -75,8 +75,11 @@ def test_fp32_tokens_equal(
 
 @pytest.mark.parametrize(
     ("scheme", "compiled"),
-    [("w3a16", False), ("w3a16", True), ("w4a8", True)],
-    ids=["w3a16-eager", "w3a16-compiled", "w4a8-compiled"],
+    [
+        pytest.param("w3a16", False, marks=pytest.mark.slow, id="w3a16-eager"),
+        pytest.param("w3a16", True, id="w3a16-compiled"),
+        pytest.param("w4a8", True, id="w4a8-compiled"),
+    ],
 )
 def test_bf16_logprobs_within_noise(
     source: Path,

@@ -83,6 +83,7 @@ def test_gradient_is_that_of_the_divergence(
     _assert_downhill(tuning, step=0.01, within=within)
 
 
+@pytest.mark.slow
 def test_gradient_through_keys_of_earlier_blocks(
     calib: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -138,6 +139,7 @@ def test_compressed_tensors_have_the_tuned_scales(
     assert names and all(torch.equal(ours[n].flatten(), theirs[n].flatten().float()) for n in names)
 
 
+@pytest.mark.slow
 def test_a_padded_mlp_is_tuned_as_the_plain_one(tmp_path: Path, calib: str) -> None:
     """Of a width whose last group is not full, too."""
     source = tiny_model("llava", tmp_path / "source", intermediate_size=288)
@@ -152,6 +154,7 @@ def test_a_padded_mlp_is_tuned_as_the_plain_one(tmp_path: Path, calib: str) -> N
     assert found[0].kl_after == pytest.approx(found[1].kl_after, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_two_processes_tune_the_same_scales(model: Path, calib: str, tmp_path: Path) -> None:
     wanted = recipe(calib, tuning_passes=1)
     tuned(model, tmp_path / "one", wanted)
@@ -193,7 +196,7 @@ def test_what_does_not_help_is_not_kept(
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-@pytest.mark.parametrize("place", ["tuning", "publishing"])
+@pytest.mark.parametrize("place", ["tuning", pytest.param("publishing", marks=pytest.mark.slow)])
 def test_resumed_runs_end_with_the_same_bytes(
     model: Path, calib: str, finished: Finished, tmp_path: Path, monkeypatch: Any, place: str
 ) -> None:
