@@ -31,7 +31,7 @@ from functools import cached_property
 import torch
 
 from qig_serve.formats import QuantScheme
-from qig_serve.offline.passes.hessian import conditional_energy
+from qig_serve.offline.passes.hessian import add_products, conditional_energy
 from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.recipe import Damping
 from qig_serve.packing import grouped
@@ -74,8 +74,10 @@ def token_moments(
         x, weight = x.float(), weight.float()
         energies.append(weight @ x.square())
         if compensates:
-            part = (x.T * weight) @ x
-            hessian = part if hessian is None else hessian.add_(part)
+            if hessian is None:
+                hessian = x.new_zeros(x.shape[1], x.shape[1])
+            rooted = x * weight.sqrt()[:, None]
+            add_products(hessian, rooted, rooted)
         sums.append(weight.sum())
         kept = slice(-seen % stride, None, stride) if activations else slice(0)
         sizes.append(x[kept].abs())

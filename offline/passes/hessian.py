@@ -150,6 +150,21 @@ def validated_damping(halves: Sequence[torch.Tensor], least: float) -> HeldOut:
     return HeldOut(max(fraction / 2, least), best / alone if alone > 0 else math.inf)
 
 
+def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total [N, K] += left^T right, of [T, N] and [T, K], all fp32; on a GPU by its tensor cores.
+
+    These read TF32, 10 bits of mantissa, of which bf16 needs 7, and sum in fp32. Without them the
+    moments of wide linears would take most of a large model's calibration.
+    """
+    before = torch.get_float32_matmul_precision()
+    if total.is_cuda:
+        torch.set_float32_matmul_precision("high")
+    try:
+        total.addmm_(left.T, right)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass
 class LinearStats:
     """Token-weighted second moments of a linear's input, sum of token weights normalized to 1."""
@@ -211,12 +226,12 @@ class StatsAccumulator:
         # The root, because it enters twice: H = (sqrt(lambda) X)^T (sqrt(lambda) X).
         root = weights[keep].sqrt()[:, None]
         left = x_q[keep] * root
-        self._hessians[half].addmm_(left.T, left)
+        add_products(self._hessians[half], left, left)
         if self._crosses:
             if x_fp is None:
                 raise ValueError("the accumulator was made with shifted=True: x_fp is needed")
             delta = (x_fp.float() - x_q)[keep] * root
-            self._crosses[half].addmm_(delta.T, left)
+            add_products(self._crosses[half], delta, left)
         self._weight += float(weights.double().sum())
         self._tokens += int(keep.sum())
 

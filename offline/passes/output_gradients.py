@@ -29,6 +29,7 @@ from torch import nn
 
 from qig_serve.offline.calibration.batches import TEXT, CalibrationBatch
 from qig_serve.offline.passes.capture import Store, check_finite, first_output
+from qig_serve.offline.passes.hessian import add_products
 from qig_serve.offline.passes.shared_keys import TrackedKeys
 from qig_serve.offline.passes.streams import OutputGradients, Streams
 from qig_serve.offline.processes import Ranks
@@ -223,7 +224,7 @@ def output_moments(
                     found[name] = first, second
                 for moments, part in zip(found[name], parts, strict=True):
                     rows = gradient.reshape(-1, n)[part].float()
-                    moments.addmm_(rows.T, rows)
+                    add_products(moments, rows, rows)
 
             output.register_hook(add)
 
