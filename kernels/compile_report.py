@@ -29,6 +29,7 @@ from qig_serve.kernels import (
     halves,
     launch,
     quantize_activation,
+    round_columns,
     time_model,
 )
 from qig_serve.kernels.launch import Kernel
@@ -145,8 +146,14 @@ def report(targets: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp16")) -> 
                     yield compile_kernel(kernel, scheme, target, dtype, True, fewest)
             others = quantize_activation.kernels(dtype, launch.orders_for(target).activations)
             for kernel in others + expert_blocks.kernels(dtype, EXPERTS, TOP_K):
-                counts, row_ = count(kernel, target), f"{kernel.inputs} {kernel.warps}w"
-                yield Compiled(kernel.name, "-", target, dtype, row_, False, counts, None, None)
+                yield _of_no_linear(kernel, target, dtype)
+        for symmetric in (False, True):
+            yield _of_no_linear(round_columns.kernel(symmetric), target, "fp32")
+
+
+def _of_no_linear(kernel: Kernel, target: int, dtype: str) -> Compiled:
+    counts, row_ = count(kernel, target), f"{kernel.inputs} {kernel.warps}w"
+    return Compiled(kernel.name, "-", target, dtype, row_, False, counts, None, None)
 
 
 EIGHT_BITS = Tile("halves", 8, 128, 4, 2, programs_per_sm=3)

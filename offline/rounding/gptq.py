@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -86,24 +87,42 @@ def compensated_codes(
     w = target.T[order].contiguous()  # [K, N]: a column of the weight is a row here
     dtype = torch.int8 if scheme.symmetric else torch.uint8
     codes = torch.empty(k, n, dtype=dtype, device=target.device)
+    round_block = _on_a_gpu if target.is_cuda else _round_block
     for start in range(0, k, block_size):
         columns = order[start : start + block_size]
         stop = start + len(columns)
-        block = w[start:stop]
-        u = upper[start:stop, start:stop]
-        diagonal = u.diagonal().tolist()
         scales = scale.T[group[columns]]
-        low = torch.full_like(scales, scheme.qmin)
-        high = torch.full_like(scales, scheme.qmax)
-        if zero is not None:
-            zeros = zero.float().T[group[columns]]
-            low, high = low - zeros, high - zeros
-        levels, errors = torch.empty_like(block), torch.empty_like(block)
-        for i in range(len(columns)):
-            level = (block[i] / scales[i]).round_().clamp_(low[i], high[i])
-            levels[i] = level
-            errors[i] = (block[i] - level * scales[i]) / diagonal[i]
-            block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
+        zeros = None if zero is None else zero.float().T[group[columns]]
+        ends = scheme.qmin, scheme.qmax
+        u = upper[start:stop, start:stop]
+        codes[columns], errors = round_block(w[start:stop], scales, zeros, u, ends, dtype)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        codes[columns] = (levels if zero is None else levels + zeros).to(dtype)
     return codes.T.contiguous()
+
+
+def _on_a_gpu(*block: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from qig_serve.kernels.round_columns import round_columns
+
+    return round_columns(*block)
+
+
+def _round_block(
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    upper: torch.Tensor,
+    ends: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See kernels/round_columns.py; in torch. `w` is written over."""
+    diagonal = upper.diagonal().tolist()
+    low, high = torch.full_like(scales, ends[0]), torch.full_like(scales, ends[1])
+    if zeros is not None:
+        low, high = low - zeros, high - zeros
+    levels, errors = torch.empty_like(w), torch.empty_like(w)
+    for i in range(len(w)):
+        level = (w[i] / scales[i]).round_().clamp_(low[i], high[i])
+        levels[i] = level
+        errors[i] = (w[i] - level * scales[i]) / diagonal[i]
+        w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+    return (levels if zeros is None else levels + zeros).to(dtype), errors

@@ -11,6 +11,7 @@ if torch.cuda.is_available():
     from expert_checks import *  # noqa: F403
     from kernel_checks import *  # noqa: F403
     from quantizer_checks import *  # noqa: F403
+    from rounding_checks import *  # noqa: F403
     from vocabulary_checks import *  # noqa: F403
 else:
 
