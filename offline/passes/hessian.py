@@ -150,17 +150,30 @@ def validated_damping(halves: Sequence[torch.Tensor], least: float) -> HeldOut:
     return HeldOut(max(fraction / 2, least), best / alone if alone > 0 else math.inf)
 
 
+_WIDE, _PARTS = 1024, 8
+"""From which width on a square is made of parts, and of how many."""
+
+
 def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total [N, K] += left^T right, of [T, N] and [T, K], all fp32; on a GPU by its tensor cores.
 
     These read TF32, 10 bits of mantissa, of which bf16 needs 7, and sum in fp32. Without them the
-    moments of wide linears would take most of a large model's calibration.
+    moments of wide linears would take most of a large model's calibration. Of a wide square (left
+    is right) little more than half is computed, and the rest is copied.
     """
+    n = left.shape[1]
+    step = -(-n // _PARTS)
     before = torch.get_float32_matmul_precision()
     if total.is_cuda:
         torch.set_float32_matmul_precision("high")
     try:
-        total.addmm_(left.T, right)
+        if left is not right or n < _WIDE:
+            total.addmm_(left.T, right)
+            return
+        for start in range(0, n, step):
+            stop = start + step
+            total[start:, start:stop].addmm_(left[:, start:].T, left[:, start:stop])
+            total[start:stop, stop:] = total[stop:, start:stop].T
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -24,6 +24,15 @@ def test_products_are_added() -> None:
     _check("cpu", 1e-6)
 
 
+def test_a_wide_square_is_symmetric() -> None:
+    x = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(1100, 1100)
+    for _ in range(2):
+        add_products(total, x, x)
+    torch.testing.assert_close(total, 2 * x.T @ x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(total, total.T)
+
+
 @pytest.mark.gpu
 def test_products_are_added_on_tensor_cores() -> None:
     _check("cuda", 1e-3)
