@@ -52,16 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s MODEL --calib SRC --data SRC [options]"
     add_model(parser, "model", "MODEL", "full-precision model directory")
     parser.add_argument(
-        "--schemes", default="w3a16,w4a8", metavar="A,B,...", help="default: %(default)s"
+        "--schemes", default="w3a16,w4a8", metavar="A,B,...", help="schemes (default: %(default)s)"
     )
     parser.add_argument(
         "--methods",
         default="rtn,gptq,qig,qig+",
         metavar="A,B,...",
-        help="of `quantize --method` (default: %(default)s)",
+        help="methods, as in `quantize --method` (default: %(default)s)",
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1; default 1"
+        "--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1; default 1"
     )
     parser.add_argument(
         "--calib", required=True, metavar="SRC", help="calibration samples, as for quantize"
@@ -70,13 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-only", action="store_true", help="allow calibration samples without images"
     )
     parser.add_argument(
-        "--samples", type=int, default=128, metavar="N", help="of these, per seed; default 128"
+        "--samples",
+        type=int,
+        default=128,
+        metavar="N",
+        help="calibration samples per seed; default 128",
     )
     parser.add_argument(
         "--data", required=True, metavar="SRC", help="questions: JSONL, or demo, or demo:dev"
     )
     parser.add_argument(
-        "--n", type=int, metavar="N", help="use the first N questions (demo: 2000, of each seed)"
+        "--n", type=int, metavar="N", help="use the first N questions (default: all; of demo 2000)"
     )
     parser.add_argument(
         "--kl-samples", type=int, default=500, metavar="N", help="questions for KL; default 500"
@@ -89,7 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "agreement in a tenth of the time), or by generation; none: KL alone",
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=160, metavar="N", help="longest answer; default 160"
+        "--max-tokens",
+        type=int,
+        default=160,
+        metavar="N",
+        help="longest answer in tokens; default 160",
     )
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep the checkpoints here (default: deleted)"

@@ -9,7 +9,7 @@ The pictures and questions are the demonstration models', the template is Gemma'
 tower and the projector learn what stands in each cell, as the sum of embeddings of words that say
 it; then to answer, before a decoder that is frozen; then all learns but the embedding, with
 documentation texts in between, so that the decoder stays what it was trained to be. Two processes
-of one thread share a step (see demo/train.py). Every five minutes the state is kept (1.5 GB): what
+of one thread share a step (see demo/train.py). Every five minutes the state is kept (1.2 GB): what
 was killed goes on from there with the same --out. As with the decoder: use the directory, do not
 pass it on.
 """
