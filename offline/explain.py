@@ -7,6 +7,7 @@ at the input that the rounded layers before give (attribution.py).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,9 +84,15 @@ def explain_sample(
         [sample],
         loaded.processor,
         loaded.image_token_id,
-        max_length=_MAX_LENGTH,
+        max_length=sys.maxsize,
         context=context_length(loaded.text_config),
+        called="the prompt",
     )
+    if (length := batch.token_mask.shape[1]) > _MAX_LENGTH:
+        raise UserError(
+            f"the prompt is {length} tokens long, more than {_MAX_LENGTH}: shorten it, or shrink "
+            "its images"
+        )
     answered = batch.answer_mask[0].nonzero()
     names = ", ".join(i.name if isinstance(i, Path) else "a picture" for i in images)
     # Before the layers are run: tokens that cannot be mapped must not cost the time of all others.

@@ -158,17 +158,17 @@ class QuantRecipe(BaseModel):
         "images, hf:NAME?split=train&image=COLUMN&question=COLUMN&answer=COLUMN, or 'demo'",
     )
     image_folder: str | None = Field(
-        default=None, description="where the images lie that the data name by path"
+        default=None, description="folder of the images that the data name by path"
     )
     samples: int = Field(default=128, ge=1, description="calibration samples")
     seed: int = Field(
         default=0,
         ge=0,
         lt=2**63,
-        description="seed of the choice of samples and of everything else",
+        description="seed of the choice of samples, and of all else that is drawn",
     )
     max_length: int = Field(
-        default=2048, ge=1, description="longest sample in tokens; longer is an error"
+        default=2048, ge=1, description="most tokens of a sample; a longer one is an error"
     )
     text_only: bool = Field(default=False, description="allow calibration without images")
 
@@ -218,7 +218,7 @@ class QuantRecipe(BaseModel):
     )
 
     head: Literal[8, 16] = Field(
-        default=16, description="bits of the output head; 8: a scale for each entry of it"
+        default=16, description="bits of the output head; 8: one scale per entry of the vocabulary"
     )
     embeddings: Literal[8, 16] = Field(
         default=16,
@@ -228,15 +228,19 @@ class QuantRecipe(BaseModel):
 
     pad_mlp: bool | None = Field(
         default=None,
-        description="store an MLP whose groups 2, 4 or 8 devices cannot share with channels of "
-        "zeros behind its own (default: from 20 billion weights on)",
+        description="where 2, 4 or 8 devices cannot share the groups of an MLP, store channels of "
+        "zeros behind its own, so that they can (default: from 20 billion weights on)",
     )
 
-    batch_tokens: int = Field(default=2048, ge=1, description="tokens that pass a block at a time")
+    batch_tokens: int = Field(
+        default=2048, ge=1, description="tokens of a batch that passes a block"
+    )
     device: str = Field(
         default="auto", description="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"
     )
-    offload: Literal["ram", "disk"] = Field(default="ram", description="where activations wait")
+    offload: Literal["ram", "disk"] = Field(
+        default="ram", description="where activations are kept between blocks"
+    )
     allow_fallbacks: bool = Field(
         default=False, description="finish even if a step had to fall back to a simpler one"
     )

@@ -78,7 +78,7 @@ def generate(
     engine died, after which `resume` continues.
     """
     from qig_serve.inspection import require_sound
-    from qig_serve.serve import check_values, parse_flags, set_environment
+    from qig_serve.serve import checked_values, parse_flags, set_environment
     from qig_serve.serving.adapter_tensors import check_adapter_tensors
     from qig_serve.serving.adapters import check_adapters
 
@@ -105,9 +105,9 @@ def generate(
             runner = Runner(None, None, folder, results, lambda _: None)
             asyncio.run(runner.run(batch_io.read_requests(source, prompt, defaults), 1))
             return runner.totals
-        check_values(args)
-        requests = batch_io.read_requests(source, prompt, defaults)
-        return asyncio.run(_run(args, requests, source, folder, results, quiet, give_way))
+        with checked_values(args):
+            requests = batch_io.read_requests(source, prompt, defaults)
+            return asyncio.run(_run(args, requests, source, folder, results, quiet, give_way))
     finally:
         results.close()
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import threading
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from qig_serve.errors import UserError
 from qig_serve.extras import require
 
+T = TypeVar("T")
 _VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
@@ -64,8 +68,13 @@ def openai_client(url: str, api_key: str, timeout: float, purpose: str) -> Any:
         raise UserError(_unusable(error)) from None
     try:
         return OpenAI(base_url=base, api_key=api_key, timeout=timeout, http_client=http)
-    except Exception:  # of the same package: what it takes for no address, such as 999.1.1.1
-        raise no_address from None
+    except Exception as error:
+        if type(error).__name__ == "InvalidURL":  # of the same package, for such as 999.1.1.1
+            raise no_address from None
+        raise UserError(
+            f"openai's client of {without_password(url)} cannot be made: "
+            f"{type(error).__name__}: {error}"
+        ) from None
 
 
 def _is_address(url: str) -> bool:
@@ -110,7 +119,33 @@ def _unusable(error: Exception) -> str:
                 f"the proxy of {name}={without_password(value)} cannot be used ({why}): correct "
                 f"or unset {name}, or put the server's host into NO_PROXY"
             )
-    return f"the proxy that the environment names cannot be used: {error}"
+    return (
+        "openai's client cannot be made with the proxies and certificates that the environment "
+        f"names (SSL_CERT_FILE, SSL_CERT_DIR): {error}"
+    )
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; TimeoutError after so many seconds.
+
+    A client's own timeout is of one read, which a server that sends a byte at a time never
+    exceeds. The call then goes on in a thread that nothing waits for, Ctrl-C included.
+    """
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():  # just now, or with a TimeoutError of its own
+            return done.result()
+        raise TimeoutError(f"no whole answer within {seconds:g} s") from None
 
 
 def without_password(url: str) -> str:

@@ -16,10 +16,11 @@ import operator
 import os
 import socket
 import ssl
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from qig_serve.errors import UserError
 from qig_serve.model_directory import (
@@ -153,60 +154,100 @@ def one_sentence(model: Path | str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        refused = error.errors(include_url=False, include_input=False, include_context=False)
+        refused = error.errors(include_url=False, include_input=False)
         places = [".".join(map(str, one["loc"])) for one in refused]
-        texts = [one["msg"].removeprefix("Value error, ") for one in refused]
-        pairs = zip(places, texts, strict=True)
+        causes = [one.get("ctx", {}).get("error", one["msg"]) for one in refused]
+        pairs = zip(places, map(_said, causes), strict=True)
         raise _refused(
             model, "; ".join(f"{at}: {text}" if at else text for at, text in pairs)
         ) from None
     except (*_REFUSALS, compat.validation_error()) as error:
-        said = error.args[0] if isinstance(error, KeyError) else error  # str() would quote it
         # With its cause, should the fault be one of ours.
-        raise _refused(model, str(said) or type(error).__name__) from error
+        raise _refused(model, _said(error)) from error
+
+
+def _said(cause: Exception | str) -> str:
+    """What vLLM says of a value; the line of code that refuses it where it says nothing."""
+    quoted = isinstance(cause, KeyError) and cause.args  # by str()
+    if text := str(cause.args[0] if quoted else cause).strip():
+        return text
+    lines = traceback.extract_tb(cause.__traceback__)
+    at = f" at {lines[-1].filename}, line {lines[-1].lineno}: {lines[-1].line}" if lines else ""
+    return type(cause).__name__ + at
 
 
 def _refused(model: Path | str, said: str) -> UserError:
     return UserError(f"vLLM does not serve {model} with these flags: {' '.join(said.split())}")
 
 
-def check_values(args: argparse.Namespace) -> None:
+@contextmanager
+def checked_values(args: argparse.Namespace) -> Iterator[None]:
     """UserError for a flag whose value vLLM refuses, before its engine takes minutes to start.
 
-    Makes the settings, which the start then takes, and looks up the loader, the tokenizer, the
-    backend of attention, files, and what is named by its module.
+    Makes the settings, which a start inside takes, and looks up the loader, the tokenizer, the
+    backends of attention and of the compiler, files, and what is named by its module.
     """
     from vllm import AsyncEngineArgs
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
     from qig_serve.vllm_plugin import compat, patches
 
-    with one_sentence(args.model):
-        if not args.tool_parser_plugin and not args.reasoning_parser_plugin:
-            compat.parsers_check()(args)  # or they are known only when those are imported
-        known = get_args(compat.model_implementations())
-        if known and args.model_impl not in known:  # which vLLM takes for its own
-            raise ValueError(f"model_impl: {args.model_impl} is none of {', '.join(known)}")
-        _check_named(args)
-        _check_files(args)
-        made_of = copy.deepcopy(args)  # or it would be changed by the making
-        engine_args = AsyncEngineArgs.from_cli_args(made_of)
-        config = patches.make_settings_once(engine_args, headless=args.headless)
-        get_model_loader(config.load_config)
-        if not args.skip_tokenizer_init:
-            compat.tokenizer_loader()(config.model_config)
-        if args.block_size is not None:
-            model, kept = config.model_config, config.cache_config
-            with set_current_vllm_config(config):
-                backend = compat.attention_backend()(
-                    model.get_head_size(), model.dtype, kept.cache_dtype
-                )
-            if not backend.supports_block_size(kept.block_size):
-                known = backend.get_supported_kernel_block_sizes()
-                raise ValueError(
-                    f"block_size: {backend.get_name()} takes {known}, not {kept.block_size}"
-                )
+    with ExitStack() as stack:
+        with one_sentence(args.model):
+            if not args.tool_parser_plugin and not args.reasoning_parser_plugin:
+                compat.parsers_check()(args)  # or they are known only when those are imported
+            known = get_args(compat.model_implementations())
+            if known and args.model_impl not in known:  # which vLLM takes for its own
+                raise ValueError(f"model_impl: {args.model_impl} is none of {', '.join(known)}")
+            _check_named(args)
+            _check_files(args)
+            made_of = copy.deepcopy(args)  # or it would be changed by the making
+            engine_args = AsyncEngineArgs.from_cli_args(made_of)
+            made = patches.settings_made_once(engine_args, headless=args.headless)
+            config = stack.enter_context(made)
+            get_model_loader(config.load_config)
+            if not args.skip_tokenizer_init:
+                compat.tokenizer_loader()(config.model_config)
+            if args.otlp_traces_endpoint is not None:
+                compat.span_exporter()(args.otlp_traces_endpoint).shutdown()
+            if args.block_size is not None:
+                _check_block_size(config)
+            _check_compiler(config)
+        yield
+
+
+def _check_block_size(config: Any) -> None:
+    """ValueError for a --block-size that the backend of attention does not take."""
+    from vllm.config import set_current_vllm_config
+
+    from qig_serve.vllm_plugin import compat
+
+    model, kept = config.model_config, config.cache_config
+    with set_current_vllm_config(config):
+        backend = compat.attention_backend()(model.get_head_size(), model.dtype, kept.cache_dtype)
+    if not backend.supports_block_size(kept.block_size):
+        known = backend.get_supported_kernel_block_sizes()
+        raise ValueError(f"block_size: {backend.get_name()} takes {known}, not {kept.block_size}")
+
+
+def _check_compiler(config: Any) -> None:
+    """ValueError for a backend of the compiler that is none of torch's, and cannot be imported.
+
+    vLLM's own compilation (mode 3) takes any name for its default backend's.
+    """
+    from vllm.config import CompilationMode
+
+    chosen = config.compilation_config
+    torchs = (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE)
+    if chosen.mode not in torchs or chosen.backend in ("eager", "inductor"):
+        return
+    try:
+        chosen.init_backend(config)
+    except Exception as error:  # of whatever the module runs as it is imported
+        raise ValueError(
+            f"compilation_config.backend: {chosen.backend} is none of torch's, and cannot be "
+            f"imported ({error}): write its name, or MODULE.NAME"
+        ) from error
 
 
 def _check_named(args: argparse.Namespace) -> None:
@@ -303,17 +344,16 @@ def serve(model: Path | str, flags: Sequence[str], limits: Limits) -> int:
         )
     note = check_adapters(directory, manifest, args)
     check_adapter_tensors(directory, args)
-    check_values(args)
-    print("\n".join([*report.lines(), *([note] if note else [])]), flush=True)
 
     from qig_serve.vllm_plugin import compat
 
-    if not args.headless and args.uds is None:
-        address = page_address(args.host, args.port, bool(args.ssl_certfile))
-        print(f"{'web page':16}  {address} when it has started", flush=True)
-
     try:
-        compat.serve_command().cmd(args)
+        with checked_values(args):
+            print("\n".join([*report.lines(), *([note] if note else [])]), flush=True)
+            if not args.headless and args.uds is None:
+                address = page_address(args.host, args.port, bool(args.ssl_certfile))
+                print(f"{'web page':16}  {address} when it has started", flush=True)
+            compat.serve_command().cmd(args)
     except OSError as error:
         if error.filename or error.errno not in _CANNOT_LISTEN:
             raise

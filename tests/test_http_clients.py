@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import openai
 import pytest
 from PIL import Image
 
 from qig_serve.errors import UserError
+from qig_serve.evaluation import generation
 from qig_serve.evaluation.generation import ask_server
-from qig_serve.http_clients import is_loopback, open_loopback, openai_client, proxy_in_words
+from qig_serve.http_clients import (
+    is_loopback,
+    open_loopback,
+    openai_client,
+    proxy_in_words,
+    within,
+)
 from qig_serve.samples import sample_from_parts
 
 DEAD = "http://127.0.0.1:9"
@@ -184,6 +195,97 @@ def test_answers_that_are_none(reply: Any) -> None:
     with answering(MODELS, reply) as url:
         answers, failures = ask_server(url, [sample], 1, lambda *_: None, None)
     assert answers == [None] and failures[0].startswith("sample 7: what came is no answer of")
+
+
+@contextmanager
+def saying(*parts: bytes, pause: float = 0.0) -> Iterator[str]:
+    """A server that sends these bytes, whatever it is asked, with a pause after each part."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):  # it hangs up
+                connection.recv(1 << 16)
+                for part in parts:
+                    connection.sendall(part)
+                    time.sleep(pause)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # until it is shut down
+                while True:
+                    connection, _ = listening.accept()
+                    threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def _status(line: str) -> bytes:
+    return f"HTTP/1.1 {line}\r\ncontent-length: 2\r\n\r\n{{}}".encode()
+
+
+ADDRESS = "is it running, at this address"
+
+
+@pytest.mark.parametrize(
+    ("reply", "scheme", "wanted"),
+    [
+        (_status("500 Wrong"), "http", r"answers with an error \(Error code: 500\)$"),
+        (_status("429 Slow"), "http", r"answers with an error \(Error code: 429\)$"),
+        (_status("401 No"), "http", r"\(Error code: 401\): is OPENAI_API_KEY its key\?$"),
+        (_status("404 None"), "http", r"404\): is this the address of a server with Op"),
+        (_status("200 OK")[:-1], "http", r"does not answer \(.* RemoteProtocolError: peer .*\)$"),
+        (_status("200 OK"), "https", r"does not answer \(.* ConnectError: \[SSL.*\)$"),
+        (b"", "http", r"does not answer \(.*: Server disconnected without sending.*\)$"),
+    ],
+    ids=["500", "429", "401", "404", "cut-off", "tls", "nothing"],
+)
+def test_why_a_server_does_not_name_its_model(reply: bytes, scheme: str, wanted: str) -> None:
+    with saying(reply) as address, pytest.raises(UserError, match=wanted):
+        ask_server(f"{scheme}://{address}", [], 1, lambda *_: None, None)
+
+
+def test_a_client_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the environment, and not of the address."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere")
+    with pytest.raises(UserError, match=r"environment names \(SSL_CERT_FILE.*No such file"):
+        openai_client("http://example.org", "none", timeout=5, purpose="the test")
+
+    def refuse(**_: Any) -> None:
+        raise openai.OpenAIError("no credentials")
+
+    monkeypatch.delenv("SSL_CERT_FILE")
+    monkeypatch.setattr(openai, "OpenAI", refuse)
+    with pytest.raises(UserError, match="of http://h cannot be made: OpenAIError: no credentials"):
+        openai_client("http://h", "none", timeout=5, purpose="the test")
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_a_server_that_sends_a_byte_at_a_time(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pauses are shorter than any timeout of a read: the whole answer has a limit, too."""
+    monkeypatch.setattr(generation, "_FIRST_SECONDS", 0.5)
+    monkeypatch.setattr(generation, "_ANSWER_SECONDS", 0.5)
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 90\r\n\r\n"
+    parts = [head, *[b" "] * 90] if part == "body" else [b"HTTP/1.1 200 OK\r\na: ", *[b"a"] * 90]
+    sample = sample_from_parts("7", "all", Image.new("RGB", (4, 4)), "What?", "a")
+    began = time.monotonic()
+    with saying(*parts, pause=0.05) as address:
+        with pytest.raises(UserError, match=rf"no whole answer within 0.5 s\): {ADDRESS}"):
+            ask_server(f"http://{address}", [], 1, lambda *_: None, None)
+        asked = ask_server(f"http://{address}", [sample], 1, lambda *_: None, "m")
+    assert asked == ([None], ["sample 7: no whole answer within 0.5 s"])
+    assert time.monotonic() - began < 20
+
+
+def test_what_is_called_within_a_time() -> None:
+    def fail() -> None:
+        raise TimeoutError("its own")
+
+    assert within(5, lambda: 3) == 3
+    with pytest.raises(TimeoutError, match="its own"):
+        within(5, fail)
 
 
 def test_a_url_with_a_password() -> None:

@@ -157,4 +157,4 @@ def test_the_same_words_for_attribute_and_evaluate(
     assert main(["evaluate", model, "--reference", model, *data]) == 2
     assert "sample q: its text holds the mark '<image>'" in capsys.readouterr().err
     assert main(["attribute", model, "--prompt", "<image> What?", *picture]) == 2
-    assert "sample picture: its text holds the mark" in capsys.readouterr().err
+    assert "attribute: the prompt: its text holds the mark" in capsys.readouterr().err

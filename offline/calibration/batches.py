@@ -85,10 +85,12 @@ def make_batches(
     context: int | None = None,
     most: int | None = None,
     ranks: Ranks = ALONE,
+    called: str = "calibration sample {}",
 ) -> list[CalibrationBatch]:
     """Batches of at most `batch_tokens` tokens (at least one sample each), longest first.
 
     `most` is the largest number of samples of a batch; None: as many as there are of a length.
+    `called` is what messages call a sample, with {} for its id.
 
     With several processes, those of this one: the samples are dealt out by length, and there must
     be one for each. UserError names the sample that is longer than `max_length` (images are never
@@ -102,17 +104,18 @@ def make_batches(
         )
     encodings: list[_Encoded] = []
     for sample in samples:
-        encoded = _encode(sample, processor, image_token_id)
+        name = called.format(sample.id)
+        encoded = _encode(sample, processor, image_token_id, name)
         if len(encoded.modality) > max_length:
             raise UserError(
-                f"calibration sample {sample.id} is {len(encoded.modality)} tokens long, more than "
+                f"{name} is {len(encoded.modality)} tokens long, more than "
                 f"{max_length}: leave it out, shrink its images, or raise --max-length"
             )
         if context is not None and len(encoded.modality) > context:
             raise UserError(
-                f"calibration sample {sample.id} is {len(encoded.modality)} tokens long, and the "
-                f"model has {context} positions (max_position_embeddings in config.json): leave "
-                "it out, or shrink its images"
+                f"{name} is {len(encoded.modality)} tokens long, and the "
+                f"model has {context} positions (max_position_embeddings in config.json): shorten "
+                "it, shrink its images, or leave it out"
             )
         encodings.append(encoded)
     encodings.sort(key=lambda e: (-e.key[0], str(e.key)))
@@ -148,14 +151,13 @@ def _collate(group: Sequence[_Encoded]) -> CalibrationBatch:
     )
 
 
-def _encode(sample: Sample, processor: Any, image_token_id: int | None) -> _Encoded:
+def _encode(sample: Sample, processor: Any, image_token_id: int | None, name: str) -> _Encoded:
     messages = list(sample.messages)
     if sample.answer:
         part = {"type": "text", "text": sample.answer}
         messages.append({"role": "assistant", "content": [part]})
-    name = f"calibration sample {sample.id}"
     check_marks(sample, processor, name)
-    text, spans = _render(messages, processor, bool(sample.answer), sample.id)
+    text, spans = _render(messages, processor, bool(sample.answer), name)
     try:
         images = [load_image(image) for image in sample.images]
     except UserError as error:
@@ -167,7 +169,7 @@ def _encode(sample: Sample, processor: Any, image_token_id: int | None) -> _Enco
     with guarded(name, "the tokenizer cannot process it"):
         plain = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     modality, answer = _align(
-        ids.tolist(), plain["input_ids"], plain["offset_mapping"], spans, image_token_id, sample.id
+        ids.tolist(), plain["input_ids"], plain["offset_mapping"], spans, image_token_id, name
     )
     return _Encoded(dict(inputs), modality, answer, sample.id)
 
@@ -206,7 +208,7 @@ def _render(
             }
             for m in messages
         ]
-        return render_chat(processor, named, f"calibration sample {name}")
+        return render_chat(processor, named, name)
 
     turns = [i for i, m in enumerate(messages) for p in m["content"] if p["type"] == "text"]
     texts = [p["text"] for m in messages for p in m["content"] if p["type"] == "text"]
@@ -221,7 +223,7 @@ def _render(
             content = content.strip()  # some templates trim
         if not found or text[at : start + len(content)] != before + content:
             raise UserError(
-                f"calibration sample {name}: the chat template drops or rewrites its text "
+                f"{name}: the chat template drops or rewrites its text "
                 f"{content[:40]!r}, so its tokens cannot be distinguished from the template's"
             )
         at = start + len(content)
@@ -258,7 +260,7 @@ def _align(
         inside = [i for i in rendered if offsets[i][0] < last and offsets[i][1] > first]
         if any(i not in place for i in inside[1:-1]):
             raise UserError(
-                f"calibration sample {name}: the processor's tokens are not those of the chat "
+                f"{name}: the processor's tokens are not those of the chat "
                 "template's text; this processor is not supported"
             )
         for i in inside:

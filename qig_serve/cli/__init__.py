@@ -41,12 +41,12 @@ exit statuses:
   130  interrupted (143: terminated); `quantize --resume` and `generate --resume` go on from there
   141  whatever read the output has closed it, as `| head` does
 
-for scripts: results go to standard output, everything else to standard error. --quiet leaves the
-errors alone. --json prints the figures as JSON, and no text; --json FILE writes them into FILE as
-well as printing the text. Colours and live bars are for terminals only (NO_COLOR
-takes the colours away there too).
+for scripts: results go to standard output, everything else to standard error. --quiet shows no
+progress. --json prints the figures as JSON instead of the text; --json FILE prints the text and
+writes the figures into FILE. Colours and progress bars are for terminals only (NO_COLOR takes the
+colours away there too).
 
-`qig-serve COMMAND --help` has the options and examples of a command.
+`qig-serve COMMAND --help` shows the options of a command, with examples.
 """
 
 

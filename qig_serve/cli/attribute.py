@@ -1,7 +1,7 @@
-"""Show which parts of a picture, and which words, QIG's token weights look at.
+"""Show how much weight QIG gives to the parts of a picture and to words.
 
-Nothing is quantized or written but the picture: chosen layers are attributed as the search would
-first meet them. HTML is one self-contained file; .png gives a plain picture.
+Nothing is quantized: the token weights of the chosen layers are those with which the search of
+`quantize` would begin. An .html file shows everything and needs no other file; .png is a picture.
 
 examples:
   qig-serve attribute my-model --image chart.png --prompt "What is the total?" -o chart.html
@@ -25,9 +25,11 @@ HELP = "show on a picture which tokens the method weighs, without quantizing"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_model(parser, "model", "MODEL", "full-precision model directory")
-    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="picture")
-    parser.add_argument("--prompt", type=utf8, required=True, help="question about it")
-    parser.add_argument("--answer", type=utf8, help="answer, to be weighed with the rest")
+    parser.add_argument(
+        "--image", action="append", required=True, metavar="FILE", help="picture (repeatable)"
+    )
+    parser.add_argument("--prompt", type=utf8, required=True, help="question about the picture")
+    parser.add_argument("--answer", type=utf8, help="answer, whose tokens are weighed too")
     parser.add_argument(
         "--layers", metavar="I,J,...", help="decoder layers (default: first, middle, last)"
     )

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from qig_serve.evaluation.comparison import Run
     from qig_serve.offline.recipe import QuantRecipe
+    from qig_serve.samples import Sample
 
 HELP = "quantize by several methods and compare the results"
 
@@ -51,16 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s MODEL --calib SRC --data SRC [options]"
     add_model(parser, "model", "MODEL", "full-precision model directory")
     parser.add_argument(
-        "--schemes", default="w3a16,w4a8", metavar="A,B,...", help="default: %(default)s"
+        "--schemes", default="w3a16,w4a8", metavar="A,B,...", help="schemes (default: %(default)s)"
     )
     parser.add_argument(
         "--methods",
         default="rtn,gptq,qig,qig+",
         metavar="A,B,...",
-        help="of `quantize --method` (default: %(default)s)",
+        help="methods, as in `quantize --method` (default: %(default)s)",
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1; default 1"
+        "--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1; default 1"
     )
     parser.add_argument(
         "--calib", required=True, metavar="SRC", help="calibration samples, as for quantize"
@@ -69,13 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-only", action="store_true", help="allow calibration samples without images"
     )
     parser.add_argument(
-        "--samples", type=int, default=128, metavar="N", help="of these, per seed; default 128"
+        "--samples",
+        type=int,
+        default=128,
+        metavar="N",
+        help="calibration samples per seed; default 128",
     )
     parser.add_argument(
         "--data", required=True, metavar="SRC", help="questions: JSONL, or demo, or demo:dev"
     )
     parser.add_argument(
-        "--n", type=int, metavar="N", help="use the first N questions (demo: 2000, of each seed)"
+        "--n", type=int, metavar="N", help="use the first N questions (default: all; of demo 2000)"
     )
     parser.add_argument(
         "--kl-samples", type=int, default=500, metavar="N", help="questions for KL; default 500"
@@ -88,7 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "agreement in a tenth of the time), or by generation; none: KL alone",
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=160, metavar="N", help="longest answer; default 160"
+        "--max-tokens",
+        type=int,
+        default=160,
+        metavar="N",
+        help="longest answer in tokens; default 160",
     )
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep the checkpoints here (default: deleted)"
@@ -124,6 +133,37 @@ def make_recipes(
                     raise UserError(f"{written}: {value!r} is no value of {name}") from None
             recipes[scheme, written] = make_recipe(values, f"{scheme}, {written}")
     return recipes
+
+
+def _recipes(args: argparse.Namespace, seed: int) -> dict[tuple[str, str], QuantRecipe]:
+    return make_recipes(args.schemes, args.methods, args.calib, args.samples, seed, args.text_only)
+
+
+def _read_samples(args: argparse.Namespace) -> list[Sample]:
+    """The questions of seed 0; UserError for what would otherwise be found after hours.
+
+    That is: calibration samples, of any seed, and questions that cannot be read, or whose pictures
+    cannot; and questions that cannot be rendered.
+    """
+    from qig_serve.evaluate import load_samples
+    from qig_serve.model_directory import find_model, load_processor
+    from qig_serve.offline.calibration.sources import load_calibration
+    from qig_serve.rendering import check_samples
+    from qig_serve.samples import load_image
+
+    processor = load_processor(find_model(args.model))
+    for seed in range(args.seeds):
+        recipes = _recipes(args, seed).values()
+        for folder in dict.fromkeys(r.image_folder for r in recipes):
+            for sample in load_calibration(args.calib, args.samples, seed, folder, args.text_only):
+                for image in sample.images:
+                    load_image(image)
+    questions = load_samples(args.data, args.n)
+    check_samples(processor, questions)
+    for sample in questions:
+        for image in sample.images:
+            load_image(image)
+    return questions
 
 
 Outcome = tuple[float, int, str | None]
@@ -191,7 +231,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     # Wrong ones fail now.
-    wanted = make_recipes(args.schemes, args.methods, args.calib, args.samples, 0, args.text_only)
+    wanted = _recipes(args, 0)
     if args.keep:
         if args.keep.exists() and not args.keep.is_dir():
             raise UserError(f"{args.keep} is a file: --keep takes a folder")
@@ -202,7 +242,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from qig_serve.evaluate import EvaluationResult
+    from qig_serve.evaluate import EvaluationResult, load_samples
     from qig_serve.evaluation.comparison import (
         answers_table,
         asked,
@@ -215,16 +255,16 @@ def run(args: argparse.Namespace) -> int:
     from qig_serve.evaluation.table import print_whole
 
     unwind_on_sigterm()
+    questions = _read_samples(args)
     messages = Console(stderr=True, quiet=args.quiet)
     runs: list[Run] = []
     full: dict[int, EvaluationResult] = {}
     with tempfile.TemporaryDirectory(prefix="qig-compare-") as scratch:
         folder = args.keep or Path(scratch)
         for seed in range(args.seeds):
-            recipes = make_recipes(
-                args.schemes, args.methods, args.calib, args.samples, seed, args.text_only
-            )
-            runs += _one_seed(args, seed, recipes, folder, full, messages)
+            if seed:  # of the demonstration set, others
+                questions = load_samples(args.data, args.n, seed)
+            runs += _one_seed(args, seed, questions, folder, full, messages)
             if args.json:  # after every seed, so that an interrupted run leaves its figures
                 write_json(args.json, {"settings": _settings(args), **to_json(runs, full)})
     out = Console()
@@ -275,16 +315,16 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _one_seed(
     args: argparse.Namespace,
     seed: int,
-    recipes: dict[tuple[str, str], QuantRecipe],
+    questions: Sequence[Sample],
     folder: Path,
     full: dict[int, Any],
     messages: Console,
 ) -> Sequence[Run]:
-    from qig_serve.evaluate import REFERENCE, evaluate_many, load_samples
+    from qig_serve.evaluate import REFERENCE, evaluate_many
     from qig_serve.evaluation.comparison import Run
     from qig_serve.evaluation.table import progress_bars
 
-    samples = load_samples(args.data, args.n, seed)
+    recipes = _recipes(args, seed)
     folder.mkdir(parents=True, exist_ok=True)
     costs: dict[tuple[str, str], tuple[float, int]] = {}
     directories: dict[tuple[str, str], Path] = {}
@@ -300,7 +340,7 @@ def _one_seed(
         results = evaluate_many(
             [(f"{scheme} {method}", d) for (scheme, method), d in directories.items()],
             args.model,
-            samples,
+            questions,
             engine=args.engine,
             kl_samples=args.kl_samples,
             max_tokens=args.max_tokens,

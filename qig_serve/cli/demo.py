@@ -58,14 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train, calibration, dev or test (default: test)",
     )
     questions.add_argument(
-        "--n", type=int, default=200, metavar="N", help="how many (default: 200)"
+        "--n", type=int, default=200, metavar="N", help="how many questions (default: 200)"
     )
     training = parser.add_argument_group("train")
     training.add_argument(
         "--minutes", type=float, default=65.0, metavar="N", help="time budget (default: 65)"
     )
     training.add_argument(
-        "--processes", type=int, default=2, metavar="N", help="data-parallel ones (default: 2)"
+        "--processes",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes that share a step (default: 2)",
     )
     training.add_argument(
         "--start-from",
@@ -86,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     several = parser.add_argument_group("questions, train and export")
     several.add_argument("--output", type=Path, metavar="DIR", help="where the result goes")
-    several.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
+    questions.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """Say whether and how this machine serves a checkpoint, or why not.
 
-Reads the checkpoint's headers and asks vLLM for its platform. Then loads it in transformers, one
-block at a time, and compares what it gives for a picture and a question with what it gave when it
-was written. Exit status 1 if it cannot be served here, or gives something else.
+Reads the checkpoint's headers and asks vLLM for its platform. Then loads the checkpoint in
+transformers, one block at a time, and compares its output for a picture and a question with what
+was recorded when it was written. Exit status 1 if it cannot be served here, or the output differs.
 
 examples:
   qig-serve doctor DIR
@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add_model(parser, "directory", "DIR", "written by qig-serve quantize")
-    add("--dtype", default="auto", help="as for serve; default %(default)s")
+    add("--dtype", default="auto", help="of activations, as for serve; default %(default)s")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
     add("--pipeline-parallel-size", type=int, default=1, metavar="N", help="default %(default)s")
-    add("--no-load", action="store_true", help="headers only: load and compare nothing")
+    add("--no-load", action="store_true", help="read the headers only, and compare no output")
     add_json(parser, "everything")
 
 

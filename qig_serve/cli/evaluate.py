@@ -26,7 +26,9 @@ HELP = "compare a model's answers with full precision on held-out questions"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_model(parser, "model", "DIR", "model to evaluate", nargs="?")
-    reference = "the full-precision model, or a file an earlier --json wrote on the same questions"
+    reference = (
+        "a file that an earlier --json wrote on the same questions, or the full-precision model"
+    )
     add_model(parser, "--reference", "MODEL", reference)
     parser.add_argument(
         "--data",
@@ -35,9 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSONL of samples with answers, or 'demo' for the demonstration set's test split "
         "('demo:dev' for another)",
     )
-    parser.add_argument("--n", type=int, metavar="N", help="use the first N questions (demo: 2000)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="draw of the demonstration set"
+        "--n", type=int, metavar="N", help="use the first N questions (default: all; of demo 2000)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of demo's questions (default: 0)"
     )
     parser.add_argument(
         "--kl-samples",
@@ -51,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=160,
         metavar="N",
-        help="longest answer generated (default: 160)",
+        help="longest answer generated, in tokens (default: 160)",
     )
     parser.add_argument(
         "--engine",
@@ -62,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--server", metavar="URL", help="ask an OpenAI-compatible server instead of loading DIR"
     )
-    parser.add_argument("--server-model", type=utf8, metavar="NAME", help="model name there")
+    parser.add_argument(
+        "--server-model",
+        type=utf8,
+        metavar="NAME",
+        help="the model's name there (default: the first)",
+    )
     add_json(parser, "figures and answers")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
 

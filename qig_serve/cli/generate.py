@@ -5,9 +5,9 @@
 
 The input is OpenAI's batch JSONL, a CSV file with columns image, prompt and perhaps custom_id, or
 a folder of pictures with --prompt. Image paths are relative to the input; pictures are read when
-their request is sent. Rows are written as they come. A line or picture that is wrong becomes an
-error row that names it. Exit status 1 if a row failed. Where no line can be sent, the engine is
-not started.
+their request is sent. Rows are written in the order in which answers come. A line or picture that
+is wrong becomes an error row that names it. Exit status 1 if a row is an error. The engine is not
+started if no request can be sent.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="required: .jsonl, .csv or a folder of pictures",
     )
     add("-o", "--output", type=Path, metavar="FILE", help="required: .jsonl or .csv")
-    question = "the question for every picture of a folder, or of a CSV file without one"
+    question = "question about every picture of a folder, or of a CSV file without a column prompt"
     add("--prompt", type=utf8, help=question)
     add(
         "--max-tokens",
         type=int,
         metavar="N",
-        help="longest answer of requests that do not say (vLLM's default)",
+        help="longest answer, in tokens, to requests that do not set it (default: vLLM's)",
     )
-    add("--resume", action="store_true", help="skip what the output file already answers")
+    add("--resume", action="store_true", help="skip requests whose answer is in the output file")
     add_json(parser, "counts, tokens and seconds")
     add("--quiet", action="store_true", help="print nothing but errors")
 

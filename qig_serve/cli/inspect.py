@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="compare every file with its sha256 in the manifest"
     )
     add_json(parser, "everything")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no facts: problems only")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
 
 
 def run(args: argparse.Namespace) -> int:

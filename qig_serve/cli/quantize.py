@@ -5,14 +5,14 @@ examples:
   qig-serve quantize MODEL --recipe paper-w4a8 --calib demo --output DIR
   qig-serve quantize MODEL --scheme w4a8 --method awq --calib data.jsonl --print-recipe
 
-Several GPUs share the samples of one run, and so do several machines (on each of K, with the same
-model and samples and R from 0; machine 0 writes the checkpoint):
+Several GPUs share the samples of one run (first line), and so do several machines (second line, on
+each of K machines, R being 0 to K-1; all have the model and samples, and machine 0 writes):
   torchrun --nproc-per-node N -m qig_serve quantize MODEL --calib calibration.jsonl --output DIR
   torchrun --nnodes K --node-rank R --master-addr HOST --nproc-per-node N -m qig_serve quantize ...
 
 Every option under "recipe" is a field of the recipe: a recipe file holds the same names, with _
 for -. Values on the command line win over the file, and both over the defaults of the method;
---print-recipe shows what comes of all three.
+--print-recipe prints the recipe that results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s MODEL --calib SRC --output DIR [options]"
     add_model(parser, "model", "MODEL", "directory of a Hugging Face model")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="checkpoint to write; may not exist yet"
+        "--output", type=Path, metavar="DIR", help="checkpoint to write; must not exist yet"
     )
     parser.add_argument("--resume", action="store_true", help="go on after an interrupted run")
     add_json(parser, "the figures")

@@ -4,9 +4,10 @@
 
 Safer than vLLM's defaults: pictures by remote URL only with --allowed-media-domains, and then
 from public addresses without redirects; --api-key covers every route but /health; requests that
-are too large or too many are refused; SIGTERM and Ctrl-C end a start at once and let running
-requests finish, a second Ctrl-C does not. A page to try it is at `/`, what the checkpoint is at
-`/v1/quantization`. `qig-serve serve DIR --help=all` lists vLLM's flags.
+are too large or too many are refused. SIGTERM and Ctrl-C end the server at once while it starts,
+and later when the running requests are answered; a second Ctrl-C does not wait for them. A web
+page to try the model is at `/`, a description of the checkpoint at `/v1/quantization`.
+`qig-serve serve DIR --help=all` lists vLLM's flags.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "flags", nargs=argparse.REMAINDER, metavar="...", help="flags of vllm serve"
     )
     own = _own_options().format_help().partition("options:\n")[2]
-    parser.epilog = f"after DIR, beside the flags of vllm serve:\n{own}"
+    parser.epilog = f"after DIR, together with flags of vllm serve:\n{own}"
 
 
 def _own_options() -> argparse.ArgumentParser:

@@ -135,6 +135,12 @@ class MasterAdamW:
         self._adam.load_state_dict(state["adam"])
 
 
+def save_whole(state: dict[str, Any], path: Path) -> None:
+    """Writes a training's state, whole or not at all."""
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
 def loss_of_cells(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the cells' labels, [B, 36, sum(classes)] against [B, 36, 7]."""
     occupied = labels[..., :5].any(-1)
@@ -239,8 +245,7 @@ def _worker(rank: int, settings: Settings, out: str, resume: bool, port: int) ->
                     "seen": seen,
                     "elapsed": elapsed,
                 }
-                torch.save(state, checkpoint.with_suffix(".tmp"))
-                checkpoint.with_suffix(".tmp").replace(checkpoint)
+                save_whole(state, checkpoint)
                 save_model(model, processor, folder / "plain")
             sums.zero_()
             reported = elapsed

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import logging
 import os
+import ssl
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any, Literal, cast
 
 from qig_serve.errors import UserError
-from qig_serve.http_clients import openai_client, proxy_in_words, without_password
+from qig_serve.http_clients import openai_client, proxy_in_words, within, without_password
 from qig_serve.model_directory import load_processor, model_dtype, read_config, text_config
 from qig_serve.rendering import check_samples
 from qig_serve.samples import Sample, data_url, load_image
@@ -29,6 +30,8 @@ _HTTP_AT_ONCE = 8
 _BATCH = 32
 _FIRST_SECONDS = 30
 """How long a server may take to name its model; an answer may take minutes."""
+_ANSWER_SECONDS = 600
+"""How long it may take for an answer, repeated requests included."""
 
 
 def choose_engine(engine: Engine) -> Literal["vllm", "transformers", "forced", "none"]:
@@ -228,12 +231,40 @@ def _text(value: Any) -> str:
 
 def _in_words(error: Exception) -> str:
     """Why a request failed; openai's client raises anything at what is no answer of this API."""
-    from openai import OpenAIError
+    from openai import APIConnectionError, OpenAIError
 
     reason = " ".join(str(error).split())[:400]
-    if isinstance(error, OpenAIError):
+    if isinstance(error, APIConnectionError) and (cause := error.__cause__):
+        return f"{reason} {type(cause).__name__}: {' '.join(str(cause).split())[:400]}"
+    if isinstance(error, (OpenAIError, TimeoutError)):
         return reason or type(error).__name__
     return f"what came is no answer of OpenAI's API: {type(error).__name__}: {reason}"
+
+
+def _no_model(url: str, error: Exception) -> UserError:
+    """Why a server did not name its model, and what to look at where the reason does not say it."""
+    from openai import APIConnectionError, APIStatusError
+
+    status = error.status_code if isinstance(error, APIStatusError) else None
+    below: list[BaseException] = [error]
+    while cause := below[-1].__context__:
+        below.append(cause)
+    unreached = isinstance(error, (APIConnectionError, TimeoutError)) and any(
+        isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) for cause in below
+    )
+    if unreached:
+        advice = ": is it running, at this address?"
+    elif status in (401, 403):
+        advice = ": is OPENAI_API_KEY its key?"
+    elif status == 404 or not isinstance(error, (APIConnectionError, APIStatusError)):
+        advice = ": is this the address of a server with OpenAI's API?"
+    else:
+        advice = ""
+    does = "answers with an error" if status else "does not answer"
+    return UserError(
+        f"the server at {without_password(url)} {does}{proxy_in_words(url)} "
+        f"({_in_words(error)}){advice}"
+    )
 
 
 def ask_server(
@@ -248,24 +279,25 @@ def ask_server(
     A failed request is not an answer: it is counted by itself and never scored.
     """
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai_client(url, key, timeout=600, purpose="--server")
-    try:
+    client = openai_client(url, key, timeout=_ANSWER_SECONDS, purpose="--server")
+    if not model:
         first = client.with_options(timeout=_FIRST_SECONDS, max_retries=0)
-        model = model or _text(first.models.list().data[0].id)
-    except Exception as error:
-        raise UserError(
-            f"the server at {without_password(url)} does not answer{proxy_in_words(url)} "
-            f"({_in_words(error)}): is it running, at this address and with this key?"
-        ) from None
+        try:
+            model = within(_FIRST_SECONDS, lambda: _text(first.models.list().data[0].id))
+        except Exception as error:
+            raise _no_model(url, error) from None
 
     def ask(sample: Sample) -> tuple[str | None, str]:
         messages = _chat(sample, lambda i: {"type": "image_url", "image_url": {"url": data_url(i)}})
         try:
-            reply: Any = client.chat.completions.create(
-                model=str(model),
-                messages=cast(Any, messages),
-                temperature=0,
-                max_tokens=max_tokens,
+            reply: Any = within(
+                _ANSWER_SECONDS,
+                lambda: client.chat.completions.create(
+                    model=str(model),
+                    messages=cast(Any, messages),
+                    temperature=0,
+                    max_tokens=max_tokens,
+                ),
             )
             content = reply.choices[0].message.content
             return _text("" if content is None else content), ""

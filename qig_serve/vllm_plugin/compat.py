@@ -98,6 +98,11 @@ def model_implementations() -> Any:
     return find("ModelImpl", "vllm.config.model", "vllm.config")
 
 
+def span_exporter() -> Any:
+    """--otlp-traces-endpoint -> what sends traces there; ValueError for no address."""
+    return find("get_span_exporter", "vllm.tracing.otel", "vllm.tracing")
+
+
 def engine_client() -> Any:
     """Asynchronous context manager: serve arguments -> engine client."""
     return find("build_async_engine_client", f"{_LAUNCHERS}.api_server.entry", _API_SERVER)

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -144,11 +144,12 @@ def engine_did_not_start(error: BaseException) -> bool:
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)
-def make_settings_once(engine_args: Any, headless: bool = False) -> Any:
+@contextlib.contextmanager
+def settings_made_once(engine_args: Any, headless: bool = False) -> Iterator[Any]:
     """The engine's settings of `engine_args`, as vLLM's server makes them.
 
-    The next who asks in this process for those of the same arguments gets these, once, and vLLM
-    does not say again what it has to say of them.
+    Inside, the next who asks in this process for those of the same arguments gets these, once, and
+    vLLM does not say again what it has to say of them.
     """
     from vllm.usage.usage_lib import UsageContext
 
@@ -157,13 +158,20 @@ def make_settings_once(engine_args: Any, headless: bool = False) -> Any:
     asked |= {"headless": True} if headless else {}
     config = engine_args.create_engine_config(**asked)
 
+    def put_back() -> None:
+        if vars(kind).get("create_engine_config") is taken:
+            del kind.create_engine_config  # the inherited one is there again
+
     def taken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        del kind.create_engine_config  # the inherited one is there again
+        put_back()
         same = not args and kwargs == asked and self == given
         return config if same else self.create_engine_config(*args, **kwargs)
 
     kind.create_engine_config = taken
-    return config
+    try:
+        yield config
+    finally:
+        put_back()
 
 
 @_depends_on("vllm", OLDEST_VLLM, TOO_NEW_VLLM)

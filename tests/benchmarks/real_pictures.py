@@ -9,8 +9,9 @@ The pictures and questions are the demonstration models', the template is Gemma'
 tower and the projector learn what stands in each cell, as the sum of embeddings of words that say
 it; then to answer, before a decoder that is frozen; then all learns but the embedding, with
 documentation texts in between, so that the decoder stays what it was trained to be. Two processes
-of one thread share a step (see demo/train.py). As with the decoder: use the directory, do not pass
-it on.
+of one thread share a step (see demo/train.py). Every five minutes the state is kept (1.2 GB): what
+was killed goes on from there with the same --out. As with the decoder: use the directory, do not
+pass it on.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ from qig_serve.demo.pictures import (
     cell_labels,
 )
 from qig_serve.demo.questions import Question, make_lesson, samples
-from qig_serve.demo.train import LESSON_SEED, VISION_SEED, MasterAdamW, loss_of_cells
+from qig_serve.demo.train import (
+    CHECKPOINT,
+    LESSON_SEED,
+    VISION_SEED,
+    MasterAdamW,
+    loss_of_cells,
+    save_whole,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from real_decoder import configuration
@@ -68,6 +76,7 @@ TOWER_RATE, JOINT_RATE, DECODER_RATE = 1.5e-3, 5e-4, 3e-4
 TOWER_PICTURES, PICTURES = 32, 4  # of a step and process
 CELL_WEIGHT, WORD_WEIGHT, TEXT_EVERY = 0.2, 3.0, 4
 DEV = 160
+SAVE_SECONDS = 300.0
 OTHERS = 4096  # tokens of the vocabulary, drawn anew, beside those that answers have
 
 
@@ -257,6 +266,47 @@ def rates(settings: Settings, elapsed: float) -> tuple[str, float, float]:
     return "all", JOINT_RATE * left, DECODER_RATE * min(warm, left)
 
 
+def save_state(
+    settings: Settings, step: int, elapsed: float, tower: MasterAdamW, language: MasterAdamW
+) -> None:
+    """By all processes: what `load_state` goes on from. Data are drawn by the step's number."""
+    drawn: list[Any] = [None] * settings.processes
+    dist.all_gather_object(drawn, torch.get_rng_state())
+    if dist.get_rank() == 0:
+        state = {"step": step, "elapsed": elapsed, "drawn": drawn, "minutes": settings.minutes}
+        state |= {"tower": tower.state(), "language": language.state()}
+        save_whole(state, settings.out / CHECKPOINT)
+
+
+def load_state(
+    settings: Settings, rank: int, tower: MasterAdamW, language: MasterAdamW
+) -> tuple[int, float]:
+    """(step, seconds used) of the state in `settings.out`, into the optimizers and their weights;
+    zeros where there is none."""
+    path = settings.out / CHECKPOINT
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, weights_only=True)
+    tower.load(state["tower"])
+    language.load(state["language"])
+    torch.set_rng_state(state["drawn"][rank])
+    return state["step"], state["elapsed"]
+
+
+def check_state(settings: Settings) -> None:
+    """SystemExit for a folder that holds a training of other minutes or processes."""
+    path = settings.out / CHECKPOINT
+    if not path.exists():
+        return
+    state = torch.load(path, weights_only=True, mmap=True)
+    minutes, processes = state["minutes"], len(state["drawn"])
+    if (minutes, processes) != (settings.minutes, settings.processes):
+        raise SystemExit(
+            f"{settings.out} holds a training of --minutes {minutes:g} --processes {processes}: "
+            "go on with these, or name another --out"
+        )
+
+
 def worker(rank: int, settings: Settings) -> None:
     torch.set_num_threads(1)
     world = settings.processes
@@ -282,16 +332,20 @@ def worker(rank: int, settings: Settings) -> None:
     tower = MasterAdamW([*others, *cells.named_parameters(prefix="cells")], 0.05)
     language = MasterAdamW(decoder, 0.0)
     dev = list(samples("dev", DEV))[rank::world]
-    start = reported = time.monotonic()
-    step, sums, text_sum = 0, torch.zeros(3), torch.zeros(2)
+    step, before = load_state(settings, rank, tower, language)
+    start, reported, saved = time.monotonic() - before, before, before
+    sums, text_sum = torch.zeros(3), torch.zeros(2)
     while True:
         clock = torch.tensor([time.monotonic() - start])
         dist.broadcast(clock, 0)
         elapsed = float(clock)
         done = elapsed >= settings.minutes * 60
         phase, tower_rate, decoder_rate = rates(settings, elapsed)
-        if done or elapsed + start - reported > settings.report_seconds:
-            reported = elapsed + start
+        if done or elapsed - saved > SAVE_SECONDS:
+            saved = elapsed
+            save_state(settings, step, elapsed, tower, language)
+        if done or elapsed - reported > settings.report_seconds:
+            reported = elapsed
             right = answers_right(model, encoder, dev)
             both: list[Any] = [None] * world
             dist.all_gather_object(both, right)
@@ -377,6 +431,7 @@ def main() -> None:
     settings = Settings(
         args.decoder, args.out, args.minutes, args.report_seconds, args.processes, port
     )
+    check_state(settings)
     torch.multiprocessing.spawn(worker, (settings,), nprocs=args.processes)
     print(f"model written to {args.out / 'model'}")
 

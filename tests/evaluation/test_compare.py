@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from qig_serve.cli import attribute, compare
 from qig_serve.errors import UserError
@@ -61,6 +62,36 @@ def test_wrong_recipes_fail_before_any_work(schemes: str, methods: str, says: st
             "--data",
             "demo",
         )
+
+
+def test_wrong_samples_fail_before_any_work(
+    twins: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a later seed, and questions that only the evaluation would have refused, too."""
+    monkeypatch.setattr(compare, "_quantize_apart", None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    paths = {}
+    for name, picture in (("good", "good.png"), ("bad", "bad.png"), ("mark", "good.png")):
+        text = "<image>" if name == "mark" else "a"
+        content = [{"type": "text", "text": text}, {"type": "image", "image": picture}]
+        line = {"messages": [{"role": "user", "content": content}], "answer": "star"}
+        paths[name] = tmp_path / f"{name}.jsonl"
+        paths[name].write_text(json.dumps(line) + "\n")
+    paths["some"] = tmp_path / "some.jsonl"
+    good, bad = (paths[name].read_text() for name in ("good", "bad"))
+    paths["some"].write_text(bad + good)  # of these seed 0 draws the second, and seed 1 the first
+    gone = tmp_path / "gone.jsonl"
+    for calib, data, said in (
+        (gone, paths["good"], "gone.jsonl does not exist"),
+        (paths["some"], paths["good"], "bad.png cannot be read as an image"),
+        (paths["good"], gone, "gone.jsonl"),
+        (paths["good"], paths["bad"], "bad.png cannot be read as an image"),
+        (paths["good"], paths["mark"], "its text holds the mark '<image>'"),
+    ):
+        words = ["--calib", str(calib), "--data", str(data), "--samples", "1", "--seeds", "9"]
+        with pytest.raises(UserError, match=said):
+            _compare(str(twins[0]), *words, "--quiet")
 
 
 def test_a_stress_scheme_from_end_to_end(

@@ -130,7 +130,10 @@ def test_command_writes_page_and_png(
 
 
 def test_pictures_are_named_as_in_samples(
-    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    planted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = _picture(tmp_path / "p.png", 2, 2)
     url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -154,7 +157,11 @@ def test_pictures_are_named_as_in_samples(
     assert main([*command, "-o", str(path)]) == 2
     assert "p.png is there, and among what this command reads" in capsys.readouterr().err
     assert main([*command, "-o", str(tmp_path / "x.html"), "--answer", "red " * 2000]) == 2
-    assert "tokens long, and the model has 1024 positions" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "attribute: the prompt is " in said and "long, and the model has 1024 positions" in said
+    monkeypatch.setattr(explain, "_MAX_LENGTH", 8)
+    assert main([*command, "-o", str(tmp_path / "x.html")]) == 2
+    assert "long, more than 8: shorten it, or shrink its images" in capsys.readouterr().err
 
 
 def test_a_missing_picture_is_named(planted: Path, tmp_path: Path) -> None:

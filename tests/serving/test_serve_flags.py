@@ -23,6 +23,11 @@ from qig_serve.serving.limits import Limits
 from qig_serve.vllm_plugin import compat
 
 
+def _check(checkpoint: Path, *flags: str) -> None:
+    with serve.checked_values(serve.parse_flags(checkpoint, flags)):
+        pass
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -61,7 +66,7 @@ def test_cpu_cache_is_small_unless_asked_for(
 )
 def test_flags_are_refused(checkpoint: Path, flags: str, wanted: str) -> None:
     with pytest.raises(UserError, match=re.escape(wanted)):
-        serve.check_values(serve.parse_flags(checkpoint, flags.split()))
+        _check(checkpoint, *flags.split())
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,31 @@ def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
         SchedulerConfig(max_model_len=64, is_encoder_decoder=False, max_num_seqs=0)
 
 
+def test_a_refusal_without_a_word_says_where_it_came_from() -> None:
+    """Of vLLM's many checks some are no more than `assert`, in pydantic's models too."""
+    from pydantic import BaseModel, field_validator
+
+    class Settings(BaseModel):
+        size: int
+
+        @field_validator("size")
+        @classmethod
+        def check(cls, size: int) -> int:
+            if size <= 0:  # `assert` has a text in tests
+                raise AssertionError
+            return size
+
+    at = rf": (size: )?AssertionError at {re.escape(__file__)}, line \d+: raise AssertionError$"
+    with pytest.raises(UserError, match=at), serve.one_sentence("DIR"):
+        Settings(size=0)
+    with pytest.raises(UserError, match=at), serve.one_sentence("DIR"):
+        Settings.check(0)
+    for error in (NotImplementedError(), KeyError()):
+        at = rf"{type(error).__name__} at .*: raise error$"
+        with pytest.raises(UserError, match=at), serve.one_sentence("DIR"):
+            raise error
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
@@ -106,6 +136,11 @@ def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
         ("--distributed-executor-backend x", "distributed_executor_backend: x cannot be imported"),
         ("--logits-processors os.path", "logits_processors: os.path .*: write MODULE:NAME"),
         ("--model-impl nonsense", "model_impl: nonsense is none of auto, vllm"),
+        ("--otlp-traces-endpoint http://[", "Invalid IPv6 URL"),
+        (
+            '--compilation-config {"mode":1,"backend":"no.such"}',
+            r"compilation_config.backend: no.such is none of torch's, and cannot be imported \(No",
+        ),
         ("--chat-template /", "chat_template: / is a folder"),
         ("--allowed-local-media-path /nowhere", "allowed_local_media_path: /nowhere is no folder"),
         ("--tool-parser-plugin /nowhere", "tool_parser_plugin: /nowhere is no file"),
@@ -115,18 +150,17 @@ def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
     ],
 )
 def test_values_are_refused_before_the_engine(checkpoint: Path, flags: str, wanted: str) -> None:
-    with pytest.raises(
-        UserError, match=f"vLLM does not serve .* with these flags: {wanted}"
-    ) as told:
-        serve.check_values(serve.parse_flags(checkpoint, flags.split()))
+    said = f"vLLM does not serve .* with these flags: {wanted}"
+    with pytest.raises(UserError, match=said) as told:
+        _check(checkpoint, *flags.split())
     assert "\n" not in str(told.value)
 
 
 def test_values_that_fit_are_left_as_they_are(checkpoint: Path) -> None:
     args = serve.parse_flags(checkpoint, ["--block-size", "64", "--max-model-len", "128"])
     before = repr(args)
-    serve.check_values(args)
-    assert repr(args) == before
+    with serve.checked_values(args):
+        assert repr(args) == before
 
 
 def test_settings_are_made_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,14 +178,31 @@ def test_settings_are_made_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(EngineArgs, "create_engine_config", counted)
     args = serve.parse_flags(checkpoint, ["--max-model-len", "128"])
     for length, times in ((128, 1), (64, 2)):
-        serve.check_values(args)
         asked = argparse.Namespace(**{**vars(args), "max_model_len": length})
         engine_args = AsyncEngineArgs.from_cli_args(asked)
         context = UsageContext.OPENAI_API_SERVER
-        config = engine_args.create_engine_config(usage_context=context)
+        with serve.checked_values(args):
+            config = engine_args.create_engine_config(usage_context=context)
         assert config is made[-1] and config.model_config.max_model_len == length
         assert len(made) == times
         made.clear()
+
+
+def test_vllm_is_left_as_it_was_where_nothing_was_started(checkpoint: Path) -> None:
+    from vllm import AsyncEngineArgs
+
+    class FailedError(Exception):
+        pass
+
+    with (
+        pytest.raises(FailedError),
+        serve.checked_values(serve.parse_flags(checkpoint, [])),
+    ):
+        assert "create_engine_config" in vars(AsyncEngineArgs)
+        raise FailedError
+    with pytest.raises(UserError, match="block_size"):  # which is looked at after the making
+        _check(checkpoint, "--block-size", "7")
+    assert "create_engine_config" not in vars(AsyncEngineArgs)
 
 
 @pytest.fixture
