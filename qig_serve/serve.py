@@ -168,6 +168,8 @@ def one_sentence(model: Path | str) -> Iterator[None]:
 
 def _said(cause: Exception | str) -> str:
     """What vLLM says of a value; the line of code that refuses it where it says nothing."""
+    if isinstance(cause, str):
+        return cause
     quoted = isinstance(cause, KeyError) and cause.args  # by str()
     if text := str(cause.args[0] if quoted else cause).strip():
         return text
