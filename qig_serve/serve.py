@@ -156,8 +156,9 @@ def one_sentence(model: Path | str) -> Iterator[None]:
     except ValidationError as error:
         refused = error.errors(include_url=False, include_input=False)
         places = [".".join(map(str, one["loc"])) for one in refused]
-        causes = [one.get("ctx", {}).get("error", one["msg"]) for one in refused]
-        pairs = zip(places, map(_said, causes), strict=True)
+        causes = [(one.get("ctx", {}).get("error"), one["msg"]) for one in refused]
+        texts = [_said(c) if isinstance(c, Exception) else message for c, message in causes]
+        pairs = zip(places, texts, strict=True)
         raise _refused(
             model, "; ".join(f"{at}: {text}" if at else text for at, text in pairs)
         ) from None
@@ -166,11 +167,9 @@ def one_sentence(model: Path | str) -> Iterator[None]:
         raise _refused(model, _said(error)) from error
 
 
-def _said(cause: Exception | str) -> str:
+def _said(cause: Exception) -> str:
     """What vLLM says of a value; the line of code that refuses it where it says nothing."""
-    if isinstance(cause, str):
-        return cause
-    quoted = isinstance(cause, KeyError) and cause.args  # by str()
+    quoted = isinstance(cause, KeyError) and bool(cause.args)  # by str()
     if text := str(cause.args[0] if quoted else cause).strip():
         return text
     lines = traceback.extract_tb(cause.__traceback__)

@@ -146,23 +146,24 @@ def _read_samples(args: argparse.Namespace) -> list[Sample]:
     cannot; and questions that cannot be rendered.
     """
     from qig_serve.evaluate import load_samples
-    from qig_serve.model_directory import find_model, load_processor
+    from qig_serve.model_directory import find_model, load_processor, read_config
     from qig_serve.offline.calibration.sources import load_calibration
     from qig_serve.rendering import check_samples
     from qig_serve.samples import load_image
 
-    processor = load_processor(find_model(args.model))
+    questions = load_samples(args.data, args.n)
+    for sample in questions:
+        for image in sample.images:
+            load_image(image)
     for seed in range(args.seeds):
         recipes = _recipes(args, seed).values()
         for folder in dict.fromkeys(r.image_folder for r in recipes):
             for sample in load_calibration(args.calib, args.samples, seed, folder, args.text_only):
                 for image in sample.images:
                     load_image(image)
-    questions = load_samples(args.data, args.n)
-    check_samples(processor, questions)
-    for sample in questions:
-        for image in sample.images:
-            load_image(image)
+    model = find_model(args.model)
+    read_config(model)  # which names a directory that is none
+    check_samples(load_processor(model), questions)
     return questions
 
 

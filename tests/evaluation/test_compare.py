@@ -92,6 +92,9 @@ def test_wrong_samples_fail_before_any_work(
         words = ["--calib", str(calib), "--data", str(data), "--samples", "1", "--seeds", "9"]
         with pytest.raises(UserError, match=said):
             _compare(str(twins[0]), *words, "--quiet")
+    words = ["--calib", str(paths["good"]), "--data", str(paths["good"])]
+    with pytest.raises(UserError, match="the model directory gone does not exist"):
+        _compare("gone", *words, "--quiet")
 
 
 def test_a_stress_scheme_from_end_to_end(

@@ -93,10 +93,11 @@ def test_a_value_that_vllm_refuses_is_one_sentence() -> None:
 
 def test_a_refusal_without_a_word_says_where_it_came_from() -> None:
     """Of vLLM's many checks some are no more than `assert`, in pydantic's models too."""
-    from pydantic import BaseModel, field_validator
+    from pydantic import BaseModel, Field, Json, field_validator
 
     class Settings(BaseModel):
         size: int
+        names: Json[list[str]] = Field(default=[])
 
         @field_validator("size")
         @classmethod
@@ -110,6 +111,8 @@ def test_a_refusal_without_a_word_says_where_it_came_from() -> None:
         Settings(size=0)
     with pytest.raises(UserError, match=at), serve.one_sentence("DIR"):
         Settings.check(0)
+    with pytest.raises(UserError, match="names: Invalid JSON"), serve.one_sentence("DIR"):
+        Settings.model_validate({"size": 1, "names": "["})
     for error in (NotImplementedError(), KeyError()):
         at = rf"{type(error).__name__} at .*: raise error$"
         with pytest.raises(UserError, match=at), serve.one_sentence("DIR"):
