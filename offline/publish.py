@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,12 @@ from qig_serve.offline.report.write import write_reports
 from qig_serve.offline.results import REPORT_FILE, QuantizationReport
 from qig_serve.offline.source.loaded_model import LoadedModel
 from qig_serve.samples import Sample, sample_sha256
+
+_PROCESSOR = (
+    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("*processor_config.json", "chat_template.*"),
+)
+"""Files that decide what the model is given of a sample."""
 
 
 def new_report(
@@ -73,11 +80,21 @@ def fingerprint(
     return {
         "version": __version__,
         "model": loaded.source.fingerprint(),
+        "processor": _processor_sha256(loaded.directory),
         "data": report.calibration["sha256"],
         "recipe": report.recipe,
         # Sums depend on the number of processes in the last bits.
         "run": {"processes": ranks.size, "plain": plain},
     }
+
+
+def _processor_sha256(directory: Path) -> str:
+    """Hash of what makes tokens and pixels of the samples: tokenizer, processor, chat template."""
+    digest = hashlib.sha256()
+    for path in sorted({path for name in _PROCESSOR for path in directory.glob(name)}):
+        digest.update(f"\0{path.name}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def publish(
@@ -96,7 +113,8 @@ def publish(
     check = partial(canary.check, form="plain" if plain else recipe.format)
     if plain:
         writer.write_text(REPORT_FILE, report.model_dump_json(indent=1) + "\n")
-        writer.publish(forms.plain(recipe.quant_scheme, loaded.source), check)
+        form = forms.plain(recipe.quant_scheme, loaded.source)
+        writer.publish(replace(form, config=untied(loaded)), check)
         return
     config = quantization_config(loaded, report, recipe)
     card = loaded.directory / "README.md"
@@ -106,16 +124,7 @@ def publish(
         form = forms.compressed(config, loaded.arch, report.left_alone)
     else:
         form = forms.qig(config)
-    source = read_config(loaded.directory)
-    changed = loaded.mlp_padding.entries(source) if loaded.mlp_padding else {}
-    for path, value in loaded.arch.assumed:
-        part, _, name = path.rpartition(".")
-        if not part:
-            changed.setdefault(name, source.get(name, value))
-            continue
-        owner = changed.get(part, source.get(part)) or {}
-        changed[part] = {name: value, **owner}
-    form = replace(form, config={**changed, **form.config})
+    form = replace(form, config={**config_changes(loaded), **form.config})
 
     def finish(directory: Path) -> None:
         check(directory)
@@ -127,6 +136,30 @@ def publish(
         write_reports(report, directory, config.to_json(), its_card, pictures)
 
     writer.publish(form, finish)
+
+
+def config_changes(loaded: LoadedModel) -> dict[str, Any]:
+    """What config.json says of the model otherwise than the source's."""
+    source = read_config(loaded.directory)
+    changed = loaded.mlp_padding.entries(source) if loaded.mlp_padding else {}
+    for path, value in loaded.arch.assumed:
+        part, _, name = path.rpartition(".")
+        if not part:
+            changed.setdefault(name, source.get(name, value))
+            continue
+        owner = changed.get(part, source.get(part)) or {}
+        changed[part] = {name: value, **owner}
+    return changed | untied(loaded)
+
+
+def untied(loaded: LoadedModel) -> dict[str, Any]:
+    """What says that the output head is a table of its own, where config.json does not.
+
+    Mistral Small 3.1 was published so: transformers 5 takes such a head for the embedding until it
+    has read both, and so do versions of vLLM; one in 8 bits has no `weight` to find out by.
+    """
+    is_said = not loaded.config.tie_word_embeddings
+    return {} if is_said or loaded.is_tied else {"tie_word_embeddings": False}
 
 
 def quantization_config(

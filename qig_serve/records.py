@@ -21,7 +21,7 @@ from PIL import Image
 from qig_serve.errors import UserError
 from qig_serve.samples import ImageSource, Sample
 from qig_serve.text_files import lines, parse_json, read_list
-from qig_serve.turns import is_rejected, with_turns
+from qig_serve.turns import check_beside, is_rejected, with_turns
 
 _ROLES = ("system", "user", "assistant")
 _SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in _ROLES}
@@ -218,6 +218,7 @@ def _sample(
         raise UserError(f"{where}: the turn before the answer must be the user's")
     if not any(p["type"] == "image" or p["text"].strip() for p in messages[-1]["content"]):
         raise UserError(f"{where}: the last user turn is empty")
+    check_beside(record, messages, answer, where)
     named, typed = record.get("id"), record.get("type")
     return Sample(
         str(number if named is None else named),

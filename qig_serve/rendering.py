@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from typing import Any
 
 from qig_serve.errors import UserError
@@ -39,6 +40,9 @@ _OTHER_MARKS = re.compile(
     re.IGNORECASE,
 )
 """Those of other models and data sets: `<image 1>`, `<|image_1|>`, `<ImageHere>`, `<img>`."""
+_CLOCK = "strftime_now"
+"""By which a template asks for today's date, as Mistral Small's do."""
+_ALWAYS = date(2026, 1, 1)
 
 
 def render(
@@ -46,13 +50,21 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     name: str,
     add_generation_prompt: bool = False,
+    today: bool = True,
 ) -> str:
-    """A conversation through the chat template. `name` is the sample's, for the message."""
+    """A conversation through the chat template. `name` is the sample's, for the message.
+
+    today: whether a template that asks for the date gets it, as every request does; otherwise the
+    text is the same on every day.
+    """
     named = [{"role": m["role"], "content": [_part(p) for p in m["content"]]} for m in messages]
+    template = processor.chat_template
+    whole = template.get("default") if isinstance(template, Mapping) else template
+    fixed = {} if today or _CLOCK not in str(whole) else {_CLOCK: _ALWAYS.strftime}
     with guarded(name, "the chat template refuses it"):
         return str(
             processor.apply_chat_template(
-                named, add_generation_prompt=add_generation_prompt, tokenize=False
+                named, add_generation_prompt=add_generation_prompt, tokenize=False, **fixed
             )
         )
 

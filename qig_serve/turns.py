@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,15 @@ TURNS = ("messages", "conversations")
 FORMS = ("prompt", "completion", "chosen", "rejected", "texts")
 """Keys of the other forms."""
 _VERDICTS = ("label", "kto_tag")
+_TEMPLATE = ("chat_template_kwargs", "enable_thinking")
+_ANSWERS = re.compile(
+    r"((gt|gold(en)?|ground_?truth|correct|expected|reference|target|final|assistant)_?)?"
+    r"(answer|response|output|solution|reply|label|completion|caption)s?"
+    r"|ground_?truth|gt|gold(en)?|targets?|references?|assistant"
+)
+"""Keys, in small letters, under which somebody's data have the answer."""
+_FILLED = re.compile(r"<(bbox|ref-object)>")
+"""Marks that ms-swift fills with what stands beside the turns."""
 _USER = ("user", "human")
 _ASSISTANT = ("assistant", "gpt")
 
@@ -153,3 +163,28 @@ def _question_by_question(texts: list[Any], where: str) -> list[dict[str, Any]]:
                 )
             turns.append({"from": speaker, "value": said[key]})
     return turns
+
+
+def check_beside(
+    record: dict[str, Any], messages: list[dict[str, Any]], answer: str | None, where: str
+) -> None:
+    """UserError for keys beside the turns that say what the turns do not."""
+    if key := next((key for key in _TEMPLATE if record.get(key) is not None), None):
+        raise UserError(
+            f'{where}: the key "{key}" is not read: make what it says the default in the chat '
+            "template of the model, or take it out"
+        )
+    for key in sorted(record) if not (answer or "").strip() else ():
+        value = record[key]
+        said = value if isinstance(value, list) else [value]
+        if any(isinstance(v, str) and v.strip() for v in said) and _ANSWERS.fullmatch(key.lower()):
+            raise UserError(
+                f'{where}: the key "{key}" is not read, and there is no answer: write the answer '
+                'under "answer", or as a last turn of the assistant'
+            )
+    texts = [p["text"] for m in messages for p in m["content"] if p["type"] == "text"]
+    if record.get("objects") and (found := _FILLED.search("\n".join([*texts, answer or ""]))):
+        raise UserError(
+            f'{where}: the mark {found[0]!r} is not filled from "objects": write its words or '
+            "numbers in its place"
+        )

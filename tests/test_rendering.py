@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.tiny_models import tiny_model
 from PIL import Image
 
 from qig_serve.cli import main
 from qig_serve.errors import UserError
+from qig_serve.evaluation.models import prompt_text
 from qig_serve.model_directory import load_processor
 from qig_serve.offline.calibration.batches import make_batches
 from qig_serve.offline.source.loaded_model import image_token_id, quantizable_config
@@ -158,3 +163,22 @@ def test_the_same_words_for_attribute_and_evaluate(
     assert "sample q: its text holds the mark '<image>'" in capsys.readouterr().err
     assert main(["attribute", model, "--prompt", "<image> What?", *picture]) == 2
     assert "attribute: the prompt: its text holds the mark" in capsys.readouterr().err
+
+
+def test_a_template_that_asks_for_the_date(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Mistral Small's: a run can be repeated on another day, and a request says today's."""
+    directory = Path(shutil.copytree(models / "llava", tmp_path / "llava"))
+    path = directory / "chat_template.jinja"
+    path.write_text("{{ 'Today is ' + strftime_now('%d %B %Y') + '. ' }}" + path.read_text())
+    sample = sample_from_parts("7", "all", RED, "What is it?", "a star")
+    found = []
+    for day in (2, 30):
+        clock = SimpleNamespace(now=lambda day=day: datetime(2027, 5, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        asked = prompt_text(load_processor(directory), sample)
+        assert asked.startswith(f"Today is {day:02} May 2027. ")
+        found.append(calibrate(directory, sample)[0].inputs["input_ids"])
+    assert torch.equal(*found)
+    assert found[0].shape[1] > calibrate(models / "llava", sample)[0].inputs["input_ids"].shape[1]

@@ -190,6 +190,7 @@ def _render(
 ) -> tuple[str, list[tuple[int, int, bool]]]:
     """A conversation through the chat template, and where its texts stand: (start, end, answer).
 
+    The same on every day, so that a run can be repeated and a checkpoint's record compared.
     Rendered once more with marks in place of the texts, so that a text which repeats the
     template's own words is still found where it is.
     """
@@ -208,7 +209,7 @@ def _render(
             }
             for m in messages
         ]
-        return render_chat(processor, named, name)
+        return render_chat(processor, named, name, today=False)
 
     turns = [i for i, m in enumerate(messages) for p in m["content"] if p["type"] == "text"]
     texts = [p["text"] for m in messages for p in m["content"] if p["type"] == "text"]

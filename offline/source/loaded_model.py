@@ -272,6 +272,12 @@ class LoadedModel:
             )
 
     @property
+    def is_tied(self) -> bool:
+        """Whether output head and embedding are one table, whatever config.json says of it."""
+        model = self.model
+        return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+    @property
     def vocabulary(self) -> int:
         """Entries of the output head."""
         return int(self.model.get_output_embeddings().weight.shape[0])

@@ -34,7 +34,7 @@ def in_eight_bits(loaded: LoadedModel, head: int, embeddings: int) -> tuple[list
 def _of_vocabulary(loaded: LoadedModel, head: int, embeddings: int) -> tuple[list[str], str]:
     """The same of output head and embedding."""
     embedding, heads = _stored(loaded)
-    tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
+    tied = loaded.is_tied
     if tied and heads:
         return [], f"{heads[0]} is stored beside the embedding that it is tied to: both stay as is"
     note = ""

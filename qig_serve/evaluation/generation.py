@@ -28,6 +28,8 @@ _CONTEXT = 8192  # tokens of context that vLLM is asked for, where the model has
 _CPU_SEQUENCES = 32
 _HTTP_AT_ONCE = 8
 _BATCH = 32
+_THOUGHTS = ("reasoning", "reasoning_content")
+"""Where servers put what a model thinks, apart from its answer: vLLM's, and older ones."""
 _FIRST_SECONDS = 30
 """How long a server may take to name its model; an answer may take minutes."""
 _ANSWER_SECONDS = 600
@@ -299,8 +301,10 @@ def ask_server(
                     max_tokens=max_tokens,
                 ),
             )
-            content = reply.choices[0].message.content
-            return _text("" if content is None else content), ""
+            message = reply.choices[0].message
+            if message.content is None and any(getattr(message, key, None) for key in _THOUGHTS):
+                return None, f"sample {sample.id}: thoughts and no answer: raise --max-tokens"
+            return _text("" if message.content is None else message.content), ""
         except Exception as error:
             return None, f"sample {sample.id}: {_in_words(error)}"
 

@@ -13,9 +13,11 @@ def normalize(text: str) -> str:
     """The form in which answers are compared.
 
     Unicode NFC, case folded, surrounding white space removed, every inner run of white space
-    one space. Nothing else is forgiven: punctuation, articles and number words count.
+    one space. Thoughts up to `</think>` are no part of an answer. Nothing else is forgiven:
+    punctuation, articles and number words count.
     """
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    answer = text.rpartition("</think>")[2]
+    return " ".join(unicodedata.normalize("NFC", answer).casefold().split())
 
 
 def exact_match(output: str, answer: str) -> bool:

@@ -236,7 +236,9 @@ class _Server(http.server.BaseHTTPRequestHandler):
         if "3" in text["text"]:
             self._send(400, {"error": {"message": "no threes"}})
             return
-        message = {"role": "assistant", "content": text["text"].rstrip("?")}
+        message: dict[str, Any] = {"role": "assistant", "content": text["text"].rstrip("?")}
+        if "5" in text["text"]:
+            message |= {"content": None, "reasoning": "Five, or"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         self._send(200, {"id": "1", "object": "chat.completion", "choices": [choice]})
 
@@ -252,9 +254,10 @@ def server() -> Iterator[str]:
 def test_failed_requests_are_counted_and_not_scored(server: str) -> None:
     result = evaluation.evaluate_server(server, None, _questions())
     record = result.to_json(answers=True)
-    assert (record["n"], record["failed"], record["exact_match"]) == (7, 1, 1.0)
-    assert record["n_by_type"] == {"even": 4, "odd": 3}
+    assert (record["n"], record["failed"], record["exact_match"]) == (6, 2, 1.0)
+    assert record["n_by_type"] == {"even": 4, "odd": 2}
     assert "no threes" in record["failures"][0] and record["answers"][3]["output"] is None
+    assert record["failures"][1] == "sample 5: thoughts and no answer: raise --max-tokens"
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:

@@ -27,8 +27,13 @@ from qig_serve.evaluation.statistics import (
         ("3", "three", False),
         ("yes it is", "yes", False),
         ("", "yes", False),
+        ("Two. No, one.\n</think>\n\nOne", "one", True),
+        ("<think>one", "one", False),
     ],
-    ids=["case", "space", "composed", "punctuation", "numeral", "longer", "empty"],
+    ids=[
+        *("case", "space", "composed", "punctuation", "numeral", "longer", "empty", "thoughts"),
+        "thoughts-cut",
+    ],
 )
 def test_exact_match_forgives_case_and_space_only(output: str, answer: str, same: bool) -> None:
     assert exact_match(output, answer) is same

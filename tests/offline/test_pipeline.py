@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +263,11 @@ def test_resume_ends_with_the_same_bytes(
     with pytest.raises(UserError, match="seed"):
         other = recipe(calib, **fields, seed=1)
         pipeline.quantize(model_dir, tmp_path / "part", other, resume=True, quiet=True)
+    another = Path(shutil.copytree(model_dir, tmp_path / "another"))
+    with (another / "chat_template.jinja").open("a") as template:
+        template.write("{# corrected #}")
+    with pytest.raises(UserError, match="the processor is another"):
+        pipeline.quantize(another, tmp_path / "part", r, resume=True, quiet=True)
     resumed = pipeline.quantize(model_dir, tmp_path / "part", r, resume=True, quiet=True)
     assert shards_of(tmp_path / "part") == shards_of(undisturbed)
     assert [b.output_error for b in resumed.blocks] == [b.output_error for b in whole.blocks]

@@ -109,6 +109,25 @@ RECORDS: dict[str, tuple[Any, str]] = {
         },
         '"system" and a system turn',
     ),
+    **{
+        f"answer-as-{key}": (message("What?", answer=None, **{key: value}), f'"{key}" is not read')
+        for key, value in {
+            "response": "a star",
+            "answers": ["a star", "star"],
+            "Solution": "a star",
+            "ground_truth": "a star",
+            "expected_output": "a star",
+            "label": "a star",
+        }.items()
+    },
+    "template-settings": (
+        message("What?", chat_template_kwargs={"enable_thinking": False}),
+        '"chat_template_kwargs" is not read',
+    ),
+    "marks-of-objects": (
+        message("Where is <ref-object>?", objects={"ref": ["star"], "bbox": [[1, 2, 3, 4]]}),
+        "the mark '<ref-object>' is not filled",
+    ),
     "picture-as-answer": (
         {"messages": [*message("x")["messages"], {"role": "assistant", "content": [PICTURE]}]},
         "the answer holds a picture",
@@ -515,6 +534,26 @@ def test_parts_of_two_models(
     assert main(command) == 2
     said = capsys.readouterr().err.strip()
     assert re.search(UNFIT[name][1], said) and "\n" not in said, said
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_head_of_its_own_that_config_json_does_not_mention(
+    folder: Path, bits: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Mistral Small 3.1, where transformers 5 and vLLM expect the embedding in its place."""
+    directory = tiny_model("mistral3", folder / "model")
+    path = directory / "config.json"
+    whole = json.loads(path.read_text())
+    del whole["tie_word_embeddings"], whole["text_config"]["tie_word_embeddings"]
+    path.write_text(json.dumps(whole))
+    Image.new("RGB", (64, 48), "red").save(folder / "0.png")
+    (folder / "c.jsonl").write_text(json.dumps(message([PICTURE, WHAT])))
+    command = ["quantize", str(directory), "--output", str(folder / "out"), "--scheme", "w4a8"]
+    command += ["--method", "rtn", "--quiet", "--calib", str(folder / "c.jsonl")]
+    command += ["--head", str(bits), "--embeddings", str(bits)]
+    assert main(command) == 0, capsys.readouterr().err
+    written = json.loads((folder / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
 
 
 ROPE = "rope_parameters"
