@@ -37,7 +37,7 @@ from qig_serve.offline.equalization.block import equalize_block
 from qig_serve.offline.estimate import Estimate, dry_run, heaviest
 from qig_serve.offline.importance.gradients import AnswerGradients, model_gradients
 from qig_serve.offline.passes import output_gradients
-from qig_serve.offline.passes.capture import Store, check_finite
+from qig_serve.offline.passes.capture import Store, check_finite, within_range
 from qig_serve.offline.passes.streams import Streams
 from qig_serve.offline.placement import ACTIVATIONS, offload_folder, pick_device
 from qig_serve.offline.processes import ALONE, Ranks, joined
@@ -259,8 +259,10 @@ def first_streams(
     fp, quantized = Store(folder, "fp"), Store(folder, "quantized")
     large = Store(folder, "large")
     for b, batch in enumerate(batches):
-        before = loaded.block_inputs(batch.inputs)
-        check_finite(before.hidden, f"input of layer 0, samples {', '.join(batch.ids)}")
+        where = f"input of layer 0, samples {', '.join(batch.ids)}"
+        with within_range(loaded.model, loaded.dtype, where):
+            before = loaded.block_inputs(batch.inputs)
+        check_finite(before.hidden, where)
         after_rounding = rounded_inputs(loaded, batch.inputs, before)
         fp.put(b, before.hidden)
         quantized.put(b, after_rounding.hidden)

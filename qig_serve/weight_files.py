@@ -44,6 +44,9 @@ _COMPANION = re.compile(
     r"|quant_state.*"
 )
 _ADAPTER = re.compile(r".*\.(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer)(\..*)?")
+_WRAPPERS = re.compile(
+    r"(?:.*\.)?(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|parametrizations)\..*"
+)
 _INTEGER_BUFFERS = ("position_ids", "num_batches_tracked", "relative_position_index")
 """Tables of numbers that are no weights: copied, if no one reads them."""
 FLOATS = ("F32", "F16", "BF16")
@@ -193,6 +196,11 @@ def check_tensor(directory: Path, file: str, name: str, dtype: str) -> None:
         raise UserError(
             f"{where} is of a LoRA adapter that is not merged: give the model that PEFT's "
             "merge_and_unload returns, saved"
+        )
+    if wrapper := _WRAPPERS.fullmatch(name):
+        raise UserError(
+            f"{where}: {wrapper[1]!r} is of a wrapper that a training program put there: save the "
+            "model inside of it"
         )
     if _COMPANION.fullmatch(leaf) or dtype.startswith(("F8", "F4", "F6_")):
         raise UserError(

@@ -246,3 +246,35 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
             f"{what}: NaN or infinity. Check that the model's weights are intact and that it works "
             "in full precision."
         )
+
+
+@contextmanager
+def within_range(module: nn.Module, dtype: torch.dtype, what: str) -> Iterator[None]:
+    """Inside, UserError for what a module or a leaf of it reads or gives and `dtype` cannot hold.
+
+    dtype: the model's. Such values are infinite where it is served in float16, and answers NaN;
+    computed in fp32, as here, nothing is amiss.
+    """
+    most = torch.finfo(dtype).max
+
+    def hook(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for value in (*args[:1], *(output if isinstance(output, tuple) else [output])):
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            largest = float(value.abs().amax()) if value.numel() else 0.0
+            if most < largest < float("inf"):  # what is infinite here is told apart elsewhere
+                raise UserError(
+                    f"{what}: values up to {largest:.3g} in {names[part]}, more than {dtype}, the "
+                    "dtype of config.json, can hold: set that to bfloat16"
+                )
+
+    names: dict[nn.Module, str] = {}
+    if most < torch.finfo(torch.bfloat16).max:
+        parts = dict(module.named_modules())
+        names = {m: n or "its output" for n, m in parts.items() if not n or not any(m.children())}
+    handles = [part.register_forward_hook(hook) for part in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -21,6 +21,7 @@ from qig_serve.offline.passes.capture import (
     check_finite,
     first_output,
     quantized_activations,
+    within_range,
 )
 from qig_serve.offline.processes import ALONE, Ranks
 from qig_serve.offline.source.loaded_model import BlockInputs
@@ -112,7 +113,8 @@ class Streams:
         error, energy = 0.0, 0.0
         for b in range(len(self)):
             full = first_output(original(self.fp.get(b, self.device), **self.kwargs(b)))
-            with quantized_activations(linears, self.quantizes_activations):
+            in_range = within_range(quantized, self.dtype, where)
+            with quantized_activations(linears, self.quantizes_activations), in_range:
                 kwargs = self.kwargs(b, self.quantized)
                 other = first_output(quantized(self.quantized.get(b, self.device), **kwargs))
             check_finite(full, f"{where}, full-precision output")

@@ -374,7 +374,11 @@ TRUNCATION = {"direction": "Right", "max_length": 90, "strategy": "LongestFirst"
 TOWER = {"vision_config": {"quantization_config": {"quant_method": "fp8"}}}
 MODELS: dict[str, tuple[Spoil, str]] = {
     "wrapped-module": (wrapped("module."), "begins with 'module.'.* save the model inside"),
-    "wrapped-compile": (wrapped("_orig_mod."), "begins with '_orig_mod.'"),
+    "wrapped-compile": (wrapped("_orig_mod."), "'_orig_mod' is of a wrapper"),
+    "wrapped-blocks": (
+        tensors(lambda found: {re.sub(r"(rs\.\d\.)", r"\1_orig_mod.", n): found[n] for n in found}),
+        r"layers\.0\._orig_mod\..*'_orig_mod' is of a wrapper .*save the model inside of it",
+    ),
     "wrapped-peft": (wrapped("base_model.model."), "begins with 'base_model.model.'"),
     "adapter-unmerged": (tensors(unmerged), "LoRA adapter that is not merged: .*merge_and_unload"),
     "head-not-tied": (tied, "lm_head.weight .* config.json says that they are one"),
@@ -513,7 +517,23 @@ def test_no_model_directories(model: Path, path: str, wanted: str) -> None:
         loaded_model.load(given)
 
 
+def half_with_large(part: str) -> Spoil:
+    """In float16, with weights that it holds and values between them that it does not."""
+
+    def grow(found: dict[str, torch.Tensor]) -> None:
+        for name, value in found.items():
+            found[name] = value.half() * (2000 if part in name and name.endswith("weight") else 1)
+
+    def spoil(directory: Path) -> None:
+        config(dtype="float16")(directory)
+        tensors(grow)(directory)
+
+    return spoil
+
+
 UNFIT: dict[str, tuple[Spoil, str]] = {
+    "half-decoder": (half_with_large("model.layers.0.mlp"), "layer 0: values up to .* in mlp"),
+    "half-projector": (half_with_large("projector"), "input of layer 0.* in model.multi_modal_pro"),
     "patches": (config("processor_config.json", patch_size=7), "cannot compute a sample"),
     "feature-layer": (config(vision_feature_layer=-9), "cannot compute a sample .IndexError"),
 }
