@@ -258,10 +258,7 @@ class LoadedModel:
         return BlockInputs(calls[0][0], tuple(kwargs)).apart()
 
     def _check_tokens(self) -> None:
-        """UserError for a token without a row in the embedding.
-
-        Whoever writes it in a request would have vLLM read beyond the table.
-        """
+        """UserError for a token without a row in the embedding: vLLM would read beyond it."""
         rows = len(self.model.get_input_embeddings().weight)
         tokens = self.processor.tokenizer.get_vocab()
         token = max(tokens, key=tokens.__getitem__, default="")
@@ -274,8 +271,8 @@ class LoadedModel:
     @property
     def is_tied(self) -> bool:
         """Whether output head and embedding are one table, whatever config.json says of it."""
-        model = self.model
-        return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        return head.weight is embedding.weight
 
     @property
     def vocabulary(self) -> int:
