@@ -46,6 +46,8 @@ _TOOLS = ("tools", "functions")
 _PICTURE_PARTS = ("image", "image_url", "input_image", None)
 PICTURE_KEYS = ("image_url", "image", "url", "path")
 """Types of a part that holds a picture, and where: OpenAI's, vLLM's, transformers', Qwen's."""
+_SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+"""Keys by which Qwen's own code scales one picture."""
 _SHOWN = 300  # characters of a name
 
 
@@ -329,6 +331,11 @@ def _parse_part(part: Any, where: str, folder: Path) -> dict[str, Any]:
     if kind in ("text", "input_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     urls = _picture_urls(part) if kind in _PICTURE_PARTS else []
+    if urls and (key := next((key for key in _SIZES if part.get(key) is not None), None)):
+        raise UserError(
+            f'{where}: "{key}" of a picture is not read, and requests have no such key: scale the '
+            "picture, or set the size in preprocessor_config.json"
+        )
     if len(urls) == 1:
         url = urls[0].get("url") if isinstance(urls[0], dict) else urls[0]
         if isinstance(url, str):

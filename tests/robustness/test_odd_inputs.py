@@ -95,6 +95,22 @@ RECORDS: dict[str, tuple[Any, str]] = {
     "number-as-url": (message([picture(5), WHAT]), "a part must be"),
     "empty-path": (message([picture(" "), WHAT]), "path of an image is empty"),
     "two-urls": (message([{"type": "image", "url": "0.png", "path": "0.png"}]), "a part must be"),
+    **{
+        key: (message([{**picture("0.png"), key: 56}, WHAT]), f'"{key}" of a picture is not read')
+        for key in ("min_pixels", "max_pixels", "resized_height", "resized_width")
+    },
+    **{
+        f"unlearned-{key}": (
+            {
+                "messages": [
+                    *message("x")["messages"],
+                    {"role": "assistant", "content": "a star", key: value},
+                ]
+            },
+            "its last turn is not to be learned from",
+        )
+        for key, value in {"loss": False, "weight": 0}.items()
+    },
     "empty-turn": (message([]), "the last user turn is empty"),
     "blank-turn": (message(" \n"), "the last user turn is empty"),
     "thoughts": (
