@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,13 @@ FOLDER = Path(__file__).parent
 NORMS = ("rms_norm", "fused_add_rms_norm")
 GETITEM = "<built-in function getitem>"
 QUANTIZE = "qig.quantize_activation.default"
+
+
+@pytest.fixture(autouse=True)
+def operators_as_compiled() -> Iterator[None]:
+    """vLLM's operators stay whole in a graph, whatever an engine of this process has set."""
+    with vllm.ir.enable_torch_wrap(True):
+        yield
 
 
 @pytest.fixture(scope="module")
