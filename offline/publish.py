@@ -91,7 +91,8 @@ def fingerprint(
 def _processor_sha256(directory: Path) -> str:
     """Hash of what makes tokens and pixels of the samples: tokenizer, processor, chat template."""
     digest = hashlib.sha256()
-    for path in sorted({path for name in _PROCESSOR for path in directory.glob(name)}):
+    found = {path for name in _PROCESSOR for path in directory.glob(name) if path.is_file()}
+    for path in sorted(found):
         digest.update(f"\0{path.name}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

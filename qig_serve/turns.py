@@ -174,8 +174,8 @@ def check_beside(
             f'{where}: the key "{key}" is not read: make what it says the default in the chat '
             "template of the model, or take it out"
         )
-    turns = next((record[key] for key in TURNS if record.get(key)), None)
-    last = turns[-1] if isinstance(turns, list) and isinstance(turns[-1], dict) else {}
+    turns: Any = next((record[key] for key in TURNS if record.get(key)), None)
+    last = turns[-1] if _ends_with(turns, _ASSISTANT) else {}
     if last.get("loss") is False or last.get("weight") == 0:
         raise UserError(
             f'{where}: its last turn is not to be learned from ("loss": false or "weight": 0): '

@@ -180,7 +180,7 @@ def test_ended_from_outside_nothing_goes_on(
 
         while not (found := quantizing()) and run.poll() is None:
             time.sleep(0.05)
-        time.sleep(1)
+        time.sleep(3)
         if number == signal.SIGINT:
             os.killpg(run.pid, number)  # as a terminal does
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DEVICE
+from kernel_checks import DEVICE, poisoned  # noqa: F401 - a fixture
 
 from qig_serve import packing
 from qig_serve.formats import SCHEMES
@@ -74,7 +74,8 @@ def test_a_whole_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     n, k = 24, 320
     weight = torch.randn(n, k, generator=generator).to(DEVICE)
-    x = torch.randn(500, k, generator=generator).to(DEVICE) * torch.rand(k, device=DEVICE)
+    x = torch.randn(500, k, generator=generator) * torch.rand(k, generator=generator)
+    x = x.to(DEVICE)
     scheme = SCHEMES["w3a16"]
     factor = factorize(x.T @ x / 500, Damping(fraction=0.01))
     scale, zero = packing.minmax_params(weight, scheme, torch.bfloat16)

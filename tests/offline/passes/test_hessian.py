@@ -43,7 +43,19 @@ def test_products_are_added_on_tensor_cores() -> None:
     assert float((total - x.double().T @ x.double()).abs().max()) < 1e-3
 
 
-def test_a_failure_leaves_the_precision_as_it_was() -> None:
+class _OnGpu(torch.Tensor):
+    """Takes itself for one on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_failure_leaves_the_precision_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    choose = torch.set_float32_matmul_precision
+    monkeypatch.setattr(
+        torch, "set_float32_matmul_precision", lambda name: (asked.append(name), choose(name))
+    )
     with pytest.raises(RuntimeError):
-        add_products(torch.zeros(2, 2), torch.zeros(3, 4), torch.zeros(3, 2))
+        add_products(torch.zeros(2, 2).as_subclass(_OnGpu), torch.zeros(3, 4), torch.zeros(3, 2))
+    assert asked == ["high", "highest"]
     assert torch.get_float32_matmul_precision() == "highest"
