@@ -53,6 +53,7 @@ from qig_serve.offline.results import (
     QuantizationReport,
 )
 from qig_serve.offline.rounding.block import round_block
+from qig_serve.offline.rounding.columns import slow_rounding
 from qig_serve.offline.source import loaded_model, mlp_width
 from qig_serve.offline.source.loaded_model import BlockInputs, LoadedModel
 from qig_serve.offline.source.vocabulary import in_eight_bits, rounded_inputs
@@ -112,7 +113,8 @@ def _quantize(
         loaded = loaded_model.load(model, device=device)
         check_shapes(loaded, recipe.quant_scheme, recipe.format)
         note = choose_vocabulary(loaded, recipe, plain)
-        notes = [note] if note else []
+        slow = slow_rounding(device) if recipe.rounding_method.damping is not None else ""
+        notes = [line for line in (note, slow) if line]
         width = choose_mlp_width(loaded, recipe, plain)
         samples = load_calibration(
             recipe.calib, recipe.samples, recipe.seed, recipe.image_folder, recipe.text_only, notes

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from qig_serve.formats import QuantScheme, group_inputs
 from qig_serve.offline.passes.hessian import Factor
 from qig_serve.offline.results import LinearReport
+from qig_serve.offline.rounding.columns import column_rounding
 from qig_serve.offline.rounding.rounded import RoundedLinear, RoundingTask, objective
 from qig_serve.packing import minmax_params
 
@@ -87,7 +87,7 @@ def compensated_codes(
     w = target.T[order].contiguous()  # [K, N]: a column of the weight is a row here
     dtype = torch.int8 if scheme.symmetric else torch.uint8
     codes = torch.empty(k, n, dtype=dtype, device=target.device)
-    round_block = _on_a_gpu if target.is_cuda else _round_block
+    round_block = column_rounding(target.device)
     for start in range(0, k, block_size):
         columns = order[start : start + block_size]
         stop = start + len(columns)
@@ -98,31 +98,3 @@ def compensated_codes(
         codes[columns], errors = round_block(w[start:stop], scales, zeros, u, ends, dtype)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()
-
-
-def _on_a_gpu(*block: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from qig_serve.kernels.round_columns import round_columns
-
-    return round_columns(*block)
-
-
-def _round_block(
-    w: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    upper: torch.Tensor,
-    ends: tuple[int, int],
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See kernels/round_columns.py; in torch. `w` is written over."""
-    diagonal = upper.diagonal().tolist()
-    low, high = torch.full_like(scales, ends[0]), torch.full_like(scales, ends[1])
-    if zeros is not None:
-        low, high = low - zeros, high - zeros
-    levels, errors = torch.empty_like(w), torch.empty_like(w)
-    for i in range(len(w)):
-        level = (w[i] / scales[i]).round_().clamp_(low[i], high[i])
-        levels[i] = level
-        errors[i] = (w[i] - level * scales[i]) / diagonal[i]
-        w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
-    return (levels if zeros is None else levels + zeros).to(dtype), errors

@@ -69,7 +69,7 @@ def test_a_whole_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pydantic")  # which a GPU machine may have none of
     from qig_serve.offline.passes.hessian import factorize
     from qig_serve.offline.recipe import Damping
-    from qig_serve.offline.rounding import gptq
+    from qig_serve.offline.rounding import columns, gptq
 
     generator = torch.Generator().manual_seed(0)
     n, k = 24, 320
@@ -79,10 +79,9 @@ def test_a_whole_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = SCHEMES["w3a16"]
     factor = factorize(x.T @ x / 500, Damping(fraction=0.01))
     scale, zero = packing.minmax_params(weight, scheme, torch.bfloat16)
-    monkeypatch.setattr(gptq, "_on_a_gpu", gptq._round_block)
+    monkeypatch.setattr(gptq, "column_rounding", lambda _: columns.in_torch)
     wanted = gptq.compensated_codes(weight, factor, scheme, scale, zero)
-    monkeypatch.setattr(gptq, "_on_a_gpu", round_columns)
-    monkeypatch.setattr(gptq, "_round_block", round_columns)
+    monkeypatch.setattr(gptq, "column_rounding", lambda _: round_columns)
     got = gptq.compensated_codes(weight, factor, scheme, scale, zero)
     assert float((got == wanted).float().mean()) > 0.98
 
@@ -91,3 +90,10 @@ def test_a_whole_linear(monkeypatch: pytest.MonkeyPatch) -> None:
         return float(error.square().sum())
 
     assert cost(got) < 1.01 * cost(wanted)
+
+
+def test_what_a_gpu_is_asked_first() -> None:
+    pytest.importorskip("pydantic")
+    from qig_serve.offline.rounding import columns
+
+    assert columns.share_of_rows_that_differ(round_columns, torch.device(DEVICE)) < 0.02
