@@ -1,0 +1,29 @@
+"""Compiles and loads one_gpu.cpp. A plugin of pytest (`-p`): torch asks for its hooks only once.
+
+Needs g++; ONE_GPU names the library, which is made if it is not there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+
+
+def load() -> None:
+    library = Path(os.environ["ONE_GPU"])
+    spec = importlib.util.find_spec("torch")  # its folder, without importing it
+    assert spec is not None and spec.origin is not None
+    torch = Path(spec.origin).parent
+    if not library.is_file():
+        include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
+        link = [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
+        source = Path(__file__).with_suffix(".cpp")
+        build = ["g++", "-std=c++20", "-shared", "-fPIC", *include, str(source), *link]
+        subprocess.run([*build, "-o", str(library)], check=True)
+    ctypes.CDLL(str(library))
+
+
+load()
