@@ -35,6 +35,7 @@ from qig_serve.offline.passes.capture import (
     quantized_activations,
 )
 from qig_serve.offline.passes.parts import inner_names
+from qig_serve.offline.placement import pick_device
 from qig_serve.offline.report.pictures import TokenPicture, token_picture
 from qig_serve.offline.source import loaded_model
 from qig_serve.packing import fake_quantize, fake_quantize_activation, scale_dtype
@@ -78,7 +79,7 @@ def explain_sample(
     content.append({"type": "text", "text": prompt})
     sample = Sample("picture", "picture", ({"role": "user", "content": content},), answer)
 
-    loaded = loaded_model.load(find_model(model))
+    loaded = loaded_model.load(find_model(model), device=pick_device("auto"))
     chosen = choose_layers(loaded.num_blocks)
     (batch,) = make_batches(
         [sample],

@@ -30,6 +30,7 @@ _INDEXED = {
 """CUDA lets indices lie on the CPU."""
 _READ = {"__float__", "__int__", "__bool__", "__index__", "__len__", "tolist", "item"}
 """Read values, by way of a device guard that a build without CUDA does not have."""
+torch.inference_mode = torch.no_grad  # type: ignore[misc, assignment]  # no wrapper can be in it
 
 
 class OnGpu(torch.Tensor):
@@ -63,6 +64,8 @@ class OnGpu(torch.Tensor):
 
 
 def _inner(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
     return value.inner if isinstance(value, OnGpu) else value
 
 
@@ -84,13 +87,14 @@ def _with(function: Callable[[Any], Any], value: Any) -> Any:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     every = [*_all(args), *_all(kwargs.values())]
     on_gpu = [tensor for tensor in every if isinstance(tensor, OnGpu)]
-    target = kwargs.get("device")
-    target = None if target is None else torch.device(target)
+    devices = [torch.device(value) for value in (kwargs.get("device"),) if value is not None]
+    devices += [value for value in args if isinstance(value, torch.device)]  # of aten.to
+    target = devices[0] if devices else None
     if not on_gpu and (target is None or target.type != "cuda"):
         return func(*args, **kwargs)
     if kwargs.get("generator") is not None:
         raise RuntimeError(f"{func}: a CPU's generator for a tensor on cuda")
-    if on_gpu and func not in _MOVES:
+    if on_gpu and func not in _MOVES and target is None:
         for other in _all(args[:1]) if func in _INDEXED else every:
             if not isinstance(other, OnGpu) and other.dim():
                 raise RuntimeError(
@@ -98,7 +102,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                     f"{func}, {[tuple(t.shape) for t in every]}"
                 )
     inner = {key: _with(_inner, value) for key, value in kwargs.items() if key != "pin_memory"}
-    if target is not None:
+    if "device" in inner:
         inner["device"] = torch.device("cpu")
     out = func(*_with(_inner, tuple(args)), **inner)
     if func is aten.copy_.default:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from helpers.pretended_gpu import OnGpu, on_cpu, pretended_gpu
 from helpers.tiny_models import FAMILIES, one_sample, tiny_model
 
+from qig_serve.evaluate import evaluate_many, load_samples
+from qig_serve.offline.explain import explain_sample
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
 from qig_serve.offline.rounding import columns
@@ -77,6 +79,27 @@ SLOW = {"a search of ranges": dict(scheme="w3a16", method="awq-clip", grid=2)}
 )
 def test_a_method(source: Path, options: dict[str, Any]) -> None:
     quantized_on_a_gpu(source, **options)
+
+
+@pytest.mark.parametrize("engine", ["forced", "transformers"])
+def test_evaluation(source: Path, engine: Literal["forced", "transformers"]) -> None:
+    out = source.parent / "out"
+    calib = str(source.parent / "calib.jsonl")
+    options = {"scheme": "w4a8", "method": "rtn", "calib": calib, "samples": 1, "device": "cpu"}
+    quantize(source, out, make_recipe(options), quiet=True)
+    samples = load_samples(calib, 1)
+    with pretended_gpu():
+        found = evaluate_many([("rtn", out)], source, samples, engine=engine, max_tokens=4)
+    divergence = found["rtn"].divergence
+    assert divergence is not None and divergence.kl_mean > 0
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_attribution(source: Path, scheme: str) -> None:
+    with pretended_gpu():
+        picture = source.parent / "red.png"
+        _, errors = explain_sample(source, [picture], "What?", "red", lambda n: range(n), scheme)
+    assert len(errors) == 2
 
 
 def slow_families() -> Iterator[Any]:
