@@ -152,7 +152,9 @@ class _Indexed(TorchFunctionMode):
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """While it lasts torch has a GPU, of 24 GiB, with compute capability 8.9."""
-    properties = types.SimpleNamespace(total_memory=24 << 30, name="pretended", major=8, minor=9)
+    properties = types.SimpleNamespace(
+        total_memory=24 << 30, name="pretended", major=8, minor=9, multi_processor_count=128
+    )
     answers = {
         "_lazy_init": None,
         "is_available": True,
