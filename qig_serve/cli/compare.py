@@ -61,7 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="methods, as in `quantize --method` (default: %(default)s)",
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1; default 1"
+        "--seeds", type=int, default=1, metavar="N", help="repeat with N seeds; default 1"
+    )
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first of them, to add to an earlier comparison; default 0",
     )
     parser.add_argument(
         "--calib", required=True, metavar="SRC", help="calibration samples, as for quantize"
@@ -139,8 +146,12 @@ def _recipes(args: argparse.Namespace, seed: int) -> dict[tuple[str, str], Quant
     return make_recipes(args.schemes, args.methods, args.calib, args.samples, seed, args.text_only)
 
 
+def _seeds(args: argparse.Namespace) -> range:
+    return range(args.first_seed, args.first_seed + args.seeds)
+
+
 def _read_samples(args: argparse.Namespace) -> list[Sample]:
-    """The questions of seed 0; UserError for what would otherwise be found after hours.
+    """The questions of the first seed; UserError for what would otherwise be found after hours.
 
     That is: calibration samples, of any seed, and questions that cannot be read, or whose pictures
     cannot; and questions that cannot be rendered.
@@ -151,11 +162,11 @@ def _read_samples(args: argparse.Namespace) -> list[Sample]:
     from qig_serve.rendering import check_samples
     from qig_serve.samples import load_image
 
-    questions = load_samples(args.data, args.n)
+    questions = load_samples(args.data, args.n, args.first_seed)
     for sample in questions:
         for image in sample.images:
             load_image(image)
-    for seed in range(args.seeds):
+    for seed in _seeds(args):
         recipes = _recipes(args, seed).values()
         for folder in dict.fromkeys(r.image_folder for r in recipes):
             for sample in load_calibration(args.calib, args.samples, seed, folder, args.text_only):
@@ -224,6 +235,8 @@ def run(args: argparse.Namespace) -> int:
     """Quantize everything, evaluate everything, print and write."""
     if args.seeds < 1 or args.samples < 1:
         raise UserError("--seeds and --samples must be at least 1")
+    if not 0 <= args.first_seed < 1 << 31:
+        raise UserError("--first-seed must be at least 0 and below 2^31")
     if args.kl_samples < 0 or not 1 <= args.max_tokens < 1 << 31:
         raise UserError("--kl-samples must be at least 0, --max-tokens at least 1 and below 2^31")
     if args.engine == "none" and args.kl_samples == 0:
@@ -232,11 +245,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"the plot must end in .png, .svg or .pdf, not {args.plot.name!r}")
     # Wrong ones fail now.
-    wanted = _recipes(args, 0)
+    wanted = _recipes(args, args.first_seed)
     if args.keep:
         if args.keep.exists() and not args.keep.is_dir():
             raise UserError(f"{args.keep} is a file: --keep takes a folder")
-        for seed, key in itertools.product(range(args.seeds), wanted):
+        for seed, key in itertools.product(_seeds(args), wanted):
             if os.path.lexists(kept := _checkpoint(args.keep, key, seed)):
                 raise UserError(f"{kept} is there already: name another --keep, or remove it")
     require("matplotlib", "the report of a quantized model")
@@ -262,8 +275,8 @@ def run(args: argparse.Namespace) -> int:
     full: dict[int, EvaluationResult] = {}
     with tempfile.TemporaryDirectory(prefix="qig-compare-") as scratch:
         folder = args.keep or Path(scratch)
-        for seed in range(args.seeds):
-            if seed:  # of the demonstration set, others
+        for seed in _seeds(args):
+            if seed != args.first_seed:  # of the demonstration set, others
                 questions = load_samples(args.data, args.n, seed)
             runs += _one_seed(args, seed, questions, folder, full, messages)
             if args.json:  # after every seed, so that an interrupted run leaves its figures
@@ -292,6 +305,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "schemes",
         "methods",
         "seeds",
+        "first_seed",
         "calib",
         "samples",
         "data",

@@ -105,6 +105,7 @@ def test_a_stress_scheme_from_end_to_end(
     words = ["--schemes", "w2a16-channel", "--methods", "rtn", "--calib", "demo", "--samples", "2"]
     words += ["--data", "demo:dev", "--n", "8", "--max-tokens", "2", "--quiet"]
     words += ["--json", str(out), "--keep", str(kept), "--plot", str(tmp_path / "c.png")]
+    words += ["--first-seed", "2"]
     assert _compare(str(twins[0]), *words) == 0
     printed = capsys.readouterr().out
     assert "w2a16-channel" in printed and (tmp_path / "c.png").exists()
@@ -112,8 +113,8 @@ def test_a_stress_scheme_from_end_to_end(
     record = json.loads(out.read_text())
     assert record["settings"]["samples"] == 2 and record["settings"]["engine"] == "forced"
     (run,) = record["runs"]
-    assert run["kl_mean"] > 0 and run["n"] == 8 and run["peak_bytes"] > 1 << 27
-    assert record["full_precision"]["0"]["kl_mean"] == 0
+    assert run["seed"] == 2 and run["kl_mean"] > 0 and run["n"] == 8 and run["peak_bytes"] > 1 << 27
+    assert record["full_precision"]["2"]["kl_mean"] == 0
 
     from safetensors.torch import load_file
 
@@ -121,7 +122,7 @@ def test_a_stress_scheme_from_end_to_end(
     from qig_serve.packing import fake_quantize
 
     (folder,) = kept.iterdir()
-    with pytest.raises(UserError, match=r"w2a16-channel-rtn-0 is there already: name another --k"):
+    with pytest.raises(UserError, match=r"w2a16-channel-rtn-2 is there already: name another --k"):
         _compare(str(twins[0]), *words)
     plain = {}
     for shard in folder.glob("*.safetensors"):
