@@ -31,6 +31,14 @@ _LONG = ["test_vllm_range", "test_interpreted", "test_server", "test_golden", "t
 _LONG += ["test_compare", "test_pipeline", "test_scales", "test_source_matrix"]
 
 
+@pytest.fixture(autouse=True)
+def signal_mask() -> Iterator[None]:
+    """No test leaves a signal blocked for those after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _NoAxes:
     """Takes every call and draws nothing."""
 

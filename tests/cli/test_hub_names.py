@@ -127,8 +127,13 @@ def test_functions_read_a_name_s_snapshot(
 )
 @pytest.mark.usefixtures("cache")
 def test_what_is_not_there_is_not_fetched(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Those of this process are pytest's.
+    monkeypatch.setattr("qig_serve.serving.stop_signals.take_stop_signals", lambda: None)
     one_sample(tmp_path)
     Image.new("RGB", (8, 8)).save("red.png")
     Path("made").mkdir()
