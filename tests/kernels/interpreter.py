@@ -4,7 +4,7 @@ Seen in Triton 3.6 and 3.9: bf16 lives in uint16 arrays, `tl.dot` multiplies tho
 fp32 -> bf16 drops the low bits, and bf16 -> fp32 garbles denormals. In 3.6 `tl.fma` also rounds the
 product before it adds. Import before a kernel runs under TRITON_INTERPRET=1.
 
-It also spends most of its time on what these tests do not need: here it replaces the functions of
+It also spends half of its time on what these tests do not need: here it replaces the functions of
 `triton.language` once for each module that uses them, not at every call of a device function, and
 does not compute every sum and product of integers a second time to look for overflow.
 """
