@@ -16,14 +16,19 @@ def load() -> None:
     library = Path(os.environ["ONE_GPU"])
     spec = importlib.util.find_spec("torch")  # its folder, without importing it
     assert spec is not None and spec.origin is not None
-    torch = Path(spec.origin).parent
+    folder = Path(spec.origin).parent
     if not library.is_file():
-        include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
-        link = [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
+        include = [f"-I{folder}/include", f"-I{folder}/include/torch/csrc/api/include"]
+        link = [f"-L{folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{folder}/lib"]
         source = Path(__file__).with_suffix(".cpp")
         build = ["g++", "-std=c++20", "-shared", "-fPIC", *include, str(source), *link]
         subprocess.run([*build, "-o", str(library)], check=True)
     ctypes.CDLL(str(library))
+
+    import torch
+
+    # Of all the process, before anything decorates with it: no wrapped tensor can be in it.
+    torch.inference_mode = torch.no_grad
 
 
 load()

@@ -30,13 +30,14 @@ _INDEXED = {
 """CUDA lets indices lie on the CPU."""
 _READ = {"__float__", "__int__", "__bool__", "__index__", "__len__", "tolist", "item"}
 """Read values, by way of a device guard that a build without CUDA does not have."""
-torch.inference_mode = torch.no_grad  # type: ignore[misc, assignment]  # no wrapper can be in it
 
 
 class OnGpu(torch.Tensor):
     """A tensor that says it is on a GPU, around one on the CPU."""
 
     inner: torch.Tensor
+    made = 0
+    """How many there have been."""
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> OnGpu:
@@ -51,9 +52,10 @@ class OnGpu(torch.Tensor):
             requires_grad=inner.requires_grad,
         )
         made.inner = inner.detach()
+        OnGpu.made += 1
         return made
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"OnGpu({self.inner})"
 
     @classmethod

@@ -67,7 +67,10 @@ METHODS = {
     "of the paper": dict(scheme="w4a8", method="qig", grid=2, steps=2),
     "by the answers' gradient": dict(scheme="w3a16", method="mbq", grid=2),
 }
-SLOW = {"a search of ranges": dict(scheme="w3a16", method="awq-clip", grid=2)}
+SLOW = {
+    name: dict(scheme="w3a16", method=name, grid=2)
+    for name in ("rtn", "awq", "awq-clip", "smoothquant", "gptq-qig")
+}
 
 
 @pytest.mark.parametrize(
@@ -88,18 +91,22 @@ def test_evaluation(source: Path, engine: Literal["forced", "transformers"]) -> 
     options = {"scheme": "w4a8", "method": "rtn", "calib": calib, "samples": 1, "device": "cpu"}
     quantize(source, out, make_recipe(options), quiet=True)
     samples = load_samples(calib, 1)
+    before = OnGpu.made
     with pretended_gpu():
         found = evaluate_many([("rtn", out)], source, samples, engine=engine, max_tokens=4)
     divergence = found["rtn"].divergence
     assert divergence is not None and divergence.kl_mean > 0
+    assert OnGpu.made > before + 1000
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_attribution(source: Path, scheme: str) -> None:
+    before = OnGpu.made
     with pretended_gpu():
         picture = source.parent / "red.png"
         _, errors = explain_sample(source, [picture], "What?", "red", lambda n: range(n), scheme)
     assert len(errors) == 2
+    assert OnGpu.made > before + 1000
 
 
 def slow_families() -> Iterator[Any]:
