@@ -7,6 +7,7 @@ What it keeps of a linear [N, K], and what then runs, stands at its head. It exp
     linear     (x [M, K], those, n, bias or None) -> [M, N]
     describe   (n, dtype) -> what runs it, in words
     look_up    () finds out what the processor offers
+    MANY_ROWS  from which on rows of x are multiplied otherwise
 
 Where 128 does not divide K, the weights of bf16 and fp16 are padded to whole groups with zeros, and
 so is x in each call.
@@ -82,6 +83,11 @@ def embedding(
 ) -> torch.Tensor:
     """Rows `ids` [...] of the prepared table [N, K] in `dtype`: [..., K]."""
     return KERNELS[scheme.name].embedding(ids, prepared, dtype)
+
+
+def token_counts(job: LinearJob) -> list[int]:
+    """A number of tokens for each way in which a linear may be run: few rows, and many."""
+    return [1, KERNELS[job.scheme.name].MANY_ROWS]
 
 
 def compile_ahead(job: LinearJob) -> None:

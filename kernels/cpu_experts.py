@@ -72,6 +72,11 @@ def apply(
     return torch.ops.qig.cpu_experts(x, routing, ids, *both, names, inter, scheme, activation)
 
 
+def token_counts(job: ExpertsJob) -> list[int]:
+    """As `cpu.token_counts`."""
+    return [1, cpu.KERNELS[job.scheme].MANY_ROWS]
+
+
 def compile_ahead(job: ExpertsJob) -> None:
     """Nothing is compiled on a CPU."""
 

@@ -68,6 +68,7 @@ TILES: dict[str, list[tuple[float, Tile]]] = {
     ],
 }
 """Scheme -> [(most slots per expert, on average), tile, ...]."""
+_MOST_TRIED = 4096  # tokens, before anything is served
 
 
 @triton.jit
@@ -308,6 +309,13 @@ def apply(
     """`run` through the op, with the tile of TILES; M may be 0."""
     both = list(gate_up.values()), list(down.values())
     return torch.ops.qig.experts(x, routing, ids, *both, inter, scheme, activation)
+
+
+def token_counts(job: ExpertsJob) -> list[int]:
+    """A number of tokens for each tile that a layer may run with."""
+    bounds = [0.0, *(most for most, _ in TILES[job.scheme][:-1])]
+    counts = {min(int(most * job.experts) // job.top_k + 1, _MOST_TRIED) for most in bounds}
+    return sorted(counts)
 
 
 def compile_ahead(job: ExpertsJob) -> None:

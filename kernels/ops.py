@@ -118,6 +118,11 @@ def fuses_activations(scheme: QuantScheme) -> bool:
     return bool(KERNELS[scheme.name].FUSES_ACTIVATIONS)
 
 
+def token_counts(job: LinearJob) -> list[int]:
+    """A number of tokens for each tile that a linear may run with."""
+    return [m for _, m in warm_up_tiles(job.scheme, job.n, job.k, job.device)]
+
+
 def compile_ahead(job: LinearJob) -> None:
     """Begin to compile, in the background, what a linear launches for any number of tokens."""
     if job.device.type != "cuda":

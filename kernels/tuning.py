@@ -1,6 +1,6 @@
 """What makes tiles.json: measured on a GPU, or chosen by the model of time where there is none.
 
-    python -m qig_serve.kernels.tuning --predict [--arch 90 ...] [--counts FILE]
+    python -m qig_serve.kernels.tuning --predict [--arch 90 ...] [--schemes w8a16] [--counts FILE]
     python -m qig_serve.kernels.tuning [--counts FILE] [--quick]
 
 The first compiles every candidate for the architectures (minutes, no GPU), counts, and writes the
@@ -34,7 +34,9 @@ from qig_serve.kernels.tiles import LAYER_SHAPES, TILES_FILE, Tile, select, tile
 from qig_serve.packing import pack_linear, scale_dtype
 
 TUNED = [name for name in KERNELS if SCHEMES[name].servable]
-"""Schemes of decoder linears."""
+"""Schemes of decoder linears, which are timed on a GPU."""
+HEAD = (152064, 3584)
+"""(N, K) of an output head, Qwen2-VL-7B's."""
 
 BUCKETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 """Largest M of each bucket; the last is without a bound."""
@@ -75,10 +77,19 @@ def candidates(scheme: str, m: int) -> list[Tile]:
     return tiles
 
 
-def count_candidates(target: int, processes: int, known: Found) -> Found:
+def shapes_of(scheme: str) -> list[tuple[int, int]]:
+    """(N, K) for which a scheme's tiles are chosen."""
+    if not SCHEMES[scheme].servable:
+        return [HEAD]
+    return sorted({shape for layer in LAYER_SHAPES.values() for shape in layer.values()})
+
+
+def count_candidates(
+    target: int, processes: int, known: Found, schemes: Iterable[str] = TUNED
+) -> Found:
     """Counts of every candidate for a compute capability; `known` ones are not compiled again."""
     wanted: dict[tuple[str, str], Tile] = {}
-    for scheme in TUNED:
+    for scheme in schemes:
         for m in BUCKETS:
             for tile in candidates(scheme, m):
                 if tile.regime != "dequantize":
@@ -114,7 +125,8 @@ def predicted(
         if not tile.block_n:
             return time
         # In slices the scratch is small, and the vendor's kernels end in more part-filled waves.
-        return time if m >= _SLICES_FROM and n > 2 * tile.block_n else float("inf")
+        worth = m >= _SLICES_FROM and n > 2 * tile.block_n
+        return time if worth or not scheme.servable else float("inf")
     counts = found.get(scheme.name, {}).get(compiled_as(tile))
     if counts is None or not counts.tensor_core or counts.spills or counts.stack:
         return float("inf")
@@ -143,9 +155,9 @@ def shortlist(
 
 def choose(scheme: QuantScheme, found: Found, target: int) -> dict[str, list[dict[str, Any]]]:
     """tiles.json's part of an architecture and scheme, by the model."""
-    shapes = sorted({shape for layer in LAYER_SHAPES.values() for shape in layer.values()})
+    shapes = shapes_of(scheme.name)
     rows: dict[str, list[dict[str, Any]]] = {"default": []}
-    rows |= {f"{n}x{k}": [] for n, k in shapes}
+    rows |= {f"{n}x{k}": [] for n, k in shapes if scheme.servable}
     for m in BUCKETS:
         times = {
             tile: {s: predicted(scheme, tile, found, target, m, *s) for s in shapes}
@@ -155,7 +167,7 @@ def choose(scheme: QuantScheme, found: Found, target: int) -> dict[str, list[dic
         best = min(total, key=lambda tile: total[tile])
         bound = None if m == BUCKETS[-1] else m
         rows["default"].append({"max_m": bound, **asdict(best)})
-        for n, k in shapes:
+        for n, k in shapes if scheme.servable else ():
             own = min(times, key=lambda tile: times[tile][n, k])
             better = times[own][n, k] < _WORTH * times[best][n, k]
             rows[f"{n}x{k}"].append({"max_m": bound, **asdict(own if better else best)})
@@ -299,17 +311,20 @@ def write_tiles(architecture: str, entry: dict[str, Any]) -> None:
     select.cache_clear()
 
 
-def _predict(targets: Iterable[int], counts: Path | None, processes: int) -> int:
+def _predict(
+    targets: Iterable[int], counts: Path | None, processes: int, schemes: list[str]
+) -> int:
     for target in targets:
         compiled = ALIKE.get(target, target)
         known = read_counts(counts, compiled, triton.__version__)
-        found = count_candidates(compiled, processes, known)
+        found = count_candidates(compiled, processes, known, schemes)
         if counts is not None:
             write_counts(counts, compiled, found)
             found = read_counts(counts, compiled)
         gpu = time_model.GPUS[target].name
-        entry: dict[str, Any] = {"source": f"chosen by time_model.py for {gpu}, not measured"}
-        entry |= {name: choose(SCHEMES[name], found, target) for name in TUNED}
+        entry: dict[str, Any] = {name: choose(SCHEMES[name], found, target) for name in schemes}
+        if set(TUNED) <= set(schemes):
+            entry["source"] = f"chosen by time_model.py for {gpu}, not measured"
         write_tiles(f"sm_{target}", entry)
         print(f"sm_{target}: {sum(map(len, found.values()))} candidates", flush=True)
     return 0
@@ -324,7 +339,7 @@ def _measure(counts: Path | None, most: int, quick: bool) -> int:
     target = major * 10 + minor
     known = read_counts(counts, target)
     found = known or count_candidates(target, 8, {})
-    shapes = sorted({shape for layer in LAYER_SHAPES.values() for shape in layer.values()})
+    shapes = shapes_of(TUNED[0])
     buckets = (16, 2048) if quick else BUCKETS
     entry: dict[str, Any] = {
         "source": f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -352,13 +367,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="qig_serve.kernels.tuning")
     parser.add_argument("--predict", action="store_true", help="choose by the model of time")
     parser.add_argument("--arch", type=int, nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument(
+        "--schemes", nargs="+", choices=list(KERNELS), default=TUNED, help="those of --predict"
+    )
     parser.add_argument("--counts", type=Path, help="file of the compiler's figures")
     parser.add_argument("--processes", type=int, default=2, help="that compile (--predict)")
     parser.add_argument("--shortlist", type=int, default=4, help="tiles measured per bucket")
     parser.add_argument("--quick", action="store_true", help="one shape and two M: a trial")
     options = parser.parse_args(arguments)
     if options.predict:
-        return _predict(options.arch, options.counts, options.processes)
+        return _predict(options.arch, options.counts, options.processes, options.schemes)
     return _measure(options.counts, options.shortlist, options.quick)
 
 

@@ -23,7 +23,8 @@ from qig_serve.kernels.library import Prepared
 from qig_serve.kernels.tiles import Tile, tiles_of
 
 FUSES_ACTIVATIONS = False
-_MOST_HALVES = 64
+_MOST_HALVES = 256
+_SLICE = 8448  # rows dequantized at a time: all of a vocabulary would take a gigabyte
 _SOME, _MANY = 4, 32  # rows that a program looks up: of a few tokens, and of a slice
 
 
@@ -135,11 +136,18 @@ def _dequantized_linear(
 
 def candidates(m: int) -> list[Tile]:
     """Tiles to try at M tokens; what does not fit a device is skipped."""
-    tiles = [tile for tile in halves.candidates(m) if launch.uses_wgmma(tile)]
-    tiles = tiles if m <= _MOST_HALVES else []
-    if m >= _MOST_HALVES // 2:
-        tiles += [Tile("dequantize", block_n=rows) for rows in (4224, 8448, 16896, 0)]
-    return tiles
+    if m > _MOST_HALVES:
+        return [Tile("dequantize", block_n=_SLICE)]
+    shapes = {8: ((4, 3), (4, 2)), 16: ((4, 3), (4, 2)), 32: ((8, 2), (8, 1)), 64: ((8, 1),)}
+    nearest = min(64, max(8, 1 << (m - 1).bit_length()))
+    tiles = [
+        Tile("halves", tokens, 128, warps, stages, programs)
+        for tokens, offered in shapes.items()
+        if nearest // 2 <= tokens <= nearest
+        for warps, programs in offered
+        for stages in (2, 3)
+    ]
+    return [*tiles, Tile("dequantize", block_n=_SLICE)] if m >= 64 else tiles
 
 
 def kernel(tile: Tile, dtype: str, orders: launch.Orders) -> launch.Kernel:

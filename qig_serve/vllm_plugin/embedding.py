@@ -7,14 +7,18 @@ an empty tensor that knows its layer, and the head computes with that layer's ta
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from qig_serve.formats import VOCABULARY_SCHEME, tensor_specs
+from qig_serve.kernels import self_check
 from qig_serve.kernels.library import LinearJob
+from qig_serve.packing import unpack_rows
 from qig_serve.vllm_plugin.linear import (
     check_scales,
     checked,
@@ -28,6 +32,9 @@ from qig_serve.vllm_plugin.linear import (
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+_logger = logging.getLogger("vllm.qig_serve.embedding")  # under vLLM's, whose handlers it has
+_WIDE = "weight"  # name of a table that is held in 16 bits
+_FAULTS: dict[LinearJob, str] = {}  # what was found of tables of that shape
 _WARM_ROWS = 8192  # kernels do not depend on the number of rows: no zeros for a whole vocabulary
 
 
@@ -73,10 +80,12 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         handle.qig_layer = layer
         layer.weight = handle
 
-    def _compile(self, layer: torch.nn.Module, how: Any, device: torch.device) -> None:
-        rows = min(layer.qig_n, _WARM_ROWS + layer.qig_n % 16)
+    def _job(self, layer: torch.nn.Module, n: int, device: torch.device) -> LinearJob:
         has_bias = getattr(layer, "bias", None) is not None
-        how(LinearJob(VOCABULARY_SCHEME, rows, layer.qig_k, layer.qig_dtype, device, has_bias))
+        return LinearJob(VOCABULARY_SCHEME, n, layer.qig_k, layer.qig_dtype, device, has_bias)
+
+    def _compile(self, layer: torch.nn.Module, how: Any, device: torch.device) -> None:
+        how(self._job(layer, min(layer.qig_n, _WARM_ROWS + layer.qig_n % 16), device))
 
     def tie_weights(
         self, layer: torch.nn.Module, embed_tokens: VocabParallelEmbedding
@@ -86,7 +95,10 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         return layer
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
+        """Replace the checkpoint's tensors by the kernels' own, and compile what they need.
+
+        Where the kernels compute otherwise than the checkpoint says, the table is held in 16 bits.
+        """
         if self.tied:
             if not hasattr(getattr(layer, "weight", None), "qig_layer"):
                 raise ValueError(
@@ -99,9 +111,29 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         check_scales(tensors["weight_scale"][:rows], self.prefix)
         device = tensors["weight_packed"].device
         keep_prepared(layer, self.backend.prepare(VOCABULARY_SCHEME, tensors, layer.qig_dtype))
-        del tensors
         self._set_handle(layer, device)
         self._compile(layer, self.backend.warm_up, device)
+        if not self.dummy and (fault := self._fault(layer, tensors, device)):
+            _logger.warning("%s is held in 16 bits: %s.", self.prefix, fault)
+            for name in layer.qig_names:
+                delattr(layer, f"qig_{name}")
+            wide = unpack_rows(tensors, VOCABULARY_SCHEME, layer.qig_dtype)
+            keep_prepared(layer, {_WIDE: wide})
+
+    def _fault(
+        self, layer: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device
+    ) -> str:
+        """What self_check.py finds; empty if nothing."""
+        job = self._job(layer, layer.qig_n, device)
+        if job in _FAULTS:
+            return _FAULTS[job]
+        rows, counts = self_check.Rows(tensors), self.backend.token_counts(job)
+        fault = self_check.fault_of_linear(job, rows, counts, lambda x: self.apply(layer, x))
+        fault = fault or self_check.fault_of_lookup(
+            job, rows, lambda ids: self.embedding(layer, ids)
+        )
+        _FAULTS[job] = fault
+        return fault
 
     def _table(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         return prepared(layer.weight.qig_layer if self.tied else layer)
@@ -111,10 +143,15 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Logits: x [..., K] -> [..., N]."""
         table = self._table(layer)
+        if _WIDE in table:
+            return F.linear(x, table[_WIDE], bias)
         return self.backend.linear(VOCABULARY_SCHEME, x, table, layer.qig_n, layer.qig_k, bias)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> [..., K]."""
+        table = self._table(layer)
+        if _WIDE in table:
+            return F.embedding(input_, table[_WIDE])
         return self.backend.embedding(
-            VOCABULARY_SCHEME, input_, self._table(layer), layer.qig_n, layer.qig_k, layer.qig_dtype
+            VOCABULARY_SCHEME, input_, table, layer.qig_n, layer.qig_k, layer.qig_dtype
         )

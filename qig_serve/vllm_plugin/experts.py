@@ -16,6 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from qig_serve.formats import TensorSpec, tensor_specs
+from qig_serve.kernels import self_check
 from qig_serve.kernels.library import ExpertsJob
 from qig_serve.vllm_plugin.linear import (
     check_scales,
@@ -24,6 +25,7 @@ from qig_serve.vllm_plugin.linear import (
     keep_prepared,
     kernel_backend,
     prepared,
+    refuse_fault,
     take_stored,
 )
 
@@ -121,7 +123,7 @@ class QigExpertsMethod(FusedMoEMethodBase):
                 ", or --enable-expert-parallel",
             )  # fmt: skip
         layer.qig_k, layer.qig_inter, layer.qig_dtype = k, inter, params_dtype
-        self._compile(layer, self.backend.compile_ahead, torch.get_default_device())
+        self.backend.compile_ahead(self._job(layer, torch.get_default_device()))
         on_disk = {
             "w1": tensor_specs(self.scheme, whole, k),
             "w3": tensor_specs(self.scheme, whole, k),
@@ -174,12 +176,38 @@ class QigExpertsMethod(FusedMoEMethodBase):
         return f"{self.prefix}.{expert}.{PROJECTIONS[part]}"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
+        """Replace the checkpoint's tensors by the kernels' own, and compile what they need.
+
+        ValueError, one sentence, for scales that are none, and for kernels that compute otherwise.
+        """
+        device = getattr(layer, f"w2_{self.scheme.suffixes[0]}").device
+        job = self._job(layer, device)
+        some = None
+        if not self.dummy and self_check.is_new(job):
+            some = (
+                self._first_experts(layer, "w13", job.top_k),
+                self._first_experts(layer, "w2", job.top_k),
+            )
         for stack, parts in _STACKS.items():
-            tensors = self._prepared(layer, stack, parts)
-            keep_prepared(layer, tensors, f"qig_{stack}")
-            device = next(iter(tensors.values())).device
-        self._compile(layer, self.backend.warm_up, device)
+            keep_prepared(layer, self._prepared(layer, stack, parts), f"qig_{stack}")
+        self.backend.warm_up(job)
+        if some is not None:
+            counts = self.backend.token_counts(job)
+            fault = self_check.fault_of_experts(
+                job, some, counts, lambda *given: self._run(layer, *given)
+            )
+            refuse_fault(self.prefix, fault)
+
+    def _first_experts(
+        self, layer: torch.nn.Module, stack: str, most: int
+    ) -> list[dict[str, torch.Tensor]]:
+        """The first of this rank, as stored."""
+        stored = {suffix: getattr(layer, f"{stack}_{suffix}") for suffix in self.scheme.suffixes}
+        local = len(stored["weight_scale"])
+        return [
+            {suffix: tensor.data[expert].clone() for suffix, tensor in stored.items()}
+            for expert in range(min(most, local))
+        ]
 
     def _prepared(
         self, layer: torch.nn.Module, stack: str, parts: tuple[str, ...]
@@ -202,12 +230,11 @@ class QigExpertsMethod(FusedMoEMethodBase):
         places = layer.expert_map.tolist()
         return [places.index(place) for place in range(local)]
 
-    def _compile(self, layer: torch.nn.Module, how: Callable[..., None], device: Any) -> None:
-        job = ExpertsJob(
+    def _job(self, layer: torch.nn.Module, device: torch.device) -> ExpertsJob:
+        return ExpertsJob(
             self.scheme.name, layer.qig_k, layer.qig_inter, self.moe.num_local_experts,
             self.moe.experts_per_token, self.activation, layer.qig_dtype, device,
         )  # fmt: skip
-        how(job)
 
     def apply(
         self,
@@ -224,8 +251,13 @@ class QigExpertsMethod(FusedMoEMethodBase):
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
+        return self._run(layer, x, topk_weights, topk_ids)
+
+    def _run(
+        self, layer: torch.nn.Module, x: torch.Tensor, routing: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """`apply`, with this rank's numbers of experts."""
         gate_up, down = (prepared(layer, f"qig_{stack}") for stack in _STACKS)
         return self.backend.apply(
-            self.scheme.name, x, topk_weights, topk_ids, gate_up, down, layer.qig_inter,
-            self.activation,
+            self.scheme.name, x, routing, ids, gate_up, down, layer.qig_inter, self.activation,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from qig_serve.formats import QuantScheme, TensorSpec, tensor_specs
+from qig_serve.kernels import self_check
 from qig_serve.kernels.library import LinearJob
 from qig_serve.tensor_parallel import sizes_for_inputs
 
@@ -115,23 +116,40 @@ class QigLinearMethod(LinearMethodBase):
             layer.register_parameter(suffix, parameter)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the checkpoint's tensors by the kernels' own, and compile what they need."""
+        """Replace the checkpoint's tensors by the kernels' own, and compile what they need.
+
+        ValueError, one sentence, for scales that are none, and for kernels that compute otherwise.
+        """
         tensors = take_stored(layer, self.scheme, self.dummy)
         check_scales(tensors["weight_scale"], self.prefix)
         device = tensors["weight_packed"].device
+        has_bias = getattr(layer, "bias", None) is not None
+        job = LinearJob(self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device, has_bias)
+        rows = self_check.Rows(tensors) if not self.dummy and self_check.is_new(job) else None
         keep_prepared(layer, self.backend.prepare(self.scheme, tensors, layer.qig_dtype))
         del tensors
         # vLLM's LoRA layers ask a tensor of one of their known names where the layer lies.
         layer.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
-        has_bias = getattr(layer, "bias", None) is not None
-        n, k, dtype = layer.qig_n, layer.qig_k, layer.qig_dtype
-        self.backend.warm_up(LinearJob(self.scheme, n, k, dtype, device, has_bias))
+        self.backend.warm_up(job)
+        if rows is not None:
+            counts = self.backend.token_counts(job)
+            fault = self_check.fault_of_linear(job, rows, counts, lambda x: self.apply(layer, x))
+            refuse_fault(self.prefix, fault)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
         return self.backend.linear(self.scheme, x, prepared(layer), layer.qig_n, layer.qig_k, bias)
+
+
+def refuse_fault(name: str, fault: str) -> None:
+    """ValueError where self_check.py found one: what would be served is not the checkpoint."""
+    if fault:
+        raise ValueError(
+            f"{name}: {fault}: quantize with --format compressed-tensors, for vLLM's own kernels, "
+            "and report this with what `qig-serve doctor` says"
+        )
 
 
 def take_stored(

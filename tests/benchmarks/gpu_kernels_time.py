@@ -9,12 +9,12 @@ import gpu_kernels_figures as figures
 from gpu_kernels_plan import Context, Failed
 from gpu_kernels_warm import HEAD, HEAD_TILES
 
-from qig_serve.kernels import tiles
+from qig_serve.kernels import tiles, w8a16
 from qig_serve.kernels.tuning import compiled_as
 
 RESERVE = 3.0
 ERRORS_AT = (1, 16, 128, 2048)
-HEAD_TOKENS = (1, 2, 4, 8, 16, 32)
+HEAD_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def linear_row(bench: Any, layer: str, n: int, k: int, m: int) -> dict[str, Any]:
@@ -78,7 +78,8 @@ def measure_head(bench: Any, context: Context) -> list[dict[str, Any]]:
     for m in HEAD_TOKENS:
         if context.left() < RESERVE:
             break
-        by_tile = {compiled_as(t): bench.head(m, t) for t in HEAD_TILES if m > 8 or t.block_m <= 8}
+        fit = [tile for tile in HEAD_TILES if tile in w8a16.candidates(m)]
+        by_tile = {compiled_as(tile): bench.head(m, tile) for tile in fit}
         best = min(by_tile, key=lambda name: by_tile[name])
         cublas = bench.cublas(m)
         rows.append(

@@ -19,21 +19,20 @@ import torch
 from gpu_kernels_plan import RESULTS, Context, Failed
 
 from qig_serve.formats import SCHEMES
-from qig_serve.kernels import launch, layout, tiles, tuning
+from qig_serve.kernels import launch, layout, tiles, tuning, w8a16
 from qig_serve.kernels.tiles import Tile
 
 COUNTS = RESULTS / "kernel-counts.json"
 SHORTLIST = 6
 EVERY = tuple(tiles.LAYER_SHAPES["Qwen2-VL-7B"].values())
 """Shapes for which every candidate is timed: 0.9 s of a core to compile one, 10 ms to time."""
+HEAD = tuning.HEAD
 HEAD_TILES = tuple(
-    Tile("halves", tokens, 128, 4, stages, programs_per_sm=3)
-    for tokens in (8, 16)
-    for stages in (2, 3)
+    dict.fromkeys(
+        tile for m in tuning.BUCKETS for tile in w8a16.candidates(m) if tile.regime == "halves"
+    )
 )
 """Tried for an output head in 8 bits."""
-HEAD = (152064, 3584)
-"""Qwen2-VL-7B's output head."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ if torch.cuda.is_available():
     from kernel_checks import *  # noqa: F403
     from quantizer_checks import *  # noqa: F403
     from rounding_checks import *  # noqa: F403
+    from self_check_checks import *  # noqa: F403
     from vocabulary_checks import *  # noqa: F403
 else:
 

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 
 def run_checks(**environment: str) -> subprocess.CompletedProcess[str]:
     checks = [str(path) for path in sorted(FOLDER.glob("*_checks.py"))]
-    assert len(checks) == 5
+    assert len(checks) == 6
     return subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider",
          *checks],  # two: this file is what other processes wait for

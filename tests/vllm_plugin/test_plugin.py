@@ -174,9 +174,11 @@ def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
 ) -> None:
     """Before vLLM profiles memory: every shape warmed up, one scratch memory for all layers.
 
-    The GPU's kernels are handed CPU tensors here, so that only the compiling is missing.
+    The GPU's kernels are handed CPU tensors here, so that only compiling and running is missing.
     """
-    from qig_serve.kernels import launch, ops, tiles
+    from qig_serve.kernels import launch, ops, self_check, tiles
+
+    monkeypatch.setattr(self_check, "is_new", lambda job: False)
 
     monkeypatch.setattr("qig_serve.vllm_plugin.linear.kernel_backend", lambda: ops)
     warmed: list[LinearJob] = []

@@ -1,0 +1,73 @@
+"""The check before serving, on right kernels and on wrong ones: collected like kernel_checks.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expert_checks import HIDDEN, INTER, stack
+from kernel_checks import DEVICE, DTYPES, INTERPRETED, make
+
+from qig_serve.formats import SCHEMES
+from qig_serve.kernels import experts, ops, self_check
+from qig_serve.kernels.library import ExpertsJob, LinearJob
+from qig_serve.kernels.self_check import Rows
+
+MOST = 33 if INTERPRETED else 1 << 20
+NAMES = ["w3a16", "w4a8", "w8a16"]
+
+
+def job_of(name: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> LinearJob:
+    return LinearJob(SCHEMES[name], n, k, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_right_kernels_have_no_fault(name: str, dtype: torch.dtype) -> None:
+    """With every tile that the layer may run with: a few thousandths, however many tokens."""
+    n, k = 300, 416
+    case, job = make(name, 1, n, k, dtype), job_of(name, n, k, dtype)
+    counts = [m for m in ops.token_counts(job) if m <= MOST]
+    assert len(counts) > 1
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(job.scheme, x, case.prepared, n, k)
+
+    assert self_check.fault_of_linear(job, Rows(case.stored), counts, multiply) == ""
+    if name == "w8a16":
+        rows = Rows(case.stored)
+        assert self_check.fault_of_lookup(
+            job, rows, lambda ids: ops.embedding(job.scheme, ids, case.prepared, n, k, dtype)
+        ) == ""  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_wrong_code_in_128_is_a_fault(name: str) -> None:
+    n, k = 130, 256
+    case, job = make(name, 1, n, k, torch.bfloat16), job_of(name, n, k)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[:, 5::128] = 0
+        return ops.linear(job.scheme, x, case.prepared, n, k)
+
+    fault = self_check.fault_of_linear(job, Rows(case.stored), [1, 3], multiply)
+    assert fault.startswith(f"the kernels of {name} are ") and "for 1 tokens" in fault
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_experts(scheme: str) -> None:
+    gate_up = stack(scheme, 5, 2 * INTER, HIDDEN, torch.bfloat16)
+    down = stack(scheme, 5, HIDDEN, INTER, torch.bfloat16)
+    job = ExpertsJob(scheme, HIDDEN, INTER, 5, 2, "silu", torch.bfloat16, DEVICE)
+    counts = [m for m in experts.token_counts(job) if m <= MOST]
+    assert len(counts) > 1
+    stored = gate_up.stored[:2], down.stored[:2]
+
+    def run(x: torch.Tensor, routing: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        given = gate_up.prepared, down.prepared, INTER, "silu"
+        return experts.apply(scheme, x, routing, ids, *given)
+
+    assert self_check.fault_of_experts(job, stored, counts, run) == ""
+    swapped = stored[0], stored[1][::-1]
+    fault = self_check.fault_of_experts(job, swapped, counts, run)
+    assert f"the kernels of {scheme} experts are" in fault
