@@ -32,11 +32,14 @@ _LONG += ["test_compare", "test_pipeline", "test_scales", "test_source_matrix"]
 
 
 @pytest.fixture(autouse=True)
-def signal_mask() -> Iterator[None]:
-    """No test leaves a signal blocked for those after it."""
+def as_before() -> Iterator[None]:
+    """No test leaves a signal blocked, or vLLM reading pictures as a server does, for the next."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    connector = os.environ.get("VLLM_MEDIA_CONNECTOR")
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if connector is None:
+        os.environ.pop("VLLM_MEDIA_CONNECTOR", None)
 
 
 class _NoAxes:

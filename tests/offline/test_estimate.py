@@ -31,7 +31,8 @@ def test_counts_and_estimate_are_printed(
     tiny_llava: Path, seven_samples: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = pipeline.quantize(tiny_llava, tmp_path / "out", recipe(seven_samples))
-    lines = capsys.readouterr().err.splitlines()
+    said, *lines = capsys.readouterr().err.splitlines()
+    assert said.startswith("in 8 bits: ") and said.endswith("lm_head")
     counts = report.calibration["tokens"]
     assert counts["image"] == 7 * 36 and counts["text"] > 7
     assert lines[0] == (
@@ -47,7 +48,7 @@ def test_counts_and_estimate_are_printed(
     # The log holds the same lines, each with the time, and the steps inside the blocks.
     log = (tmp_path / "out" / pipeline.LOG_FILE).read_text().splitlines()
     logged = [line.split("  ", 1)[1] for line in log]
-    assert logged[:3] == lines[:3]
+    assert logged[:4] == [said, *lines[:3]]
     assert "block 1/2: equalization of qkv" in logged
     assert [line for line in lines if line.startswith("block")] == [
         line for line in logged if "output error" in line

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qig_serve.cli import main
 from qig_serve.demo.questions import write_jsonl
 from qig_serve.errors import UserError
-from qig_serve.formats import get_scheme, tensor_specs
+from qig_serve.formats import VOCABULARY_SCHEME, get_scheme, tensor_specs
 from qig_serve.hashes import HASHES_FILE, file_sha256
 from qig_serve.manifest import read_quantization_config
 from qig_serve.offline import pipeline
@@ -33,7 +33,7 @@ from qig_serve.offline.results import QuantizationReport
 from qig_serve.offline.rounding.block import round_block
 from qig_serve.offline.rounding.statistics import BlockStatistics
 from qig_serve.offline.source.loaded_model import load
-from qig_serve.packing import fake_quantize_activation, unpack_linear
+from qig_serve.packing import fake_quantize_activation, pack_rows, unpack_linear, unpack_rows
 
 LINEARS = {
     "self_attn.q_proj": (128, 128),
@@ -45,6 +45,7 @@ LINEARS = {
     "mlp.down_proj": (128, 256),
 }
 PREFIX = "language_model.model.layers."
+TABLES = ["language_model.model.embed_tokens", "language_model.lm_head"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,12 @@ def test_checkpoint(model_dir: Path, finished: Finished, scheme: str, method: st
             assert f"{stem}.weight" not in tensors
             for suffix, spec in tensor_specs(get_scheme(scheme), n, k).items():
                 assert tensors[f"{stem}.{suffix}"].shape == spec.shape
-    left = [n for n in source if not n.startswith(PREFIX)]
+    assert qc.eight_bit == TABLES
+    for table in TABLES:
+        for suffix, tensor in pack_rows(source[f"{table}.weight"], VOCABULARY_SCHEME).items():
+            assert torch.equal(tensors[f"{table}.{suffix}"], tensor)
+    tables = {f"{table}.weight" for table in TABLES}
+    left = [n for n in source if not n.startswith(PREFIX) and n not in tables]
     assert all(torch.equal(tensors[n], source[n]) for n in left)
     assert all(t.dtype == source[n].dtype for n, t in tensors.items() if n in source)
     hashes = json.loads((output / HASHES_FILE).read_text())["files"]
@@ -164,6 +170,11 @@ def dequantized_model(model_dir: Path, output: Path, scheme: str) -> Any:
 
     model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
     tensors = tensors_of(output)
+    for table, module in zip(
+        TABLES, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True
+    ):
+        parts = {s: tensors[f"{table}.{s}"] for s in VOCABULARY_SCHEME.suffixes}
+        module.weight.data = unpack_rows(parts, VOCABULARY_SCHEME, torch.float32)
     for index, layer in enumerate(model.model.language_model.layers):
         for name, parameter in layer.named_parameters():
             stem = f"{PREFIX}{index}.{name.removesuffix('.weight')}"

@@ -129,8 +129,9 @@ def test_transformers_loads_the_same_model(
 
     monkeypatch.setattr(transformers_plugin, "fake_quantize_activation", as_the_library)
     source = tiny_model(family, tmp_path / "source")
+    in_16_bits = {"method": "awq", "grid": 2, "head": 16, "embeddings": 16}  # as this form has them
     ours, exported = (
-        checkpoint(source, tmp_path / form, calibration, scheme, form, method="awq", grid=2)
+        checkpoint(source, tmp_path / form, calibration, scheme, form, **in_16_bits)
         for form in ("qig", "compressed-tensors")
     )
     expected: Any = load_dequantized(ours)
