@@ -4,7 +4,8 @@
 
 Nothing is downloaded and no calibration runs: weights are drawn from a seed per layer, and every
 quantized variant is those same weights rounded to nearest by the package's own packing. What all
-variants share (vision tower, embeddings, lm_head, norms) lies in one file that they link to.
+variants share (vision tower, norms) lies in one file that they link to, and output head and
+embedding in another, of 16 bits or of 8.
 `tiny=True` makes the same models with few and narrow layers, for a machine without a GPU.
 """
 
@@ -15,21 +16,24 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_vllm_configs import MODELS, STD, BenchModel, make_tokenizer, shapes
 from gpu_vllm_run import COMPLETE
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qig_serve import packing
 from qig_serve.architectures import get_architecture
-from qig_serve.formats import FORMAT_VERSION, QuantScheme, get_scheme
+from qig_serve.formats import FORMAT_VERSION, VOCABULARY_SCHEME, QuantScheme, get_scheme
+from qig_serve.manifest import EMBEDDING, HEAD
 from qig_serve.offline.checkpoint import compressed_tensors
 from qig_serve.offline.source.surplus import outside_blocks
 
+Tensors = dict[str, torch.Tensor]
 LINEARS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
@@ -41,6 +45,7 @@ CHECKPOINTS: dict[str, QuantScheme | None] = {
     "bf16": None,
     "w3a16": get_scheme("w3a16"),
     "w4a8": get_scheme("w4a8"),
+    "w3a16-head16": get_scheme("w3a16"),
     # compressed-tensors: what `quantize --format compressed-tensors` writes of the two above ...
     "ct-w3a16": get_scheme("w3a16"),
     "ct-w4a8": get_scheme("w4a8"),
@@ -50,6 +55,8 @@ CHECKPOINTS: dict[str, QuantScheme | None] = {
     "ct-w3a16-dense": _W3A16_SYMMETRIC,
 }
 """What is written -> how its linears are stored; None: not quantized."""
+EIGHT_BIT = ("w3a16", "w4a8")
+"""What has output head and embedding in 8 bits, as `quantize` leaves them."""
 
 
 def _draw(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
@@ -77,8 +84,17 @@ def _packed(
     return compressed_tensors.convert_linear(stored, scheme) if kind.startswith("ct-") else stored
 
 
+def vocabulary(model: BenchModel, config: Any, names: Sequence[str]) -> list[str]:
+    """The tables that may have 8 bits, as modules."""
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    as_is = get_architecture(model.family).embedding_as_is
+    endings = () if tied and as_is else (HEAD,) if as_is else (EMBEDDING, HEAD)
+    tables = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    return [name for name in tables if endings and name.endswith(endings)]
+
+
 def quantization_config(
-    model: BenchModel, kind: str, config: Any, left_alone: Sequence[str]
+    model: BenchModel, kind: str, config: Any, left_alone: Sequence[str], tables: Sequence[str]
 ) -> dict[str, Any] | None:
     """`quantization_config` of config.json; None in full precision."""
     scheme = CHECKPOINTS[kind]
@@ -93,7 +109,8 @@ def quantization_config(
         return found
     return {
         "quant_method": "qig", "format_version": FORMAT_VERSION, "scheme": scheme.name,
-        "bits": scheme.bits, "group_size": scheme.group_size, "ignore": list(left_alone),
+        "bits": scheme.bits, "group_size": scheme.group_size,
+        "ignore": [name for name in left_alone if name not in tables], "eight_bit": list(tables),
         "model_type": config.model_type, "architectures": config.architectures, "method": "rtn",
         "produced_by": "random weights, for timing",
     }  # fmt: skip
@@ -126,30 +143,42 @@ def make_checkpoints(
     )  # fmt: skip
     in_layers = [n for n in everything if n.startswith(prefix)]
     left_alone = outside_blocks(everything, prefix)
+    outside = [n for n in everything if n not in in_layers]
+    tables = vocabulary(model, config, outside)
     for kind, path in wanted.items():
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         config.save_pretrained(path)
         written = json.loads((path / "config.json").read_text())
-        quantization = quantization_config(model, kind, config, left_alone)
+        in_8_bits = tables if kind in EIGHT_BIT else []
+        quantization = quantization_config(model, kind, config, left_alone, in_8_bits)
         if quantization is not None:
             written["quantization_config"] = quantization
         (path / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         model.processor(tokenizer, tokenizer.chat_template, tiny).save_pretrained(path)
         tokenizer.save_pretrained(path)
 
-    outside = [n for n in everything if n not in in_layers]
-    shared = directory / f"{name}{'-tiny' if tiny else ''}" / "rest.safetensors"
-    with shared.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes make other kinds
-        if not shared.exists():  # others may link to it
-            rest = {n: _draw(n, everything[n], device).cpu() for n in outside}
-            save_file(rest, shared.with_suffix(".tmp"), {"format": "pt"})
-            shared.with_suffix(".tmp").rename(shared)
-            del rest
-    for path in wanted.values():
-        os.link(shared, path / shared.name)
-    index = {kind: dict.fromkeys(outside, shared.name) for kind in wanted}
+    index: dict[str, dict[str, str]] = {kind: {} for kind in wanted}
+    home = directory / f"{name}{'-tiny' if tiny else ''}"
+
+    def drawn(names: Sequence[str]) -> Tensors:
+        return {n: _draw(n, everything[n], device).cpu() for n in names}
+
+    in_tables = [f"{table}.weight" for table in tables]
+    rest = [n for n in outside if n not in in_tables]
+    parts = {
+        "rest.safetensors": (list(wanted), lambda: drawn(rest)),
+        "tables.safetensors": (
+            [kind for kind in wanted if kind not in EIGHT_BIT], lambda: drawn(in_tables)
+        ),
+        "tables-8.safetensors": (
+            [kind for kind in wanted if kind in EIGHT_BIT], lambda: _in_8_bits(drawn(in_tables))
+        ),
+    }  # fmt: skip
+    for file, (sharing, make) in parts.items():
+        names = _shared(home / file, [wanted[kind] for kind in sharing], make) if sharing else []
+        for kind in sharing:
+            index[kind] |= dict.fromkeys(names, file)
     for layer in range(config.text_config.num_hidden_layers):
         file = f"layer-{layer:03d}.safetensors"
         names = [n for n in in_layers if n.startswith(f"{prefix}{layer}.")]
@@ -165,6 +194,27 @@ def make_checkpoints(
     if device == "cuda":
         torch.cuda.empty_cache()  # an engine is next to want the memory
     return targets
+
+
+def _shared(path: Path, folders: Sequence[Path], make: Callable[[], Tensors]) -> list[str]:
+    """Links a file into all folders; the first process that wants it makes it. Its tensors."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            save_file(make(), path.with_suffix(".tmp"), {"format": "pt"})
+            path.with_suffix(".tmp").rename(path)
+    for folder in folders:
+        os.link(path, folder / path.name)
+    with safe_open(path, "pt") as opened:
+        return list(opened.keys())
+
+
+def _in_8_bits(weights: Tensors) -> Tensors:
+    return {
+        f"{name.removesuffix('.weight')}.{suffix}": tensor
+        for name, weight in weights.items()
+        for suffix, tensor in packing.pack_rows(weight, VOCABULARY_SCHEME).items()
+    }
 
 
 def _layer(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:

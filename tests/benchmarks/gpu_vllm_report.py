@@ -10,7 +10,7 @@ from gpu_vllm_run import TINY
 
 from qig_serve.errors import UserError
 
-OURS = ("w3a16", "w4a8", "w4a8-unfused")
+OURS = ("w3a16", "w4a8", "w3a16-head16", "w4a8-unfused")
 GIB = 1 << 30
 DECODE_GOALS = (
     ("w3a16", 1, 2.2), ("w4a8", 1, 2.1), ("w3a16", 32, 1.8), ("w4a8", 32, 1.8),

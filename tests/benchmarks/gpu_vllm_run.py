@@ -59,6 +59,7 @@ VARIANTS: dict[str, Variant] = {
     "bf16": Variant("bf16", "^UnquantizedLinearMethod$"),
     "w3a16": Variant("w3a16", "QigLinearMethod", W3A16),
     "w4a8": Variant("w4a8", "QigLinearMethod", W4A8),
+    "w3a16-head16": Variant("w3a16-head16", "QigLinearMethod", W3A16),
     "w4a8-unfused": Variant(
         "w4a8", "QigLinearMethod", W4A8, environment={"QIG_FUSE_QUANTIZATION": "0"}
     ),

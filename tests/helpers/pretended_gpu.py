@@ -5,15 +5,17 @@
 
 Their numbers lie on the CPU, and every operation is computed there. What is refused: an operation
 on tensors of two devices, a CPU's generator for a tensor of the GPU, `numpy()`. No kernel runs.
+What tensors there take is counted (`Memory`); what an operation takes for itself is not.
 In a process that loaded one_gpu.py before torch.
 """
 
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,10 +34,46 @@ _READ = {"__float__", "__int__", "__bool__", "__index__", "__len__", "tolist", "
 """Read values, by way of a device guard that a build without CUDA does not have."""
 
 
+class Memory:
+    """Bytes of the GPU that tensors hold."""
+
+    live = 0
+    peak = 0
+
+    @classmethod
+    def reset_peak(cls) -> None:
+        """As torch.cuda.reset_peak_memory_stats."""
+        cls.peak = cls.live
+
+
+class _Held:
+    """A storage on the GPU, for as long as a tensor has it."""
+
+    every: ClassVar[weakref.WeakValueDictionary[int, _Held]] = weakref.WeakValueDictionary()
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        Memory.live += size
+        Memory.peak = max(Memory.peak, Memory.live)
+
+    def __del__(self) -> None:
+        Memory.live -= self.size
+
+    @classmethod
+    def by(cls, tensor: torch.Tensor) -> _Held:
+        """The same for tensors that share it."""
+        storage = tensor.untyped_storage()
+        held = cls.every.get(storage._cdata)
+        if held is None:
+            held = cls.every[storage._cdata] = cls(storage.nbytes())
+        return held
+
+
 class OnGpu(torch.Tensor):
     """A tensor that says it is on a GPU, around one on the CPU."""
 
     inner: torch.Tensor
+    held: _Held
     made = 0
     """How many there have been."""
 
@@ -52,6 +90,7 @@ class OnGpu(torch.Tensor):
             requires_grad=inner.requires_grad,
         )
         made.inner = inner.detach()
+        made.held = _Held.by(inner)
         OnGpu.made += 1
         return made
 
@@ -151,13 +190,17 @@ class _Indexed(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _answering(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value() if callable(value) else value
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """While it lasts torch has a GPU, of 24 GiB, with compute capability 8.9."""
     properties = types.SimpleNamespace(
         total_memory=24 << 30, name="pretended", major=8, minor=9, multi_processor_count=128
     )
-    answers = {
+    answers: dict[str, Any] = {
         "_lazy_init": None,
         "is_available": True,
         "device_count": 1,
@@ -165,9 +208,9 @@ def pretended_gpu() -> Iterator[None]:
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
-        "max_memory_allocated": 1 << 30,
-        "memory_allocated": 1 << 30,
-        "reset_peak_memory_stats": None,
+        "max_memory_allocated": lambda: Memory.peak,
+        "memory_allocated": lambda: Memory.live,
+        "reset_peak_memory_stats": Memory.reset_peak,
         "mem_get_info": (23 << 30, 24 << 30),
         "get_device_properties": properties,
         "get_device_capability": (8, 9),
@@ -179,7 +222,7 @@ def pretended_gpu() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patched, _Made(), _Indexed():
             for name, value in answers.items():
-                patched.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+                patched.setattr(torch.cuda, name, _answering(value))
             yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
