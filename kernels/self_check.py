@@ -131,6 +131,9 @@ def _some(m: int, device: torch.device) -> torch.Tensor:
 
 
 def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative to what is wanted; 0 where both are zeros."""
-    difference, norm = (got.float() - wanted).norm(), wanted.norm()
+    """Relative to what is wanted, as far as got's dtype goes; 0 where both are zeros."""
+    most = torch.finfo(got.dtype).max
+    wanted = wanted.clamp(-most, most)
+    got = torch.nan_to_num(got.float(), nan=torch.nan, posinf=most, neginf=-most)
+    difference, norm = (got - wanted).norm(), wanted.norm()
     return float(difference / norm) if norm > 0 else float(difference)

@@ -1,13 +1,13 @@
 """What quantizing takes of a GPU's memory, counted without one.
 
-    python tests/benchmarks/gpu_memory.py [--scales 8 4] [--options scheme=w4a8 method=gptq]
+    python tests/benchmarks/gpu_memory.py [--scales 16 8 4] [--options scheme=w4a8 method=gptq]
 
 Two blocks of Qwen2.5-VL-7B's shape (hidden 3584, MLP 18944, 28 heads, 4 of keys and values), with
 widths a fraction 1 / SCALE, are quantized on a pretended GPU (tests/helpers/pretended_gpu.py),
 which counts what tensors there hold; what an operation takes for itself is not in it, and neither
 are CUDA's context and the allocator's holes. Samples have about 1,000 tokens, batches 2,048.
-Matrices grow with the square of the width and activations in proportion to it: the last row puts
-such a sum through the two largest models, and says what it is at full width.
+Matrices grow with the square of the width, activations in proportion to it, attention not at all:
+the last row puts such a sum through the three models, and says what it is at full width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from qig_serve.offline.recipe import make_recipe  # noqa: E402
 from qig_serve.offline.rounding import columns  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KEYS, BLOCKS = 3584, 18944, 28, 4, 2
-SAMPLES, WORDS = 4, 900
+SAMPLES, WORDS = 2, 900
 
 
 def build_model(directory: Path, scale: int) -> int:
@@ -97,16 +97,17 @@ def measure(scale: int, options: dict[str, str]) -> dict[str, Any]:
 
 
 def at_full_width(rows: list[dict[str, Any]]) -> float:
-    """Bytes at scale 1, of squares and lines through the two largest models."""
-    (a, one), (b, two) = sorted((row["scale"], row["peak_bytes"]) for row in rows)[:2]
-    square = (one * a - two * b) / (1 / a - 1 / b)
-    return square + (one - square / a**2) * a
+    """Bytes at scale 1, of a parabola through the three largest models."""
+    largest = sorted(rows, key=lambda row: row["scale"])[:3]
+    widths = torch.tensor([[1.0, 1 / row["scale"], row["scale"] ** -2] for row in largest])
+    peaks = torch.tensor([[float(row["peak_bytes"])] for row in largest])
+    return float(torch.linalg.solve(widths.double(), peaks.double()).sum())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a row a scale, and what it would be at full width."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scales", nargs="+", type=int, default=[8, 4])
+    parser.add_argument("--scales", nargs="+", type=int, default=[16, 8, 4])
     parser.add_argument("--options", nargs="*", default=[], help="of the recipe, FIELD=VALUE")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
@@ -119,12 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row := measure(scale, options))
         blocks = row["peak_bytes"] / row["block_bytes"]
         print(
-            f"width / {scale}: {row['peak_bytes'] / 2**20:.0f} MiB, {blocks:.1f} blocks in 16 "
-            f"bits; the dry run said {row['estimated_bytes'] / 2**20:.0f} ({row['seconds']} s)",
+            f"width / {scale}: {row['peak_bytes'] / 2**20:.0f} MiB, {blocks:.1f} blocks in 16 bits;"
+            f" the dry run said {row['estimated_bytes'] / 2**20:.0f} ({row['seconds']} s, "
+            f"{sum(row['tokens'].values())} tokens)",
             flush=True,
         )
     found: dict[str, Any] = {"options": options, "rows": rows, "torch": torch.__version__}
-    if len(rows) > 1:
+    if len(rows) > 2:
         found["full_width_bytes"] = at_full_width(rows)
         print(f"full width: {found['full_width_bytes'] / 2**30:.1f} GiB")
     if given.json is not None:

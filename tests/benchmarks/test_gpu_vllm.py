@@ -318,6 +318,16 @@ def test_kernels_are_read_from_the_layers() -> None:
     assert found == {"decoder": {name: 2}, "elsewhere": {"object": 2}}
 
 
+def test_the_kernel_of_an_8_bit_head_is_read() -> None:
+    pytest.importorskip("vllm")
+    from qig_serve.vllm_plugin.embedding import QigEmbeddingMethod
+
+    head = _Linear(QigEmbeddingMethod("lm_head"))
+    head.qig_n, head.qig_dtype = 128, torch.bfloat16
+    (name,) = groups.layer_kernels([("lm_head", head)])["elsewhere"]
+    assert name.startswith("QigEmbeddingMethod: torch int8 weight-only GEMM")
+
+
 def test_a_variant_that_ran_something_else_is_named() -> None:
     profile = {"1": {"decode_kernels": [["void marlin::Marlin<...>", 5.0]]}}
     marlin = {"layers": {"decoder": {"CompressedTensorsWNA16: MarlinLinearKernel": 8}},

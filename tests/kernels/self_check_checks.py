@@ -54,6 +54,14 @@ def test_one_wrong_code_in_128_is_a_fault(name: str) -> None:
     assert fault.startswith(f"the kernels of {name} are ") and "for 1 tokens" in fault
 
 
+def test_numbers_beyond_fp16_are_no_fault() -> None:
+    wanted = torch.tensor([[1e6, -2e5, 3.0]])
+    assert self_check._error(wanted.half(), wanted) < 1e-3
+    for other in (-torch.inf, torch.nan):
+        got = torch.tensor([[other, -torch.inf, 3.0]], dtype=torch.float16)
+        assert not self_check._error(got, wanted) <= self_check.TOLERANCE
+
+
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 def test_experts(scheme: str) -> None:
     gate_up = stack(scheme, 5, 2 * INTER, HIDDEN, torch.bfloat16)
