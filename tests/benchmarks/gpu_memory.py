@@ -1,13 +1,13 @@
 """What quantizing takes of a GPU's memory, counted without one.
 
-    python tests/benchmarks/gpu_memory.py [--scales 16 8 4] [--options scheme=w4a8 method=gptq]
+    python tests/benchmarks/gpu_memory.py [--scales 16 8 4] [--words 120] [--options scheme=w4a8]
 
 Two blocks of Qwen2.5-VL-7B's shape (hidden 3584, MLP 18944, 28 heads, 4 of keys and values), with
 widths a fraction 1 / SCALE, are quantized on a pretended GPU (tests/helpers/pretended_gpu.py),
 which counts what tensors there hold; what an operation takes for itself is not in it, and neither
-are CUDA's context and the allocator's holes. Samples have about 1,000 tokens, batches 2,048.
-Matrices grow with the square of the width, activations in proportion to it, attention not at all:
-the last row puts such a sum through the three models, and says what it is at full width.
+are CUDA's context and the allocator's holes. Matrices grow with the square of the width,
+activations in proportion to it, attention not at all (but with the square of the tokens): the last
+row puts such a sum through the three models, and says what it is at full width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from qig_serve.offline.recipe import make_recipe  # noqa: E402
 from qig_serve.offline.rounding import columns  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KEYS, BLOCKS = 3584, 18944, 28, 4, 2
-SAMPLES, WORDS = 2, 900
+SAMPLES = 2
 
 
 def build_model(directory: Path, scale: int) -> int:
@@ -62,14 +62,14 @@ def build_model(directory: Path, scale: int) -> int:
     return sum(2 * parameter.numel() for parameter in block.parameters())
 
 
-def write_samples(directory: Path) -> Path:
+def write_samples(directory: Path, words: int) -> Path:
     """A small picture and a long answer each."""
     lines = []
     for i in range(SAMPLES):
         Image.new("RGB", (56, 56), (i * 37 % 256, 80, 160)).save(directory / f"{i}.png")
         image = {"type": "image_url", "image_url": {"url": f"{i}.png"}}
         content = [image, {"type": "text", "text": "What is to be seen?"}]
-        answer = " ".join(["a large red star"] * (WORDS // 4))
+        answer = " ".join(["a large red star"] * (words // 4))
         messages = [{"role": "user", "content": content}]
         lines.append(json.dumps({"id": str(i), "messages": messages, "answer": answer}))
     path = directory / "samples.jsonl"
@@ -77,12 +77,13 @@ def write_samples(directory: Path) -> Path:
     return path
 
 
-def measure(scale: int, options: dict[str, str]) -> dict[str, Any]:
+def measure(scale: int, words: int, options: dict[str, str]) -> dict[str, Any]:
     """A row: what a run on the pretended GPU held at most."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         block = build_model(folder / "model", scale)
-        fields = {"calib": str(write_samples(folder)), "samples": SAMPLES, "device": "cuda"}
+        calib = write_samples(folder, words)
+        fields = {"calib": str(calib), "samples": SAMPLES, "device": "cuda"}
         recipe = make_recipe(fields | {"allow_fallbacks": True} | options)
         started = time.monotonic()
         with pretended_gpu():
@@ -108,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints a row a scale, and what it would be at full width."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scales", nargs="+", type=int, default=[16, 8, 4])
+    parser.add_argument("--words", type=int, default=120, help="of an answer; a token each, about")
     parser.add_argument("--options", nargs="*", default=[], help="of the recipe, FIELD=VALUE")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = dict(option.split("=", 1) for option in given.options)
     rows = []
     for scale in given.scales:
-        rows.append(row := measure(scale, options))
+        rows.append(row := measure(scale, given.words, options))
         blocks = row["peak_bytes"] / row["block_bytes"]
         print(
             f"width / {scale}: {row['peak_bytes'] / 2**20:.0f} MiB, {blocks:.1f} blocks in 16 bits;"
