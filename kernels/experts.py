@@ -68,7 +68,7 @@ TILES: dict[str, list[tuple[float, Tile]]] = {
     ],
 }
 """Scheme -> [(most slots per expert, on average), tile, ...]."""
-_MOST_TRIED = 4096  # tokens, before anything is served
+_MOST_TRIED = 1 << 14  # tokens, before anything is served
 
 
 @triton.jit

@@ -21,15 +21,18 @@ TOLERANCE = 0.02
 """Largest error of a layer's outputs against the oracle's, relative to their norm."""
 _ROWS = 64  # compared, at each end of a weight and in the middle of it
 _TOKENS = 32  # compared, the first and the last
-_checked: set[tuple[object, ...]] = set()
+_faults: dict[LinearJob | ExpertsJob, str] = {}
 
 
-def is_new(job: LinearJob | ExpertsJob) -> bool:
-    """Whether a layer of this shape was not checked in this process yet; from now on it was."""
-    key = (type(job), *job)
-    new = key not in _checked
-    _checked.add(key)
-    return new
+def known(job: LinearJob | ExpertsJob) -> str | None:
+    """The fault of layers of this shape, empty for none; None if this process has not looked."""
+    return _faults.get(job)
+
+
+def keep(job: LinearJob | ExpertsJob, fault: str) -> str:
+    """Makes the fault `known`, and returns it."""
+    _faults[job] = fault
+    return fault
 
 
 class Rows:
@@ -112,8 +115,10 @@ def _fault(
     for m in counts:
         try:
             found = error(m)
+        except torch.OutOfMemoryError:
+            raise  # no fault of the kernels
         except Exception as failure:  # a compiler's, a launch's: whatever it is, it cannot serve
-            return f"{what} do not run on {where} for {m} tokens: {failure}"
+            return f"{what} do not run on {where} for {m} tokens: {' '.join(str(failure).split())}"
         if not found <= TOLERANCE:
             return f"{what} are {found:.0%} off on {where} for {m} tokens"
     return ""

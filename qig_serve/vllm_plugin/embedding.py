@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("vllm.qig_serve.embedding")  # under vLLM's, whose handlers it has
 _WIDE = "weight"  # name of a table that is held in 16 bits
-_FAULTS: dict[LinearJob, str] = {}  # what was found of tables of that shape
 _WARM_ROWS = 8192  # kernels do not depend on the number of rows: no zeros for a whole vocabulary
 
 
 class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     """Output head or embedding in formats.VOCABULARY_SCHEME; one object per layer."""
+
+    scheme = VOCABULARY_SCHEME
 
     def __init__(self, prefix: str, dummy: bool = False, tied: bool = False) -> None:
         """dummy: vLLM fills the weights with small random numbers. tied: a head without a table."""
@@ -60,14 +61,14 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         n, k = sum(output_partition_sizes), input_size_per_partition
         layer.qig_n, layer.qig_k, layer.qig_dtype = n, k, params_dtype
         possible, why_not = self.backend.can_implement(
-            VOCABULARY_SCHEME, n, k, params_dtype, device_capability()
+            self.scheme, n, k, params_dtype, device_capability()
         )
         if not possible:
             raise ValueError(f"{self.prefix}: {why_not}")
         if self.tied:
             return
         self._compile(layer, self.backend.compile_ahead, torch.get_default_device())
-        for suffix, spec in tensor_specs(VOCABULARY_SCHEME, n, k).items():
+        for suffix, spec in tensor_specs(self.scheme, n, k).items():
             data = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
             parameter = torch.nn.Parameter(data, requires_grad=False)
             load = checked(extra_weight_attrs["weight_loader"], f"{self.prefix}.{suffix}", spec)
@@ -82,7 +83,7 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def _job(self, layer: torch.nn.Module, n: int, device: torch.device) -> LinearJob:
         has_bias = getattr(layer, "bias", None) is not None
-        return LinearJob(VOCABULARY_SCHEME, n, layer.qig_k, layer.qig_dtype, device, has_bias)
+        return LinearJob(self.scheme, n, layer.qig_k, layer.qig_dtype, device, has_bias)
 
     def _compile(self, layer: torch.nn.Module, how: Any, device: torch.device) -> None:
         how(self._job(layer, min(layer.qig_n, _WARM_ROWS + layer.qig_n % 16), device))
@@ -106,18 +107,18 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
                     "config.json does not tie it to an embedding in 8 bits: quantize again"
                 )
             return
-        tensors = take_stored(layer, VOCABULARY_SCHEME, self.dummy)
+        tensors = take_stored(layer, self.scheme, self.dummy)
         rows = getattr(layer, "num_org_embeddings_per_partition", layer.qig_n)  # padding follows
         check_scales(tensors["weight_scale"][:rows], self.prefix)
         device = tensors["weight_packed"].device
-        keep_prepared(layer, self.backend.prepare(VOCABULARY_SCHEME, tensors, layer.qig_dtype))
+        keep_prepared(layer, self.backend.prepare(self.scheme, tensors, layer.qig_dtype))
         self._set_handle(layer, device)
         self._compile(layer, self.backend.warm_up, device)
         if not self.dummy and (fault := self._fault(layer, tensors, device)):
             _logger.warning("%s is held in 16 bits: %s.", self.prefix, fault)
             for name in layer.qig_names:
                 delattr(layer, f"qig_{name}")
-            wide = unpack_rows(tensors, VOCABULARY_SCHEME, layer.qig_dtype)
+            wide = unpack_rows(tensors, self.scheme, layer.qig_dtype)
             keep_prepared(layer, {_WIDE: wide})
 
     def _fault(
@@ -125,15 +126,14 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     ) -> str:
         """What self_check.py finds; empty if nothing."""
         job = self._job(layer, layer.qig_n, device)
-        if job in _FAULTS:
-            return _FAULTS[job]
+        if (fault := self_check.known(job)) is not None:
+            return fault
         rows, counts = self_check.Rows(tensors), self.backend.token_counts(job)
         fault = self_check.fault_of_linear(job, rows, counts, lambda x: self.apply(layer, x))
         fault = fault or self_check.fault_of_lookup(
             job, rows, lambda ids: self.embedding(layer, ids)
         )
-        _FAULTS[job] = fault
-        return fault
+        return self_check.keep(job, fault)
 
     def _table(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         return prepared(layer.weight.qig_layer if self.tied else layer)
@@ -145,7 +145,7 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         table = self._table(layer)
         if _WIDE in table:
             return F.linear(x, table[_WIDE], bias)
-        return self.backend.linear(VOCABULARY_SCHEME, x, table, layer.qig_n, layer.qig_k, bias)
+        return self.backend.linear(self.scheme, x, table, layer.qig_n, layer.qig_k, bias)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> [..., K]."""
@@ -153,5 +153,5 @@ class QigEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         if _WIDE in table:
             return F.embedding(input_, table[_WIDE])
         return self.backend.embedding(
-            VOCABULARY_SCHEME, input_, table, layer.qig_n, layer.qig_k, layer.qig_dtype
+            self.scheme, input_, table, layer.qig_n, layer.qig_k, layer.qig_dtype
         )

@@ -182,8 +182,8 @@ class QigExpertsMethod(FusedMoEMethodBase):
         """
         device = getattr(layer, f"w2_{self.scheme.suffixes[0]}").device
         job = self._job(layer, device)
-        some = None
-        if not self.dummy and self_check.is_new(job):
+        fault, some = "" if self.dummy else self_check.known(job), None
+        if fault is None:
             some = (
                 self._first_experts(layer, "w13", job.top_k),
                 self._first_experts(layer, "w2", job.top_k),
@@ -196,7 +196,8 @@ class QigExpertsMethod(FusedMoEMethodBase):
             fault = self_check.fault_of_experts(
                 job, some, counts, lambda *given: self._run(layer, *given)
             )
-            refuse_fault(self.prefix, fault)
+            self_check.keep(job, fault)
+        refuse_fault(self.prefix, fault)
 
     def _first_experts(
         self, layer: torch.nn.Module, stack: str, most: int

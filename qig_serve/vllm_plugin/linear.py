@@ -125,7 +125,8 @@ class QigLinearMethod(LinearMethodBase):
         device = tensors["weight_packed"].device
         has_bias = getattr(layer, "bias", None) is not None
         job = LinearJob(self.scheme, layer.qig_n, layer.qig_k, layer.qig_dtype, device, has_bias)
-        rows = self_check.Rows(tensors) if not self.dummy and self_check.is_new(job) else None
+        fault = "" if self.dummy else self_check.known(job)
+        rows = self_check.Rows(tensors) if fault is None else None
         keep_prepared(layer, self.backend.prepare(self.scheme, tensors, layer.qig_dtype))
         del tensors
         # vLLM's LoRA layers ask a tensor of one of their known names where the layer lies.
@@ -134,7 +135,8 @@ class QigLinearMethod(LinearMethodBase):
         if rows is not None:
             counts = self.backend.token_counts(job)
             fault = self_check.fault_of_linear(job, rows, counts, lambda x: self.apply(layer, x))
-            refuse_fault(self.prefix, fault)
+            self_check.keep(job, fault)
+        refuse_fault(self.prefix, fault)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -143,7 +145,7 @@ class QigLinearMethod(LinearMethodBase):
         return self.backend.linear(self.scheme, x, prepared(layer), layer.qig_n, layer.qig_k, bias)
 
 
-def refuse_fault(name: str, fault: str) -> None:
+def refuse_fault(name: str, fault: str | None) -> None:
     """ValueError where self_check.py found one: what would be served is not the checkpoint."""
     if fault:
         raise ValueError(

@@ -67,11 +67,9 @@ def layer_kernels(named_modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[
 def _kernel(module: torch.nn.Module, method: Any) -> str:
     kind = type(method).__name__
     if hasattr(module, "qig_n"):
-        from qig_serve.formats import VOCABULARY_SCHEME
         from qig_serve.vllm_plugin.linear import kernel_name
 
-        scheme = getattr(method, "scheme", VOCABULARY_SCHEME)
-        name = kernel_name(scheme, module.qig_n, module.qig_dtype)
+        name = kernel_name(method.scheme, module.qig_n, module.qig_dtype)
         return f"{kind}: {name}"
     scheme = getattr(module, "scheme", None)
     if scheme is None:

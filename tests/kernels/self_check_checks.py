@@ -18,7 +18,7 @@ MOST = 33 if INTERPRETED else 1 << 20
 NAMES = ["w3a16", "w4a8", "w8a16"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def as_vllm_loads() -> Iterator[None]:
     """Under a default dtype of 16 bits."""
     torch.set_default_dtype(torch.bfloat16)
@@ -30,6 +30,7 @@ def job_of(name: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Li
     return LinearJob(SCHEMES[name], n, k, dtype, DEVICE)
 
 
+@pytest.mark.usefixtures("as_vllm_loads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_right_kernels_have_no_fault(
@@ -53,6 +54,7 @@ def test_right_kernels_have_no_fault(
         ) == ""  # fmt: skip
 
 
+@pytest.mark.usefixtures("as_vllm_loads")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_wrong_code_in_128_is_a_fault(name: str) -> None:
     n, k = 130, 256
@@ -75,8 +77,17 @@ def test_numbers_beyond_fp16_are_no_fault() -> None:
         assert not self_check._error(got, wanted) <= self_check.TOLERANCE
 
 
+@pytest.mark.parametrize(("of", "top_k"), [(128, 8), (256, 8), (512, 10), (8, 2)])
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-def test_experts(scheme: str) -> None:
+def test_every_tile_of_experts_is_tried(scheme: str, of: int, top_k: int) -> None:
+    job = ExpertsJob(scheme, HIDDEN, INTER, of, top_k, "silu", torch.bfloat16, DEVICE)
+    tried = {experts.select(scheme, m * top_k, of) for m in experts.token_counts(job)}
+    assert tried == {tile for _, tile in experts.TILES[scheme]}
+
+
+@pytest.mark.usefixtures("as_vllm_loads")
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+def test_experts_are_checked(scheme: str) -> None:
     gate_up = stack(scheme, 5, 2 * INTER, HIDDEN, torch.bfloat16)
     down = stack(scheme, 5, HIDDEN, INTER, torch.bfloat16)
     job = ExpertsJob(scheme, HIDDEN, INTER, 5, 2, "silu", torch.bfloat16, DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,33 +24,12 @@ from qig_serve.formats import SCHEMES
 from qig_serve.kernels import reference
 from qig_serve.vllm_plugin.config import QigConfig
 
+pytestmark = pytest.mark.usefixtures("options", "no_stance")
+
 EXPERTS, TOP_K, HIDDEN, INTER = 5, 2, 160, 256
 PREFIX = "language_model.model.layers.0.mlp.experts"
 Stored = list[dict[str, dict[str, torch.Tensor]]]
 """Expert -> projection -> suffix -> tensor."""
-
-
-@pytest.fixture(autouse=True)
-def options(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """vLLM's configuration, as far as it is asked; tests change it."""
-    # Imported with vLLM's own function, before that is replaced.
-    from vllm.model_executor.layers.quantization import base_config  # noqa: F401
-
-    config = SimpleNamespace(
-        load_config=SimpleNamespace(load_format="auto"),
-        speculative_config=None,
-        lora_config=None,
-        compilation_config=SimpleNamespace(backend="eager"),
-    )
-    monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: config)
-    return config
-
-
-@pytest.fixture(autouse=True)
-def no_stance() -> Iterator[None]:
-    """What do_without_a_compiler may have set."""
-    yield
-    torch.compiler.set_stance("default")
 
 
 def make_layer(

@@ -178,8 +178,7 @@ def test_a_gpu_layer_is_ready_when_its_weights_are_processed(
     """
     from qig_serve.kernels import launch, ops, self_check, tiles
 
-    monkeypatch.setattr(self_check, "is_new", lambda job: False)
-
+    monkeypatch.setattr(self_check, "known", lambda job: "")
     monkeypatch.setattr("qig_serve.vllm_plugin.linear.kernel_backend", lambda: ops)
     warmed: list[LinearJob] = []
     monkeypatch.setattr(ops, "warm_up", warmed.append)
