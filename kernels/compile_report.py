@@ -36,7 +36,7 @@ from qig_serve.kernels.launch import Kernel
 from qig_serve.kernels.ops import KERNELS
 from qig_serve.kernels.sass import SHARED_LIMIT, TARGETS, Counts, count
 from qig_serve.kernels.tiles import LAYER_SHAPES, Tile, select, tile_table
-from qig_serve.kernels.tuning import LEAN, issued_per_weight, stored_bits
+from qig_serve.kernels.tuning import HEAD, LEAN, TUNED, issued_per_weight, stored_bits
 
 SHAPE = "Qwen2-VL-7B"
 """Whose layer --predict adds up."""
@@ -197,10 +197,11 @@ def _counts(scheme: str, tile: Tile, target: int) -> Counts:
     return count(KERNELS[scheme].kernel(tile, "bf16", launch.orders_for(target)), target)
 
 
-def predict(target: int, scheme: str, m: int, model: str = SHAPE) -> list[Predicted]:
-    """The linears of a layer, with the tiles of tiles.json, for M tokens."""
+def predict(target: int, scheme: str, m: int) -> list[Predicted]:
+    """SHAPE's linears of a layer, or of w8a16 its head, with the tiles of tiles.json."""
     gpu, found = time_model.GPUS[target], []
-    for layer, (n, k) in LAYER_SHAPES[model].items():
+    shapes = LAYER_SHAPES[SHAPE] if SCHEMES[scheme].servable else {"head": HEAD}
+    for layer, (n, k) in shapes.items():
         tile = select(scheme, f"sm_{target}", n, k, m)
         reference = time_model.cublas(m, n, k, gpu)
         if tile.regime == "dequantize":
@@ -221,16 +222,20 @@ def print_predictions(targets: Iterable[int]) -> list[dict[str, Any]]:
     for target in targets:
         print(f"\nsm_{target} ({time_model.GPUS[target].name}): us, sum of {SHAPE}'s four linears,")
         print("x: of cuBLAS in bf16; activation quantization not counted")
-        print(f"{'M':>6}{'cuBLAS':>8}{'w3a16':>8}{'x':>6}{'w4a8':>8}{'x':>6}  gate_up: tile, limit")
+        print("head: the output head beside it, in bf16 by cuBLAS and in 8 bits")
+        columns = "".join(f"{scheme:>8}{'x':>6}" for scheme in TUNED)
+        print(f"{'M':>6}{'cuBLAS':>8}{columns}{'head':>8}{'w8a16':>8}  gate_up: tile, limit")
         for m in TOKENS:
             rows = {scheme: predict(target, scheme, m) for scheme in KERNELS}
             every += [{"target": target, **asdict(p)} for ps in rows.values() for p in ps]
             reference = sum(p.cublas for p in rows["w3a16"])
             line = f"{m:>6}{reference:>8.0f}"
-            for predictions in rows.values():
-                total = sum(p.microseconds for p in predictions)
+            for scheme in TUNED:
+                total = sum(p.microseconds for p in rows[scheme])
                 line += f"{total:>8.0f}{reference / total:>6.2f}"
-            shown = [next(p for p in ps if p.layer == "gate_up") for ps in rows.values()]
+            (head,) = rows["w8a16"]
+            line += f"{head.cublas:>8.0f}{head.microseconds:>8.0f}"
+            shown = [next(p for p in rows[s] if p.layer == "gate_up") for s in TUNED]
             print(line + "  " + "; ".join(f"{p.tile}, {p.limit}" for p in shown), flush=True)
     return every
 

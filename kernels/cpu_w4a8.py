@@ -188,8 +188,9 @@ def describe(n: int, dtype: torch.dtype) -> str:
         return "vLLM int4 x int8 GEMM; vLLM int8 GEMM on widened tiles for many rows"
     if torch.cpu._is_vnni_supported():
         return "torch int8 GEMM"
-    few = "torch int8 weight-only GEMM; " if dtype == torch.bfloat16 else ""
-    return f"{few}torch GEMM on widened codes{' for many rows' if few else ''}"
+    if dtype == torch.bfloat16:
+        return "torch int8 weight-only GEMM; torch GEMM on widened codes for many rows"
+    return "torch GEMM on widened codes"
 
 
 def prepare(

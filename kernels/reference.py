@@ -63,9 +63,8 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x = layout.whole_groups(x).float()
     largest = x.abs().amax(-1, keepdim=True)
-    scale = (largest * torch.tensor(1 / 127, dtype=torch.float32, device=x.device)).clamp(
-        min=2.0**-126
-    )
+    inverse = torch.tensor(1 / 127, dtype=torch.float32, device=x.device)
+    scale = (largest * inverse).clamp(min=2.0**-126)
     scale = torch.where(largest > 0, scale, 1.0)
     product = x.double() * (1 / scale).double()  # exact
     finite = largest.isfinite()

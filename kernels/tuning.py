@@ -157,7 +157,7 @@ def choose(scheme: QuantScheme, found: Found, target: int) -> dict[str, list[dic
     """tiles.json's part of an architecture and scheme, by the model."""
     shapes = shapes_of(scheme.name)
     rows: dict[str, list[dict[str, Any]]] = {"default": []}
-    rows |= {f"{n}x{k}": [] for n, k in shapes if scheme.servable}
+    rows |= {f"{n}x{k}": [] for n, k in shapes}
     for m in BUCKETS:
         times = {
             tile: {s: predicted(scheme, tile, found, target, m, *s) for s in shapes}
@@ -167,7 +167,7 @@ def choose(scheme: QuantScheme, found: Found, target: int) -> dict[str, list[dic
         best = min(total, key=lambda tile: total[tile])
         bound = None if m == BUCKETS[-1] else m
         rows["default"].append({"max_m": bound, **asdict(best)})
-        for n, k in shapes if scheme.servable else ():
+        for n, k in shapes:
             own = min(times, key=lambda tile: times[tile][n, k])
             better = times[own][n, k] < _WORTH * times[best][n, k]
             rows[f"{n}x{k}"].append({"max_m": bound, **asdict(own if better else best)})

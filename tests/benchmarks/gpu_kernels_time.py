@@ -7,7 +7,7 @@ from typing import Any
 
 import gpu_kernels_figures as figures
 from gpu_kernels_plan import Context, Failed
-from gpu_kernels_warm import HEAD, HEAD_TILES
+from gpu_kernels_warm import HEAD
 
 from qig_serve.kernels import tiles, w8a16
 from qig_serve.kernels.tuning import compiled_as
@@ -78,7 +78,7 @@ def measure_head(bench: Any, context: Context) -> list[dict[str, Any]]:
     for m in HEAD_TOKENS:
         if context.left() < RESERVE:
             break
-        fit = [tile for tile in HEAD_TILES if tile in w8a16.candidates(m)]
+        fit = [tile for tile in w8a16.candidates(m) if tile.regime == "halves"]
         by_tile = {compiled_as(tile): bench.head(m, tile) for tile in fit}
         best = min(by_tile, key=lambda name: by_tile[name])
         cublas = bench.cublas(m)

@@ -13,31 +13,17 @@ row puts such a sum through the three models, and says what it is at full width.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
+import math
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-os.environ.setdefault("ONE_GPU", str(Path(tempfile.gettempdir()) / "qig_one_gpu.so"))
-
-from helpers import one_gpu  # noqa: F401, E402 - before torch
-
-# isort: split
-import torch  # noqa: E402
-from helpers.pretended_gpu import on_cpu, pretended_gpu  # noqa: E402
-from helpers.tiny_models import FAMILIES, chat_template, make_tokenizer  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import AutoModelForImageTextToText  # noqa: E402
-
-from qig_serve.offline.pipeline import quantize  # noqa: E402
-from qig_serve.offline.recipe import make_recipe  # noqa: E402
-from qig_serve.offline.rounding import columns  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import one_gpu
 
 HIDDEN, INTERMEDIATE, HEADS, KEYS, BLOCKS = 3584, 18944, 28, 4, 2
 SAMPLES = 2
@@ -45,6 +31,10 @@ SAMPLES = 2
 
 def build_model(directory: Path, scale: int) -> int:
     """A random LLaVA with a Qwen2 decoder of that scale; bytes of a block in 16 bits."""
+    import torch
+    from helpers.tiny_models import FAMILIES, chat_template, make_tokenizer
+    from transformers import AutoModelForImageTextToText
+
     tiny = FAMILIES["llava_onevision"]
     tokenizer = make_tokenizer(tiny)
     config = tiny.config(tokenizer)
@@ -64,6 +54,8 @@ def build_model(directory: Path, scale: int) -> int:
 
 def write_samples(directory: Path, words: int) -> Path:
     """A small picture and a long answer each."""
+    from PIL import Image
+
     lines = []
     for i in range(SAMPLES):
         Image.new("RGB", (56, 56), (i * 37 % 256, 80, 160)).save(directory / f"{i}.png")
@@ -79,6 +71,12 @@ def write_samples(directory: Path, words: int) -> Path:
 
 def measure(scale: int, words: int, options: dict[str, str]) -> dict[str, Any]:
     """A row: what a run on the pretended GPU held at most."""
+    import torch
+    from helpers.pretended_gpu import pretended_gpu
+
+    from qig_serve.offline.pipeline import quantize
+    from qig_serve.offline.recipe import make_recipe
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         block = build_model(folder / "model", scale)
@@ -98,11 +96,13 @@ def measure(scale: int, words: int, options: dict[str, str]) -> dict[str, Any]:
 
 
 def at_full_width(rows: list[dict[str, Any]]) -> float:
-    """Bytes at scale 1, of a parabola through the three largest models."""
+    """Bytes at scale 1, of the parabola through the three largest models (Lagrange)."""
     largest = sorted(rows, key=lambda row: row["scale"])[:3]
-    widths = torch.tensor([[1.0, 1 / row["scale"], row["scale"] ** -2] for row in largest])
-    peaks = torch.tensor([[float(row["peak_bytes"])] for row in largest])
-    return float(torch.linalg.solve(widths.double(), peaks.double()).sum())
+    peaks = {1 / row["scale"]: row["peak_bytes"] for row in largest}
+    return sum(
+        peak * math.prod((1 - other) / (width - other) for other in peaks if other != width)
+        for width, peak in peaks.items()
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,9 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--options", nargs="*", default=[], help="of the recipe, FIELD=VALUE")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    if importlib.util.find_spec("triton") is not None:
-        kernel = on_cpu(columns.in_torch), ""
-        columns._chosen = lambda d: kernel if d.type == "cuda" else (columns.in_torch, "")
+    one_gpu.load()  # before torch
     options = dict(option.split("=", 1) for option in given.options)
     rows = []
     for scale in given.scales:
@@ -127,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{sum(row['tokens'].values())} tokens)",
             flush=True,
         )
-    found: dict[str, Any] = {"options": options, "rows": rows, "torch": torch.__version__}
+    found: dict[str, Any] = {"options": options, "rows": rows, "torch": version("torch")}
     if len(rows) > 2:
         found["full_width_bytes"] = at_full_width(rows)
         print(f"full width: {found['full_width_bytes'] / 2**30:.1f} GiB")

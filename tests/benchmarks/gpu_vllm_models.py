@@ -84,15 +84,6 @@ def _packed(
     return compressed_tensors.convert_linear(stored, scheme) if kind.startswith("ct-") else stored
 
 
-def vocabulary(model: BenchModel, config: Any, names: Sequence[str]) -> list[str]:
-    """The tables that may have 8 bits, as modules."""
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    as_is = get_architecture(model.family).embedding_as_is
-    endings = () if tied and as_is else (HEAD,) if as_is else (EMBEDDING, HEAD)
-    tables = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    return [name for name in tables if endings and name.endswith(endings)]
-
-
 def quantization_config(
     model: BenchModel, kind: str, config: Any, left_alone: Sequence[str], tables: Sequence[str]
 ) -> dict[str, Any] | None:
@@ -144,7 +135,8 @@ def make_checkpoints(
     in_layers = [n for n in everything if n.startswith(prefix)]
     left_alone = outside_blocks(everything, prefix)
     outside = [n for n in everything if n not in in_layers]
-    tables = vocabulary(model, config, outside)
+    in_tables = [n for n in outside if n.endswith((f"{EMBEDDING}.weight", f"{HEAD}.weight"))]
+    tables = [n.removesuffix(".weight") for n in in_tables]
     for kind, path in wanted.items():
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -164,7 +156,6 @@ def make_checkpoints(
     def drawn(names: Sequence[str]) -> Tensors:
         return {n: _draw(n, everything[n], device).cpu() for n in names}
 
-    in_tables = [f"{table}.weight" for table in tables]
     rest = [n for n in outside if n not in in_tables]
     parts = {
         "rest.safetensors": (list(wanted), lambda: drawn(rest)),

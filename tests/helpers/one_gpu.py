@@ -1,4 +1,4 @@
-"""Compiles and loads one_gpu.cpp. A plugin of pytest (`-p`): torch asks for its hooks only once.
+"""Compiles and loads one_gpu.cpp, as a plugin of pytest (`-p`) before anything imports torch.
 
 Needs g++; ONE_GPU names the library, which is made if it is not there.
 """
@@ -9,11 +9,20 @@ import ctypes
 import importlib.util
 import os
 import subprocess
+import tempfile
 from pathlib import Path
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    load()
 
 
 def load() -> None:
-    library = Path(os.environ["ONE_GPU"])
+    """For the whole process, once: torch asks for its hooks only the first time."""
+    library = Path(os.environ.get("ONE_GPU") or f"{tempfile.gettempdir()}/qig_one_gpu.so")
     spec = importlib.util.find_spec("torch")  # its folder, without importing it
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent
@@ -29,6 +38,3 @@ def load() -> None:
 
     # Of all the process, before anything decorates with it: no wrapped tensor can be in it.
     torch.inference_mode = torch.no_grad
-
-
-load()

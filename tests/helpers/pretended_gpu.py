@@ -22,6 +22,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qig_serve.offline.rounding import columns
+
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")
 _MOVES = {aten.copy_.default, aten._to_copy.default}
@@ -194,6 +196,22 @@ def _answering(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value() if callable(value) else value
 
 
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs a kernel of the GPU by a function of CPU tensors."""
+
+    def launched(*args: Any) -> Any:
+        with torch.utils._python_dispatch._disable_current_modes():
+            made = function(*_with(_inner, args))
+        return _with(lambda one: OnGpu(one) if isinstance(one, torch.Tensor) else one, made)
+
+    return launched
+
+
+def _column_rounding(device: torch.device) -> tuple[Any, str]:
+    """In place of the kernel that rounds columns."""
+    return (_on_cpu(columns.in_torch) if device.type == "cuda" else columns.in_torch), ""
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """While it lasts torch has a GPU, of 24 GiB, with compute capability 8.9."""
@@ -221,19 +239,9 @@ def pretended_gpu() -> Iterator[None]:
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with pytest.MonkeyPatch.context() as patched, _Made(), _Indexed():
+            patched.setattr(columns, "_chosen", _column_rounding)
             for name, value in answers.items():
                 patched.setattr(torch.cuda, name, _answering(value))
             yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs a kernel of the GPU by a function of CPU tensors."""
-
-    def launched(*args: Any) -> Any:
-        with torch.utils._python_dispatch._disable_current_modes():
-            made = function(*_with(_inner, args))
-        return _with(lambda one: OnGpu(one) if isinstance(one, torch.Tensor) else one, made)
-
-    return launched

@@ -11,24 +11,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers.pretended_gpu import Memory, OnGpu, on_cpu, pretended_gpu
+from helpers.pretended_gpu import Memory, OnGpu, pretended_gpu
 from helpers.tiny_models import FAMILIES, one_sample, tiny_model
 
 from qig_serve.evaluate import evaluate_many, load_samples
 from qig_serve.offline.explain import explain_sample
 from qig_serve.offline.pipeline import quantize
 from qig_serve.offline.recipe import make_recipe
-from qig_serve.offline.rounding import columns
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = on_cpu(columns.in_torch), ""
-    monkeypatch.setattr(
-        columns, "_chosen", lambda d: kernel if d.type == "cuda" else (columns.in_torch, "")
-    )
 
 
 @pytest.fixture
